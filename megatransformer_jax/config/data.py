@@ -1,0 +1,150 @@
+"""The data: sources, tokenizer, packing and pipeline, as frozen dataclasses."""
+
+import dataclasses
+
+from megatransformer_jax.config.option import ConfigError, check_options, option, section
+
+FILE_SOURCES = ("text", "jsonl", "parquet", "arrayrecord")
+SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "reasoning")
+REASONING_TASKS = ("parity", "addition", "hop", "permutation")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Turns text into token ids. Reasoning tasks bring their own vocabulary and ignore none of
+    this: with them the section must stay at its defaults."""
+
+    kind: str = option(
+        "sentencepiece",
+        "sentencepiece: trained on the training split at the start of a run, or loaded. "
+        "bytes: the 256 byte values after the special tokens.",
+        choices=("sentencepiece", "bytes"),
+    )
+    vocab_size: int = option(
+        2048, "Pieces of a tokenizer that the run trains (sentencepiece only).", minimum=300
+    )
+    model_type: str = option(
+        "bpe", "SentencePiece algorithm used for training.", choices=("bpe", "unigram")
+    )
+    model_file: str | None = option(
+        None, "A SentencePiece .model file to load instead of training one."
+    )
+    character_coverage: float = option(
+        0.9995, "Share of characters with pieces of their own; the rest fall back to bytes.",
+        above=0, maximum=1,
+    )
+    max_training_bytes: int = option(
+        50_000_000, "Text used to train the tokenizer, taken from the start.", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReasoningConfig:
+    """Generated problems from easy to hard; used when data.source is 'reasoning'."""
+
+    task: str = option(
+        "parity",
+        "parity: prefix sums modulo 2. addition: multi-digit sums. hop: k-fold function "
+        "composition (p-hop). permutation: running product in the symmetric group.",
+        choices=REASONING_TASKS,
+    )
+    min_length: int = option(1, "Shortest training problem (bits, digits, hops or factors).", minimum=1)
+    max_length: int = option(16, "Longest training problem.", minimum=1)
+    eval_min_length: int = option(
+        17, "Shortest held-out problem; longer than max_length tests extrapolation.", minimum=1
+    )
+    eval_max_length: int = option(32, "Longest held-out problem.", minimum=1)
+    num_train: int = option(1_000_000, "Training problems; each is a function of (seed, index).", minimum=1)
+    num_eval: int = option(512, "Held-out problems, from a seed of their own.", minimum=1)
+    num_symbols: int = option(
+        5, "permutation: degree of the group (5 is S5). hop: size of the set.", minimum=2, maximum=16
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        for low, high in (("min_length", "max_length"), ("eval_min_length", "eval_max_length")):
+            if getattr(self, low) > getattr(self, high):
+                raise ConfigError(
+                    low, f"{getattr(self, low)} exceeds {high}={getattr(self, high)}; lower it."
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where batches come from. Everything random in it follows from `seed`."""
+
+    source: str = option(
+        "embedded_text",
+        "embedded_text: the documents of pydoc_data.topics, in every CPython. text, jsonl, "
+        "parquet, arrayrecord: files. tfds: a prepared TFDS data set. reasoning: generated.",
+        choices=SOURCES,
+    )
+    files: tuple[str, ...] = option((), "Training files or glob patterns (file sources).")
+    validation_files: tuple[str, ...] = option(
+        (), "Validation files; empty: validation_fraction of the training records is held out."
+    )
+    text_field: str = option("text", "Name of the record field with the text (jsonl, parquet, tfds).")
+    tfds_name: str | None = option(None, "TFDS name, for example 'lm1b' or 'my_set:1.0.0'.")
+    tfds_split: str = option("train", "TFDS split to train on.")
+    tfds_validation_split: str | None = option(
+        None, "TFDS split to validate on; None: validation_fraction is held out."
+    )
+    tfds_data_dir: str | None = option(None, "Where TFDS finds prepared sets. None: its default.")
+    validation_fraction: float = option(
+        0.05, "Share of records held out when there is no validation source.", above=0, below=1
+    )
+    on_bad_record: str = option(
+        "error",
+        "A record that cannot be used (corrupt line, missing field, not text): error names it; "
+        "skip counts it and shows the count and the first one.",
+        choices=("error", "skip"),
+    )
+    batch_size: int = option(8, "Sequences per optimiser step over all processes (B).", minimum=1)
+    sequence_length: int = option(256, "Tokens per sequence (T).", minimum=1)
+    packing: str = option(
+        "pack",
+        "pack: documents fill a row, split where they must, kept apart by segment ids. "
+        "pad: one document per row, cut at sequence_length.",
+        choices=("pack", "pad"),
+    )
+    shuffle: bool = option(True, "Visits training records in a new random order each epoch.")
+    seed: int = option(0, "Seed of order, splits and generated problems.", minimum=0)
+    num_workers: int = option(
+        0, "Worker processes that read and pack; 0: in the training process.", minimum=0
+    )
+    prefetch_batches: int = option(2, "Batches made ahead of the step that uses them.", minimum=0)
+    tokenizer: TokenizerConfig = section(TokenizerConfig, "Tokenizer.")
+    reasoning: ReasoningConfig = section(ReasoningConfig, "Generated problems.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        self._check_source_options()
+        if self.source == "reasoning":
+            for name, default in (("tokenizer", TokenizerConfig()), ("packing", "pack")):
+                if getattr(self, name) != default:
+                    raise ConfigError(
+                        name, "does not apply to source='reasoning'; leave it at its default."
+                    )
+        elif self.reasoning != ReasoningConfig():
+            raise ConfigError(
+                "reasoning", f"would be ignored with source={self.source!r}; set source='reasoning'."
+            )
+
+    def _check_source_options(self) -> None:
+        wants_files = self.source in FILE_SOURCES
+        if wants_files and not self.files:
+            raise ConfigError("files", f"is empty, but source={self.source!r} reads files; name some.")
+        if not wants_files and (self.files or self.validation_files):
+            raise ConfigError(
+                "files",
+                f"{(*self.files, *self.validation_files)!r} would be ignored with "
+                f"source={self.source!r}; use one of {', '.join(FILE_SOURCES)}.",
+            )
+        if (self.source == "tfds") != (self.tfds_name is not None):
+            raise ConfigError(
+                "tfds_name", f"{self.tfds_name!r} does not go with source={self.source!r}; "
+                "source='tfds' needs a name and the others must leave it None.",
+            )

@@ -1,0 +1,225 @@
+"""One run: model, data, optimiser, mesh, loop, checkpoints, logging, as frozen dataclasses."""
+
+import dataclasses
+
+from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import ConfigError, check_options, option, section
+
+OPTIMIZERS = ("adamw",)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """Optimiser, learning-rate schedule and what is done to gradients before them."""
+
+    name: str = option("adamw", "Optimiser.", choices=OPTIMIZERS)
+    learning_rate: float = option(3e-3, "Peak learning rate.", above=0)
+    schedule: str = option(
+        "warmup_cosine",
+        "warmup_cosine: to final_fraction of the peak. wsd: warmup, stable, then 1 - sqrt decay "
+        "over the last decay_steps (arXiv 2405.18392). constant: warmup, then stable.",
+        choices=("warmup_cosine", "wsd", "constant"),
+    )
+    warmup_steps: int = option(50, "Steps of linear warmup.", minimum=0)
+    decay_steps: int = option(0, "wsd only: steps of the final decay.", minimum=0)
+    final_fraction: float = option(
+        0.1, "Last learning rate as a share of the peak.", minimum=0, maximum=1
+    )
+    beta1: float = option(0.9, "Decay of the first moment.", minimum=0, below=1)
+    beta2: float = option(0.95, "Decay of the second moment.", minimum=0, below=1)
+    eps: float = option(1e-8, "Added to the root of the second moment.", above=0)
+    weight_decay: float = option(
+        0.1,
+        "Decoupled weight decay on matrices; vectors (norm scales, biases, the diagonal "
+        "adapter's a_log and dt_bias) and embeddings have none.",
+        minimum=0,
+    )
+    clip_norm: float | None = option(1.0, "Global gradient norm is cut to this. None: never.", above=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if (self.schedule == "wsd") != (self.decay_steps > 0):
+            raise ConfigError(
+                "decay_steps", f"{self.decay_steps} does not go with schedule={self.schedule!r}; "
+                "wsd needs decay_steps >= 1, the others 0.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; their product must be the number of devices of all processes."""
+
+    data: int = option(-1, "Batch axis. -1: all devices that the other axes leave.", minimum=-1)
+    fsdp: int = option(1, "Batch axis over which parameters are sharded too.", minimum=1)
+    tensor: int = option(1, "Heads, feed-forward and vocabulary axis.", minimum=1)
+    sequence: int = option(1, "Sequence axis.", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.data == 0:
+            raise ConfigError("data", "0 is not allowed; use -1 (what is left) or at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Start of `jax.distributed`. On TPU pods set enabled alone; the rest is found by JAX."""
+
+    enabled: bool = option(False, "Joins several processes into one run.")
+    coordinator: str | None = option(None, "host:port of process 0.")
+    num_processes: int | None = option(None, "How many processes.", minimum=1)
+    process_id: int | None = option(None, "Which one this is, from 0.", minimum=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        given = [self.coordinator, self.num_processes, self.process_id]
+        if not self.enabled and any(value is not None for value in given):
+            raise ConfigError("enabled", "False, yet process options are given; set enabled=True.")
+        if len({value is None for value in given}) > 1:
+            raise ConfigError(
+                "coordinator", "give coordinator, num_processes and process_id together, or none."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = option(600, "Optimiser steps.", minimum=1)
+    seed: int = option(0, "Seed of initialisation, dropout, depth draws and samples.", minimum=0)
+    precision: str = option(
+        "auto",
+        "Type of activations. auto: bfloat16 on accelerators, float32 on CPU. Parameters, "
+        "optimiser state, norms, softmax, logits and losses are float32 always.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    accumulation: int = option(
+        1, "Micro-batches whose gradients make one step; divides data.batch_size.", minimum=1
+    )
+    z_loss: float = option(
+        0.0, "Weight of the squared log-normaliser, keeps logits small (PaLM uses 1e-4).", minimum=0
+    )
+    max_bad_steps: int = option(
+        20, "Stops with an error after this many non-finite steps in a row.", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept and how often. A save holds parameters, optimiser, step, data iterator, config."""
+
+    every_steps: int = option(100, "Steps between saves; the last step is always saved.", minimum=1)
+    keep_last: int = option(2, "Newest checkpoints kept.", minimum=1)
+    keep_best: int = option(1, "Best checkpoints kept, by validation loss; 0: none.", minimum=0)
+    keep_every_steps: int | None = option(
+        None, "Checkpoints at multiples of this are never deleted. None: no such rule.", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation during training and at its end."""
+
+    every_steps: int = option(100, "Steps between validations.", minimum=1)
+    num_batches: int = option(8, "Validation batches per depth.", minimum=1)
+    final_depths: tuple[int, ...] = option(
+        (1, 2, 4, 8, 16, 32), "Depths of the table and the plot at the end.", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not self.final_depths:
+            raise ConfigError("final_depths", "is empty; give at least one depth.")
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Text written during training."""
+
+    every_steps: int = option(200, "Steps between samples; 0: never.", minimum=0)
+    prompts: tuple[str, ...] = option(("The ", "If the "), "What the samples start with.")
+    max_new_tokens: int = option(48, "Tokens per sample.", minimum=1)
+    temperature: float = option(0.7, "0: greedy.", minimum=0)
+    depth: int | None = option(None, "Iterations per token. None: the trained mean.", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What is shown and written."""
+
+    every_steps: int = option(10, "Steps between log lines and metric points.", minimum=1)
+    writers: tuple[str, ...] = option(
+        ("tensorboard",), "Where metrics go besides the log.", choices=("tensorboard", "wandb")
+    )
+    wandb_project: str | None = option(None, "Project for the wandb writer (extra 'wandb').")
+    level: str = option(
+        "info", "Least severe message shown.", choices=("debug", "info", "warning", "error")
+    )
+    progress: str = option(
+        "auto", "bar: a live bar. lines: one line per log point. auto: bar on a terminal.",
+        choices=("auto", "bar", "lines"),
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if ("wandb" in self.writers) != (self.wandb_project is not None):
+            raise ConfigError(
+                "wandb_project", f"{self.wandb_project!r} does not go with writers={self.writers!r}; "
+                "the wandb writer needs a project, the others none.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything that defines a run."""
+
+    preset: str | None = option(None, "Named model size from gin/, applied before other values.")
+    workdir: str = option("runs/recurrent", "Checkpoints, metrics, logs, samples and plots.")
+    environment: tuple[str, ...] = option(
+        (), "NAME=value pairs put into the process environment before JAX starts, such as XLA_FLAGS."
+    )
+    compilation_cache_dir: str | None = option(
+        None, "Keeps compiled programs between runs. None: no cache."
+    )
+    model: ModelConfig = section(ModelConfig, "Architecture.")
+    data: DataConfig = section(DataConfig, "Data.")
+    optimizer: OptimizerConfig = section(OptimizerConfig, "Optimiser.")
+    train: TrainConfig = section(TrainConfig, "Training loop.")
+    mesh: MeshConfig = section(MeshConfig, "Device mesh.")
+    distributed: DistributedConfig = section(DistributedConfig, "Multi-process start.")
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "Validation.")
+    samples: SampleConfig = section(SampleConfig, "Samples.")
+    logging: LoggingConfig = section(LoggingConfig, "Logging.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.data.sequence_length > self.model.max_length:
+            raise ConfigError(
+                "data.sequence_length",
+                f"{self.data.sequence_length} exceeds model.max_length={self.model.max_length}; "
+                "lower it or raise model.max_length.",
+            )
+        if self.data.batch_size % self.train.accumulation:
+            raise ConfigError(
+                "train.accumulation",
+                f"{self.train.accumulation} does not divide data.batch_size="
+                f"{self.data.batch_size}; use a divisor.",
+            )
+        if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.train.steps:
+            raise ConfigError(
+                "optimizer.warmup_steps",
+                f"{self.optimizer.warmup_steps} + decay_steps {self.optimizer.decay_steps} exceed "
+                f"train.steps={self.train.steps}; shorten them.",
+            )
+        if not self.model.is_recurrent and self.samples.depth is not None:
+            raise ConfigError("samples.depth", "a model without a core has no depth; leave it None.")
