@@ -49,7 +49,7 @@ setup(
             "pytest-xdist>=3",
             "ruff>=0.9",
             "tensorboard>=2.18",
-            "typeguard>=4",
+            "beartype>=0.19",
             "types-PyYAML",
         ],
     },

@@ -30,8 +30,10 @@ class TokenizerConfig:
         None, "A SentencePiece .model file to load instead of training one."
     )
     character_coverage: float = option(
-        0.9995, "Share of characters with pieces of their own; the rest fall back to bytes.",
-        above=0, maximum=1,
+        0.9995,
+        "Share of characters with pieces of their own; the rest fall back to bytes.",
+        above=0,
+        maximum=1,
     )
     max_training_bytes: int = option(
         50_000_000, "Text used to train the tokenizer, taken from the start.", minimum=1
@@ -51,16 +53,23 @@ class ReasoningConfig:
         "composition (p-hop). permutation: running product in the symmetric group.",
         choices=REASONING_TASKS,
     )
-    min_length: int = option(1, "Shortest training problem (bits, digits, hops or factors).", minimum=1)
+    min_length: int = option(
+        1, "Shortest training problem (bits, digits, hops or factors).", minimum=1
+    )
     max_length: int = option(16, "Longest training problem.", minimum=1)
     eval_min_length: int = option(
         17, "Shortest held-out problem; longer than max_length tests extrapolation.", minimum=1
     )
     eval_max_length: int = option(32, "Longest held-out problem.", minimum=1)
-    num_train: int = option(1_000_000, "Training problems; each is a function of (seed, index).", minimum=1)
+    num_train: int = option(
+        1_000_000, "Training problems; each is a function of (seed, index).", minimum=1
+    )
     num_eval: int = option(512, "Held-out problems, from a seed of their own.", minimum=1)
     num_symbols: int = option(
-        5, "permutation: degree of the group (5 is S5). hop: size of the set.", minimum=2, maximum=16
+        5,
+        "permutation: degree of the group (5 is S5). hop: size of the set.",
+        minimum=2,
+        maximum=16,
     )
 
     def __post_init__(self) -> None:
@@ -86,7 +95,9 @@ class DataConfig:
     validation_files: tuple[str, ...] = option(
         (), "Validation files; empty: validation_fraction of the training records is held out."
     )
-    text_field: str = option("text", "Name of the record field with the text (jsonl, parquet, tfds).")
+    text_field: str = option(
+        "text", "Name of the record field with the text (jsonl, parquet, tfds)."
+    )
     tfds_name: str | None = option(None, "TFDS name, for example 'lm1b' or 'my_set:1.0.0'.")
     tfds_split: str = option("train", "TFDS split to train on.")
     tfds_validation_split: str | None = option(
@@ -130,13 +141,16 @@ class DataConfig:
                     )
         elif self.reasoning != ReasoningConfig():
             raise ConfigError(
-                "reasoning", f"would be ignored with source={self.source!r}; set source='reasoning'."
+                "reasoning",
+                f"would be ignored with source={self.source!r}; set source='reasoning'.",
             )
 
     def _check_source_options(self) -> None:
         wants_files = self.source in FILE_SOURCES
         if wants_files and not self.files:
-            raise ConfigError("files", f"is empty, but source={self.source!r} reads files; name some.")
+            raise ConfigError(
+                "files", f"is empty, but source={self.source!r} reads files; name some."
+            )
         if not wants_files and (self.files or self.validation_files):
             raise ConfigError(
                 "files",
@@ -145,6 +159,7 @@ class DataConfig:
             )
         if (self.source == "tfds") != (self.tfds_name is not None):
             raise ConfigError(
-                "tfds_name", f"{self.tfds_name!r} does not go with source={self.source!r}; "
+                "tfds_name",
+                f"{self.tfds_name!r} does not go with source={self.source!r}; "
                 "source='tfds' needs a name and the others must leave it None.",
             )

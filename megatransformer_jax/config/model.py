@@ -213,7 +213,9 @@ class RecurrenceConfig:
     ramp_steps: int = option(0, "Optimiser steps that the ramp takes.", minimum=0)
     ramp_from: int = option(1, "Mean number of iterations at step 0 of the ramp.", minimum=1)
     unroll: int = option(
-        1, "Gradient iterations laid out per loop turn; more compiles longer, may run faster.", minimum=1
+        1,
+        "Gradient iterations laid out per loop turn; more compiles longer, may run faster.",
+        minimum=1,
     )
 
     def __post_init__(self) -> None:
@@ -281,22 +283,23 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.attention.head_dim is None:
-            for name, width in (("width", self.width), ("recurrence.core_width", self.core_width)):
-                if width % self.attention.num_heads:
-                    raise ConfigError(
-                        name,
-                        f"{width} is not divisible by attention.num_heads="
-                        f"{self.attention.num_heads}; change either, or set attention.head_dim.",
-                    )
-        if self.positions.scheme == "rotary" and (self.head_dim(self.width) % 2 or self.head_dim(self.core_width) % 2):
-            raise ConfigError(
-                "attention.head_dim",
-                f"{self.head_dim(self.width)} is odd, but rotary positions rotate pairs; "
-                f"make width / num_heads even or choose another positions.scheme.",
-            )
+        for name, width in (("width", self.width), ("recurrence.core_width", self.core_width)):
+            if self.attention.head_dim is None and width % self.attention.num_heads:
+                raise ConfigError(
+                    name,
+                    f"{width} is not divisible by attention.num_heads="
+                    f"{self.attention.num_heads}; change either, or set attention.head_dim.",
+                )
+            if self.positions.scheme == "rotary" and self.head_dim(width) % 2:
+                raise ConfigError(
+                    "attention.head_dim",
+                    f"{self.head_dim(width)} is odd, but rotary positions rotate pairs; "
+                    f"make {name} / num_heads even or choose another positions.scheme.",
+                )
         if self.positions.scheme == "sinusoidal" and self.width % 2:
-            raise ConfigError("width", f"{self.width} is odd; sinusoidal positions need an even width.")
+            raise ConfigError(
+                "width", f"{self.width} is odd; sinusoidal positions need an even width."
+            )
         if self.prelude_layers + self.core_layers + self.coda_layers == 0:
             raise ConfigError("prelude_layers", "there are no layers at all; give at least one.")
         if not self.is_recurrent and self.recurrence != RecurrenceConfig():

@@ -35,13 +35,16 @@ class OptimizerConfig:
         "adapter's a_log and dt_bias) and embeddings have none.",
         minimum=0,
     )
-    clip_norm: float | None = option(1.0, "Global gradient norm is cut to this. None: never.", above=0)
+    clip_norm: float | None = option(
+        1.0, "Global gradient norm is cut to this. None: never.", above=0
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise ConfigError(
-                "decay_steps", f"{self.decay_steps} does not go with schedule={self.schedule!r}; "
+                "decay_steps",
+                f"{self.decay_steps} does not go with schedule={self.schedule!r}; "
                 "wsd needs decay_steps >= 1, the others 0.",
             )
 
@@ -165,7 +168,8 @@ class LoggingConfig:
         "info", "Least severe message shown.", choices=("debug", "info", "warning", "error")
     )
     progress: str = option(
-        "auto", "bar: a live bar. lines: one line per log point. auto: bar on a terminal.",
+        "auto",
+        "bar: a live bar. lines: one line per log point. auto: bar on a terminal.",
         choices=("auto", "bar", "lines"),
     )
 
@@ -173,7 +177,8 @@ class LoggingConfig:
         check_options(self)
         if ("wandb" in self.writers) != (self.wandb_project is not None):
             raise ConfigError(
-                "wandb_project", f"{self.wandb_project!r} does not go with writers={self.writers!r}; "
+                "wandb_project",
+                f"{self.wandb_project!r} does not go with writers={self.writers!r}; "
                 "the wandb writer needs a project, the others none.",
             )
 
@@ -185,7 +190,8 @@ class RunConfig:
     preset: str | None = option(None, "Named model size from gin/, applied before other values.")
     workdir: str = option("runs/recurrent", "Checkpoints, metrics, logs, samples and plots.")
     environment: tuple[str, ...] = option(
-        (), "NAME=value pairs put into the process environment before JAX starts, such as XLA_FLAGS."
+        (),
+        "NAME=value pairs put into the process environment before JAX starts, such as XLA_FLAGS.",
     )
     compilation_cache_dir: str | None = option(
         None, "Keeps compiled programs between runs. None: no cache."
@@ -222,4 +228,6 @@ class RunConfig:
                 f"train.steps={self.train.steps}; shorten them.",
             )
         if not self.model.is_recurrent and self.samples.depth is not None:
-            raise ConfigError("samples.depth", "a model without a core has no depth; leave it None.")
+            raise ConfigError(
+                "samples.depth", "a model without a core has no depth; leave it None."
+            )

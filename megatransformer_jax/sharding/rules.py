@@ -1,0 +1,97 @@
+"""THE table from logical axis to mesh axis, for parameters and for activations.
+
+Parameters and activations name their axes by meaning ('embed', 'heads', 'batch', ...). Only this
+file says which mesh axis shards which meaning.
+"""
+
+import dataclasses
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MeshAxes = str | tuple[str, ...] | None
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardingRules:
+    """One field per logical axis; its value is the mesh axis (or axes) that shards it."""
+
+    # Parameters. fsdp cuts the model width of every matrix, tensor cuts heads, hidden and vocabulary.
+    vocab: MeshAxes = "tensor"
+    embed: MeshAxes = "fsdp"
+    kv_heads: MeshAxes = "tensor"
+    heads: MeshAxes = "tensor"
+    mlp: MeshAxes = "tensor"
+    # Width of the core where a matrix maps it to itself: already cut along its other axis.
+    core_out: MeshAxes = None
+    # Activations.
+    batch: MeshAxes = ("data", "fsdp")
+    length: MeshAxes = "sequence"
+
+    def spec(self, *logical_axes: str | None) -> PartitionSpec:
+        """Mesh axes for an array whose axes have these logical names (None: not sharded)."""
+        return PartitionSpec(*(None if name is None else self._axis(name) for name in logical_axes))
+
+    def without(self, mesh_axis: str) -> "ShardingRules":
+        """The same table with one mesh axis unused: what parameters look like once gathered."""
+        return ShardingRules(
+            **{
+                field.name: _drop(getattr(self, field.name), mesh_axis)
+                for field in dataclasses.fields(self)
+            }
+        )
+
+    def _axis(self, name: str) -> MeshAxes:
+        if name not in self.__dataclass_fields__:
+            known = ", ".join(self.__dataclass_fields__)
+            raise ValueError(f"unknown logical axis {name!r}; known: {known}")
+        return getattr(self, name)
+
+
+def _drop(axes: MeshAxes, mesh_axis: str) -> MeshAxes:
+    if isinstance(axes, tuple):
+        return tuple(axis for axis in axes if axis != mesh_axis)
+    return None if axes == mesh_axis else axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharder:
+    """Places arrays on a mesh by their logical axes. Without a mesh it leaves them alone."""
+
+    mesh: Mesh | None = None
+    rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+
+    def sharding(self, *logical_axes: str | None) -> NamedSharding:
+        """The sharding of an array with these axes. Needs a mesh."""
+        if self.mesh is None:
+            raise ValueError("a Sharder without a mesh has no shardings; construct it with one")
+        return NamedSharding(self.mesh, self.rules.spec(*logical_axes))
+
+    def constrain(self, array: jax.Array, *logical_axes: str | None) -> jax.Array:
+        """Asks the compiler to lay `array` out by the table (identity without a mesh)."""
+        if self.mesh is None:
+            return array
+        if array.ndim != len(logical_axes):
+            raise ValueError(f"shape {array.shape} does not have the axes {logical_axes}")
+        return jax.lax.with_sharding_constraint(array, self.sharding(*logical_axes))
+
+    def gather_params(self, params, logical_axes):
+        """Lays `params` out as the table says but without cuts over fsdp.
+
+        Called on the core's weights before the recurrence, so that they are gathered once per
+        step and not once per iteration; the transpose reduces their gradients once as well.
+
+        Args:
+          params: pytree of arrays.
+          logical_axes: the same tree with a tuple of logical names per array.
+        """
+        if self.mesh is None:
+            return params
+        gathered = Sharder(self.mesh, self.rules.without("fsdp"))
+        return jax.tree.map(
+            lambda array, axes: gathered.constrain(array, *axes),
+            params,
+            logical_axes,
+            is_leaf=lambda node: isinstance(node, jax.Array),
+        )

@@ -1,0 +1,44 @@
+"""Test-wide set-up: eight fake CPU devices, a compilation cache, checked array shapes.
+
+The environment must be set before JAX is imported, so this file imports it nowhere.
+"""
+
+import os
+import pathlib
+
+import jaxtyping
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+NUM_DEVICES = 8
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={NUM_DEVICES}"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ["MPLBACKEND"] = "Agg"
+
+# Array shapes and types are checked here and not in production. Configuration has its own checks,
+# whose messages are tested, so it is left out.
+jaxtyping.install_import_hook(
+    [
+        f"megatransformer_jax.{layer}"
+        for layer in ("ops", "nn", "models", "losses", "generation", "training", "evaluation")
+    ],
+    "beartype.beartype",
+)
+
+
+@pytest.fixture(scope="session")
+def repository() -> pathlib.Path:
+    """The root of the checkout."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def huginn_fixture() -> pathlib.Path:
+    """Folder with Huginn's reference weights and outputs; skips the test if it is absent."""
+    folder = REPOSITORY.parent / "shared" / "fixtures" / "huginn_tiny"
+    if not folder.is_dir():
+        pytest.skip(f"reference data is not here: {folder}")
+    return folder
