@@ -79,6 +79,17 @@ class ReasoningConfig:
                 raise ConfigError(
                     low, f"{getattr(self, low)} exceeds {high}={getattr(self, high)}; lower it."
                 )
+        if self.task == "permutation" and self.num_symbols > 5:
+            raise ConfigError(
+                "num_symbols",
+                f"{self.num_symbols} gives a vocabulary of {self.num_symbols}! elements; "
+                "task='permutation' allows at most 5.",
+            )
+        if self.task in ("parity", "addition") and self.num_symbols != 5:
+            raise ConfigError(
+                "num_symbols",
+                f"{self.num_symbols} would be ignored by task={self.task!r}; leave it at 5.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
