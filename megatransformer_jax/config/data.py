@@ -2,7 +2,14 @@
 
 import dataclasses
 
-from megatransformer_jax.config.option import ConfigError, check_options, option, section
+from megatransformer_jax.config.option import (
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+    section,
+)
 
 FILE_SOURCES = ("text", "jsonl", "parquet", "arrayrecord")
 SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "reasoning")
@@ -42,6 +49,30 @@ class TokenizerConfig:
     def __post_init__(self) -> None:
         check_options(self)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether the run trains a tokenizer itself."""
+        return self.kind == "sentencepiece" and self.model_file is None
+
+    @rule("vocab_size", "model_type", "character_coverage", "max_training_bytes")
+    def _training_options_need_training(self) -> None:
+        """Only for a tokenizer that the run trains: kind='sentencepiece', model_file=None."""
+        if not self.is_trained:
+            require_defaults(
+                self,
+                ("vocab_size", "model_type", "character_coverage", "max_training_bytes"),
+                "because the run trains no tokenizer",
+                "set kind='sentencepiece' and model_file=None",
+            )
+
+    @rule("model_file")
+    def _model_file_needs_sentencepiece(self) -> None:
+        """Only with kind='sentencepiece'."""
+        if self.kind != "sentencepiece":
+            require_defaults(
+                self, ("model_file",), f"with kind={self.kind!r}", "set kind='sentencepiece'"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class ReasoningConfig:
@@ -74,6 +105,10 @@ class ReasoningConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("min_length", "eval_min_length")
+    def _shortest_is_not_longer_than_longest(self) -> None:
+        """At most max_length, eval_max_length."""
         for low, high in (("min_length", "max_length"), ("eval_min_length", "eval_max_length")):
             if getattr(self, low) > getattr(self, high):
                 raise ConfigError(
@@ -143,34 +178,69 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        self._check_source_options()
-        if self.source == "reasoning":
-            for name, default in (("tokenizer", TokenizerConfig()), ("packing", "pack")):
-                if getattr(self, name) != default:
-                    raise ConfigError(
-                        name, "does not apply to source='reasoning'; leave it at its default."
-                    )
-        elif self.reasoning != ReasoningConfig():
-            raise ConfigError(
-                "reasoning",
-                f"would be ignored with source={self.source!r}; set source='reasoning'.",
-            )
 
-    def _check_source_options(self) -> None:
-        wants_files = self.source in FILE_SOURCES
-        if wants_files and not self.files:
+    @rule("files")
+    def _file_sources_need_files(self) -> None:
+        """Given when source is text, jsonl, parquet or arrayrecord."""
+        if self.source in FILE_SOURCES and not self.files:
             raise ConfigError(
                 "files", f"is empty, but source={self.source!r} reads files; name some."
             )
-        if not wants_files and (self.files or self.validation_files):
+
+    @rule("tfds_name")
+    def _tfds_needs_a_name(self) -> None:
+        """Given when source='tfds'."""
+        if self.source == "tfds" and self.tfds_name is None:
             raise ConfigError(
-                "files",
-                f"{(*self.files, *self.validation_files)!r} would be ignored with "
-                f"source={self.source!r}; use one of {', '.join(FILE_SOURCES)}.",
+                "tfds_name", "is None, but source='tfds' needs a data set; give its name."
             )
-        if (self.source == "tfds") != (self.tfds_name is not None):
-            raise ConfigError(
-                "tfds_name",
-                f"{self.tfds_name!r} does not go with source={self.source!r}; "
-                "source='tfds' needs a name and the others must leave it None.",
+
+    @rule("files", "validation_files")
+    def _files_need_a_file_source(self) -> None:
+        """Only with source text, jsonl, parquet or arrayrecord."""
+        self._only_for(FILE_SOURCES, "files", "validation_files")
+
+    @rule("tfds_name", "tfds_split", "tfds_validation_split", "tfds_data_dir")
+    def _tfds_options_need_tfds(self) -> None:
+        """Only with source='tfds'."""
+        names = ("tfds_name", "tfds_split", "tfds_validation_split", "tfds_data_dir")
+        self._only_for(("tfds",), *names)
+
+    @rule("text_field")
+    def _text_field_needs_records_with_fields(self) -> None:
+        """Only with source jsonl, parquet or tfds."""
+        self._only_for(("jsonl", "parquet", "tfds"), "text_field")
+
+    @rule("reasoning")
+    def _reasoning_options_need_reasoning(self) -> None:
+        """At its defaults unless source='reasoning'."""
+        self._only_for(("reasoning",), "reasoning")
+
+    @rule("tokenizer", "packing")
+    def _reasoning_brings_its_own(self) -> None:
+        """At its default with source='reasoning', whose problems have a vocabulary of their own
+        and fill one row each."""
+        if self.source == "reasoning":
+            require_defaults(
+                self, ("tokenizer", "packing"), "with source='reasoning'", "choose another source"
+            )
+
+    @rule("validation_fraction")
+    def _fraction_needs_a_split_to_make(self) -> None:
+        """Only without validation_files and tfds_validation_split, and not for reasoning."""
+        if self.validation_files or self.tfds_validation_split or self.source == "reasoning":
+            require_defaults(
+                self,
+                ("validation_fraction",),
+                "because there is a validation source",
+                "remove validation_files or tfds_validation_split",
+            )
+
+    def _only_for(self, sources: tuple[str, ...], *names: str) -> None:
+        if self.source not in sources:
+            require_defaults(
+                self,
+                names,
+                f"with source={self.source!r}",
+                f"set source to {' or '.join(map(repr, sources))}",
             )

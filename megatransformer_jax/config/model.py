@@ -2,7 +2,15 @@
 
 import dataclasses
 
-from megatransformer_jax.config.option import ConfigError, check_options, option, section
+from megatransformer_jax.config.option import (
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+    section,
+)
+from megatransformer_jax.config.recurrence import RecurrenceConfig
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu", "sigmoid", "tanh", "identity")
 
@@ -44,6 +52,10 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("num_kv_heads")
+    def _kv_heads_divide_heads(self) -> None:
+        """Divides num_heads."""
         if self.num_heads % self.kv_heads:
             raise ConfigError(
                 "num_kv_heads",
@@ -76,16 +88,17 @@ class PositionConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.scheme == "rotary":
-            return
-        for name in ("rotary_base", "rotary_convention"):
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise ConfigError(
-                    name,
-                    f"{getattr(self, name)!r} would be ignored with scheme={self.scheme!r}; "
-                    f"set scheme='rotary' or leave it at {default!r}.",
-                )
+
+    @rule("rotary_base", "rotary_convention")
+    def _rotary_options_need_rotary(self) -> None:
+        """Only with scheme='rotary'."""
+        if self.scheme != "rotary":
+            require_defaults(
+                self,
+                ("rotary_base", "rotary_convention"),
+                f"with scheme={self.scheme!r}",
+                "set scheme='rotary'",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +117,10 @@ class NormConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("bias")
+    def _bias_needs_layernorm(self) -> None:
+        """True only with kind='layernorm'."""
         if self.bias and self.kind != "layernorm":
             raise ConfigError(
                 "bias", f"True needs kind='layernorm', not {self.kind!r}; set bias=False."
@@ -143,102 +160,13 @@ class InitConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        default = type(self).__dataclass_fields__["std"].default
-        if self.scheme == "takase" and self.std != default:
-            raise ConfigError(
-                "std",
-                f"{self.std!r} would be ignored with scheme='takase', which computes its own; "
-                f"use scheme='normal' or 'scaled', or leave std at {default!r}.",
-            )
 
-
-@dataclasses.dataclass(frozen=True)
-class RecurrenceConfig:
-    """How the core is iterated: injection, initial state, and how deep training goes."""
-
-    adapter: str = option(
-        "linear",
-        "Feeds the injected prelude output e into the state s. linear: W [s; e]. sum: s + e. "
-        "gate: s * e. diagonal: exp(-dt A) s + dt B e, stable by design (arXiv 2604.12946).",
-        choices=("linear", "sum", "gate", "diagonal"),
-    )
-    zero_order_hold: bool = option(
-        False,
-        "diagonal only: exact discretisation, (1 - exp(-dt A)) / A instead of dt on the input.",
-    )
-    core_width: int | None = option(
-        None, "Width of the core if it differs from the model's. None: the same.", minimum=1
-    )
-    injection_norm: bool = option(False, "Normalises the prelude's output before injection.")
-    iteration_norm: bool = option(False, "Normalises the core's output after every iteration.")
-    state_init: str = option(
-        "like_init",
-        "First state. like_init: normal cut at 3 std with the embedding's std and scale. normal: "
-        "std 1. embed: std 1/sqrt(D). unit: normal with mean 0 and std 1 per position. zero. "
-        "none: the injected embedding itself.",
-        choices=("like_init", "normal", "embed", "unit", "zero", "none"),
-    )
-    mean_steps: int = option(8, "Mean number of iterations in training (r).", minimum=1)
-    backprop_depth: int = option(
-        4, "Last iterations that gradients flow through (k); the rest run without.", minimum=1
-    )
-    sampling: str = option(
-        "lognormal_poisson",
-        "Distribution of the number of iterations, all with mean about mean_steps. "
-        "lognormal_poisson: Huginn's 'filling', Poisson(exp(normal)) + 1. fixed. "
-        "uniform: 1 .. 2 * mean_steps - 1. poisson: Poisson(mean_steps - 1) + 1. "
-        "truncated_poisson: Poisson(mean_steps), redrawn outside 1 .. max_steps. geometric.",
-        choices=(
-            "lognormal_poisson",
-            "fixed",
-            "uniform",
-            "poisson",
-            "truncated_poisson",
-            "geometric",
-        ),
-    )
-    sampling_sigma: float = option(0.5, "Spread of the log-normal rate.", above=0)
-    max_steps: int = option(64, "No draw is larger than this.", minimum=1)
-    draw_per: str = option(
-        "batch",
-        "One draw for all, for each sequence, or for each token.",
-        choices=("batch", "sequence", "token"),
-    )
-    ramp: str = option(
-        "none",
-        "Curriculum: the mean grows from ramp_from to mean_steps over ramp_steps. linear, or "
-        "one_minus_sqrt: 1 - sqrt(1 - t), slow at first.",
-        choices=("none", "linear", "one_minus_sqrt"),
-    )
-    ramp_steps: int = option(0, "Optimiser steps that the ramp takes.", minimum=0)
-    ramp_from: int = option(1, "Mean number of iterations at step 0 of the ramp.", minimum=1)
-    unroll: int = option(
-        1,
-        "Gradient iterations laid out per loop turn; more compiles longer, may run faster.",
-        minimum=1,
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        if self.mean_steps > self.max_steps:
-            raise ConfigError(
-                "mean_steps",
-                f"{self.mean_steps} exceeds max_steps={self.max_steps}; lower it or raise max_steps.",
-            )
-        if self.zero_order_hold and self.adapter != "diagonal":
-            raise ConfigError(
-                "zero_order_hold",
-                f"True needs adapter='diagonal', not {self.adapter!r}; set it to False.",
-            )
-        if (self.ramp == "none") != (self.ramp_steps == 0):
-            raise ConfigError(
-                "ramp_steps",
-                f"{self.ramp_steps} does not go with ramp={self.ramp!r}; a ramp needs "
-                f"ramp_steps >= 1, and ramp='none' needs ramp_steps=0.",
-            )
-        if self.ramp_from > self.mean_steps:
-            raise ConfigError(
-                "ramp_from", f"{self.ramp_from} exceeds mean_steps={self.mean_steps}; lower it."
+    @rule("std")
+    def _std_needs_a_scheme_that_reads_it(self) -> None:
+        """Only with scheme='normal' or 'scaled'; takase computes its own."""
+        if self.scheme == "takase":
+            require_defaults(
+                self, ("std",), "with scheme='takase'", "use scheme='normal' or 'scaled'"
             )
 
 
@@ -283,6 +211,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("width", "recurrence.core_width", "attention.head_dim")
+    def _heads_fit_widths(self) -> None:
+        """Without attention.head_dim, attention.num_heads divides width and core_width; head
+        widths are even with rotary positions."""
         for name, width in (("width", self.width), ("recurrence.core_width", self.core_width)):
             if self.attention.head_dim is None and width % self.attention.num_heads:
                 raise ConfigError(
@@ -296,18 +229,34 @@ class ModelConfig:
                     f"{self.head_dim(width)} is odd, but rotary positions rotate pairs; "
                     f"make {name} / num_heads even or choose another positions.scheme.",
                 )
+
+    @rule("width")
+    def _sinusoidal_width_is_even(self) -> None:
+        """Even with positions.scheme='sinusoidal'."""
         if self.positions.scheme == "sinusoidal" and self.width % 2:
             raise ConfigError(
                 "width", f"{self.width} is odd; sinusoidal positions need an even width."
             )
+
+    @rule("prelude_layers", "core_layers", "coda_layers")
+    def _has_layers(self) -> None:
+        """At least one layer in all."""
         if self.prelude_layers + self.core_layers + self.coda_layers == 0:
             raise ConfigError("prelude_layers", "there are no layers at all; give at least one.")
+
+    @rule("recurrence")
+    def _recurrence_needs_a_core(self) -> None:
+        """At its defaults when core_layers=0."""
         if not self.is_recurrent and self.recurrence != RecurrenceConfig():
             raise ConfigError(
                 "recurrence",
                 "its options would be ignored with core_layers=0; leave them at their defaults "
                 "or give the core at least one layer.",
             )
+
+    @rule("head_bias")
+    def _head_bias_needs_its_own_head(self) -> None:
+        """True only with tie_embeddings=False."""
         if self.tie_embeddings and self.head_bias:
             raise ConfigError("head_bias", "True needs tie_embeddings=False; set head_bias=False.")
 

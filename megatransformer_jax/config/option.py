@@ -1,18 +1,27 @@
 """Declares one configuration option: default, meaning and check in one place.
 
 Every field of the configuration dataclasses is made by `option(...)`. Its metadata is the single
-source for run-time checks (`check_options`), for the error messages and for docs/options.md.
+source for run-time checks (`check_options`), for the error messages and for docs/options.md. What
+ties several options together is a method marked `@rule(...)`; its docstring goes into the docs.
 """
 
 import dataclasses
+import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
-class ConfigError(ValueError):
-    """A configuration value that cannot be used. The message names the path, the value and the fix."""
+class UserError(ValueError):
+    """Input that cannot be used. Entry points print it without a traceback and exit with 2.
+
+    The message names what was wrong, the value, what is allowed and the fix.
+    """
+
+
+class ConfigError(UserError):
+    """A configuration value that cannot be used. The message names path, value and fix."""
 
     def __init__(self, path: str, problem: str):
         self.path = path
@@ -83,43 +92,110 @@ def section(config_class: type, meaning: str) -> Any:
     return dataclasses.field(default_factory=config_class, metadata={"meaning": meaning})
 
 
-def check_options(config: Any) -> None:
-    """Checks type and range of every option of a configuration dataclass.
+def rule(*paths: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]]:
+    """Marks a method as a check that concerns several options.
 
-    Called from each `__post_init__`, so that no invalid configuration object can exist.
+    The method raises `ConfigError` when the check fails. Its docstring states the rule and is
+    printed in docs/options.md with the options at `paths` (relative to the class).
+    """
+
+    def mark(method: Callable[[Any], None]) -> Callable[[Any], None]:
+        method.rule_paths = paths  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+def rules_of(config_class: type) -> Iterator[Callable[[Any], None]]:
+    """The methods of a configuration dataclass that are marked with `rule`, in their order."""
+    for member in vars(config_class).values():
+        if hasattr(member, "rule_paths"):
+            yield member
+
+
+def require_defaults(config: Any, names: Sequence[str], because: str, fix: str) -> None:
+    """Rejects options that would have no effect, so that none is accepted and ignored.
+
+    Raises:
+      ConfigError: if one of the named options is not at its default.
+    """
+    for name in names:
+        default = default_of(config.__dataclass_fields__[name])
+        if getattr(config, name) != default:
+            raise ConfigError(
+                name,
+                f"{getattr(config, name)!r} would be ignored {because}; "
+                f"{fix}, or leave it at {default!r}.",
+            )
+
+
+def default_of(field: dataclasses.Field) -> Any:
+    """The default of an option, or a section made of defaults."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def check_options(config: Any) -> None:
+    """Checks every option of a configuration dataclass for type and range, then its rules.
+
+    Called from each `__post_init__`, so that no invalid configuration object can exist. A whole
+    number given for a float is stored as a float, so that saving and loading changes nothing.
 
     Raises:
       ConfigError: naming the field, its value, what is allowed and the fix.
     """
+    _check_each(config)
+    for check in rules_of(type(config)):
+        check(config)
+
+
+def _check_each(config: Any) -> None:
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         declared = hints[field.name]
         if not has_type(value, declared):
-            raise ConfigError(
-                field.name,
-                f"{value!r} is of type {type(value).__name__}; allowed: {type_name(declared)}. "
-                f"Give a value of that type.",
-            )
+            raise ConfigError(field.name, wrong_type(value, declared))
+        if isinstance(value, int) and not has_type(value, declared, exact=True):
+            value = float(value)
+            object.__setattr__(config, field.name, value)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(field.name, f"{value!r} is not allowed; it must be a finite number.")
         check = field.metadata.get("check")
         if check is not None and value is not None and not check.allows(value):
+            subject = "each item" if isinstance(value, tuple) else "it"
             raise ConfigError(
-                field.name, f"{value!r} is not allowed; it must be {check.describe()}."
+                field.name, f"{value!r} is not allowed; {subject} must be {check.describe()}."
             )
 
 
-def has_type(value: Any, declared: Any) -> bool:
-    """Whether `value` is of the declared type. A bool is no int; an int serves as a float."""
+def wrong_type(value: Any, declared: Any) -> str:
+    """The words of the error for a value of the wrong type."""
+    return (
+        f"{value!r} is of type {type(value).__name__}; allowed: {type_name(declared)}. "
+        "Give a value of that type."
+    )
+
+
+def has_type(value: Any, declared: Any, exact: bool = False) -> bool:
+    """Whether `value` is of the declared type.
+
+    A bool is no int. An int serves as a float, unless `exact`.
+    """
     origin = typing.get_origin(declared)
     if origin in (typing.Union, types.UnionType):
-        return any(has_type(value, option_type) for option_type in typing.get_args(declared))
+        return any(has_type(value, part, exact) for part in typing.get_args(declared))
     if origin is tuple:
         item_types = typing.get_args(declared)
         if not isinstance(value, tuple):
             return False
         if len(item_types) == 2 and item_types[1] is Ellipsis:
-            return all(has_type(item, item_types[0]) for item in value)
-        return len(value) == len(item_types) and all(map(has_type, value, item_types))
+            return all(has_type(item, item_types[0], exact) for item in value)
+        return len(value) == len(item_types) and all(
+            has_type(item, item_type, exact)
+            for item, item_type in zip(value, item_types, strict=True)
+        )
     if declared is type(None):
         return value is None
     if declared is bool:
@@ -127,7 +203,7 @@ def has_type(value: Any, declared: Any) -> bool:
     if isinstance(value, bool):
         return False
     if declared is float:
-        return isinstance(value, (int, float))
+        return isinstance(value, float if exact else (int, float))
     return isinstance(value, declared)
 
 

@@ -4,7 +4,14 @@ import dataclasses
 
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.option import ConfigError, check_options, option, section
+from megatransformer_jax.config.option import (
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+    section,
+)
 
 OPTIMIZERS = ("adamw",)
 
@@ -41,6 +48,18 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("final_fraction")
+    def _final_fraction_needs_a_decay(self) -> None:
+        """Only with a schedule that decays."""
+        if self.schedule == "constant":
+            require_defaults(
+                self, ("final_fraction",), "with schedule='constant'", "choose another schedule"
+            )
+
+    @rule("decay_steps")
+    def _decay_steps_go_with_wsd(self) -> None:
+        """At least 1 with schedule='wsd', otherwise 0."""
         if (self.schedule == "wsd") != (self.decay_steps > 0):
             raise ConfigError(
                 "decay_steps",
@@ -60,6 +79,10 @@ class MeshConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("data")
+    def _data_axis_is_not_empty(self) -> None:
+        """Not 0. The product of all axes is the number of devices (checked when they are known)."""
         if self.data == 0:
             raise ConfigError("data", "0 is not allowed; use -1 (what is left) or at least 1.")
 
@@ -75,12 +98,30 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("coordinator", "num_processes", "process_id")
+    def _process_options_go_together(self) -> None:
+        """All three or none, and only with enabled=True."""
         given = [self.coordinator, self.num_processes, self.process_id]
         if not self.enabled and any(value is not None for value in given):
             raise ConfigError("enabled", "False, yet process options are given; set enabled=True.")
         if len({value is None for value in given}) > 1:
             raise ConfigError(
-                "coordinator", "give coordinator, num_processes and process_id together, or none."
+                "coordinator",
+                f"coordinator={self.coordinator!r}, num_processes={self.num_processes!r}, "
+                f"process_id={self.process_id!r}: give all three, or none.",
+            )
+
+    @rule("process_id")
+    def _process_is_one_of_them(self) -> None:
+        """Below num_processes."""
+        if self.num_processes is None or self.process_id is None:
+            return
+        if self.process_id >= self.num_processes:
+            raise ConfigError(
+                "process_id",
+                f"{self.process_id} is not below num_processes={self.num_processes}; "
+                "processes count from 0.",
             )
 
 
@@ -112,7 +153,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept and how often. A save holds parameters, optimiser, step, data iterator, config."""
+    """What is kept and how often. A save has parameters, optimiser, step, data iterator, config."""
 
     every_steps: int = option(100, "Steps between saves; the last step is always saved.", minimum=1)
     keep_last: int = option(2, "Newest checkpoints kept.", minimum=1)
@@ -123,6 +164,16 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("keep_every_steps")
+    def _kept_steps_are_saved_steps(self) -> None:
+        """A multiple of every_steps."""
+        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
+            raise ConfigError(
+                "keep_every_steps",
+                f"{self.keep_every_steps} is no multiple of every_steps={self.every_steps}, so "
+                "there would be nothing to keep; use a multiple.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +188,17 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("final_depths")
+    def _depths_are_increasing(self) -> None:
+        """At least one depth, in increasing order."""
         if not self.final_depths:
             raise ConfigError("final_depths", "is empty; give at least one depth.")
+        if list(self.final_depths) != sorted(set(self.final_depths)):
+            raise ConfigError(
+                "final_depths",
+                f"{self.final_depths!r} is not increasing; sort it, each depth once.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +213,16 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("prompts")
+    def _samples_need_prompts(self) -> None:
+        """At least one unless every_steps=0."""
+        if self.every_steps and not self.prompts:
+            raise ConfigError(
+                "prompts",
+                f"is empty with every_steps={self.every_steps}; give a prompt or set "
+                "every_steps=0.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +245,16 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("writers")
+    def _writers_are_different(self) -> None:
+        """Each at most once."""
+        if len(set(self.writers)) != len(self.writers):
+            raise ConfigError("writers", f"{self.writers!r} repeats a writer; name each once.")
+
+    @rule("wandb_project")
+    def _wandb_project_goes_with_wandb(self) -> None:
+        """Given if and only if writers has wandb."""
         if ("wandb" in self.writers) != (self.wandb_project is not None):
             raise ConfigError(
                 "wandb_project",
@@ -209,25 +289,84 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("workdir")
+    def _workdir_is_named(self) -> None:
+        """Not empty."""
+        if not self.workdir:
+            raise ConfigError("workdir", "'' is not a folder; name one, such as 'runs/mine'.")
+
+    @rule("environment")
+    def _environment_has_pairs(self) -> None:
+        """Each item is NAME=value, each name once."""
+        names = [item.partition("=")[0] for item in self.environment]
+        for item, name in zip(self.environment, names, strict=True):
+            if "=" not in item or not name.isidentifier():
+                raise ConfigError(
+                    "environment",
+                    f"{item!r} is not a NAME=value pair; write for example 'JAX_PLATFORMS=cpu'.",
+                )
+            if names.count(name) > 1:
+                raise ConfigError("environment", f"sets {name} twice; keep one of them.")
+
+    @rule("data.sequence_length")
+    def _sequences_fit_the_model(self) -> None:
+        """At most model.max_length."""
         if self.data.sequence_length > self.model.max_length:
             raise ConfigError(
                 "data.sequence_length",
                 f"{self.data.sequence_length} exceeds model.max_length={self.model.max_length}; "
                 "lower it or raise model.max_length.",
             )
+
+    @rule("data.tokenizer.vocab_size")
+    def _tokens_fit_the_model(self) -> None:
+        """At most model.vocab_size for a tokenizer that the run trains."""
+        tokenizer = self.data.tokenizer
+        if self.data.source == "reasoning" or not tokenizer.is_trained:
+            return  # The size is known, and checked, once the vocabulary is loaded.
+        if tokenizer.vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                "data.tokenizer.vocab_size",
+                f"{tokenizer.vocab_size} exceeds model.vocab_size={self.model.vocab_size}; "
+                "lower it or raise model.vocab_size.",
+            )
+
+    @rule("data.batch_size")
+    def _batch_fits_processes(self) -> None:
+        """Divisible by distributed.num_processes."""
+        if self.data.batch_size % (self.distributed.num_processes or 1):
+            raise ConfigError(
+                "data.batch_size",
+                f"{self.data.batch_size} is not divisible by distributed.num_processes="
+                f"{self.distributed.num_processes}; use a multiple.",
+            )
+
+    @rule("train.accumulation")
+    def _accumulation_divides_the_batch(self) -> None:
+        """Divides data.batch_size."""
         if self.data.batch_size % self.train.accumulation:
             raise ConfigError(
                 "train.accumulation",
                 f"{self.train.accumulation} does not divide data.batch_size="
                 f"{self.data.batch_size}; use a divisor.",
             )
+
+    @rule("optimizer.warmup_steps", "optimizer.decay_steps")
+    def _schedule_fits_the_run(self) -> None:
+        """Together at most train.steps."""
         if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.train.steps:
             raise ConfigError(
                 "optimizer.warmup_steps",
                 f"{self.optimizer.warmup_steps} + decay_steps {self.optimizer.decay_steps} exceed "
                 f"train.steps={self.train.steps}; shorten them.",
             )
+
+    @rule("samples.depth")
+    def _sample_depth_needs_a_core(self) -> None:
+        """None when model.core_layers=0."""
         if not self.model.is_recurrent and self.samples.depth is not None:
             raise ConfigError(
-                "samples.depth", "a model without a core has no depth; leave it None."
+                "samples.depth",
+                f"{self.samples.depth} has no meaning with model.core_layers=0; leave it None.",
             )

@@ -1,0 +1,139 @@
+"""Depth recurrence: how the core is iterated, as a frozen dataclass."""
+
+import dataclasses
+
+from megatransformer_jax.config.option import (
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrenceConfig:
+    """How the core is iterated: injection, initial state, and how deep training goes."""
+
+    adapter: str = option(
+        "linear",
+        "Feeds the injected prelude output e into the state s. linear: W [s; e]. sum: s + e. "
+        "gate: s * e. diagonal: exp(-dt A) s + dt B e, stable by design (arXiv 2604.12946).",
+        choices=("linear", "sum", "gate", "diagonal"),
+    )
+    zero_order_hold: bool = option(
+        False,
+        "diagonal only: exact discretisation, (1 - exp(-dt A)) / A instead of dt on the input.",
+    )
+    core_width: int | None = option(
+        None, "Width of the core if it differs from the model's. None: the same.", minimum=1
+    )
+    injection_norm: bool = option(False, "Normalises the prelude's output before injection.")
+    iteration_norm: bool = option(False, "Normalises the core's output after every iteration.")
+    state_init: str = option(
+        "like_init",
+        "First state. like_init: normal cut at 3 std with the embedding's std and scale. normal: "
+        "std 1. embed: std 1/sqrt(D). unit: normal with mean 0 and std 1 per position. zero. "
+        "none: the injected embedding itself.",
+        choices=("like_init", "normal", "embed", "unit", "zero", "none"),
+    )
+    mean_steps: int = option(8, "Mean number of iterations in training (r).", minimum=1)
+    backprop_depth: int = option(
+        4, "Last iterations that gradients flow through (k); the rest run without.", minimum=1
+    )
+    sampling: str = option(
+        "lognormal_poisson",
+        "Distribution of the number of iterations, all with mean about mean_steps. "
+        "lognormal_poisson: Huginn's 'filling', Poisson(exp(normal)) + 1. fixed. "
+        "uniform: 1 .. 2 * mean_steps - 1. poisson: Poisson(mean_steps - 1) + 1. "
+        "truncated_poisson: Poisson(mean_steps), redrawn outside 1 .. max_steps. geometric.",
+        choices=(
+            "lognormal_poisson",
+            "fixed",
+            "uniform",
+            "poisson",
+            "truncated_poisson",
+            "geometric",
+        ),
+    )
+    sampling_sigma: float = option(0.5, "Spread of the log-normal rate.", above=0)
+    max_steps: int = option(64, "No draw is larger than this.", minimum=1)
+    draw_per: str = option(
+        "batch",
+        "One draw for all, for each sequence, or for each token.",
+        choices=("batch", "sequence", "token"),
+    )
+    ramp: str = option(
+        "none",
+        "Curriculum: the mean grows from ramp_from to mean_steps over ramp_steps. linear, or "
+        "one_minus_sqrt: 1 - sqrt(1 - t), slow at first.",
+        choices=("none", "linear", "one_minus_sqrt"),
+    )
+    ramp_steps: int = option(0, "Optimiser steps that the ramp takes.", minimum=0)
+    ramp_from: int = option(1, "Mean number of iterations at step 0 of the ramp.", minimum=1)
+    unroll: int = option(
+        1,
+        "Gradient iterations laid out per loop turn; more compiles longer, may run faster.",
+        minimum=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("mean_steps", "backprop_depth")
+    def _depths_fit_max_steps(self) -> None:
+        """At most max_steps."""
+        for name in ("mean_steps", "backprop_depth"):
+            if getattr(self, name) > self.max_steps:
+                raise ConfigError(
+                    name,
+                    f"{getattr(self, name)} exceeds max_steps={self.max_steps}; "
+                    "lower it or raise max_steps.",
+                )
+
+    @rule("zero_order_hold")
+    def _zero_order_hold_needs_diagonal(self) -> None:
+        """True only with adapter='diagonal'."""
+        if self.zero_order_hold and self.adapter != "diagonal":
+            raise ConfigError(
+                "zero_order_hold",
+                f"True needs adapter='diagonal', not {self.adapter!r}; set it to False.",
+            )
+
+    @rule("sampling_sigma")
+    def _sigma_needs_lognormal(self) -> None:
+        """Only with sampling='lognormal_poisson'."""
+        if self.sampling != "lognormal_poisson":
+            require_defaults(
+                self,
+                ("sampling_sigma",),
+                f"with sampling={self.sampling!r}",
+                "set sampling='lognormal_poisson'",
+            )
+
+    @rule("ramp_steps", "ramp_from")
+    def _ramp_options_go_together(self) -> None:
+        """ramp='none' needs both at their defaults, the other ramps need ramp_steps >= 1."""
+        if self.ramp == "none":
+            require_defaults(self, ("ramp_steps", "ramp_from"), "with ramp='none'", "choose a ramp")
+        elif self.ramp_steps == 0:
+            raise ConfigError(
+                "ramp_steps", f"0 does not go with ramp={self.ramp!r}; give at least 1."
+            )
+
+    @rule("ramp_from")
+    def _ramp_starts_below_the_mean(self) -> None:
+        """At most mean_steps."""
+        if self.ramp_from > self.mean_steps:
+            raise ConfigError(
+                "ramp_from", f"{self.ramp_from} exceeds mean_steps={self.mean_steps}; lower it."
+            )
+
+    @rule("unroll")
+    def _unroll_fits_backprop_depth(self) -> None:
+        """At most backprop_depth."""
+        if self.unroll > self.backprop_depth:
+            raise ConfigError(
+                "unroll",
+                f"{self.unroll} exceeds backprop_depth={self.backprop_depth}; lower it.",
+            )
