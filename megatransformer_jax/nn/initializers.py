@@ -23,17 +23,17 @@ class WeightInit:
     @property
     def input(self) -> jax.nn.initializers.Initializer:
         """Matrices that read the residual stream."""
-        return _truncated(self.input_std)
+        return truncated_normal(self.input_std)
 
     @property
     def residual(self) -> jax.nn.initializers.Initializer:
         """Matrices that write into the residual stream."""
-        return _truncated(self.residual_std)
+        return truncated_normal(self.residual_std)
 
     @property
     def embedding(self) -> jax.nn.initializers.Initializer:
         """Token and learned position embeddings, and an untied head."""
-        return _truncated(self.embedding_std)
+        return truncated_normal(self.embedding_std)
 
 
 def weight_init(config: ModelConfig, width: int) -> WeightInit:
@@ -53,5 +53,6 @@ def weight_init(config: ModelConfig, width: int) -> WeightInit:
     return WeightInit(std, std * scale if scheme == "scaled" else std, std)
 
 
-def _truncated(std: float) -> jax.nn.initializers.Initializer:
+def truncated_normal(std: float) -> jax.nn.initializers.Initializer:
+    """Normal with this standard deviation before the cut at `TRUNCATION` of them."""
     return nn.initializers.truncated_normal(std, lower=-TRUNCATION, upper=TRUNCATION)

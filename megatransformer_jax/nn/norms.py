@@ -6,6 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from megatransformer_jax.config.model import NormConfig
+from megatransformer_jax.nn.parameters import vector
 
 
 def rms_normalize(
@@ -39,15 +40,10 @@ class Norm(nn.Module):
     def __call__(self, array: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Normalises the last axis; output has the input's shape and type."""
         width = array.shape[-1]
-        scale = self.param("scale", replicated(nn.initializers.ones), (width,), jnp.float32)
+        scale = vector(self, "scale", nn.initializers.ones, (width,))
         if self.config.kind == "rmsnorm":
             return rms_normalize(array, scale, self.config.eps)
         bias = None
         if self.config.bias:
-            bias = self.param("bias", replicated(nn.initializers.zeros), (width,), jnp.float32)
+            bias = vector(self, "bias", nn.initializers.zeros, (width,))
         return layer_normalize(array, scale, bias, self.config.eps)
-
-
-def replicated(init: jax.nn.initializers.Initializer):
-    """Marks a vector parameter as present on every device."""
-    return nn.with_partitioning(init, (None,))

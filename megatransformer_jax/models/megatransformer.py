@@ -1,0 +1,228 @@
+"""The text model: embedding, prelude, recurrent core, coda, head."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.core import unfreeze
+from jaxtyping import Array, Float, Int, Key
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.models.core import RecurrentCore
+from megatransformer_jax.models.recurrence import recur
+from megatransformer_jax.models.state_init import initial_state
+from megatransformer_jax.nn.block import Stack, remat_policy
+from megatransformer_jax.nn.context import LayerContext
+from megatransformer_jax.nn.embedding import TextEmbedding
+from megatransformer_jax.nn.initializers import weight_init
+from megatransformer_jax.nn.norms import Norm
+from megatransformer_jax.nn.parameters import axes_of, matrix
+from megatransformer_jax.ops.masks import AttentionMask
+from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy, ModelOutput
+
+
+class MegaTransformer(nn.Module):
+    """A causal language model whose core is iterated `num_steps` times.
+
+    As in Huginn, one norm serves twice: on the core's final state and before the head. Without a
+    core (`core_layers=0`) it is a plain causal LM, and the norm stands before the head only.
+    """
+
+    config: ModelConfig
+    policy: DTypePolicy
+    sharder: Sharder
+    platform: str
+
+    def setup(self) -> None:
+        """Declares all parts; the core's parameters are one tree, so that a loop can take them."""
+        config = self.config
+        init = weight_init(config, config.width)
+        parts = (init, self.policy, self.sharder, self.platform, config.remat)
+        self.embedding = TextEmbedding(config, init, self.policy, self.sharder)
+        self.prelude = Stack(config, config.prelude_layers, *parts)
+        self.coda = Stack(config, config.coda_layers, *parts)
+        self.final_norm = Norm(config.norm)
+        if config.is_recurrent:
+            self.core_params = self.param("core", self._init_core)
+            if config.core_width != config.width:
+                shape, axes = (config.width, config.core_width), ("embed", "core_out")
+                self.core_in = matrix(self, "core_in", init.input, shape, axes, self.policy)
+                core_init = weight_init(config, config.core_width).input
+                self.core_out = matrix(self, "core_out", core_init, shape[::-1], axes, self.policy)
+            if config.recurrence.injection_norm:
+                self.injection_norm = Norm(config.norm)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        num_steps: Int[Array, "*draws"] | int,
+        backprop_depth: int = 0,
+        state: Float[Array, "B T D"] | None = None,
+        head_mask: Float[Array, "L N"] | None = None,
+        deterministic: bool = True,
+    ) -> ModelOutput:
+        """Scores the next token at every position.
+
+        Args:
+          tokens: token ids.
+          positions: position of each token in its document. None: 0, 1, 2, ...
+          segment_ids: document of each token, 0 for padding. None: one document per row.
+          num_steps: iterations of the core: [], [B] or [B, T]; traced. Ignored without a core.
+          backprop_depth: last iterations that gradients flow through; 0 for inference.
+          state: the core's first state, [B, T, core width]. None: `recurrence.state_init`, from
+            the rng stream 'state'.
+          head_mask: factor on the output of each head, one row per layer: prelude, core, coda.
+          deterministic: no dropout. Otherwise the rng stream 'dropout' is needed.
+
+        Returns:
+          Logits, and the latent: the core's state after the final norm.
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        config = self.config
+        outer = self._context(positions, segment_ids, deterministic, config.width)
+        masks = self._split_head_mask(head_mask)
+        x = self.embedding(tokens, positions, deterministic)
+        x = self.prelude(x, outer.replace(head_mask=masks[0]))
+        if config.is_recurrent:
+            inner = self._context(positions, segment_ids, deterministic, config.core_width)
+            inner = inner.replace(head_mask=masks[1])
+            x = self._iterate_core(x, inner, jnp.asarray(num_steps), backprop_depth, state)
+            x = self.final_norm(x)
+        latent = x
+        x = self.coda(x, outer.replace(head_mask=masks[2]))
+        return ModelOutput(self.embedding.logits(self.final_norm(x)), latent)
+
+    def _context(
+        self,
+        positions: jax.Array,
+        segment_ids: jax.Array | None,
+        deterministic: bool,
+        width: int,
+    ) -> LayerContext:
+        config = self.config
+        attention = config.attention
+        mask = AttentionMask(
+            is_causal=True,
+            window=attention.window,
+            query_segment_ids=segment_ids,
+            key_segment_ids=segment_ids,
+        )
+        scheme = config.positions.scheme
+        rotary = None
+        if scheme == "rotary":
+            rotary = rotary_table(positions, config.head_dim(width), config.positions.rotary_base)
+        slopes = alibi_slopes(attention.num_heads) if scheme == "alibi" else None
+        return LayerContext(mask, rotary, slopes, None, deterministic)
+
+    def _iterate_core(
+        self,
+        x: jax.Array,
+        context: LayerContext,
+        num_steps: jax.Array,
+        backprop_depth: int,
+        state: jax.Array | None,
+    ) -> jax.Array:
+        config = self.config
+        core = self._core()
+        injected = self._injection(x)
+        if state is None:
+            needs_key = config.recurrence.state_init not in ("zero", "none")
+            state = initial_state(config, self.make_rng("state") if needs_key else None, injected)
+        state = self.sharder.constrain(state.astype(injected.dtype), "batch", "length", None)
+        params = self._gathered_core_params()
+        prepared = core.apply({"params": params}, injected, method="prepare")
+        dropout_key = None if context.deterministic else self.make_rng("dropout")
+
+        def iterate(
+            params: Any, state: jax.Array, prepared: jax.Array, step: jax.Array
+        ) -> jax.Array:
+            rngs = {}
+            if dropout_key is not None:
+                rngs = {"dropout": jax.random.fold_in(dropout_key, step)}
+            return core.apply({"params": params}, state, prepared, context, rngs=rngs)
+
+        if config.remat != "none":
+            iterate = jax.checkpoint(iterate, policy=remat_policy(config.remat))
+        state = recur(
+            iterate,
+            params,
+            prepared,
+            state,
+            num_steps,
+            backprop_depth=backprop_depth,
+            unroll=config.recurrence.unroll,
+        )
+        return state if config.core_width == config.width else state @ self.core_out
+
+    def _injection(self, x: jax.Array) -> jax.Array:
+        if self.config.recurrence.injection_norm:
+            x = self.injection_norm(x)
+        return x if self.config.core_width == self.config.width else x @ self.core_in
+
+    def _gathered_core_params(self) -> Any:
+        """The core's weights in the compute type, whole on every fsdp device before the loop."""
+        axes = axes_of(jax.eval_shape(self._init_core, jax.random.key(0)))
+
+        def cast(weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+            # Vectors (norm scales, biases, a_log, dt_bias) stay float32.
+            is_matrix = any(name is not None for name in names) and weight.ndim > 1
+            return weight.astype(self.policy.compute) if is_matrix else weight
+
+        # Linen freezes dicts that `setup` stores.
+        params = jax.tree.map(cast, unfreeze(self.core_params), axes)
+        return self.sharder.gather_params(params, axes)
+
+    def _core(self) -> RecurrentCore:
+        return RecurrentCore(self.config, self.policy, self.sharder, self.platform, parent=None)
+
+    def _init_core(self, key: Key[Array, ""]) -> Any:
+        state = jnp.zeros((1, 1, self.config.core_width), self.policy.compute)
+        positions = jnp.zeros((1, 1), jnp.int32)
+        context = self._context(positions, None, True, self.config.core_width)
+        core = RecurrentCore(self.config, self.policy, Sharder(), self.platform, parent=None)
+        return core.init(key, state, state, context, method="prepare_and_call")["params"]
+
+    def _split_head_mask(self, head_mask: jax.Array | None) -> tuple[jax.Array | None, ...]:
+        config = self.config
+        if head_mask is None:
+            return None, None, None
+        first, last = config.prelude_layers, config.prelude_layers + config.core_layers
+        wanted = (last + config.coda_layers, config.attention.num_heads)
+        if head_mask.shape != wanted:
+            raise ValueError(
+                f"head_mask has shape {head_mask.shape}; it must be {wanted}: one row per layer "
+                "of prelude, core and coda, one column per head"
+            )
+        return head_mask[:first], head_mask[first:last], head_mask[last:]
+
+
+def build_model(
+    config: ModelConfig, policy: DTypePolicy, sharder: Sharder, platform: str
+) -> MegaTransformer:
+    """The model for a config. `platform` ('cpu', 'gpu', 'tpu') decides attention kernels."""
+    return MegaTransformer(config, policy, sharder, platform)
+
+
+def init_params(model: MegaTransformer, key: Key[Array, ""]) -> Any:
+    """Fresh parameters: nested dict of float32 arrays."""
+    return nn.meta.unbox(_init_boxed(model, key))
+
+
+def param_axes(model: MegaTransformer) -> Any:
+    """Logical axis names of every parameter, in the tree of `init_params`."""
+    return axes_of(jax.eval_shape(lambda key: _init_boxed(model, key), jax.random.key(0)))
+
+
+def _init_boxed(model: MegaTransformer, key: jax.Array) -> Any:
+    # Shapes of parameters depend on no input, so the smallest will do, without a mesh.
+    alone = model.copy(sharder=Sharder())
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    rngs = dict(zip(("params", "state"), jax.random.split(key), strict=True))
+    return alone.init(rngs, tokens, num_steps=1)["params"]

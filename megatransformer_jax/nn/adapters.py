@@ -1,0 +1,155 @@
+"""Adapters: how the injected prelude output enters the recurrent state.
+
+Each splits into `prepare`, which depends on the injected embedding alone and runs once before the
+loop, and `__call__`, which runs in every iteration.
+"""
+
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.nn.initializers import WeightInit
+from megatransformer_jax.nn.parameters import matrix, vector
+from megatransformer_jax.types import DTypePolicy
+
+# exp(-dt A) at initialisation: the square root of 1/5, which keeps the variance of a state under
+# repeated decay and unit input near what Parcae (arXiv 2604.12946) starts from.
+INITIAL_DECAY = math.sqrt(1 / 5)
+
+
+class Adapter(Protocol):
+    """What the recurrent core needs of an adapter."""
+
+    def prepare(self, embedding: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The part of the injection that is the same in every iteration."""
+        ...
+
+    def __call__(
+        self, state: Float[Array, "B T D"], prepared: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """The core's input: state with the injection."""
+        ...
+
+
+class LinearAdapter(nn.Module):
+    """W [s; e], as Huginn. W is two matrices, so that W_e e is computed once for all iterations."""
+
+    width: int
+    inits: WeightInit
+    policy: DTypePolicy
+
+    def setup(self) -> None:
+        """Declares both halves of W."""
+        shape, axes = (self.width, self.width), ("embed", "core_out")
+        init = self.inits.input
+        self.state_kernel = matrix(self, "state_kernel", init, shape, axes, self.policy)
+        self.embedding_kernel = matrix(self, "embedding_kernel", init, shape, axes, self.policy)
+
+    def prepare(self, embedding: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """W_e e."""
+        return embedding @ self.embedding_kernel
+
+    def __call__(
+        self, state: Float[Array, "B T D"], prepared: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """W_s s + W_e e."""
+        return state @ self.state_kernel + prepared
+
+
+class SumAdapter(nn.Module):
+    """s + e."""
+
+    def prepare(self, embedding: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The embedding unchanged."""
+        return embedding
+
+    def __call__(
+        self, state: Float[Array, "B T D"], prepared: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """Adds."""
+        return state + prepared
+
+
+class GateAdapter(nn.Module):
+    """s * e, multiplicative."""
+
+    def prepare(self, embedding: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The embedding unchanged."""
+        return embedding
+
+    def __call__(
+        self, state: Float[Array, "B T D"], prepared: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """Multiplies channel by channel."""
+        return state * prepared
+
+
+class DiagonalAdapter(nn.Module):
+    """exp(-dt A) s + dt B e with A = exp(a_log), dt = softplus(dt_bias): Parcae, arXiv 2604.12946.
+
+    The decay is in (0, 1) for any value of the parameters, so the linear part of the recurrence
+    cannot grow. B starts as the identity. None of the three has weight decay. With
+    `zero_order_hold` the input's factor is the exact (1 - exp(-dt A)) / A in place of dt.
+    """
+
+    width: int
+    zero_order_hold: bool
+    policy: DTypePolicy
+
+    def setup(self) -> None:
+        """Declares A, dt and B so that the decay starts at INITIAL_DECAY."""
+        shape = (self.width,)
+        # softplus(dt_bias) = -log(INITIAL_DECAY) with A = 1.
+        dt_bias = math.log(math.expm1(-math.log(INITIAL_DECAY)))
+        self.a_log = vector(self, "a_log", nn.initializers.zeros, shape)
+        self.dt_bias = vector(self, "dt_bias", nn.initializers.constant(dt_bias), shape)
+        square, axes = (self.width, self.width), ("embed", "core_out")
+        self.b_matrix = matrix(self, "b_matrix", identity, square, axes, self.policy)
+
+    def prepare(self, embedding: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The input dt B e, or its exact form."""
+        rate, dt = jnp.exp(self.a_log), jax.nn.softplus(self.dt_bias)
+        gain = -jnp.expm1(-dt * rate) / rate if self.zero_order_hold else dt
+        return (embedding @ self.b_matrix) * gain.astype(embedding.dtype)
+
+    def __call__(
+        self, state: Float[Array, "B T D"], prepared: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """Decays the state and adds the input."""
+        decay = jnp.exp(-jax.nn.softplus(self.dt_bias) * jnp.exp(self.a_log))
+        return decay.astype(state.dtype) * state + prepared
+
+
+def build_adapter(
+    config: ModelConfig, init: WeightInit, policy: DTypePolicy, name: str | None = None
+) -> LinearAdapter | SumAdapter | GateAdapter | DiagonalAdapter:
+    """The adapter that `recurrence.adapter` names.
+
+    Raises:
+      ValueError: for an unknown name; lists the known ones.
+    """
+    width = config.core_width
+    match config.recurrence.adapter:
+        case "linear":
+            return LinearAdapter(width, init, policy, name=name)
+        case "sum":
+            return SumAdapter(name=name)
+        case "gate":
+            return GateAdapter(name=name)
+        case "diagonal":
+            hold = config.recurrence.zero_order_hold
+            return DiagonalAdapter(width, hold, policy, name=name)
+    raise ValueError(
+        f"unknown adapter {config.recurrence.adapter!r}; known: linear, sum, gate, diagonal"
+    )
+
+
+def identity(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    """Initialiser: ones on the diagonal. `key` is not needed."""
+    del key
+    return jnp.eye(*shape, dtype=dtype)

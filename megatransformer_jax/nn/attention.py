@@ -1,0 +1,104 @@
+"""Self-attention layer: fused projections, grouped heads, query/key bias and norm."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.nn.context import LayerContext
+from megatransformer_jax.nn.initializers import WeightInit
+from megatransformer_jax.nn.norms import rms_normalize
+from megatransformer_jax.nn.parameters import matrix, vector
+from megatransformer_jax.ops.attention import attention
+from megatransformer_jax.ops.positions import apply_rotary
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+
+class SelfAttention(nn.Module):
+    """Multi-head (K = N) or grouped-query (K < N) attention over one sequence.
+
+    One matrix holds all projections as [D, K, G+2, H]: per KV head its G queries, then its key,
+    then its value. So one product serves all three, and a cut over K (mesh axis `tensor`) keeps
+    every group whole on its device.
+    """
+
+    config: ModelConfig
+    inits: WeightInit
+    policy: DTypePolicy
+    sharder: Sharder
+    platform: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: LayerContext, layer: int = 0
+    ) -> Float[Array, "B T D"]:
+        """Attends within `x`; `layer` picks the row of the context's head mask."""
+        config = self.config.attention
+        query, key, value = self._project(x)
+        query, key = self._prepare(query, key)
+        if context.rotary is not None:
+            convention = self.config.positions.rotary_convention
+            query = apply_rotary(query, context.rotary, convention)
+            key = apply_rotary(key, context.rotary, convention)
+        query = self.sharder.constrain(query, "batch", "length", "heads", None)
+        key = self.sharder.constrain(key, "batch", None, "kv_heads", None)
+        value = self.sharder.constrain(value, "batch", None, "kv_heads", None)
+        dropout_rate = 0.0 if context.deterministic else config.dropout_rate
+        mixed = attention(
+            query,
+            key,
+            value,
+            context.mask,
+            kernel=config.kernel,
+            platform=self.platform,
+            logit_softcap=config.logit_softcap,
+            alibi_slopes=context.alibi_slopes,
+            head_mask=None if context.head_mask is None else context.head_mask[layer],
+            dropout_rate=dropout_rate,
+            dropout_key=self.make_rng("dropout") if dropout_rate else None,
+        )
+        return self._merge(mixed, x.shape[-1])
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        config = self.config.attention
+        width, heads, kv_heads = x.shape[-1], config.num_heads, config.kv_heads
+        head_dim, group = self.config.head_dim(width), heads // kv_heads
+        shape = (width, kv_heads, group + 2, head_dim)
+        axes = ("embed", "kv_heads", None, None)
+        kernel = matrix(self, "qkv", self.inits.input, shape, axes, self.policy)
+        fused = jnp.einsum("btd,dkgh->btkgh", x, kernel)
+        if config.qkv_bias:
+            bias = vector(self, "qkv_bias", nn.initializers.zeros, shape[1:], axes[1:])
+            fused = fused + bias.astype(fused.dtype)
+        query = fused[..., :group, :].reshape(*x.shape[:2], heads, head_dim)
+        return query, fused[..., group, :], fused[..., group + 1, :]
+
+    def _prepare(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        config = self.config.attention
+        head_dim = query.shape[-1]
+        if config.qk_norm:
+            eps = self.config.norm.eps
+            query_scale = vector(self, "query_scale", nn.initializers.ones, (head_dim,))
+            key_scale = vector(self, "key_scale", nn.initializers.ones, (head_dim,))
+            query = rms_normalize(query, query_scale, eps)
+            key = rms_normalize(key, key_scale, eps)
+        if config.qk_bias:
+            zeros = nn.initializers.zeros
+            query_shape, key_shape = query.shape[-2:], key.shape[-2:]
+            query_bias = vector(self, "query_bias", zeros, query_shape, ("heads", None))
+            key_bias = vector(self, "key_bias", zeros, key_shape, ("kv_heads", None))
+            query = query + query_bias.astype(query.dtype)
+            key = key + key_bias.astype(key.dtype)
+        return query, key
+
+    def _merge(self, mixed: jax.Array, width: int) -> jax.Array:
+        shape = (*mixed.shape[-2:], width)
+        axes = ("heads", None, "embed")
+        kernel = matrix(self, "output", self.inits.residual, shape, axes, self.policy)
+        merged = jnp.einsum("btnh,nhd->btd", mixed, kernel)
+        if self.config.attention.output_bias:
+            bias = vector(self, "output_bias", nn.initializers.zeros, (width,))
+            merged = merged + bias.astype(merged.dtype)
+        return merged

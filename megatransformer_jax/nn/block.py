@@ -1,0 +1,98 @@
+"""One transformer layer, and stacks of them."""
+
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.nn.attention import SelfAttention
+from megatransformer_jax.nn.context import LayerContext
+from megatransformer_jax.nn.initializers import WeightInit
+from megatransformer_jax.nn.mlp import Mlp
+from megatransformer_jax.nn.norms import Norm
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each added to the residual stream.
+
+    The norm's placement is `config.norm.placement`; `NormConfig` has the formulas.
+    """
+
+    config: ModelConfig
+    inits: WeightInit
+    policy: DTypePolicy
+    sharder: Sharder
+    platform: str
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T D"], context: LayerContext, layer: int
+    ) -> Float[Array, "B T D"]:
+        """Runs the layer; `layer` is its place in its stack."""
+        parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
+        attend = SelfAttention(*parts, name="attention")
+        feed_forward = Mlp(self.config.mlp, self.inits, self.policy, name="mlp")
+        x = self._add(x, lambda h: attend(h, context, layer), "attention", context)
+        x = self._add(x, lambda h: feed_forward(h, context.deterministic), "mlp", context)
+        return self.sharder.constrain(x, "batch", "length", None)
+
+    def _add(
+        self,
+        x: jax.Array,
+        layer: Callable[[jax.Array], jax.Array],
+        name: str,
+        context: LayerContext,
+    ) -> jax.Array:
+        placement = self.config.norm.placement
+
+        def norm(array: jax.Array, when: str) -> jax.Array:
+            return Norm(self.config.norm, name=f"{name}_norm_{when}")(array)
+
+        update = layer(x if placement == "post" else norm(x, "in"))
+        if placement == "peri":
+            update = norm(update, "out")
+        dropout = nn.Dropout(self.config.residual_dropout_rate)
+        x = x + dropout(update, deterministic=context.deterministic)
+        return norm(x, "out") if placement in ("post", "sandwich") else x
+
+
+class Stack(nn.Module):
+    """Layers in sequence, each with its own weights."""
+
+    config: ModelConfig
+    num_layers: int
+    inits: WeightInit
+    policy: DTypePolicy
+    sharder: Sharder
+    platform: str
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
+        """Runs the layers; `remat` as in `ModelConfig.remat`, applied to each."""
+        block_class = Block
+        if self.remat != "none":
+            # `layer`, argument 3 after self, x and context, picks a parameterless row: static.
+            block_class = nn.remat(Block, policy=remat_policy(self.remat), static_argnums=(3,))
+        parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
+        for layer in range(self.num_layers):
+            x = block_class(*parts, name=f"layer_{layer}")(x, context, layer)
+        return x
+
+
+def remat_policy(remat: str) -> Callable[..., bool] | None:
+    """What a rematerialised layer keeps: nothing (full) or the results of its products (dots).
+
+    Raises:
+      ValueError: for 'none', which rematerialises nothing, and for unknown names.
+    """
+    match remat:
+        case "full":
+            return jax.checkpoint_policies.nothing_saveable
+        case "dots":
+            return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    raise ValueError(f"remat={remat!r} has no policy; it must be 'full' or 'dots'")

@@ -1,0 +1,74 @@
+"""Token embedding with additive positions, and the language-model head."""
+
+import math
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.nn.initializers import WeightInit
+from megatransformer_jax.nn.parameters import matrix, vector
+from megatransformer_jax.ops.positions import sinusoidal_embedding
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+
+def embedding_scale(config: ModelConfig) -> float:
+    """What token embeddings are multiplied by."""
+    return math.sqrt(config.width) if config.scale_embeddings else 1.0
+
+
+class TextEmbedding(nn.Module):
+    """Tokens to vectors and, where the head is tied, vectors to logits."""
+
+    config: ModelConfig
+    inits: WeightInit
+    policy: DTypePolicy
+    sharder: Sharder
+
+    def setup(self) -> None:
+        """Declares the table, learned positions and the head, as far as configured."""
+        config, axes = self.config, ("vocab", "embed")
+        shape = (config.vocab_size, config.width)
+        self.table = matrix(self, "embedding", self.inits.embedding, shape, axes, self.policy)
+        if config.positions.scheme == "learned":
+            shape = (config.max_length, config.width)
+            self.position_table = matrix(
+                self,
+                "position_embedding",
+                self.inits.embedding,
+                shape,
+                (None, "embed"),
+                self.policy,
+            )
+        if not config.tie_embeddings:
+            shape = (config.vocab_size, config.width)
+            self.head = matrix(self, "head", self.inits.embedding, shape, axes, self.policy)
+        if config.head_bias:
+            shape = (config.vocab_size,)
+            self.bias = vector(self, "head_bias", nn.initializers.zeros, shape, ("vocab",))
+        self.dropout = nn.Dropout(config.embedding_dropout_rate)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], deterministic: bool
+    ) -> Float[Array, "B T D"]:
+        """Embeds tokens; adds learned or sinusoidal positions after scaling."""
+        x = jnp.take(self.table, tokens, axis=0) * embedding_scale(self.config)
+        if self.config.positions.scheme == "learned":
+            x = x + jnp.take(self.position_table, positions, axis=0)
+        elif self.config.positions.scheme == "sinusoidal":
+            x = x + sinusoidal_embedding(positions, self.config.width).astype(x.dtype)
+        x = self.dropout(x, deterministic=deterministic)
+        return self.sharder.constrain(x, "batch", "length", None)
+
+    def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Float32 scores of every token of the vocabulary."""
+        weight = self.table if self.config.tie_embeddings else self.head
+        logits = jnp.einsum("btd,vd->btv", x, weight, preferred_element_type=jnp.float32)
+        if self.config.head_bias:
+            logits = logits + self.bias
+        if self.config.logit_softcap is not None:
+            cap = self.config.logit_softcap
+            logits = cap * jnp.tanh(logits / cap)
+        return self.sharder.constrain(logits, "batch", "length", "vocab")

@@ -1,0 +1,45 @@
+"""Feed-forward layers: plain and gated."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from megatransformer_jax.config.model import MlpConfig
+from megatransformer_jax.nn.activations import get_activation
+from megatransformer_jax.nn.initializers import WeightInit
+from megatransformer_jax.nn.parameters import matrix, vector
+from megatransformer_jax.types import DTypePolicy
+
+
+class Mlp(nn.Module):
+    """down(act(up(x))), or gated: down(act(gate(x)) * up(x)) (arXiv 2002.05202).
+
+    Gate and up are one matrix [D, 2, F], gate first, so that one product serves both.
+    """
+
+    config: MlpConfig
+    inits: WeightInit
+    policy: DTypePolicy
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], deterministic: bool) -> Float[Array, "B T D"]:
+        """Transforms each position by itself."""
+        width, hidden_width = x.shape[-1], self.config.hidden_width
+        parts = 2 if self.config.kind == "gated" else 1
+        shape, axes = (width, parts, hidden_width), ("embed", None, "mlp")
+        kernel = matrix(self, "up", self.inits.input, shape, axes, self.policy)
+        hidden = jnp.einsum("btd,dpf->btpf", x, kernel)
+        if self.config.bias:
+            bias = vector(self, "up_bias", nn.initializers.zeros, shape[1:], axes[1:])
+            hidden = hidden + bias.astype(hidden.dtype)
+        activated = get_activation(self.config.activation)(hidden[..., 0, :])
+        if parts == 2:
+            activated = activated * hidden[..., 1, :]
+        activated = nn.Dropout(self.config.dropout_rate)(activated, deterministic=deterministic)
+        shape, axes = (hidden_width, width), ("mlp", "embed")
+        kernel = matrix(self, "down", self.inits.residual, shape, axes, self.policy)
+        output = jnp.einsum("btf,fd->btd", activated, kernel)
+        if self.config.bias:
+            bias = vector(self, "down_bias", nn.initializers.zeros, (width,))
+            output = output + bias.astype(output.dtype)
+        return output

@@ -1,0 +1,73 @@
+"""Everything that a training step reads and writes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jaxtyping import Array, Int, Key, UInt32
+
+from megatransformer_jax.models.megatransformer import MegaTransformer, init_params, param_axes
+from megatransformer_jax.sharding.rules import Sharder
+
+
+@struct.dataclass
+class TrainState:
+    """The state of a run after `step` optimiser steps.
+
+    `key_data` is the run's PRNG key as plain integers; each step folds its number into it, so the
+    randomness of a step depends on (seed, step) only.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    key_data: UInt32[Array, "2"]
+    skipped_steps: Int[Array, ""]  # non-finite steps since the start
+    skipped_in_row: Int[Array, ""]  # non-finite steps since the last good one
+
+    def key(self) -> Key[Array, ""]:
+        """The run's key."""
+        return jax.random.wrap_key_data(self.key_data)
+
+
+def init_state(
+    model: MegaTransformer, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+) -> TrainState:
+    """A state at step 0 with fresh parameters."""
+    init_key, run_key = jax.random.split(key)
+    params = init_params(model, init_key)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params=params,
+        opt_state=optimizer.init(params),
+        key_data=jax.random.key_data(run_key),
+        skipped_steps=zero,
+        skipped_in_row=zero,
+    )
+
+
+def state_shardings(
+    model: MegaTransformer, optimizer: optax.GradientTransformation, sharder: Sharder
+) -> TrainState:
+    """The sharding of every array of the state, as a `TrainState`.
+
+    Parameters follow the rules table; optimiser arrays with the tree and shapes of the parameters
+    (moments) follow their parameter; everything else is on every device.
+    """
+    abstract = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    by_param = jax.tree.map(
+        lambda _, axes: sharder.sharding(*axes), abstract.params, param_axes(model)
+    )
+    replicated = sharder.sharding()
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        abstract.opt_state,
+        by_param,
+        transform_non_params=lambda _: replicated,
+    )
+    everywhere = jax.tree.map(lambda _: replicated, abstract)
+    return everywhere.replace(params=by_param, opt_state=opt_state)

@@ -1,0 +1,128 @@
+"""One optimiser step as a pure function of (state, batch)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.losses.cross_entropy import TokenLoss, token_loss
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.step_schedule import draw_num_steps
+from megatransformer_jax.training.state import TrainState
+from megatransformer_jax.types import Batch
+
+Metrics = dict[str, jax.Array]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    model: MegaTransformer, optimizer: optax.GradientTransformation, config: RunConfig
+) -> TrainStep:
+    """Builds the step; jit it with a donated state.
+
+    The step draws the depth, sums gradients over `train.accumulation` micro-batches, and updates.
+    If the loss or any gradient is not finite, parameters and optimiser state stay as they were and
+    the step is counted as skipped.
+
+    Metrics are float32 scalars: loss, accuracy (of tokens), grad_norm (before clipping), num_steps
+    (mean of the draws), tokens (that counted), skipped_steps, skipped_in_row.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        keys = jax.random.split(jax.random.fold_in(state.key(), state.step))
+        num_steps = draw_num_steps(
+            config.model.recurrence, keys[0], state.step, *batch.tokens.shape
+        )
+        gradients, totals = _gradients(model, config, state.params, batch, num_steps, keys[1])
+        loss = _mean_loss(totals, config.train.z_loss)
+        norm = optax.global_norm(gradients)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        skipped = jnp.where(is_finite, 0, 1).astype(jnp.int32)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=_choose(is_finite, params, state.params),
+            opt_state=_choose(is_finite, opt_state, state.opt_state),
+            key_data=state.key_data,
+            skipped_steps=state.skipped_steps + skipped,
+            skipped_in_row=(state.skipped_in_row + 1) * skipped,
+        )
+        metrics = {
+            "loss": loss,
+            "accuracy": totals.correct / jnp.maximum(totals.count, 1),
+            "grad_norm": norm,
+            "num_steps": jnp.mean(num_steps.astype(jnp.float32)),
+            "tokens": totals.count,
+            "skipped_steps": new_state.skipped_steps.astype(jnp.float32),
+            "skipped_in_row": new_state.skipped_in_row.astype(jnp.float32),
+        }
+        return new_state, metrics
+
+    return train_step
+
+
+def _gradients(
+    model: MegaTransformer,
+    config: RunConfig,
+    params: Any,
+    batch: Batch,
+    num_steps: jax.Array,
+    key: jax.Array,
+) -> tuple[Any, TokenLoss]:
+    """Gradients of the mean loss over the whole batch, and the loss's sums."""
+    count = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
+
+    def loss_share(params: Any, part: Batch, draws: jax.Array, key: jax.Array):
+        state_key, dropout_key = jax.random.split(key)
+        output = model.apply(
+            {"params": params},
+            part.tokens,
+            positions=part.positions,
+            segment_ids=part.segment_ids,
+            num_steps=draws,
+            backprop_depth=config.model.recurrence.backprop_depth,
+            deterministic=False,
+            rngs={"state": state_key, "dropout": dropout_key},
+        )
+        sums = token_loss(output.logits, part.targets, part.loss_mask)
+        # Divided by the whole batch's count, so that micro-batches simply add up.
+        weighted = sums.cross_entropy + config.train.z_loss * sums.squared_log_normalizer
+        return weighted / count, sums
+
+    differentiate = jax.grad(loss_share, has_aux=True)
+    parts = config.train.accumulation
+    if parts == 1:
+        return differentiate(params, batch, num_steps, key)
+
+    def add_part(carry, inputs):
+        part, draws, index = inputs
+        result = differentiate(params, part, draws, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, carry, result), None
+
+    split = functools.partial(_split_rows, parts=parts)
+    draws = split(num_steps) if num_steps.ndim else jnp.broadcast_to(num_steps, (parts,))
+    zeros = jax.tree.map(
+        jnp.zeros_like, jax.eval_shape(differentiate, params, batch, num_steps, key)
+    )
+    inputs = (jax.tree.map(split, batch), draws, jnp.arange(parts))
+    return jax.lax.scan(add_part, zeros, inputs)[0]
+
+
+def _split_rows(array: jax.Array, parts: int) -> jax.Array:
+    """[B, ...] to [parts, B/parts, ...], interleaved: each device keeps the rows that it holds."""
+    rows = array.shape[0] // parts
+    return array.reshape(rows, parts, *array.shape[1:]).swapaxes(0, 1)
+
+
+def _mean_loss(totals: TokenLoss, z_loss: float) -> jax.Array:
+    weighted = totals.cross_entropy + z_loss * totals.squared_log_normalizer
+    return weighted / jnp.maximum(totals.count, 1.0)
+
+
+def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), new, old)
