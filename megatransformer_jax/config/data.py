@@ -18,8 +18,8 @@ REASONING_TASKS = ("parity", "addition", "hop", "permutation")
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Turns text into token ids. Reasoning tasks bring their own vocabulary and ignore none of
-    this: with them the section must stay at its defaults."""
+    """Turns text into token ids. Reasoning tasks bring their own vocabulary, so with them the
+    section must stay at its defaults."""
 
     kind: str = option(
         "sentencepiece",
@@ -114,6 +114,11 @@ class ReasoningConfig:
                 raise ConfigError(
                     low, f"{getattr(self, low)} exceeds {high}={getattr(self, high)}; lower it."
                 )
+
+    @rule("num_symbols")
+    def _number_of_symbols_goes_with_task(self) -> None:
+        """At most 5 for permutation (the vocabulary has num_symbols! elements); 5 for parity and
+        addition, which have none."""
         if self.task == "permutation" and self.num_symbols > 5:
             raise ConfigError(
                 "num_symbols",
@@ -170,7 +175,7 @@ class DataConfig:
     shuffle: bool = option(True, "Visits training records in a new random order each epoch.")
     seed: int = option(0, "Seed of order, splits and generated problems.", minimum=0)
     num_workers: int = option(
-        0, "Worker processes that read and pack; 0: in the training process.", minimum=0
+        0, "Worker processes that read and tokenise; 0: in the training process.", minimum=0
     )
     prefetch_batches: int = option(2, "Batches made ahead of the step that uses them.", minimum=0)
     tokenizer: TokenizerConfig = section(TokenizerConfig, "Tokenizer.")

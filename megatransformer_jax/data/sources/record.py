@@ -1,0 +1,98 @@
+"""What a source yields: text, or a record that cannot be used and why."""
+
+import dataclasses
+import typing
+
+from absl import logging
+
+from megatransformer_jax.config.option import UserError
+
+
+class BadRecordError(UserError):
+    """A record that cannot be used, with `data.on_bad_record='error'`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BadRecord:
+    """Stands in for the text of a record that cannot be used.
+
+    It is a value and not an exception so that worker processes can hand it to the training
+    process, where all are counted in one place.
+    """
+
+    where: str  # "corpus.jsonl, line 17"
+    problem: str  # what is wrong, and how to mend it
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.problem}"
+
+
+class TextSource(typing.Protocol):
+    """Documents by number. Sources pickle, so that worker processes can have one each."""
+
+    def __len__(self) -> int:
+        """Number of records, good or bad."""
+        ...
+
+    def __getitem__(self, index: int) -> str | BadRecord:
+        """The text of a record."""
+        ...
+
+
+class BadRecordPolicy:
+    """Does what `data.on_bad_record` says, and remembers what was skipped.
+
+    Each place counts once, however many epochs pass it.
+    """
+
+    def __init__(self, on_bad_record: str):
+        self._raises = on_bad_record == "error"
+        self._places: set[str] = set()
+        self.first: BadRecord | None = None
+
+    @property
+    def count(self) -> int:
+        """Different records skipped so far."""
+        return len(self._places)
+
+    def handle(self, record: BadRecord) -> None:
+        """Raises for the record or counts it; the log shows the 1st, 2nd, 4th, 8th, ... count.
+
+        Raises:
+          BadRecordError: with on_bad_record='error'.
+        """
+        if self._raises:
+            raise BadRecordError(
+                f"{record} To leave out such records, set data.on_bad_record='skip'."
+            )
+        if record.where in self._places:
+            return
+        self._places.add(record.where)
+        self.first = self.first or record
+        if self.count & (self.count - 1) == 0:
+            logging.warning("%d bad records skipped; the first: %s", self.count, self.first)
+
+
+def decoded(raw: bytes, where: str) -> str | BadRecord:
+    """UTF-8 bytes as text."""
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        return BadRecord(
+            where,
+            f"byte 0x{raw[error.start]:02x} at offset {error.start} is not UTF-8. Convert the "
+            "data, for example with `iconv -f latin1 -t utf-8`.",
+        )
+
+
+def text_of(value: typing.Any, field: str, where: str) -> str | BadRecord:
+    """The value of a text field; bytes must be UTF-8."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bytes):
+        return decoded(value, where)
+    return BadRecord(
+        where,
+        f"field {field!r} is {type(value).__name__}, not text. Mend the record, or name "
+        "another field with data.text_field.",
+    )

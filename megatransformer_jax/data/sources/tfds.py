@@ -1,0 +1,59 @@
+"""Any prepared TFDS data set, by `tfds.data_source`: random access without TensorFlow."""
+
+import typing
+
+from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.data.sources.record import BadRecord, text_of
+
+
+class TfdsText:
+    """One text feature of a TFDS split."""
+
+    def __init__(self, records: typing.Sequence[dict], name: str, field: str):
+        self._records = records
+        self._name = name
+        self._field = field
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> str | BadRecord:
+        record = self._records[index]
+        return text_of(record[self._field], self._field, f"{self._name}, record {index}")
+
+
+def build_tfds(config: DataConfig, split: str) -> TfdsText:
+    """The split `split` of `config.tfds_name`.
+
+    Raises:
+      UserError: if tensorflow-datasets is not installed, the set is unknown or not prepared in a
+        random-access format, or has no such split or text feature.
+    """
+    try:
+        # The package is an extra, so it is imported where it is used.
+        import tensorflow_datasets as tfds  # noqa: PLC0415
+    except ImportError as error:
+        raise UserError(
+            f"data.source='tfds' needs tensorflow-datasets, which is not installed ({error}). "
+            "Install it with `pip install megatransformer_jax[tfds]`."
+        ) from error
+    name = f"{config.tfds_name}[{split}]"
+    try:
+        builder = tfds.builder(config.tfds_name, data_dir=config.tfds_data_dir)
+        features = builder.info.features
+        records = builder.as_data_source(split=split)
+    except Exception as error:
+        # TFDS raises many classes: registration, file format, missing files, bad split names.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(
+            f"{name}: TFDS cannot read it ({type(error).__name__}: {reason}). It must be prepared "
+            f"beforehand in data_dir={config.tfds_data_dir!r} with file_format='array_record'; "
+            f"`tfds build {config.tfds_name} --file_format=array_record` does that."
+        ) from error
+    if config.text_field not in features:
+        raise UserError(
+            f"{name}: no feature {config.text_field!r}; its features: "
+            f"{', '.join(map(repr, features))}. Name one with data.text_field."
+        )
+    return TfdsText(records, name, config.text_field)
