@@ -88,6 +88,14 @@ def decoded(raw: bytes, where: str) -> str | BadRecord:
 def text_of(value: typing.Any, field: str, where: str) -> str | BadRecord:
     """The value of a text field; bytes must be UTF-8."""
     if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return BadRecord(
+                where,
+                f"field {field!r} has a lone surrogate, {value[error.start]!r}, at character "
+                f"{error.start}, which is no text. Mend the record.",
+            )
         return value
     if isinstance(value, bytes):
         return decoded(value, where)

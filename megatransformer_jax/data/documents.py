@@ -1,0 +1,109 @@
+"""The stream of tokenised documents: order, epochs, worker processes."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from absl import flags
+
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy, TextSource
+from megatransformer_jax.data.tokenizer import Tokenizer
+
+DOCUMENTS_AHEAD_PER_WORKER = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeDocument(grain.transforms.Map):
+    """Text to token ids; a bad record passes as it is. Runs in the worker processes."""
+
+    tokenizer: Tokenizer
+
+    def map(self, record: str | BadRecord) -> np.ndarray | BadRecord:
+        """int32 [n]."""
+        if isinstance(record, BadRecord):
+            return record
+        return np.asarray(self.tokenizer.encode(record), np.int32)
+
+
+def in_order(dataset: grain.MapDataset, *, seed: int, shuffle: bool, repeat: bool):
+    """The elements of one epoch or of endless ones, in a new random order each if `shuffle`."""
+    if shuffle:
+        dataset = dataset.seed(seed).shuffle()
+    return dataset.repeat() if repeat else dataset
+
+
+def read(dataset: grain.MapDataset, start: int, num_workers: int) -> grain.DatasetIterator:
+    """Elements from number `start` on, made by `num_workers` processes or else by this one.
+
+    The order does not depend on the number of workers.
+    """
+    # No threads of grain's own: the pipeline has one that works ahead, and workers are processes.
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    elements = dataset.slice(slice(start, None)).to_iter_dataset(options)
+    if num_workers:
+        # grain's workers read absl flags of grain's own. Where no absl app has parsed any, as in
+        # a notebook, they have their defaults.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        elements = elements.mp_prefetch(
+            grain.MultiprocessingOptions(
+                num_workers=num_workers, per_worker_buffer_size=DOCUMENTS_AHEAD_PER_WORKER
+            )
+        )
+    return iter(elements)
+
+
+class Documents:
+    """Opens the stream of documents at any number. One is open at a time."""
+
+    def __init__(
+        self,
+        source: TextSource,
+        tokenizer: Tokenizer,
+        policy: BadRecordPolicy,
+        *,
+        seed: int,
+        shuffle: bool,
+        repeat: bool,
+        num_workers: int,
+    ):
+        self._size = len(source)
+        ordered = in_order(
+            grain.MapDataset.source(source), seed=seed, shuffle=shuffle, repeat=repeat
+        )
+        self._dataset = ordered.map(TokenizeDocument(tokenizer))
+        self._policy = policy
+        self._num_workers = num_workers
+        self._elements: grain.DatasetIterator | None = None
+
+    def open(self, start: int) -> Iterator[np.ndarray]:
+        """Token ids of the documents from number `start` on; a skipped record is empty.
+
+        Raises:
+          BadRecordError: for a bad record, if the policy says so.
+          UserError: if a whole epoch holds no token.
+        """
+        self.close()
+        if start >= len(self._dataset):
+            return
+        self._elements = read(self._dataset, start, self._num_workers)
+        empty_in_row = 0
+        for document in self._elements:
+            if isinstance(document, BadRecord):
+                self._policy.handle(document)
+                document = np.zeros(0, np.int32)
+            empty_in_row = 0 if len(document) else empty_in_row + 1
+            if empty_in_row == self._size:
+                raise UserError(
+                    f"none of the {self._size} documents holds text ({self._policy.count} bad "
+                    f"records; the first: {self._policy.first}). Give a corpus with text."
+                )
+            yield document
+
+    def close(self) -> None:
+        """Stops the worker processes."""
+        if self._elements is not None:
+            self._elements.close()
+            self._elements = None

@@ -1,0 +1,183 @@
+"""Fills rows of a fixed length with tokenised documents.
+
+A document of n tokens takes n + 1 positions: the start token and its tokens are read, its tokens
+and the end token are predicted. So every token is read once and predicted once.
+"""
+
+import itertools
+import typing
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import logging
+
+from megatransformer_jax.types import Batch
+
+# The token ids of the documents from the n-th on; an empty document takes no place in any row.
+OpenDocuments = Callable[[int], Iterator[np.ndarray]]
+
+
+class SpecialIds(typing.NamedTuple):
+    """The ids that packing adds."""
+
+    pad: int
+    bos: int
+    eos: int
+
+
+class Row(typing.NamedTuple):
+    """One row of a batch; see `types.Batch`."""
+
+    tokens: np.ndarray  # int32 [T]
+    targets: np.ndarray  # int32 [T]
+    loss_mask: np.ndarray  # float32 [T]
+    segment_ids: np.ndarray  # int32 [T]
+    positions: np.ndarray  # int32 [T]
+
+    @classmethod
+    def empty(cls, length: int, pad: int) -> "Row":
+        """A row of padding."""
+        return cls(
+            tokens=np.full(length, pad, np.int32),
+            targets=np.full(length, pad, np.int32),
+            loss_mask=np.zeros(length, np.float32),
+            segment_ids=np.zeros(length, np.int32),
+            positions=np.zeros(length, np.int32),
+        )
+
+    def write(self, start: int, segment: int, tokens: np.ndarray, targets: np.ndarray) -> None:
+        """Puts one segment at `start`."""
+        place = slice(start, start + len(tokens))
+        self.tokens[place] = tokens
+        self.targets[place] = targets
+        self.loss_mask[place] = 1
+        self.segment_ids[place] = segment
+        self.positions[place] = np.arange(len(tokens))
+
+
+class PackedRows:
+    """Rows filled from the stream of documents; only the last one of a finite stream has padding.
+
+    Documents follow each other in order. One that does not fit is split and goes on in the next
+    row as a segment of its own, with positions from 0. The state is the next unread token.
+    """
+
+    def __init__(self, open_documents: OpenDocuments, ids: SpecialIds, length: int):
+        self._open_documents = open_documents
+        self._ids = ids
+        self._length = length
+        self.set_state({"document": 0, "offset": 0})
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        row = Row.empty(self._length, self._ids.pad)
+        filled = 0
+        for segment in itertools.count(1):
+            if filled == self._length or not self._has_unread():
+                break
+            stop = self._offset + self._length - filled
+            tokens = self._tokens[self._offset : stop]
+            row.write(filled, segment, tokens, self._targets[self._offset : stop])
+            filled += len(tokens)
+            self._offset += len(tokens)
+        if filled == 0:
+            raise StopIteration
+        return row
+
+    def get_state(self) -> dict[str, int]:
+        """Number of the current document and how many of its positions are used up."""
+        return {"document": self._document, "offset": self._offset}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on from there. The stream is opened again only when the next row is asked for."""
+        self._document = state["document"]
+        self._offset = state["offset"]
+        self._documents: Iterator[np.ndarray] | None = None
+        self._tokens = self._targets = np.zeros(0, np.int32)
+
+    def _has_unread(self) -> bool:
+        """Moves to the next document when this one is used up; False at the end of the stream."""
+        if self._documents is None:
+            self._documents = self._open_documents(self._document)
+            if not self._load():
+                return False
+        while self._offset >= len(self._tokens):
+            self._document += 1
+            self._offset = 0
+            if not self._load():
+                return False
+        return True
+
+    def _load(self) -> bool:
+        document = next(self._documents, None)
+        if document is None:
+            self._tokens = self._targets = np.zeros(0, np.int32)
+            return False
+        self._tokens, self._targets = inputs_and_targets(document, self._ids)
+        return True
+
+
+class PaddedRows:
+    """One document per row, cut at the row's length; the cut is counted and logged."""
+
+    def __init__(self, open_documents: OpenDocuments, ids: SpecialIds, length: int):
+        self._open_documents = open_documents
+        self._ids = ids
+        self._length = length
+        self.num_cut = 0
+        self.tokens_lost = 0
+        self.set_state({"document": 0})
+
+    def __iter__(self) -> Iterator[Row]:
+        return self
+
+    def __next__(self) -> Row:
+        if self._documents is None:
+            self._documents = self._open_documents(self._document)
+        for document in self._documents:
+            self._document += 1
+            if not len(document):
+                continue
+            tokens, targets = inputs_and_targets(document, self._ids)
+            self._count(len(tokens) - self._length)
+            row = Row.empty(self._length, self._ids.pad)
+            row.write(0, 1, tokens[: self._length], targets[: self._length])
+            return row
+        raise StopIteration
+
+    def get_state(self) -> dict[str, int]:
+        """Number of the next document."""
+        return {"document": self._document}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        """Goes on with that document."""
+        self._document = state["document"]
+        self._documents: Iterator[np.ndarray] | None = None
+
+    def _count(self, excess: int) -> None:
+        if excess <= 0:
+            return
+        self.num_cut += 1
+        self.tokens_lost += excess
+        if self.num_cut & (self.num_cut - 1) == 0:
+            logging.warning(
+                "data.packing='pad' cut %d documents at data.sequence_length=%d so far and lost "
+                "%d tokens; packing='pack' loses none.",
+                self.num_cut,
+                self._length,
+                self.tokens_lost,
+            )
+
+
+def inputs_and_targets(document: np.ndarray, ids: SpecialIds) -> tuple[np.ndarray, np.ndarray]:
+    """What is read and what is predicted at each position, both [n + 1]; an empty one is [0]."""
+    if not len(document):
+        return document, document
+    return np.concatenate(([ids.bos], document)), np.concatenate((document, [ids.eos]))
+
+
+def stack(rows: list[Row]) -> Batch:
+    """Rows as the arrays of a batch."""
+    return Batch(*(np.stack(parts) for parts in zip(*rows, strict=True)))

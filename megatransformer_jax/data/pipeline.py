@@ -1,0 +1,181 @@
+"""From the data configuration to batches: the one entry point of the data layer."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+
+from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.data.batches import (
+    BatchStream,
+    ProblemBatches,
+    Share,
+    TextBatches,
+    first_batches,
+)
+from megatransformer_jax.data.documents import Documents
+from megatransformer_jax.data.packing import PackedRows, PaddedRows, Row, SpecialIds
+from megatransformer_jax.data.reasoning import ProblemSet
+from megatransformer_jax.data.sources import BadRecordPolicy, build_source
+from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.types import Batch
+
+
+class Pipeline:
+    """Batches of one process, made ahead by a thread, and resumable.
+
+    Training is endless; validation is one pass in a fixed order, whose last batch is filled up
+    with rows of padding. The state is that of the last batch returned, whatever was made ahead.
+
+    Example:
+      with build_pipeline(config.data, tokenizer, split="train") as batches:
+          batch = next(batches)
+          state = batches.get_state()
+    """
+
+    def __init__(self, stream: BatchStream, bad_records: BadRecordPolicy, ahead: int):
+        self._stream = stream
+        self._iterator = grain.experimental.ThreadPrefetchDatasetIterator(stream, ahead)
+        self.bad_records = bad_records
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """A JSON-able dict: where the batch after the last returned one starts.
+
+        It is the same in every process and for every number of processes and workers.
+        """
+        return dict(self._iterator.get_state())
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where `get_state` was called.
+
+        Raises:
+          UserError: if the state comes from a pipeline of another kind.
+        """
+        mine = self._iterator.get_state()
+        if state.keys() != mine.keys() or not all(
+            isinstance(value, int) and value >= 0 for value in state.values()
+        ):
+            raise UserError(
+                f"the data state {json.dumps(state)} does not go with this data configuration, "
+                f"whose states look like {json.dumps(mine)}. Use the configuration of the run "
+                "that saved it, or start without it."
+            )
+        self._iterator.set_state(state)
+
+    def close(self) -> None:
+        """Stops the thread and the worker processes."""
+        self._iterator.close()
+        self._stream.close()
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+
+def build_pipeline(
+    config: DataConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    split: str,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Pipeline:
+    """The batches of `split`, 'train' or 'validation', for one process.
+
+    The global batch is the batches of the processes one below the other.
+
+    Args:
+      config: where the data comes from.
+      tokenizer: None for source='reasoning', which needs none.
+      split: 'train' is endless, 'validation' one pass.
+      process_index: which process this is, from 0.
+      process_count: how many share each global batch.
+
+    Raises:
+      ConfigError: if the batch cannot be shared equally, or a problem does not fit in a row.
+      UserError: if the data cannot be read.
+    """
+    if config.batch_size % process_count:
+        raise ConfigError(
+            "data.batch_size",
+            f"{config.batch_size} rows cannot be shared equally by {process_count} processes; "
+            "use a multiple.",
+        )
+    if split not in ("train", "validation"):
+        raise ValueError(f"no split {split!r}; there are 'train' and 'validation'")
+    share = Share(config.batch_size, process_index, process_count)
+    bad_records = BadRecordPolicy(config.on_bad_record)
+    if config.source == "reasoning":
+        stream: BatchStream = _problem_batches(config, split, share)
+    else:
+        stream = _text_batches(config, tokenizer, split, share, bad_records)
+    return Pipeline(stream, bad_records, config.prefetch_batches)
+
+
+def validation_batches(
+    config: DataConfig,
+    tokenizer: Tokenizer | None,
+    *,
+    num_batches: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> list[Batch]:
+    """The first validation batches of one process, or all; the same at every call.
+
+    There are fewer than `num_batches` if the split is smaller, and at least one.
+    """
+    with build_pipeline(
+        config,
+        tokenizer,
+        split="validation",
+        process_index=process_index,
+        process_count=process_count,
+    ) as batches:
+        return first_batches(batches, num_batches)
+
+
+def _problem_batches(config: DataConfig, split: str, share: Share) -> ProblemBatches:
+    problems = ProblemSet.from_config(
+        config.reasoning,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+        held_out=split == "validation",
+    )
+    return ProblemBatches(problems, share, num_workers=config.num_workers, **_order(config, split))
+
+
+def _text_batches(
+    config: DataConfig,
+    tokenizer: Tokenizer | None,
+    split: str,
+    share: Share,
+    bad_records: BadRecordPolicy,
+) -> TextBatches:
+    if tokenizer is None:
+        raise ValueError(f"source={config.source!r} needs a tokenizer; see build_tokenizer")
+    documents = Documents(
+        build_source(config, split),
+        tokenizer,
+        bad_records,
+        num_workers=config.num_workers,
+        **_order(config, split),
+    )
+    ids = SpecialIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+    make_rows = PackedRows if config.packing == "pack" else PaddedRows
+    rows = make_rows(documents.open, ids, config.sequence_length)
+    return TextBatches(documents, rows, share, Row.empty(config.sequence_length, ids.pad))
+
+
+def _order(config: DataConfig, split: str) -> dict[str, Any]:
+    train = split == "train"
+    return {"seed": config.seed, "shuffle": train and config.shuffle, "repeat": train}
