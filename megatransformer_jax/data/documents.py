@@ -1,6 +1,9 @@
 """The stream of tokenised documents: order, epochs, worker processes."""
 
 import dataclasses
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -11,7 +14,9 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy, TextSource
 from megatransformer_jax.data.tokenizer import Tokenizer
 
-DOCUMENTS_AHEAD_PER_WORKER = 16
+ELEMENTS_AHEAD_PER_WORKER = 16
+# Smaller arrays go through the pipe. Shared memory that is in flight at the end of a run leaks.
+SHARED_MEMORY_BYTES = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +52,27 @@ def read(dataset: grain.MapDataset, start: int, num_workers: int) -> grain.Datas
         # a notebook, they have their defaults.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        elements = elements.mp_prefetch(
+        elements = grain.experimental.WithOptionsIterDataset(
+            elements, grain.experimental.DatasetOptions(min_shm_size=SHARED_MEMORY_BYTES)
+        ).mp_prefetch(
             grain.MultiprocessingOptions(
-                num_workers=num_workers, per_worker_buffer_size=DOCUMENTS_AHEAD_PER_WORKER
-            )
+                num_workers=num_workers, per_worker_buffer_size=ELEMENTS_AHEAD_PER_WORKER
+            ),
+            worker_init_fn=_die_with_parent,
         )
     return iter(elements)
+
+
+def _die_with_parent(worker_index: int, worker_count: int) -> None:
+    """Ends a worker when the training process is gone, even if that was killed with SIGKILL."""
+    del worker_index, worker_count
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class Documents:
