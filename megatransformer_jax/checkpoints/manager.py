@@ -1,0 +1,218 @@
+"""Saves and restores train states with everything that a bit-exact resume needs."""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from megatransformer_jax.checkpoints import compatibility, retention
+from megatransformer_jax.config.run import CheckpointConfig
+
+_STATE, _DATA, _RUN = "state", "data", "run"
+
+# A checkpoint to be deleted is renamed into here first, so that it is never seen half deleted.
+_TRASH = "deleted"
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held."""
+
+    step: int
+    state: Any
+    iterator_state: dict[str, Any]
+
+
+class CheckpointManager:
+    """The checkpoints of one run, one folder per step.
+
+    Saves are asynchronous: `save` returns once the state may be overwritten (donated), and writing
+    goes on in the background. A checkpoint appears under its name only when it is complete, so a
+    process killed at any moment leaves a temporary folder at most, which the next one removes.
+
+    Args:
+      directory: where they are; made if absent.
+      config: which are kept.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig):
+        self._directory = Path(directory).absolute()
+        self._remove_trash()
+        self._manager = ocp.CheckpointManager(
+            self._directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=retention.retention_policy(config),
+                cleanup_tmp_directories=True,
+                todelete_subdir=_TRASH,
+                # Orbax stores metrics only if it has this; what is kept is up to the policy above.
+                best_fn=retention.validation_loss,
+                best_mode="min",
+            ),
+            item_handlers={
+                _STATE: ocp.StandardCheckpointHandler(),
+                _DATA: ocp.JsonCheckpointHandler(),
+                _RUN: ocp.JsonCheckpointHandler(),
+            },
+        )
+
+    @property
+    def directory(self) -> Path:
+        """Where the checkpoints are."""
+        return self._directory
+
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the lowest validation loss, or None if none has one."""
+        losses = [(retention.validation_loss(self._manager.metrics(s)), s) for s in self.steps()]
+        finite = [(loss, step) for loss, step in losses if loss < float("inf")]
+        return min(finite)[1] if finite else None
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        iterator_states: Sequence[Mapping[str, Any]],
+        run: Mapping[str, Any],
+        validation_loss: float | None = None,
+    ) -> None:
+        """Saves a train state; the arrays may be donated as soon as this returns.
+
+        Args:
+          step: names the checkpoint; an existing one of the same step is left as it is.
+          state: pytree of arrays.
+          iterator_states: the data iterator's state in each process, in order.
+          run: JSON-able: `config` (nested dicts) and what else identifies the run.
+          validation_loss: of exactly this state; what 'best' goes by.
+        """
+        if step in self._manager.all_steps():
+            return
+        self.wait()
+        metrics = {} if validation_loss is None else {retention.VALIDATION_LOSS: validation_loss}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _STATE: ocp.args.StandardSave(state),
+                    _DATA: ocp.args.JsonSave({"processes": list(iterator_states)}),
+                    _RUN: ocp.args.JsonSave(dict(run)),
+                }
+            ),
+            metrics=metrics,
+            force=True,
+        )
+
+    def run_info(self, step: int) -> dict[str, Any]:
+        """The `run` mapping that was saved with a checkpoint."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()})
+        )
+        return restored[_RUN]
+
+    def restore(self, abstract_state: Any, step: int) -> Restored:
+        """Restores a checkpoint onto the devices that `abstract_state` names.
+
+        Args:
+          abstract_state: the train state as ShapeDtypeStructs with shardings; the mesh need not
+            be the one it was saved from.
+          step: which checkpoint.
+
+        Raises:
+          CheckpointMismatch: if its arrays have other names or shapes, or if it was saved by
+            another number of processes.
+        """
+        where = str(self._directory / str(step))
+        compatibility.check_shapes(self._saved_shapes(step), tree_shapes(abstract_state), where)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                **{
+                    _STATE: ocp.args.StandardRestore(abstract_state),
+                    _DATA: ocp.args.JsonRestore(),
+                }
+            ),
+        )
+        processes = restored[_DATA]["processes"]
+        if len(processes) != jax.process_count():
+            raise compatibility.CheckpointMismatch(
+                f"the checkpoint {where} was saved by {len(processes)} processes and there are "
+                f"{jax.process_count()} now. The data is sharded by process, so the exact order "
+                f"cannot be continued; start {len(processes)} processes."
+            )
+        return Restored(step, restored[_STATE], processes[jax.process_index()])
+
+    def restore_params(self, abstract_params: Any, step: int) -> Any:
+        """Restores the parameters alone, for evaluation and generation.
+
+        Args:
+          abstract_params: the parameters as ShapeDtypeStructs with shardings.
+          step: which checkpoint.
+
+        Raises:
+          CheckpointMismatch: if the saved parameters have other names or shapes.
+        """
+        path = self._directory / str(step)
+        saved = {k: v for k, v in self._saved_shapes(step).items() if k.startswith("params/")}
+        wanted = {"params": abstract_params}
+        compatibility.check_shapes(saved, tree_shapes(wanted), str(path))
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            restored = checkpointer.restore(
+                path / _STATE,
+                args=ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=True,
+                ),
+            )
+        return restored["params"]
+
+    def wait(self) -> None:
+        """Waits until every save is on disk and removes what is no longer kept.
+
+        Raises:
+          Exception: what went wrong in the background, such as a full disk.
+        """
+        self._manager.wait_until_finished()
+        self._remove_trash()
+
+    def close(self) -> None:
+        """Waits for saves and releases the manager."""
+        self.wait()
+        self._manager.close()
+
+    def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
+        return tree_shapes(self._manager.item_metadata(step)[_STATE])
+
+    def _remove_trash(self) -> None:
+        trash = self._directory / _TRASH
+        if jax.process_index() == 0 and trash.exists():
+            shutil.rmtree(trash, ignore_errors=True)
+            logging.debug("removed old checkpoints in %s", trash)
+
+
+def tree_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """Shape per leaf, by its path: {'params/core/kernel': (64, 64)}.
+
+    Dicts, dataclasses and the metadata of a checkpoint give the same paths.
+    """
+    shapes = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        shapes["/".join(map(_key_name, path))] = tuple(leaf.shape)
+    return shapes
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)

@@ -1,0 +1,104 @@
+"""Validation scores as a function of depth: table, JSON and plot."""
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.evaluation.validation import Scores, ValidationSet
+
+
+def evaluated_depths(config: RunConfig) -> tuple[int | None, ...]:
+    """The depths of the table: the configured ones, or one row for a model without a core."""
+    return config.evaluation.final_depths if config.model.is_recurrent else (None,)
+
+
+def score_depths(
+    params: Any, validation_set: ValidationSet, depths: Sequence[int | None]
+) -> list[Scores]:
+    """Scores the validation set at every depth, with one compilation for all."""
+    return [validation_set.score(params, depth) for depth in depths]
+
+
+def make_table(scores: Sequence[Scores], trained_depth: int | None) -> Table:
+    """A table with one row per depth; the trained mean is marked with a star."""
+    table = Table(title="Validation by depth" if trained_depth else "Validation")
+    for heading in ("depth", "loss", "perplexity", "token accuracy", "exact rows"):
+        table.add_column(heading, justify="right")
+    for row in scores:
+        depth = "-" if row.depth is None else str(row.depth)
+        is_trained = row.depth is not None and row.depth == trained_depth
+        table.add_row(
+            depth + (" *" if is_trained else ""),
+            f"{row.loss:.4f}",
+            f"{row.perplexity:.3f}",
+            f"{row.accuracy:.4f}",
+            f"{row.exact_accuracy:.4f}",
+        )
+    if trained_depth is not None:
+        table.caption = f"* mean depth in training ({trained_depth})"
+    return table
+
+
+def write_depth_table(
+    directory: str | os.PathLike[str],
+    scores: Sequence[Scores],
+    trained_depth: int | None,
+    *,
+    is_reasoning: bool,
+) -> tuple[Path, Path]:
+    """Writes depth_table.json and depth_table.png.
+
+    Args:
+      directory: an existing folder.
+      scores: one entry per depth.
+      trained_depth: mean depth in training, or None for a model without a core.
+      is_reasoning: plots exact-answer accuracy next to the loss, rather than perplexity.
+
+    Returns:
+      The paths of the JSON file and of the plot.
+    """
+    json_path = Path(directory, "depth_table.json")
+    rows = [
+        {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        for row in map(dataclasses.asdict, scores)
+    ]
+    content = {"trained_depth": trained_depth, "rows": rows}
+    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    png_path = Path(directory, "depth_table.png")
+    _plot(scores, trained_depth, is_reasoning).savefig(png_path, dpi=120)
+    return json_path, png_path
+
+
+def _plot(scores: Sequence[Scores], trained_depth: int | None, is_reasoning: bool) -> Figure:
+    # The object interface: pyplot would keep global state.
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = [("validation loss (nats per token)", "loss")]
+    if is_reasoning:
+        panels.append(("exact-answer accuracy", "exact_accuracy"))
+    else:
+        panels.append(("token accuracy", "accuracy"))
+    depths = [1 if row.depth is None else row.depth for row in scores]
+    for axes, (label, field) in zip(figure.subplots(1, 2), panels, strict=True):
+        axes.plot(depths, [getattr(row, field) for row in scores], marker="o", color="tab:blue")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(depths, [str(depth) for depth in depths])
+        axes.minorticks_off()
+        axes.set_xlabel("depth (iterations of the core)")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if field == "exact_accuracy":
+            axes.set_ylim(-0.03, 1.03)
+        if trained_depth is not None:
+            axes.axvline(trained_depth, color="tab:orange", linestyle="--", label="trained mean")
+            axes.legend()
+    return figure

@@ -1,0 +1,130 @@
+"""Scores a fixed set of batches, during training and at any depth."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.evaluation.eval_step import EvalStep, EvalSums
+from megatransformer_jax.types import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """Means over a set of batches.
+
+    Attributes:
+      depth: iterations of the core, or None for a model without one.
+      loss: cross-entropy per token in nats.
+      perplexity: exp(loss).
+      accuracy: share of tokens predicted right.
+      exact_accuracy: share of rows with all their tokens right (the answer of a problem).
+      tokens: how many counted.
+    """
+
+    depth: int | None
+    loss: float
+    perplexity: float
+    accuracy: float
+    exact_accuracy: float
+    tokens: int
+
+
+class ValidationSet:
+    """Batches that are scored again and again, so that losses compare between steps and depths.
+
+    Args:
+      batches: global batches on the mesh.
+      eval_step: compiled; see `make_eval_step`.
+
+    Raises:
+      UserError: if there is no batch or no token that counts.
+    """
+
+    def __init__(self, batches: Sequence[Batch], eval_step: EvalStep):
+        if not batches:
+            raise UserError(
+                "the validation split gives no batch: it has fewer rows than data.batch_size. "
+                "Lower data.batch_size, raise data.validation_fraction or give more data."
+            )
+        self.batches = tuple(batches)
+        self._eval_step = eval_step
+
+    def score(self, params: Any, depth: int | None) -> Scores:
+        """Scores the whole set at one depth. The result is the same on every process."""
+        num_steps = depth_argument(depth)
+        # Dispatched one after another and fetched together, so the device does not wait.
+        sums = [self._eval_step(params, batch, num_steps)[0] for batch in self.batches]
+        return mean_scores(depth, jax.device_get(sums))
+
+
+def depth_argument(depth: int | None) -> jax.Array:
+    """The traced argument for a depth; a model without a core ignores its value."""
+    return jax.device_put(np.int32(1 if depth is None else depth))
+
+
+def take_batches(
+    batches: Iterator[Batch], count: int, place_batch: Callable[[Batch], Batch]
+) -> list[Batch]:
+    """Up to `count` batches, on the mesh; fewer if the split ends before."""
+    return [place_batch(batch) for batch in itertools.islice(batches, count)]
+
+
+def mean_scores(depth: int | None, sums: Iterable[Sequence[Any]]) -> Scores:
+    """Adds batches (`EvalSums`) up in float64 and divides.
+
+    Raises:
+      UserError: if no token counts.
+    """
+    rows = np.array([[float(value) for value in one] for one in sums], np.float64)
+    totals = EvalSums(*rows.sum(axis=0))
+    if totals.tokens == 0:
+        raise UserError("no token of the validation batches counts in the loss; check the data.")
+    loss = float(totals.cross_entropy / totals.tokens)
+    return Scores(
+        depth=depth,
+        loss=loss,
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
+        accuracy=float(totals.correct / totals.tokens),
+        exact_accuracy=float(totals.exact_rows / totals.rows),
+        tokens=int(totals.tokens),
+    )
+
+
+class ValidationHook:
+    """Scores the validation set at the trained mean depth (a `Hook` of the training loop).
+
+    Args:
+      every_steps: steps between validations; the last step is validated too.
+      validation_set: what is scored.
+      depth: iterations of the core, or None for a model without one.
+    """
+
+    at_end = True
+    at_stop = False
+
+    def __init__(self, every_steps: int, validation_set: ValidationSet, depth: int | None):
+        self.every_steps = every_steps
+        self._set = validation_set
+        self._depth = depth
+
+    def __call__(self, step: int, state: Any, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Returns validation/loss, perplexity, accuracy and exact_accuracy."""
+        scores = self._set.score(state.params, self._depth)
+        logging.info(
+            "validation after step %d: loss %.4f  perplexity %.2f  token accuracy %.3f  "
+            "exact rows %.3f",
+            step,
+            scores.loss,
+            scores.perplexity,
+            scores.accuracy,
+            scores.exact_accuracy,
+        )
+        names = ("loss", "perplexity", "accuracy", "exact_accuracy")
+        return {f"validation/{name}": getattr(scores, name) for name in names}

@@ -1,0 +1,70 @@
+"""Joins several processes into one run, and makes global arrays of what each one read."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from megatransformer_jax.config.run import DistributedConfig
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import Batch
+
+
+def start_distributed(config: DistributedConfig) -> None:
+    """Connects this process to the others. Must come before the first use of a device.
+
+    Does nothing if the run is a single process (`enabled=False`).
+
+    Raises:
+      RuntimeError: if a device was used before, or the coordinator cannot be reached.
+    """
+    if not config.enabled:
+        return
+    if jax.config.jax_platforms == "cpu":  # The only collectives that CPUs have.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if config.coordinator is None:
+        jax.distributed.initialize()
+        return
+    jax.distributed.initialize(
+        coordinator_address=config.coordinator,
+        num_processes=config.num_processes,
+        process_id=config.process_id,
+    )
+
+
+def make_global_batch(batch: Batch, sharder: Sharder) -> Batch:
+    """Puts the rows that this process read onto the mesh, as its part of the global batch.
+
+    Args:
+      batch: NumPy arrays [B / number of processes, T].
+      sharder: names the mesh; the arrays are cut as axes ('batch', 'length').
+
+    Returns:
+      Global arrays [B, T].
+    """
+    sharding = sharder.sharding("batch", "length")
+    return Batch(*(jax.make_array_from_process_local_data(sharding, array) for array in batch))
+
+
+def gather_json(text: str) -> list[str]:
+    """One string per process, in the order of processes, on every process."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array([data.size])))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: data.size] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    rows = rows.reshape(len(sizes.ravel()), -1)
+    return [
+        row[: int(size)].tobytes().decode() for row, size in zip(rows, sizes.ravel(), strict=True)
+    ]
+
+
+def smallest_over_processes(value: int) -> int:
+    """The least of one number per process, on every process."""
+    if jax.process_count() == 1:
+        return value
+    gathered: Any = multihost_utils.process_allgather(np.array([value]))
+    return int(np.min(gathered))

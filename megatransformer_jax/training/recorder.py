@@ -1,0 +1,102 @@
+"""Collects every step's metrics on the device and fetches, checks and writes them in batches."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.training.metric_interface import MetricWriter
+from megatransformer_jax.training.metrics_file import MetricsFile
+from megatransformer_jax.training.progress import Progress
+
+# Counters, whose last value is what matters; everything else is averaged over a log interval.
+_LAST_VALUE = ("skipped_steps", "skipped_in_row", "learning_rate")
+
+# Steps that may wait on the device. Two keep it busy; more would only hold memory for batches.
+MAX_STEPS_IN_FLIGHT = 2
+
+
+class TooManyBadSteps(UserError):
+    """The loss or the gradients were not finite for too many steps in a row."""
+
+
+class MetricRecorder:
+    """Where the loop puts each step's metrics.
+
+    Args:
+      metrics_file: gets every step, exact to the bit; None on processes that do not write.
+      writer: gets means over the log interval.
+      progress: shows them.
+      learning_rate: from the number of steps done before a step to its learning rate.
+      max_bad_steps: non-finite steps in a row that end the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        metrics_file: MetricsFile | None,
+        writer: MetricWriter,
+        progress: Progress,
+        learning_rate: Callable[[int], Any],
+        max_bad_steps: int,
+    ):
+        self._metrics_file = metrics_file
+        self._writer = writer
+        self._progress = progress
+        self._learning_rate = learning_rate
+        self._max_bad_steps = max_bad_steps
+        self._waiting: list[tuple[int, Mapping[str, jax.Array]]] = []
+        self._window: list[dict[str, float]] = []
+
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+        """Takes the metrics of `step`, still being computed, and waits for an earlier step."""
+        self._waiting.append((step, metrics))
+        if len(self._waiting) > MAX_STEPS_IN_FLIGHT:
+            jax.block_until_ready(self._waiting[-1 - MAX_STEPS_IN_FLIGHT][1])
+
+    def flush(self) -> None:
+        """Fetches the waiting metrics, writes them to the file and checks them.
+
+        Raises:
+          TooManyBadSteps: if `max_bad_steps` steps in a row were not finite.
+        """
+        values = jax.device_get([metrics for _, metrics in self._waiting])
+        rows = []
+        for (step, _), metrics in zip(self._waiting, values, strict=True):
+            row = {name: float(value) for name, value in metrics.items()}
+            row["learning_rate"] = float(self._learning_rate(step - 1))
+            rows.append((step, row))
+        self._waiting = []
+        self._window += [row for _, row in rows]
+        if self._metrics_file is not None:
+            self._metrics_file.write(rows)
+        for step, row in rows:
+            self._check(step, row)
+
+    def report(self, step: int) -> None:
+        """Writes and shows the means since the last report, up to `step`."""
+        self.flush()
+        if not self._window:
+            return
+        means = {
+            name: self._window[-1][name]
+            if name in _LAST_VALUE
+            else float(np.mean([row[name] for row in self._window]))
+            for name in self._window[-1]
+        }
+        self._window = []
+        self._writer.write_scalars(step, {f"train/{name}": v for name, v in means.items()})
+        self._progress.report(step, means)
+
+    def _check(self, step: int, row: Mapping[str, float]) -> None:
+        in_row = int(row["skipped_in_row"])
+        if in_row >= self._max_bad_steps:
+            raise TooManyBadSteps(
+                f"the last {in_row} steps up to step {step} had a loss or gradients that are not "
+                f"finite (loss {row['loss']}, gradient norm {row['grad_norm']}); their updates "
+                "were skipped. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps or "
+                "lower optimizer.clip_norm, and resume from the last checkpoint; or raise "
+                f"train.max_bad_steps (now {self._max_bad_steps})."
+            )

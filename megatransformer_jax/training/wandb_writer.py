@@ -1,0 +1,100 @@
+"""Writes metrics to Weights & Biases (extra `wandb`)."""
+
+import html
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.training.metric_interface import MetricWriter
+
+
+class WandbWriter(MetricWriter):
+    """clu's interface over one W&B run; a resumed workdir continues its W&B run.
+
+    Args:
+      project: W&B project.
+      directory: the run's workdir; the W&B run id is kept in it.
+
+    Raises:
+      ConfigError: if the package wandb is not installed.
+    """
+
+    def __init__(self, project: str, directory: str | os.PathLike[str]):
+        try:
+            import wandb  # noqa: PLC0415 (an extra: imported only when asked for)
+        except ImportError as error:
+            raise ConfigError(
+                "logging.writers",
+                "'wandb' needs the package wandb, which is not installed; run "
+                "`pip install 'megatransformer_jax[wandb]'` or drop it from the writers.",
+            ) from error
+        self._wandb = wandb
+        run_id = _run_id(os.path.join(os.fspath(directory), "wandb_run_id.txt"), wandb)
+        self._run = wandb.init(project=project, dir=os.fspath(directory), id=run_id, resume="allow")
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes one number per name."""
+        self._run.log({name: float(value) for name, value in scalars.items()}, step=step)
+
+    def write_images(self, step: int, images: Mapping[str, Any]) -> None:
+        """Writes images [H, W, C] or [N, H, W, C], uint8 or floats in [0, 1]."""
+        entries = {}
+        for name, image in images.items():
+            image = np.asarray(image)
+            batch = image[None] if image.ndim == 3 else image
+            entries[name] = [self._wandb.Image(single) for single in batch]
+        self._run.log(entries, step=step)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes one text per name."""
+        pages = {name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
+        self._run.log(pages, step=step)
+
+    def write_histograms(
+        self, step: int, arrays: Mapping[str, Any], num_buckets: Mapping[str, int] | None = None
+    ) -> None:
+        """Writes the distribution of each array's values, in 64 buckets unless told."""
+        buckets = num_buckets or {}
+        entries = {
+            name: self._wandb.Histogram(np.asarray(array), num_bins=buckets.get(name, 64))
+            for name, array in arrays.items()
+        }
+        self._run.log(entries, step=step)
+
+    def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+        """Stores a flat mapping as the run's config."""
+        self._run.config.update(dict(hparams), allow_val_change=True)
+
+    def write_summaries(
+        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Not supported: W&B has no raw tensor summaries."""
+        raise NotImplementedError("raw tensor summaries; write scalars, histograms or images")
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Not supported: it would need moviepy."""
+        raise NotImplementedError("videos; write their frames with write_images")
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        """Not supported: it would need soundfile."""
+        raise NotImplementedError("audio; write its spectrogram with write_images")
+
+    def flush(self) -> None:
+        """Nothing to do: W&B sends in the background."""
+
+    def close(self) -> None:
+        """Sends what is left and ends the W&B run."""
+        self._run.finish()
+
+
+def _run_id(path: str, wandb: Any) -> str:
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            return file.read().strip()
+    run_id = wandb.util.generate_id()
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(run_id)
+    return run_id

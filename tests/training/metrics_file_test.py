@@ -1,0 +1,51 @@
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatransformer_jax.training.metrics_file import MetricsFile, read_metrics
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_every_float32_reads_back_to_the_same_bits(tmp_path_factory, bits):
+    value = np.uint32(bits).view(np.float32)
+    path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
+    file = MetricsFile(path, 0)
+    file.write([(1, {"loss": float(value)})])
+    file.close()
+    read = np.float32(read_metrics(path)[0]["loss"])
+    assert read.view(np.uint32) == bits or (np.isnan(read) and np.isnan(value))
+
+
+def test_lines_are_valid_json_even_for_values_that_are_not_finite(tmp_path):
+    file = MetricsFile(tmp_path / "m.jsonl", 0)
+    file.write([(1, {"loss": math.nan, "norm": math.inf})])
+    file.close()
+    line = (tmp_path / "m.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": "nan", "norm": "inf"}
+    row = read_metrics(tmp_path / "m.jsonl")[0]
+    assert math.isnan(row["loss"]) and row["norm"] == math.inf
+
+
+def test_resume_drops_later_steps_and_a_half_written_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    file = MetricsFile(path, 0)
+    file.write([(step, {"loss": float(step)}) for step in range(1, 8)])
+    file.close()
+    with open(path, "a") as raw:
+        raw.write('{"step": 8, "lo')
+    assert [row["step"] for row in read_metrics(path)] == list(range(1, 8))
+    file = MetricsFile(path, 5)
+    file.write([(6, {"loss": 60.0})])
+    file.close()
+    assert [(r["step"], r["loss"]) for r in read_metrics(path)[4:]] == [(5, 5.0), (6, 60.0)]
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n')
+    MetricsFile(path, 0).close()
+    assert path.read_text() == ""

@@ -1,0 +1,126 @@
+import sys
+import types
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.run import LoggingConfig
+from megatransformer_jax.training.metric_interface import MetricWriter
+from megatransformer_jax.training.wandb_writer import WandbWriter
+from megatransformer_jax.training.writers import build_writer
+
+
+def events(folder) -> EventAccumulator:
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_interface_is_clus_and_needs_no_tensorflow():
+    assert MetricWriter.__module__ == "clu.metric_writers.interface"
+    assert sys.modules["clu.metric_writers.interface"].MetricWriter is MetricWriter
+    assert "tensorflow" not in sys.modules
+
+
+def test_tensorboard_reads_back_what_was_written(tmp_path):
+    writer = build_writer(LoggingConfig(), tmp_path, is_primary=True)
+    writer.write_hparams({"width": 64, "name": "x", "shape": (1, 2)})
+    writer.write_scalars(3, {"train/loss": np.float32(1.5)})
+    writer.write_scalars(4, {"train/loss": 1.25})
+    writer.write_images(4, {"one": np.zeros((4, 5, 3), np.uint8), "two": np.ones((2, 4, 5, 1))})
+    writer.write_texts(4, {"sample": "hello"})
+    writer.write_histograms(4, {"weights": np.arange(10.0)}, {"weights": 5})
+    writer.close()
+    read = events(tmp_path / "events")
+    points = [(point.step, point.value) for point in read.Scalars("train/loss")]
+    assert points == [(3, 1.5), (4, 1.25)]
+    assert set(read.Tags()["images"]) == {"one", "two/0", "two/1"}
+    assert read.Images("one")[0].width == 5
+    assert read.Tensors("sample/text_summary")[0].tensor_proto.string_val[0] == b"hello"
+    assert read.Histograms("weights")[0].histogram_value.num == 10
+    assert "_hparams_/session_start_info" in read.summary_metadata
+
+
+def test_a_resumed_run_hides_the_steps_it_runs_again(tmp_path):
+    first = build_writer(LoggingConfig(), tmp_path, is_primary=True)
+    for step in range(1, 6):
+        first.write_scalars(step, {"loss": 1.0})
+    first.close()
+    second = build_writer(LoggingConfig(), tmp_path, is_primary=True, start_step=3)
+    for step in range(3, 6):
+        second.write_scalars(step, {"loss": 2.0})
+    second.close()
+    points = [(p.step, p.value) for p in events(tmp_path / "events").Scalars("loss")]
+    assert points == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
+
+
+def test_what_tensorboardx_cannot_write_is_an_error(tmp_path):
+    writer = build_writer(LoggingConfig(), tmp_path, is_primary=True)
+    for call in (
+        lambda: writer.write_audios(1, {"a": np.zeros((1, 8, 1))}, sample_rate=8000),
+        lambda: writer.write_videos(1, {"a": np.zeros((1, 2, 4, 4, 3))}),
+        lambda: writer.write_summaries(1, {"a": np.zeros(2)}),
+    ):
+        with pytest.raises(NotImplementedError):
+            call()
+
+
+def test_other_processes_write_nothing(tmp_path):
+    writer = build_writer(LoggingConfig(), tmp_path, is_primary=False)
+    writer.write_scalars(1, {"loss": 1.0})
+    writer.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_absent_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = LoggingConfig(writers=("wandb",), wandb_project="p")
+    with pytest.raises(ConfigError, match=r"pip install 'megatransformer_jax\[wandb\]'"):
+        build_writer(config, tmp_path, is_primary=True)
+
+
+class FakeRun:
+    def __init__(self):
+        self.logged, self.config, self.is_finished = [], {}, False
+        self.config = types.SimpleNamespace(update=lambda values, allow_val_change: None)
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.is_finished = True
+
+
+def test_wandb_run_is_continued_after_resume(tmp_path, monkeypatch):
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        return FakeRun()
+
+    fake = types.SimpleNamespace(
+        init=init,
+        util=types.SimpleNamespace(generate_id=lambda: "abc"),
+        Image=lambda array: ("image", array.shape),
+        Histogram=lambda array, num_bins: ("histogram", num_bins),
+        Html=lambda text: ("html", text),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        writer = WandbWriter("project", tmp_path)
+        writer.write_scalars(2, {"loss": np.float32(0.5)})
+        writer.write_texts(2, {"sample": "<b>"})
+        writer.write_images(2, {"image": np.zeros((2, 4, 4, 3))})
+        writer.write_histograms(2, {"h": np.arange(3.0)})
+        writer.write_hparams({"width": 3})
+        writer.close()
+    assert [call["id"] for call in calls] == ["abc", "abc"]
+    assert calls[0]["resume"] == "allow" and calls[0]["project"] == "project"
+    logged = writer._run.logged
+    assert logged[0] == (2, {"loss": 0.5})
+    assert logged[2][1]["image"] == [("image", (4, 4, 3))] * 2
+    assert writer._run.is_finished
+    # Samples are text, not markup.
+    assert logged[1][1]["sample"] == ("html", "<pre>&lt;b&gt;</pre>")
