@@ -9,10 +9,10 @@ from absl import flags
 from megatransformer_jax.config.build import build, merge, to_dict
 from megatransformer_jax.config.experiment import read_experiment
 from megatransformer_jax.config.option import UserError, type_name
+from megatransformer_jax.config.option_text import parse_text
 from megatransformer_jax.config.presets import load_preset, preset_names
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.schema import options_of, sections_of, unknown_key
-from megatransformer_jax.config.text import parse_text
 
 PREFIX = "config."
 

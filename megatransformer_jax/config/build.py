@@ -14,11 +14,11 @@ from typing import Any
 
 import ml_collections
 
-from megatransformer_jax.config.files import read_values
 from megatransformer_jax.config.option import ConfigError, has_type, wrong_type
 from megatransformer_jax.config.presets import load_preset
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.schema import unknown_key
+from megatransformer_jax.config.value_files import read_values
 
 
 def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatransformer_jax.config.build import check_values, plain
-from megatransformer_jax.config.files import read_text, read_values
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.value_files import read_text, read_values
 
 _REFERENCE = re.compile(r"(?P<path>.+?\.(py|yaml|yml|json))(:(?P<argument>.*))?", re.DOTALL)
 
