@@ -1,0 +1,28 @@
+import pathlib
+
+from megatransformer_jax.config.options_page import options_page
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.schema import options_of
+
+
+def test_the_page_in_docs_is_current(repository: pathlib.Path) -> None:
+    page = (repository / "docs" / "options.md").read_text(encoding="utf-8")
+    assert page == options_page(), (
+        "docs/options.md is old; run: python -m megatransformer_jax.config.options_page"
+    )
+
+
+def test_every_option_has_a_row_with_its_meaning() -> None:
+    rows = [line for line in options_page().splitlines() if line.startswith("| `")]
+    options = list(options_of(RunConfig))
+    assert len(rows) == len(options)
+    for row, option in zip(rows, options, strict=True):
+        assert row.startswith(f"| `{option.path}` |")
+        assert option.meaning and option.meaning in row
+
+
+def test_rules_stand_with_the_options_they_concern() -> None:
+    page = options_page()
+    row = next(line for line in page.splitlines() if "`model.attention.num_kv_heads`" in line)
+    assert "Divides num_heads." in row
+    assert "The whole section: At its defaults when core_layers=0." in page

@@ -1,0 +1,308 @@
+"""Every rule that ties options together: it fires, names the option, and nothing else fires."""
+
+import traceback
+from typing import Any
+
+import pytest
+
+from megatransformer_jax.config.data import DataConfig, ReasoningConfig, TokenizerConfig
+from megatransformer_jax.config.model import (
+    AttentionConfig,
+    InitConfig,
+    ModelConfig,
+    NormConfig,
+    PositionConfig,
+)
+from megatransformer_jax.config.option import ConfigError, rules_of
+from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.run import (
+    CheckpointConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    SampleConfig,
+    TrainConfig,
+)
+from megatransformer_jax.config.schema import sections_of
+
+JOINED = {"enabled": True, "coordinator": "host:1234", "num_processes": 2, "process_id": 0}
+
+# The rule, the class, what is given, the path in the error.
+BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
+    (
+        "_kv_heads_divide_heads",
+        AttentionConfig,
+        {"num_heads": 4, "num_kv_heads": 3},
+        "num_kv_heads",
+    ),
+    (
+        "_rotary_options_need_rotary",
+        PositionConfig,
+        {"scheme": "alibi", "rotary_base": 500.0},
+        "rotary_base",
+    ),
+    (
+        "_rotary_options_need_rotary",
+        PositionConfig,
+        {"scheme": "none", "rotary_convention": "interleaved"},
+        "rotary_convention",
+    ),
+    ("_bias_needs_layernorm", NormConfig, {"bias": True}, "bias"),
+    ("_std_needs_a_scheme_that_reads_it", InitConfig, {"scheme": "takase", "std": 0.1}, "std"),
+    ("_depths_fit_max_steps", RecurrenceConfig, {"mean_steps": 9, "max_steps": 8}, "mean_steps"),
+    (
+        "_depths_fit_max_steps",
+        RecurrenceConfig,
+        {"backprop_depth": 9, "max_steps": 8},
+        "backprop_depth",
+    ),
+    (
+        "_zero_order_hold_needs_diagonal",
+        RecurrenceConfig,
+        {"zero_order_hold": True},
+        "zero_order_hold",
+    ),
+    (
+        "_sigma_needs_lognormal",
+        RecurrenceConfig,
+        {"sampling": "fixed", "sampling_sigma": 1.0},
+        "sampling_sigma",
+    ),
+    ("_ramp_options_go_together", RecurrenceConfig, {"ramp": "linear"}, "ramp_steps"),
+    ("_ramp_options_go_together", RecurrenceConfig, {"ramp_steps": 5}, "ramp_steps"),
+    ("_ramp_options_go_together", RecurrenceConfig, {"ramp_from": 2}, "ramp_from"),
+    (
+        "_ramp_starts_below_the_mean",
+        RecurrenceConfig,
+        {"ramp": "linear", "ramp_steps": 5, "ramp_from": 9},
+        "ramp_from",
+    ),
+    ("_unroll_fits_backprop_depth", RecurrenceConfig, {"unroll": 5, "backprop_depth": 4}, "unroll"),
+    ("_heads_fit_widths", ModelConfig, {"width": 130}, "width"),
+    (
+        "_heads_fit_widths",
+        ModelConfig,
+        {"recurrence": RecurrenceConfig(core_width=90)},
+        "recurrence.core_width",
+    ),
+    (
+        "_heads_fit_widths",
+        ModelConfig,
+        {"width": 60, "attention": AttentionConfig(num_heads=4)},
+        "attention.head_dim",
+    ),
+    (
+        "_heads_fit_widths",
+        ModelConfig,
+        {"attention": AttentionConfig(head_dim=31)},
+        "attention.head_dim",
+    ),
+    (
+        "_sinusoidal_width_is_even",
+        ModelConfig,
+        {
+            "width": 63,
+            "positions": PositionConfig(scheme="sinusoidal"),
+            "attention": AttentionConfig(num_heads=7),
+        },
+        "width",
+    ),
+    (
+        "_has_layers",
+        ModelConfig,
+        {"prelude_layers": 0, "core_layers": 0, "coda_layers": 0},
+        "prelude_layers",
+    ),
+    (
+        "_recurrence_needs_a_core",
+        ModelConfig,
+        {"core_layers": 0, "recurrence": RecurrenceConfig(mean_steps=4)},
+        "recurrence",
+    ),
+    ("_head_bias_needs_its_own_head", ModelConfig, {"head_bias": True}, "head_bias"),
+    (
+        "_training_options_need_training",
+        TokenizerConfig,
+        {"kind": "bytes", "vocab_size": 512},
+        "vocab_size",
+    ),
+    (
+        "_training_options_need_training",
+        TokenizerConfig,
+        {"model_file": "a.model", "model_type": "unigram"},
+        "model_type",
+    ),
+    (
+        "_model_file_needs_sentencepiece",
+        TokenizerConfig,
+        {"kind": "bytes", "model_file": "a.model"},
+        "model_file",
+    ),
+    (
+        "_shortest_is_not_longer_than_longest",
+        ReasoningConfig,
+        {"min_length": 17, "max_length": 16},
+        "min_length",
+    ),
+    (
+        "_shortest_is_not_longer_than_longest",
+        ReasoningConfig,
+        {"eval_min_length": 33},
+        "eval_min_length",
+    ),
+    (
+        "_number_of_symbols_goes_with_task",
+        ReasoningConfig,
+        {"task": "parity", "num_symbols": 4},
+        "num_symbols",
+    ),
+    ("_file_sources_need_files", DataConfig, {"source": "jsonl"}, "files"),
+    ("_tfds_needs_a_name", DataConfig, {"source": "tfds"}, "tfds_name"),
+    ("_files_need_a_file_source", DataConfig, {"files": ("a.txt",)}, "files"),
+    (
+        "_files_need_a_file_source",
+        DataConfig,
+        {"validation_files": ("a.txt",)},
+        "validation_files",
+    ),
+    ("_tfds_options_need_tfds", DataConfig, {"tfds_name": "lm1b"}, "tfds_name"),
+    (
+        "_tfds_options_need_tfds",
+        DataConfig,
+        {"source": "text", "files": ("a",), "tfds_split": "test"},
+        "tfds_split",
+    ),
+    ("_text_field_needs_records_with_fields", DataConfig, {"text_field": "body"}, "text_field"),
+    (
+        "_reasoning_options_need_reasoning",
+        DataConfig,
+        {"reasoning": ReasoningConfig(task="hop")},
+        "reasoning",
+    ),
+    ("_reasoning_brings_its_own", DataConfig, {"source": "reasoning", "packing": "pad"}, "packing"),
+    (
+        "_reasoning_brings_its_own",
+        DataConfig,
+        {"source": "reasoning", "tokenizer": TokenizerConfig(kind="bytes")},
+        "tokenizer",
+    ),
+    (
+        "_fraction_needs_a_split_to_make",
+        DataConfig,
+        {
+            "source": "text",
+            "files": ("a",),
+            "validation_files": ("b",),
+            "validation_fraction": 0.5,
+        },
+        "validation_fraction",
+    ),
+    (
+        "_final_fraction_needs_a_decay",
+        OptimizerConfig,
+        {"schedule": "constant", "final_fraction": 0.5},
+        "final_fraction",
+    ),
+    ("_decay_steps_go_with_wsd", OptimizerConfig, {"schedule": "wsd"}, "decay_steps"),
+    ("_decay_steps_go_with_wsd", OptimizerConfig, {"decay_steps": 10}, "decay_steps"),
+    ("_data_axis_is_not_empty", MeshConfig, {"data": 0}, "data"),
+    ("_process_options_go_together", DistributedConfig, {"num_processes": 2}, "enabled"),
+    (
+        "_process_options_go_together",
+        DistributedConfig,
+        {"enabled": True, "num_processes": 2},
+        "coordinator",
+    ),
+    ("_process_is_one_of_them", DistributedConfig, {**JOINED, "process_id": 2}, "process_id"),
+    (
+        "_kept_steps_are_saved_steps",
+        CheckpointConfig,
+        {"every_steps": 100, "keep_every_steps": 250},
+        "keep_every_steps",
+    ),
+    ("_depths_are_increasing", EvaluationConfig, {"final_depths": ()}, "final_depths"),
+    ("_depths_are_increasing", EvaluationConfig, {"final_depths": (2, 2)}, "final_depths"),
+    ("_samples_need_prompts", SampleConfig, {"prompts": ()}, "prompts"),
+    ("_writers_are_different", LoggingConfig, {"writers": ("tensorboard",) * 2}, "writers"),
+    ("_wandb_project_goes_with_wandb", LoggingConfig, {"writers": ("wandb",)}, "wandb_project"),
+    ("_wandb_project_goes_with_wandb", LoggingConfig, {"wandb_project": "mine"}, "wandb_project"),
+    ("_workdir_is_named", RunConfig, {"workdir": ""}, "workdir"),
+    ("_environment_has_pairs", RunConfig, {"environment": ("XLA_FLAGS",)}, "environment"),
+    ("_environment_has_pairs", RunConfig, {"environment": ("A=1", "A=2")}, "environment"),
+    (
+        "_sequences_fit_the_model",
+        RunConfig,
+        {"model": ModelConfig(max_length=128)},
+        "data.sequence_length",
+    ),
+    (
+        "_tokens_fit_the_model",
+        RunConfig,
+        {"model": ModelConfig(vocab_size=512)},
+        "data.tokenizer.vocab_size",
+    ),
+    (
+        "_batch_fits_processes",
+        RunConfig,
+        {"data": DataConfig(batch_size=7), "distributed": DistributedConfig(**JOINED)},
+        "data.batch_size",
+    ),
+    (
+        "_accumulation_divides_the_batch",
+        RunConfig,
+        {"train": TrainConfig(accumulation=3)},
+        "train.accumulation",
+    ),
+    (
+        "_schedule_fits_the_run",
+        RunConfig,
+        {"train": TrainConfig(steps=49)},
+        "optimizer.warmup_steps",
+    ),
+    (
+        "_sample_depth_needs_a_core",
+        RunConfig,
+        {"model": ModelConfig(core_layers=0), "samples": SampleConfig(depth=4)},
+        "samples.depth",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "config_class", "values", "path"),
+    BROKEN,
+    ids=[f"{name}-{path}" for name, _, _, path in BROKEN],
+)
+def test_a_broken_rule_names_the_option(
+    name: str, config_class: type, values: dict[str, Any], path: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_class(**values)
+    assert caught.value.path == path
+    frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert name in frames
+
+
+def test_every_rule_has_a_case() -> None:
+    classes = [RunConfig, *(section_class for _, section_class, _ in sections_of(RunConfig))]
+    declared = {check.__name__ for owner in classes for check in rules_of(owner)}
+    assert declared == {name for name, *_ in BROKEN}
+
+
+def test_positions_schemes_without_rotation_allow_odd_heads() -> None:
+    model = ModelConfig(
+        width=60,
+        attention=AttentionConfig(num_heads=4),
+        positions=PositionConfig(scheme="alibi"),
+    )
+    assert model.head_dim(model.width) == 15
+
+
+def test_a_tokenizer_that_is_not_trained_has_no_size_to_compare() -> None:
+    RunConfig(
+        model=ModelConfig(vocab_size=300), data=DataConfig(tokenizer=TokenizerConfig(kind="bytes"))
+    )
+    RunConfig(model=ModelConfig(vocab_size=16), data=DataConfig(source="reasoning"))

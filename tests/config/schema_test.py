@@ -1,0 +1,52 @@
+import dataclasses
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import rules_of
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.schema import (
+    options_of,
+    section_rules,
+    sections_of,
+    unknown_key,
+)
+
+
+def test_every_field_is_an_option_or_a_section() -> None:
+    paths = [option.path for option in options_of(RunConfig)]
+    sections = [path for path, *_ in sections_of(RunConfig)]
+    classes = [RunConfig, *(owner for _, owner, _ in sections_of(RunConfig))]
+    assert len(set(paths)) == len(paths)
+    assert len(paths) + len(sections) == sum(len(dataclasses.fields(owner)) for owner in classes)
+
+
+def test_every_class_has_one_place() -> None:
+    """gin presets name a dataclass, so its path must be clear."""
+    owners = [owner for _, owner, _ in sections_of(RunConfig)]
+    assert len(set(owners)) == len(owners)
+
+
+def test_an_option_knows_its_type_default_and_rules() -> None:
+    options = {option.path: option for option in options_of(RunConfig)}
+    kv_heads = options["model.attention.num_kv_heads"]
+    assert (kv_heads.declared, kv_heads.default) == (int | None, None)
+    assert kv_heads.rules == ("Divides num_heads.",)
+    assert options["model.recurrence.core_width"].rules != ()
+
+
+def test_every_rule_is_about_a_known_path_and_says_what_it_wants() -> None:
+    owners = [("", RunConfig), *((f"{path}.", owner) for path, owner, _ in sections_of(RunConfig))]
+    known = {option.path for option in options_of(RunConfig)} | set(section_rules(RunConfig))
+    for prefix, owner in owners:
+        for check in rules_of(owner):
+            assert check.__doc__, check
+            assert {prefix + path for path in check.rule_paths} <= known  # type: ignore[attr-defined]
+
+
+def test_an_unknown_key_without_a_near_name_lists_what_there_is() -> None:
+    error = unknown_key("model.zzz", ["width", "remat"])
+    assert str(error) == "model.zzz: no such option; 'model' has: width, remat."
+    assert "there are: a" in str(unknown_key("zzz", ["a"]))
+
+
+def test_options_can_be_listed_from_any_section() -> None:
+    assert next(iter(options_of(ModelConfig))).path == "vocab_size"
