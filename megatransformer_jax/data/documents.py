@@ -32,7 +32,9 @@ class TokenizeDocument(grain.transforms.Map):
         return np.asarray(self.tokenizer.encode(record), np.int32)
 
 
-def in_order(dataset: grain.MapDataset, *, seed: int, shuffle: bool, repeat: bool):
+def in_order(
+    dataset: grain.MapDataset, *, seed: int, shuffle: bool, repeat: bool
+) -> grain.MapDataset:
     """The elements of one epoch or of endless ones, in a new random order each if `shuffle`."""
     if shuffle:
         dataset = dataset.seed(seed).shuffle()

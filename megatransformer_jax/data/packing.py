@@ -78,8 +78,8 @@ class PackedRows:
             if filled == self._length or not self._has_unread():
                 break
             stop = self._offset + self._length - filled
-            tokens = self._tokens[self._offset : stop]
-            row.write(filled, segment, tokens, self._targets[self._offset : stop])
+            tokens, targets = (part[self._offset : stop] for part in self._current)
+            row.write(filled, segment, tokens, targets)
             filled += len(tokens)
             self._offset += len(tokens)
         if filled == 0:
@@ -95,28 +95,23 @@ class PackedRows:
         self._document = state["document"]
         self._offset = state["offset"]
         self._documents: Iterator[np.ndarray] | None = None
-        self._tokens = self._targets = np.zeros(0, np.int32)
+        self._current: tuple[np.ndarray, np.ndarray] | None = None
 
     def _has_unread(self) -> bool:
-        """Moves to the next document when this one is used up; False at the end of the stream."""
+        """Moves on to the next unread token; False at the end of the stream."""
         if self._documents is None:
             self._documents = self._open_documents(self._document)
-            if not self._load():
-                return False
-        while self._offset >= len(self._tokens):
+        while True:
+            if self._current is None:
+                document = next(self._documents, None)
+                if document is None:
+                    return False
+                self._current = inputs_and_targets(document, self._ids)
+            if self._offset < len(self._current[0]):
+                return True
             self._document += 1
             self._offset = 0
-            if not self._load():
-                return False
-        return True
-
-    def _load(self) -> bool:
-        document = next(self._documents, None)
-        if document is None:
-            self._tokens = self._targets = np.zeros(0, np.int32)
-            return False
-        self._tokens, self._targets = inputs_and_targets(document, self._ids)
-        return True
+            self._current = None
 
 
 class PaddedRows:
