@@ -1,4 +1,10 @@
-"""Attention in plain XLA operations: serves every option on every platform."""
+"""Attention in plain XLA operations: serves every option on every platform.
+
+What makes it fast where there is no fused kernel: heads come before rows, so both products are
+batched matrix products; the softmax keeps only its result for the backward pass; the mask is an
+additive bias without a head axis; and a causal query block is never multiplied with keys that lie
+wholly in its future (5/8 of the work with 4 blocks).
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +12,12 @@ from jaxtyping import Array, Float
 
 from megatransformer_jax.ops.masks import AttentionMask, dense_mask, row_distance
 
-# Finite, so that a row without any visible key stays free of NaN in values and gradients.
+# Finite, so that a row without any visible key stays free of NaN. It absorbs any usual logit:
+# -1e30 + logit == -1e30 in float32, so adding it is the same as selecting it.
 MASKED_LOGIT = -1e30
+# More blocks skip more but make the matrix products small and the program long.
+MAX_QUERY_BLOCKS = 4
+MIN_BLOCK_ROWS = 64
 
 
 def attention_xla(
@@ -20,29 +30,121 @@ def attention_xla(
     alibi_slopes: Float[Array, "N"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
+    split_rows: bool = True,
 ) -> Float[Array, "B T N H"]:
-    """Softmax attention; see `ops.attention.attention` for the arguments."""
-    (batch_size, query_length, num_heads, width) = query.shape
-    key_length, kv_heads = key.shape[1:3]
-    groups = num_heads // kv_heads
-    grouped = query.reshape(batch_size, query_length, kv_heads, groups, width)
-    logits = jnp.einsum("BTKGH,BSKH->BKGTS", grouped, key, preferred_element_type=jnp.float32)
-    logits = logits * width**-0.5
-    if logit_softcap is not None:
-        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+    """Softmax attention; see `ops.attention.attention` for the arguments.
+
+    `split_rows` allows blocks of queries. Set it to False where the rows are cut over devices:
+    slicing such an axis would move data.
+    """
+    query_length, key_length, width = query.shape[1], key.shape[1], query.shape[-1]
+    scale = width**-0.5
+    if query.dtype == jnp.float32:  # Cheaper here than on logits, and as exact.
+        query, scale = query * scale, 1.0
+    query, key, value = (array.transpose(0, 2, 1, 3) for array in (query, key, value))
+    bias = _mask_bias(mask, query_length, key_length)
+    slopes = distance = None
     if alibi_slopes is not None:
-        distance = row_distance(mask.query_offset, query_length, key_length)[:, None, None]
-        slopes = alibi_slopes.astype(jnp.float32).reshape(kv_heads, groups, 1, 1)
-        logits = logits - slopes * jnp.abs(distance)
+        slopes = alibi_slopes[:, None, None]
+        distance = _distance(mask, query_length, key_length)
+
+    outputs = []
+    for index, (rows, keys) in enumerate(query_blocks(mask, query_length, key_length, split_rows)):
+        logits = _logits(query[:, :, rows], key[:, :, keys])
+        if scale != 1.0:
+            logits = logits * scale
+        if logit_softcap is not None:
+            logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+        if distance is not None:
+            logits = logits - slopes * distance[..., rows, keys]
+        if bias is not None:
+            logits = logits + bias[..., rows, keys]
+        weights = masked_softmax(logits)
+        if dropout_rate > 0.0:
+            weights = _dropout(weights, dropout_rate, jax.random.fold_in(dropout_key, index))
+        outputs.append(_mix(weights, value[:, :, keys]))
+    output = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
+    return output.transpose(0, 2, 1, 3)
+
+
+def query_blocks(
+    mask: AttentionMask, query_length: int, key_length: int, split_rows: bool
+) -> list[tuple[slice, slice]]:
+    """Query rows, and the keys that they may see, block by block.
+
+    Keys are cut only if the offset is static. Several blocks only if causality makes them see
+    different keys.
+    """
+    offset = mask.query_offset
+    if not isinstance(offset, int):
+        return [(slice(0, query_length), slice(0, key_length))]
+    block = query_length
+    if mask.is_causal and split_rows:
+        block = max(MIN_BLOCK_ROWS, -(-query_length // MAX_QUERY_BLOCKS))
+    blocks = []
+    for start in range(0, query_length, block):
+        stop = min(start + block, query_length)
+        first = 0 if mask.window is None else max(0, offset + start - mask.window + 1)
+        last = offset + (stop if mask.is_causal else query_length)
+        blocks.append((slice(start, stop), slice(first, last)))
+    return blocks
+
+
+@jax.custom_jvp
+def masked_softmax(logits: Float[Array, "*batch S"]) -> Float[Array, "*batch S"]:
+    """Softmax over the last axis in float32; exact zeros where all logits are masked.
+
+    Its derivative needs only its result, so nothing else is kept for the backward pass.
+    """
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    exponential = jnp.exp(logits - peak)
+    total = jnp.sum(exponential, axis=-1, keepdims=True)
+    return exponential * jnp.where(peak > MASKED_LOGIT / 2, 1.0 / total, 0.0)
+
+
+@masked_softmax.defjvp
+def _masked_softmax_jvp(primals, tangents):
+    weights = masked_softmax(*primals)
+    product = weights * tangents[0]
+    return weights, product - weights * jnp.sum(product, axis=-1, keepdims=True)
+
+
+def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
+    """[B, N, T, H] and [B, K, S, H] to float32 [B, N, T, S].
+
+    The G query heads of a KV head are stacked as rows of one matrix, so that the product has a
+    single row axis (twice as fast on CPU as two) and keys are never repeated.
+    """
+    batch_size, num_heads, query_length, width = query.shape
+    kv_heads, key_length = key.shape[1:3]
+    stacked = query.reshape(batch_size, kv_heads, -1, width)
+    logits = jnp.einsum("BKRH,BKSH->BKRS", stacked, key, preferred_element_type=jnp.float32)
+    return logits.reshape(batch_size, num_heads, query_length, key_length)
+
+
+def _mix(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """[B, N, T, S] and [B, K, S, H] to [B, N, T, H], in the value's type."""
+    batch_size, num_heads, query_length, key_length = weights.shape
+    stacked = weights.astype(value.dtype).reshape(batch_size, value.shape[1], -1, key_length)
+    mixed = jnp.einsum("BKRS,BKSH->BKRH", stacked, value)
+    return mixed.reshape(batch_size, num_heads, query_length, -1)
+
+
+def _mask_bias(mask: AttentionMask, query_length: int, key_length: int) -> jax.Array | None:
+    """0 where attention is allowed and MASKED_LOGIT elsewhere, [B or 1, 1, T, S]."""
     allowed = dense_mask(mask, query_length, key_length)
-    if allowed is not None:
-        logits = jnp.where(allowed[:, None, None], logits, MASKED_LOGIT)
-    weights = jax.nn.softmax(logits, axis=-1)
-    if dropout_rate > 0.0:
-        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout_rate, weights.shape)
-        weights = jnp.where(keep, weights / (1.0 - dropout_rate), 0.0)
-    output = jnp.einsum("BKGTS,BSKH->BTKGH", weights.astype(value.dtype), value)
-    if allowed is not None:
-        sees_any = jnp.any(allowed, axis=-1)[:, :, None, None, None]
-        output = jnp.where(sees_any, output, 0)
-    return output.reshape(query.shape)
+    if allowed is None:
+        return None
+    return jnp.where(allowed, 0.0, MASKED_LOGIT)[:, None]
+
+
+def _distance(mask: AttentionMask, query_length: int, key_length: int) -> jax.Array:
+    """Rows between query and key, float32 [B or 1, 1, T, S]."""
+    distance = jnp.abs(row_distance(mask.query_offset, query_length, key_length))
+    return distance.astype(jnp.float32)[:, None]
+
+
+def _dropout(weights: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zeroes weights with probability `rate` and scales the rest to keep the mean."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, weights.shape)
+    return jnp.where(keep, weights / (1.0 - rate), 0.0)
