@@ -95,6 +95,8 @@ def unknown_flag(name: str) -> UserError:
     parent = path.rpartition(".")[0]
     while parent and parent not in sections:
         path, parent = parent, parent.rpartition(".")[0]
+    if any(option.path == path for option in options_of(RunConfig)):
+        return UserError(f"--{name}: {path} is an option, not a section; nothing is below it.")
     owner = sections.get(parent, RunConfig)
     return unknown_key(path, [field.name for field in dataclasses.fields(owner)])
 
