@@ -1,0 +1,29 @@
+"""The mesh of a configuration against the devices there are."""
+
+import pytest
+
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.run import MeshConfig
+from megatransformer_jax.sharding.mesh import resolve_mesh_shape
+
+
+def test_the_data_axis_takes_what_the_others_leave() -> None:
+    shape = resolve_mesh_shape(MeshConfig(fsdp=2, tensor=2), num_devices=8)
+    assert shape == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
+
+
+@pytest.mark.parametrize(
+    ("mesh", "needed"),
+    [
+        (MeshConfig(data=4, fsdp=4), 16),
+        (MeshConfig(data=2), 2),
+        (MeshConfig(fsdp=16), 16),
+        (MeshConfig(tensor=3), 6),
+    ],
+)
+def test_a_product_other_than_the_number_of_devices_is_an_error(
+    mesh: MeshConfig, needed: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"needs {needed} devices.* but there are 8") as caught:
+        resolve_mesh_shape(mesh, num_devices=8)
+    assert caught.value.path == "mesh"
