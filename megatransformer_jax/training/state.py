@@ -38,14 +38,15 @@ def init_state(
     """A state at step 0 with fresh parameters."""
     init_key, run_key = jax.random.split(key)
     params = init_params(model, init_key)
-    zero = jnp.zeros((), jnp.int32)
+    # Each counter is an array of its own: a donated state may not hold one buffer twice.
+    step, skipped_steps, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(
-        step=zero,
+        step=step,
         params=params,
         opt_state=optimizer.init(params),
         key_data=jax.random.key_data(run_key),
-        skipped_steps=zero,
-        skipped_in_row=zero,
+        skipped_steps=skipped_steps,
+        skipped_in_row=skipped_in_row,
     )
 
 
