@@ -10,7 +10,12 @@ from megatransformer_jax.config.run import RunConfig
 # Options that a resumed run may change: they do not reach into a step that was saved, or only say
 # how long, how often and where. Everything else below these sections must stay as it was.
 RESUME_SECTIONS = ("model", "data", "optimizer", "train")
-FREE_ON_RESUME = ("data.prefetch_batches", "train.steps", "train.max_bad_steps")
+FREE_ON_RESUME = (
+    "data.num_workers",
+    "data.prefetch_batches",
+    "train.steps",
+    "train.max_bad_steps",
+)
 
 _SHOWN = 12
 

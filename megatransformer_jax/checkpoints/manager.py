@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +82,7 @@ class CheckpointManager:
         self,
         step: int,
         state: Any,
-        iterator_states: Sequence[Mapping[str, Any]],
+        iterator_state: Mapping[str, Any],
         run: Mapping[str, Any],
         validation_loss: float | None = None,
     ) -> None:
@@ -91,7 +91,7 @@ class CheckpointManager:
         Args:
           step: names the checkpoint; an existing one of the same step is left as it is.
           state: pytree of arrays.
-          iterator_states: the data iterator's state in each process, in order.
+          iterator_state: of the data, JSON-able and the same in every process.
           run: JSON-able: `config` (nested dicts) and what else identifies the run.
           validation_loss: of exactly this state; what 'best' goes by.
         """
@@ -104,7 +104,7 @@ class CheckpointManager:
             args=ocp.args.Composite(
                 **{
                     _STATE: ocp.args.StandardSave(state),
-                    _DATA: ocp.args.JsonSave({"processes": list(iterator_states)}),
+                    _DATA: ocp.args.JsonSave(dict(iterator_state)),
                     _RUN: ocp.args.JsonSave(dict(run)),
                 }
             ),
@@ -123,13 +123,12 @@ class CheckpointManager:
         """Restores a checkpoint onto the devices that `abstract_state` names.
 
         Args:
-          abstract_state: the train state as ShapeDtypeStructs with shardings; the mesh need not
-            be the one it was saved from.
+          abstract_state: the train state as ShapeDtypeStructs with shardings; neither the mesh
+            nor the number of processes need be those it was saved from.
           step: which checkpoint.
 
         Raises:
-          CheckpointMismatch: if its arrays have other names or shapes, or if it was saved by
-            another number of processes.
+          CheckpointMismatch: if its arrays have other names or shapes.
         """
         where = str(self._directory / str(step))
         compatibility.check_shapes(self._saved_shapes(step), tree_shapes(abstract_state), where)
@@ -142,14 +141,7 @@ class CheckpointManager:
                 }
             ),
         )
-        processes = restored[_DATA]["processes"]
-        if len(processes) != jax.process_count():
-            raise compatibility.CheckpointMismatch(
-                f"the checkpoint {where} was saved by {len(processes)} processes and there are "
-                f"{jax.process_count()} now. The data is sharded by process, so the exact order "
-                f"cannot be continued; start {len(processes)} processes."
-            )
-        return Restored(step, restored[_STATE], processes[jax.process_index()])
+        return Restored(step, restored[_STATE], restored[_DATA])
 
     def restore_params(self, abstract_params: Any, step: int) -> Any:
         """Restores the parameters alone, for evaluation and generation.

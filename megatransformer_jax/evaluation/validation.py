@@ -1,9 +1,8 @@
 """Scores a fixed set of batches, during training and at any depth."""
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,36 +43,26 @@ class ValidationSet:
       eval_step: compiled; see `make_eval_step`.
 
     Raises:
-      UserError: if there is no batch or no token that counts.
+      ValueError: if there is no batch.
     """
 
     def __init__(self, batches: Sequence[Batch], eval_step: EvalStep):
         if not batches:
-            raise UserError(
-                "the validation split gives no batch: it has fewer rows than data.batch_size. "
-                "Lower data.batch_size, raise data.validation_fraction or give more data."
-            )
+            raise ValueError("a validation set needs at least one batch")
         self.batches = tuple(batches)
-        self._eval_step = eval_step
+        self.eval_step = eval_step
 
     def score(self, params: Any, depth: int | None) -> Scores:
         """Scores the whole set at one depth. The result is the same on every process."""
         num_steps = depth_argument(depth)
         # Dispatched one after another and fetched together, so the device does not wait.
-        sums = [self._eval_step(params, batch, num_steps)[0] for batch in self.batches]
+        sums = [self.eval_step(params, batch, num_steps)[0] for batch in self.batches]
         return mean_scores(depth, jax.device_get(sums))
 
 
 def depth_argument(depth: int | None) -> jax.Array:
     """The traced argument for a depth; a model without a core ignores its value."""
     return jax.device_put(np.int32(1 if depth is None else depth))
-
-
-def take_batches(
-    batches: Iterator[Batch], count: int, place_batch: Callable[[Batch], Batch]
-) -> list[Batch]:
-    """Up to `count` batches, on the mesh; fewer if the split ends before."""
-    return [place_batch(batch) for batch in itertools.islice(batches, count)]
 
 
 def mean_scores(depth: int | None, sums: Iterable[Sequence[Any]]) -> Scores:

@@ -1,10 +1,6 @@
 """Joins several processes into one run, and makes global arrays of what each one read."""
 
-from typing import Any
-
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from megatransformer_jax.config.run import DistributedConfig
 from megatransformer_jax.sharding.rules import Sharder
@@ -45,26 +41,3 @@ def make_global_batch(batch: Batch, sharder: Sharder) -> Batch:
     """
     sharding = sharder.sharding("batch", "length")
     return Batch(*(jax.make_array_from_process_local_data(sharding, array) for array in batch))
-
-
-def gather_json(text: str) -> list[str]:
-    """One string per process, in the order of processes, on every process."""
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.array([data.size])))
-    padded = np.zeros(int(sizes.max()), np.uint8)
-    padded[: data.size] = data
-    rows = np.asarray(multihost_utils.process_allgather(padded))
-    rows = rows.reshape(len(sizes.ravel()), -1)
-    return [
-        row[: int(size)].tobytes().decode() for row, size in zip(rows, sizes.ravel(), strict=True)
-    ]
-
-
-def smallest_over_processes(value: int) -> int:
-    """The least of one number per process, on every process."""
-    if jax.process_count() == 1:
-        return value
-    gathered: Any = multihost_utils.process_allgather(np.array([value]))
-    return int(np.min(gathered))

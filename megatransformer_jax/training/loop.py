@@ -79,7 +79,9 @@ def train_loop(
             recorder.report(step)
         elif due:
             recorder.flush()  # A checkpoint must find its steps in the metrics file.
-        _call(due, step, state, writer)
+        if due:
+            _call(due, step, state, writer)
+            progress.resume(step)
         if is_stopping:
             return LoopResult(state, step, is_finished=False)
     return LoopResult(state, max(start_step, total_steps), is_finished=True)

@@ -46,7 +46,7 @@ class MetricsFile:
         os.replace(temporary, self._path)
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
     """The rows of a metrics file, with non-finite values as floats again."""
     return [
         {

@@ -25,6 +25,9 @@ class Progress(typing.Protocol):
     def report(self, step: int, scalars: Mapping[str, float]) -> None:
         """The metrics of the last log interval, which ended with `step`."""
 
+    def resume(self, step: int) -> None:
+        """The hooks after `step` are done; their time is not that of steps."""
+
 
 def build_progress(
     kind: str, console: Console, total_steps: int, *, is_primary: bool = True
@@ -56,13 +59,21 @@ class StepClock:
     def __init__(self, total_steps: int, now: Callable[[], float] = time.monotonic):
         self._total_steps = total_steps
         self._now = now
+        self._starts = 0
         self._last: tuple[int, float] | None = None
         self._step_s: float | None = None
         self.tokens_per_s: float | None = None
 
-    def start(self, step: int) -> None:
-        """Begins timing with `step` steps done. Later calls do nothing."""
-        if self._last is None:
+    def advance(self, step: int) -> None:
+        """Step number `step` is about to start."""
+        if self._starts == 1:
+            # Not from the very first step, which waits for the compiler.
+            self._last = (step - 1, self._now())
+        self._starts += 1
+
+    def restart(self, step: int) -> None:
+        """Begins a new interval after `step`: what was done since the last tick does not count."""
+        if self._last is not None:
             self._last = (step, self._now())
 
     def tick(self, step: int, tokens_per_step: float) -> None:
@@ -71,9 +82,8 @@ class StepClock:
         if self._last is not None and step > self._last[0] and now > self._last[1]:
             step_s = (now - self._last[1]) / (step - self._last[0])
             self.tokens_per_s = tokens_per_step / step_s
-            # The first interval holds the compilation, so later ones outweigh it quickly.
             self._step_s = step_s if self._step_s is None else 0.5 * (self._step_s + step_s)
-        self._last = (step, now)
+            self._last = (step, now)
 
     def eta_s(self, step: int) -> float | None:
         """Seconds until the last step, or None before the first interval."""
@@ -123,8 +133,8 @@ class LineProgress:
         pass
 
     def advance(self, step: int) -> None:
-        """Starts the clock with the first step."""
-        self._clock.start(step - 1)
+        """Starts the clock."""
+        self._clock.advance(step)
 
     def report(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs one line."""
@@ -132,6 +142,10 @@ class LineProgress:
         logging.info(
             "step %d/%d  %s", step, self._total_steps, describe(scalars, self._clock, step)
         )
+
+    def resume(self, step: int) -> None:
+        """Restarts the clock."""
+        self._clock.restart(step)
 
 
 class BarProgress:
@@ -163,13 +177,17 @@ class BarProgress:
 
     def advance(self, step: int) -> None:
         """Moves the bar."""
-        self._clock.start(step - 1)
+        self._clock.advance(step)
         self._rich.update(self._task, completed=step)
 
     def report(self, step: int, scalars: Mapping[str, float]) -> None:
         """Shows the latest metrics next to the bar."""
         self._clock.tick(step, scalars.get("tokens", 0.0))
         self._rich.update(self._task, metrics=describe(scalars, self._clock, step))
+
+    def resume(self, step: int) -> None:
+        """Restarts the clock."""
+        self._clock.restart(step)
 
 
 class _RichStream:
@@ -201,4 +219,7 @@ class _Silent:
         pass
 
     def report(self, step: int, scalars: Mapping[str, float]) -> None:
+        pass
+
+    def resume(self, step: int) -> None:
         pass

@@ -50,7 +50,10 @@ class WandbWriter(MetricWriter):
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes one text per name."""
-        pages = {name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>") for name, text in texts.items()}
+        pages = {
+            name: self._wandb.Html(f"<pre>{html.escape(text)}</pre>")
+            for name, text in texts.items()
+        }
         self._run.log(pages, step=step)
 
     def write_histograms(

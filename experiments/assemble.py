@@ -1,0 +1,102 @@
+"""Builds the parts of a run from its config: vocabulary, mesh, model, abstract train state."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.reasoning import build_task
+from megatransformer_jax.data.sources import training_texts
+from megatransformer_jax.data.tokenizer import Tokenizer, build_tokenizer
+from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
+from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.state import TrainState, init_state, state_shardings
+from megatransformer_jax.types import DTypePolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """What token ids mean.
+
+    Attributes:
+      tokenizer: None for reasoning tasks, which have symbols instead.
+      size: number of ids.
+      decode: from ids to text.
+      digest: the same only for the same vocabulary.
+    """
+
+    tokenizer: Tokenizer | None
+    size: int
+    decode: Callable[[Sequence[int]], str]
+    digest: str
+
+
+def build_vocabulary(config: RunConfig, workdir: pathlib.Path) -> Vocabulary:
+    """The tokenizer of a text run (trained now if it must be), or a task's symbols.
+
+    Raises:
+      ConfigError: if the model has fewer embeddings than there are ids.
+    """
+    if config.data.source == "reasoning":
+        task = build_task(config.data.reasoning)
+        vocabulary = Vocabulary(None, task.vocab_size, task.decode, " ".join(task.symbols))
+    else:
+        texts = training_texts(config.data)
+        tokenizer = build_tokenizer(config.data.tokenizer, texts, workdir / "tokenizer.model")
+        vocabulary = Vocabulary(
+            tokenizer, tokenizer.vocab_size, tokenizer.decode, tokenizer.digest()
+        )
+    if config.model.vocab_size < vocabulary.size:
+        source = "task" if vocabulary.tokenizer is None else "tokenizer"
+        raise ConfigError(
+            "model.vocab_size",
+            f"{config.model.vocab_size} is less than the {vocabulary.size} ids of the {source}; "
+            f"set model.vocab_size={vocabulary.size} or more"
+            + (" or data.tokenizer.vocab_size lower." if vocabulary.tokenizer else "."),
+        )
+    return vocabulary
+
+
+def build_sharded_model(config: RunConfig) -> tuple[MegaTransformer, Sharder]:
+    """The model on a mesh over all devices.
+
+    Raises:
+      ConfigError: if mesh, devices, model and batch do not fit each other.
+    """
+    mesh = make_mesh(config.mesh, jax.devices())
+    check_run_fits_mesh(config, mesh)
+    sharder = Sharder(mesh)
+    platform = jax.default_backend()
+    policy = DTypePolicy.from_precision(config.train.precision, platform)
+    return build_model(config.model, policy, sharder, platform), sharder
+
+
+def abstract_train_state(
+    model: MegaTransformer, optimizer: optax.GradientTransformation, sharder: Sharder
+) -> TrainState:
+    """Shapes, types and shardings of the train state, without allocating it."""
+    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        state_shardings(model, optimizer, sharder),
+    )
+
+
+def trained_depth(config: RunConfig) -> int | None:
+    """Mean iterations in training, or None for a model without a core."""
+    return config.model.recurrence.mean_steps if config.model.is_recurrent else None
+
+
+def count_parameters(params: Any) -> dict[str, int]:
+    """Parameters per top-level module, largest first."""
+    counts = {
+        name: sum(leaf.size for leaf in jax.tree.leaves(module)) for name, module in params.items()
+    }
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))

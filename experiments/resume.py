@@ -1,0 +1,85 @@
+"""Where a run starts: afresh, or from the newest checkpoint of its workdir."""
+
+from typing import Any
+
+import jax
+import optax
+from absl import logging
+
+from experiments.assemble import Vocabulary, abstract_train_state
+from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch, check_resumable
+from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.config.build import to_dict
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.pipeline import Pipeline
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.state import TrainState, init_state
+
+
+def run_info(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it."""
+    return {"config": to_dict(config), "vocabulary": vocabulary.digest}
+
+
+def check_workdir(config: RunConfig, checkpoints: CheckpointManager) -> None:
+    """Checks that the newest checkpoint, if there is one, can be continued by this config.
+
+    Called before anything is built, so that the error comes at once.
+
+    Raises:
+      CheckpointMismatch: listing what differs.
+      ConfigError: if the run has already gone further than `train.steps`.
+    """
+    step = checkpoints.latest_step()
+    if step is None:
+        return
+    where = str(checkpoints.directory / str(step))
+    saved = checkpoints.run_info(step)["config"]
+    check_resumable(saved, config, where)
+    if step > config.train.steps:
+        raise ConfigError(
+            "train.steps",
+            f"{config.train.steps}, but {checkpoints.directory} already has step {step}; raise "
+            "it, or choose another workdir to start afresh.",
+        )
+    if saved["train"]["steps"] != config.train.steps:
+        logging.warning(
+            "train.steps was %d and is now %d: from here on the learning rate follows the "
+            "schedule of the new length.",
+            saved["train"]["steps"],
+            config.train.steps,
+        )
+
+
+def start_state(
+    config: RunConfig,
+    checkpoints: CheckpointManager,
+    model: MegaTransformer,
+    optimizer: optax.GradientTransformation,
+    sharder: Sharder,
+    vocabulary: Vocabulary,
+    batches: Pipeline,
+) -> tuple[TrainState, int]:
+    """The train state and the steps done. Sets `batches` to where they go on.
+
+    Raises:
+      CheckpointMismatch: if the checkpoint's arrays or vocabulary are not this run's.
+    """
+    abstract = abstract_train_state(model, optimizer, sharder)
+    step = checkpoints.latest_step()
+    if step is None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        initialise = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=shardings)
+        return initialise(jax.random.key(config.train.seed)), 0
+    if checkpoints.run_info(step)["vocabulary"] != vocabulary.digest:
+        raise CheckpointMismatch(
+            f"the checkpoint {checkpoints.directory / str(step)} was trained with another "
+            "vocabulary (tokenizer or task) than the one of this run. Put the workdir's "
+            "tokenizer.model back, or choose another workdir."
+        )
+    restored = checkpoints.restore(abstract, step)
+    batches.set_state(restored.iterator_state)
+    logging.info("resuming from step %d of %s", step, checkpoints.directory)
+    return restored.state, step

@@ -1,0 +1,201 @@
+"""One training run from its config: assemble, resume, loop, summary."""
+
+import contextlib
+import pathlib
+
+import jax
+from absl import logging
+from rich.console import Console
+
+from experiments import assemble, resume
+from experiments.samples import make_sampler
+from experiments.summary import summarize
+from experiments.workdir import log_file, make_workdir
+from megatransformer_jax.checkpoints.compatibility import flatten_config
+from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.config.build import save_config, to_dict
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.pipeline import Pipeline, build_pipeline, validation_batches
+from megatransformer_jax.evaluation.eval_step import make_eval_step
+from megatransformer_jax.evaluation.validation import ValidationHook, ValidationSet
+from megatransformer_jax.training.distributed import make_global_batch, start_distributed
+from megatransformer_jax.training.hooks import CheckpointHook, Hook, SampleHook
+from megatransformer_jax.training.loop import LoopResult, train_loop
+from megatransformer_jax.training.metrics_file import MetricsFile
+from megatransformer_jax.training.optimizers import build_optimizer
+from megatransformer_jax.training.progress import build_progress
+from megatransformer_jax.training.recorder import MetricRecorder
+from megatransformer_jax.training.schedules import build_schedule
+from megatransformer_jax.training.state import TrainState
+from megatransformer_jax.training.stop import StopRequest
+from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.writers import MultiWriter, build_writer
+
+
+def train(config: RunConfig) -> LoopResult:
+    """Trains until `train.steps`, resuming if the workdir has a checkpoint."""
+    if config.compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    start_distributed(config.distributed)
+    workdir = make_workdir(config.workdir)
+    is_primary = jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        if is_primary:
+            stack.enter_context(log_file(workdir / "train.log", config.logging.level))
+        checkpoints = CheckpointManager(workdir / "checkpoints", config.checkpoint)
+        stack.callback(checkpoints.close)
+        resume.check_workdir(config, checkpoints)
+        if is_primary:
+            save_config(config, workdir / "config.json")
+        return _Run(config, workdir, checkpoints, stack).train()
+
+
+class _Run:
+    """The parts of one run, and what it does with them."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: pathlib.Path,
+        checkpoints: CheckpointManager,
+        stack: contextlib.ExitStack,
+    ):
+        self.config = config
+        self.workdir = workdir
+        self.checkpoints = checkpoints
+        self.stack = stack
+        self.console = Console()
+        self.is_primary = jax.process_index() == 0
+        self.processes = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self.vocabulary = assemble.build_vocabulary(config, workdir)
+        self.model, self.sharder = assemble.build_sharded_model(config)
+        self.optimizer = build_optimizer(config.optimizer, config.train.steps)
+        self.batches = self._open_pipeline()
+        self.validation_set = self._build_validation_set()
+
+    def train(self) -> LoopResult:
+        state, start_step = resume.start_state(
+            self.config,
+            self.checkpoints,
+            self.model,
+            self.optimizer,
+            self.sharder,
+            self.vocabulary,
+            self.batches,
+        )
+        self._log_overview(state)
+        writer = build_writer(
+            self.config.logging,
+            self.workdir,
+            is_primary=self.is_primary,
+            start_step=start_step + 1 if start_step else 0,
+        )
+        self.stack.callback(writer.close)
+        writer.write_hparams(flatten_config(to_dict(self.config)))
+        result = self._loop(state, start_step, writer)
+        self.checkpoints.wait()
+        if not result.is_finished:
+            logging.warning(
+                "stopped after step %d of %d; everything is saved. The same command resumes.",
+                result.step,
+                self.config.train.steps,
+            )
+            return result
+        summarize(
+            self.config,
+            self.workdir,
+            result.state.params,
+            self.validation_set,
+            self.vocabulary,
+            self.console if self.is_primary else None,
+        )
+        return result
+
+    def _loop(self, state: TrainState, start_step: int, writer: MultiWriter) -> LoopResult:
+        config = self.config
+        progress = build_progress(
+            config.logging.progress, self.console, config.train.steps, is_primary=self.is_primary
+        )
+        metrics_file = None
+        if self.is_primary:
+            metrics_file = MetricsFile(self.workdir / "metrics.jsonl", start_step)
+            self.stack.callback(metrics_file.close)
+        recorder = MetricRecorder(
+            metrics_file=metrics_file,
+            writer=writer,
+            progress=progress,
+            learning_rate=build_schedule(config.optimizer, config.train.steps),
+            max_bad_steps=config.train.max_bad_steps,
+        )
+        step_function = make_train_step(self.model, self.optimizer, config)
+        with progress, StopRequest() as stop:
+            return train_loop(
+                state,
+                jax.jit(step_function, donate_argnums=0),
+                self.batches,
+                lambda batch: make_global_batch(batch, self.sharder),
+                self._hooks(writer),
+                recorder=recorder,
+                writer=writer,
+                progress=progress,
+                stop=stop,
+                start_step=start_step,
+                total_steps=config.train.steps,
+                log_every_steps=config.logging.every_steps,
+            )
+
+    def _hooks(self, writer: MultiWriter) -> list[Hook]:
+        """Validation comes before the checkpoint, which is saved with its loss."""
+        config = self.config
+        run = resume.run_info(config, self.vocabulary)
+
+        def save(step: int, state: TrainState, validation_loss: float | None) -> None:
+            self.checkpoints.save(step, state, self.batches.get_state(), run, validation_loss)
+
+        sampler = make_sampler(config, self.model, self.vocabulary, self.validation_set)
+        return [
+            ValidationHook(
+                config.evaluation.every_steps,
+                self.validation_set,
+                assemble.trained_depth(config),
+            ),
+            CheckpointHook(config.checkpoint.every_steps, save),
+            SampleHook(config.samples.every_steps, sampler, writer.write_texts),
+        ]
+
+    def _open_pipeline(self) -> Pipeline:
+        batches = build_pipeline(
+            self.config.data, self.vocabulary.tokenizer, split="train", **self.processes
+        )
+        self.stack.callback(batches.close)
+        return batches
+
+    def _build_validation_set(self) -> ValidationSet:
+        batches = validation_batches(
+            self.config.data,
+            self.vocabulary.tokenizer,
+            num_batches=self.config.evaluation.num_batches,
+            **self.processes,
+        )
+        # A key of its own: folding in the largest step keeps clear of every training step.
+        key = jax.random.fold_in(jax.random.key(self.config.train.seed), 2**32 - 1)
+        eval_step = jax.jit(make_eval_step(self.model, key))
+        return ValidationSet(
+            [make_global_batch(batch, self.sharder) for batch in batches], eval_step
+        )
+
+    def _log_overview(self, state: TrainState) -> None:
+        counts = assemble.count_parameters(state.params)
+        parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        logging.info("parameters: %s (%s)", f"{sum(counts.values()):,}", parts)
+        logging.info(
+            "mesh: %s on %s; vocabulary: %d; workdir: %s",
+            dict(self.sharder.mesh.shape) if self.sharder.mesh is not None else {},
+            jax.devices()[0].device_kind,
+            self.vocabulary.size,
+            self.workdir,
+        )

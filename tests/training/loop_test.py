@@ -1,0 +1,252 @@
+"""The loop, its recorder and its hooks, with a step that trains one number."""
+
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from megatransformer_jax.training.hooks import CheckpointHook, SampleHook, is_due
+from megatransformer_jax.training.loop import train_loop
+from megatransformer_jax.training.metrics_file import MetricsFile, read_metrics
+from megatransformer_jax.training.progress import LineProgress
+from megatransformer_jax.training.recorder import MetricRecorder, TooManyBadSteps
+from megatransformer_jax.training.state import TrainState
+from megatransformer_jax.training.stop import StopRequest
+from megatransformer_jax.training.writers import MultiWriter
+
+
+class ListWriter(MultiWriter):
+    def __init__(self):
+        super().__init__(())
+        self.scalars = []
+        self.texts = []
+
+    def write_scalars(self, step, scalars):
+        self.scalars.append((step, dict(scalars)))
+
+    def write_texts(self, step, texts):
+        self.texts.append((step, dict(texts)))
+
+
+class RecordingHook:
+    def __init__(self, every_steps, at_end=False, at_stop=False, result=None, log=None, name=""):
+        self.every_steps, self.at_end, self.at_stop = every_steps, at_end, at_stop
+        self.result, self.log, self.name = result or {}, [] if log is None else log, name
+
+    def __call__(self, step, state, scalars):
+        self.log.append((self.name, step, float(jax.device_get(state.params["w"])), dict(scalars)))
+        return self.result
+
+
+def fresh_state() -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(
+        step=zero,
+        params={"w": jnp.float32(8.0)},
+        opt_state=(),
+        key_data=jax.random.key_data(jax.random.key(0)),
+        # Arrays of their own: a donated state must not hold one buffer twice.
+        skipped_steps=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+    )
+
+
+@jax.jit
+def halve(state, batch):
+    """Halves w; a batch that is not finite is skipped."""
+    is_finite = jnp.isfinite(batch)
+    skipped = 1 - is_finite.astype(jnp.int32)
+    new = state.replace(
+        step=state.step + 1,
+        params={"w": jnp.where(is_finite, state.params["w"] / 2, state.params["w"])},
+        skipped_steps=state.skipped_steps + skipped,
+        skipped_in_row=(state.skipped_in_row + 1) * skipped,
+    )
+    metrics = {
+        "loss": state.params["w"] + batch,
+        "grad_norm": batch,
+        "skipped_in_row": new.skipped_in_row.astype(jnp.float32),
+        "skipped_steps": new.skipped_steps.astype(jnp.float32),
+    }
+    return new, metrics
+
+
+class Run:
+    """One call of the loop with everything at hand."""
+
+    def __init__(self, tmp_path, batches=None, total_steps=6, max_bad_steps=3, start_step=0):
+        self.writer = ListWriter()
+        self.path = tmp_path / "metrics.jsonl"
+        self.file = MetricsFile(self.path, start_step)
+        self.total_steps, self.start_step = total_steps, start_step
+        self.batches = batches or [np.float32(0)] * total_steps
+        self.progress = LineProgress(total_steps)
+        self.recorder = MetricRecorder(
+            metrics_file=self.file,
+            writer=self.writer,
+            progress=self.progress,
+            learning_rate=lambda step: 0.1 * step,
+            max_bad_steps=max_bad_steps,
+        )
+
+    def __call__(self, hooks=(), step=halve, log_every_steps=2, place=jax.device_put, stop=None):
+        return train_loop(
+            fresh_state(),
+            step,
+            iter(self.batches),
+            place,
+            hooks,
+            recorder=self.recorder,
+            writer=self.writer,
+            progress=self.progress,
+            stop=stop or StopRequest(),
+            start_step=self.start_step,
+            total_steps=self.total_steps,
+            log_every_steps=log_every_steps,
+        )
+
+
+def test_every_step_is_in_the_file_and_means_go_to_the_writer(tmp_path):
+    run = Run(tmp_path, total_steps=5)
+    result = run()
+    assert result.is_finished and result.step == 5
+    rows = read_metrics(run.path)
+    assert [row["loss"] for row in rows] == [8.0, 4.0, 2.0, 1.0, 0.5]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    points = [(step, s["train/loss"], s["train/learning_rate"]) for step, s in run.writer.scalars]
+    assert points == [(2, 6.0, 0.1), (4, 1.5, pytest.approx(0.3)), (5, 0.5, 0.4)]
+
+
+def test_hooks_run_when_due_in_order_and_see_earlier_results(tmp_path):
+    log = []
+    hooks = [
+        RecordingHook(2, at_end=True, result={"validation/loss": 1.5}, log=log, name="validate"),
+        RecordingHook(3, log=log, name="save"),
+    ]
+    run = Run(tmp_path, total_steps=7)
+    run(hooks)
+    assert [(name, step) for name, step, *_ in log] == [
+        ("validate", 2), ("save", 3), ("validate", 4), ("validate", 6), ("save", 6),
+        ("validate", 7),
+    ]  # fmt: skip
+    assert log[4] == ("save", 6, 8 / 2**6, {"validation/loss": 1.5})
+    assert log[1][3] == {}
+    assert (6, {"validation/loss": 1.5}) in run.writer.scalars
+
+
+def test_the_file_holds_a_step_before_its_hooks_run(tmp_path):
+    run = Run(tmp_path, total_steps=3)
+    seen = []
+
+    class Hook(RecordingHook):
+        def __call__(self, step, state, scalars):
+            seen.append([row["step"] for row in read_metrics(run.path)])
+            return {}
+
+    run([Hook(1)], log_every_steps=100)
+    assert seen == [[1], [1, 2], [1, 2, 3]]
+
+
+def test_implicit_transfers_inside_the_step_are_errors(tmp_path):
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        Run(tmp_path)(place=lambda batch: batch)
+
+
+def test_steps_are_not_waited_for_between_log_points(tmp_path):
+    fetched = []
+    run = Run(tmp_path, total_steps=6)
+    flush = run.recorder.flush
+    run.recorder.flush = lambda: (fetched.append(len(run.recorder._waiting)), flush())[1]
+    run(log_every_steps=3)
+    assert fetched == [3, 3]
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path):
+    bad = np.float32(np.nan)
+    batches = [np.float32(0), bad, bad, np.float32(0), bad, bad, bad, np.float32(0)]
+    run = Run(tmp_path, batches, total_steps=8, max_bad_steps=3)
+    with pytest.raises(TooManyBadSteps, match=r"last 3 steps up to step 7 .*learning_rate"):
+        run(log_every_steps=8)
+    # What is on file shows what happened.
+    assert len(read_metrics(run.path)) == 8
+
+
+def test_fewer_bad_steps_are_skipped_counted_and_reported(tmp_path, caplog):
+    bad = np.float32(np.inf)
+    run = Run(tmp_path, [np.float32(0), bad, bad, np.float32(0)], total_steps=4)
+    with caplog.at_level("INFO", logger="absl"):
+        result = run(log_every_steps=4)
+    assert float(result.state.params["w"]) == 2.0
+    assert run.writer.scalars[-1][1]["train/skipped_steps"] == 2.0
+    assert "skipped 2" in caplog.messages[-1]
+
+
+def test_data_that_ends_is_an_error(tmp_path):
+    with pytest.raises(RuntimeError, match="ended before step 3"):
+        Run(tmp_path, [np.float32(0)] * 2, total_steps=5)()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_the_step_and_saves(tmp_path, number):
+    saved = []
+
+    def place(batch):
+        if len(placed) == 2:
+            os.kill(os.getpid(), number)
+        placed.append(batch)
+        return jax.device_put(batch)
+
+    placed = []
+    save = CheckpointHook(100, lambda step, state, loss: saved.append((step, loss)))
+    run = Run(tmp_path, total_steps=6)
+    before = signal.getsignal(number)
+    with StopRequest() as stop:
+        result = run([RecordingHook(100, at_end=True), save], stop=stop, place=place)
+    assert not result.is_finished and result.step == 3
+    assert saved == [(3, None)]
+    assert len(read_metrics(run.path)) == 3
+    assert signal.getsignal(number) is before
+
+
+def test_the_second_ctrl_c_interrupts_at_once():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_due(1)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+
+
+def test_a_finished_run_does_nothing(tmp_path):
+    run = Run(tmp_path, total_steps=4, start_step=4)
+    result = run([RecordingHook(1)])
+    assert result.is_finished and result.step == 4
+    assert read_metrics(run.path) == []
+
+
+def test_last_step_is_saved_with_its_validation_loss(tmp_path):
+    saved = []
+    hooks = [
+        RecordingHook(4, at_end=True, result={"validation/loss": 0.25}),
+        CheckpointHook(2, lambda step, state, loss: saved.append((step, loss))),
+    ]
+    Run(tmp_path, total_steps=5)(hooks)
+    assert saved == [(2, None), (4, 0.25), (5, 0.25)]
+
+
+def test_samples_are_logged_and_written(tmp_path, caplog):
+    run = Run(tmp_path, total_steps=4)
+    hook = SampleHook(2, lambda params, step: {"p": f"w after {step}"}, run.writer.write_texts)
+    with caplog.at_level("INFO", logger="absl"):
+        run([hook])
+    assert run.writer.texts == [(2, {"p": "w after 2"}), (4, {"p": "w after 4"})]
+    assert any("w after 4" in message for message in caplog.messages)
+
+
+def test_hooks_with_interval_zero_never_run():
+    hook = SampleHook(0, lambda params, step: {}, lambda step, texts: None)
+    assert not is_due(hook, 10, is_last=True, is_stopping=False)
+    assert not is_due(hook, 10, is_last=False, is_stopping=True)
