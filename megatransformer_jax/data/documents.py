@@ -68,9 +68,10 @@ def read(dataset: grain.MapDataset, start: int, num_workers: int) -> grain.Datas
 def _die_with_parent(worker_index: int, worker_count: int) -> None:
     """Ends a worker when the training process is gone, even if that was killed with SIGKILL."""
     del worker_index, worker_count
-    parent = multiprocessing.parent_process()
 
     def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "this runs in worker processes only"
         parent.join()
         os._exit(1)
 

@@ -66,7 +66,9 @@ class PackedRows:
         self._open_documents = open_documents
         self._ids = ids
         self._length = length
-        self.set_state({"document": 0, "offset": 0})
+        self._document = self._offset = 0
+        self._documents: Iterator[np.ndarray] | None = None  # not opened before it is needed
+        self._current: tuple[np.ndarray, np.ndarray] | None = None  # read and predicted ids
 
     def __iter__(self) -> Iterator[Row]:
         return self
@@ -75,10 +77,10 @@ class PackedRows:
         row = Row.empty(self._length, self._ids.pad)
         filled = 0
         for segment in itertools.count(1):
-            if filled == self._length or not self._has_unread():
+            unread = self._unread() if filled < self._length else None
+            if unread is None:
                 break
-            stop = self._offset + self._length - filled
-            tokens, targets = (part[self._offset : stop] for part in self._current)
+            tokens, targets = (part[: self._length - filled] for part in unread)
             row.write(filled, segment, tokens, targets)
             filled += len(tokens)
             self._offset += len(tokens)
@@ -94,21 +96,22 @@ class PackedRows:
         """Goes on from there. The stream is opened again only when the next row is asked for."""
         self._document = state["document"]
         self._offset = state["offset"]
-        self._documents: Iterator[np.ndarray] | None = None
-        self._current: tuple[np.ndarray, np.ndarray] | None = None
+        self._documents = None
+        self._current = None
 
-    def _has_unread(self) -> bool:
-        """Moves on to the next unread token; False at the end of the stream."""
+    def _unread(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """What is left of the current document, or the next one; None at the end of the stream."""
         if self._documents is None:
             self._documents = self._open_documents(self._document)
         while True:
             if self._current is None:
                 document = next(self._documents, None)
                 if document is None:
-                    return False
+                    return None
                 self._current = inputs_and_targets(document, self._ids)
-            if self._offset < len(self._current[0]):
-                return True
+            tokens, targets = self._current
+            if self._offset < len(tokens):
+                return tokens[self._offset :], targets[self._offset :]
             self._document += 1
             self._offset = 0
             self._current = None
@@ -123,7 +126,8 @@ class PaddedRows:
         self._length = length
         self.num_cut = 0
         self.tokens_lost = 0
-        self.set_state({"document": 0})
+        self._document = 0
+        self._documents: Iterator[np.ndarray] | None = None  # not opened before it is needed
 
     def __iter__(self) -> Iterator[Row]:
         return self
@@ -149,7 +153,7 @@ class PaddedRows:
     def set_state(self, state: dict[str, int]) -> None:
         """Goes on with that document."""
         self._document = state["document"]
-        self._documents: Iterator[np.ndarray] | None = None
+        self._documents = None
 
     def _count(self, excess: int) -> None:
         if excess <= 0:

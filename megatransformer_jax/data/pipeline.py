@@ -1,6 +1,7 @@
 """From the data configuration to batches: the one entry point of the data layer."""
 
 import json
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,8 +37,10 @@ class Pipeline:
     """
 
     def __init__(self, stream: BatchStream, bad_records: BadRecordPolicy, ahead: int):
-        self._stream = stream
-        self._iterator = grain.experimental.ThreadPrefetchDatasetIterator(stream, ahead)
+        # A list, so that closing at the exit of Python can let go of grain's iterator: whatever is
+        # left of it when modules are torn down complains on stderr, and its workers delay the exit.
+        self._iterators = [grain.experimental.ThreadPrefetchDatasetIterator(stream, ahead)]
+        self._finalizer = weakref.finalize(self, _close, self._iterators, stream)
         self.bad_records = bad_records
 
     def __iter__(self) -> Iterator[Batch]:
@@ -71,15 +74,26 @@ class Pipeline:
         self._iterator.set_state(state)
 
     def close(self) -> None:
-        """Stops the thread and the worker processes."""
-        self._iterator.close()
-        self._stream.close()
+        """Stops the thread and the worker processes; the pipeline cannot be used any more."""
+        self._finalizer()
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._iterators:
+            raise ValueError("the pipeline is closed; build a new one")
+        return self._iterators[0]
 
     def __enter__(self) -> "Pipeline":
         return self
 
     def __exit__(self, *unused: object) -> None:
         self.close()
+
+
+def _close(iterators: list[grain.DatasetIterator], stream: BatchStream) -> None:
+    while iterators:
+        iterators.pop().close()
+    stream.close()
 
 
 def build_pipeline(

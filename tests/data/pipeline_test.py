@@ -4,6 +4,8 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -223,3 +225,25 @@ def test_a_state_of_another_pipeline_is_an_error(state: dict):
         pytest.raises(UserError, match=r"does not go with this data configuration"),
     ):
         batches.set_state(state)
+
+
+def test_a_closed_pipeline_says_so():
+    batches = build_pipeline(TEXT, TOKENIZER, split="train")
+    next(batches)
+    batches.close()
+    batches.close()
+    with pytest.raises(ValueError, match="the pipeline is closed"):
+        next(batches)
+
+
+def test_a_program_that_ends_without_closing_ends_quietly():
+    program = (
+        "from megatransformer_jax.config.data import DataConfig\n"
+        "from megatransformer_jax.data.pipeline import build_pipeline\n"
+        "batches = build_pipeline(DataConfig(source='reasoning'), None, split='train')\n"
+        "next(batches)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
