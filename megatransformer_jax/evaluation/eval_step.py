@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.losses.cross_entropy import token_loss
-from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.types import Batch
 
 
@@ -24,15 +24,19 @@ class EvalSums(NamedTuple):
 EvalStep = Callable[[Any, Batch, Any], tuple[EvalSums, Int[Array, "B T"]]]
 
 
-def make_eval_step(model: MegaTransformer, key: Key[Array, ""]) -> EvalStep:
+def make_eval_step(model: nn.Module, key: Key[Array, ""]) -> EvalStep:
     """Builds (params, batch, num_steps) -> (sums, predictions); jit it once for all depths.
 
     `num_steps`, int32 [], is traced. Nothing is random: the thought state's first value comes from
     the same `key` for every batch and depth.
+
+    Args:
+      model: called like `MegaTransformer`.
+      key: for the rng stream 'state'.
     """
 
     def eval_step(params: Any, batch: Batch, num_steps: Any) -> tuple[EvalSums, Int[Array, "B T"]]:
-        output = model.apply(
+        output: Any = model.apply(
             {"params": params},
             batch.tokens,
             positions=batch.positions,

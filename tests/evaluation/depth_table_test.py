@@ -1,0 +1,72 @@
+import io
+import json
+import math
+
+import matplotlib.image
+import pytest
+from rich.console import Console
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.run import EvaluationConfig, RunConfig
+from megatransformer_jax.evaluation.depth_table import (
+    evaluated_depths,
+    make_table,
+    write_depth_table,
+)
+from megatransformer_jax.evaluation.validation import Scores
+
+SCORES = [Scores(d, 3.0 / d, math.exp(3.0 / d), 0.1 * d, 0.05 * d, 99) for d in (1, 2, 4, 8)]
+
+
+def printed(scores, trained_depth) -> str:
+    output = io.StringIO()
+    Console(file=output, width=100).print(make_table(scores, trained_depth))
+    return output.getvalue()
+
+
+def test_table_has_a_row_per_depth_and_marks_the_trained_one():
+    text = printed(SCORES, 4)
+    rows = [line for line in text.splitlines() if "│" in line]
+    assert len(rows) == 4
+    assert "4 *" in rows[2] and "0.7500" in rows[2] and "0.2000" in rows[2]
+    assert sum("*" in row for row in rows) == 1
+    assert "mean depth in training (4)" in text
+
+
+def test_model_without_core_has_one_row_without_a_depth():
+    config = RunConfig(model=ModelConfig(core_layers=0))
+    assert evaluated_depths(config) == (None,)
+    text = printed([Scores(None, 1.0, 2.7, 0.5, 0.5, 9)], None)
+    assert "*" not in text and "│     - │" in text
+
+
+def test_recurrent_model_has_the_configured_depths():
+    config = RunConfig(evaluation=EvaluationConfig(final_depths=(1, 3)))
+    assert evaluated_depths(config) == (1, 3)
+
+
+@pytest.mark.parametrize("is_reasoning", [False, True])
+def test_json_and_plot_are_written(tmp_path, is_reasoning):
+    json_path, png_path = write_depth_table(tmp_path, SCORES, 4, is_reasoning=is_reasoning)
+    content = json.loads(json_path.read_text())
+    assert content["trained_depth"] == 4
+    assert [row["depth"] for row in content["rows"]] == [1, 2, 4, 8]
+    assert content["rows"][1]["loss"] == 1.5
+    image = matplotlib.image.imread(png_path)
+    assert image.shape[1] > 800 and image.min() < 0.5  # Something is drawn.
+
+
+def test_json_stays_valid_when_a_model_diverged(tmp_path):
+    scores = [
+        Scores(1, math.nan, math.nan, 0.0, 0.0, 9),
+        Scores(2, math.inf, math.inf, 0.0, 0.0, 9),
+    ]
+    path, _ = write_depth_table(tmp_path, scores, 2, is_reasoning=False)
+    rows = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
+    assert rows[0]["loss"] is None and rows[1]["loss"] is None
+
+
+def test_a_single_row_can_be_plotted(tmp_path):
+    scores = [Scores(None, 1.0, 2.7, 0.5, 0.5, 9)]
+    _, png_path = write_depth_table(tmp_path, scores, None, is_reasoning=False)
+    assert png_path.stat().st_size > 1000

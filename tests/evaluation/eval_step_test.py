@@ -1,0 +1,108 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from megatransformer_jax.evaluation.eval_step import EvalSums, make_eval_step
+from megatransformer_jax.evaluation.validation import (
+    ValidationHook,
+    ValidationSet,
+    depth_argument,
+    mean_scores,
+)
+from megatransformer_jax.types import Batch, ModelOutput
+
+VOCAB = 7
+
+
+class Traces:
+    """Counts how often a module is traced."""
+
+    count = 0
+
+
+class FakeModel(nn.Module):
+    """Says token + num_steps; `traces` counts how often it is traced."""
+
+    traces: Traces
+
+    @nn.compact
+    def __call__(self, tokens, *, positions, segment_ids, num_steps, **options):
+        assert options == {"deterministic": True, "backprop_depth": 0}
+        self.traces.count += 1
+        scale = self.param("scale", nn.initializers.ones, ())
+        logits = scale * 4.0 * jax.nn.one_hot((tokens + num_steps) % VOCAB, VOCAB)
+        return ModelOutput(logits, logits)
+
+
+def make_batch(tokens, targets, mask) -> Batch:
+    tokens, targets = jnp.array(tokens, jnp.int32), jnp.array(targets, jnp.int32)
+    ones = jnp.ones_like(tokens)
+    return Batch(tokens, targets, jnp.array(mask, jnp.float32), ones, ones)
+
+
+BATCH = make_batch(
+    [[0, 1, 2], [3, 4, 5], [0, 0, 0], [1, 1, 1]],
+    [[1, 2, 3], [4, 0, 6], [6, 1, 6], [2, 2, 2]],
+    [[1, 1, 1], [1, 1, 1], [0, 1, 0], [0, 0, 0]],
+)
+PARAMS = {"scale": jnp.float32(1.0)}
+
+
+def test_sums_against_numpy():
+    step = make_eval_step(FakeModel(Traces()), jax.random.key(0))
+    sums, predictions = step(PARAMS, BATCH, jnp.int32(1))
+    np.testing.assert_array_equal(predictions, (np.asarray(BATCH.tokens) + 1) % VOCAB)
+    right = np.exp(4.0) / (np.exp(4.0) + VOCAB - 1)
+    wrong = 1.0 / (np.exp(4.0) + VOCAB - 1)
+    # Seven tokens count, all but one of them right; the last row has none that counts.
+    assert float(sums.cross_entropy) == pytest.approx(-6 * np.log(right) - np.log(wrong), rel=1e-5)
+    assert [float(x) for x in sums[1:]] == [7, 6, 2, 3]
+
+
+def test_one_compilation_serves_all_depths():
+    traces = Traces()
+    eval_step = jax.jit(make_eval_step(FakeModel(traces), jax.random.key(0)))
+    validation_set = ValidationSet([BATCH, BATCH], eval_step)
+    accuracies = [validation_set.score(PARAMS, depth).accuracy for depth in (1, 2, 4, 8, 16, 32)]
+    assert traces.count == 1
+    assert accuracies[0] == pytest.approx(6 / 7)
+    assert accuracies[3] == pytest.approx(6 / 7)  # 8 = 1 modulo 7
+    assert accuracies[1] < 0.2
+
+
+def test_scores_are_means_over_tokens_of_all_batches_not_of_batch_means():
+    sums = [
+        EvalSums(*map(np.float32, (10.0, 10, 5, 1, 2))),
+        EvalSums(*map(np.float32, (90.0, 30, 25, 2, 2))),
+    ]
+    scores = mean_scores(4, sums)
+    assert scores.loss == pytest.approx(2.5) and scores.perplexity == pytest.approx(np.exp(2.5))
+    assert scores.accuracy == pytest.approx(0.75) and scores.exact_accuracy == pytest.approx(0.75)
+    assert (scores.depth, scores.tokens) == (4, 40)
+
+
+def test_no_token_that_counts_is_an_error():
+    with pytest.raises(ValueError, match="no token"):
+        mean_scores(1, [EvalSums(*[np.float32(0)] * 5)])
+
+
+def test_hook_names_what_the_checkpoint_looks_for():
+    class State:
+        params = PARAMS
+
+    step = jax.jit(make_eval_step(FakeModel(Traces()), jax.random.key(0)))
+    hook = ValidationHook(10, ValidationSet([BATCH], step), 1)
+    values = hook(10, State(), {})
+    assert set(values) == {
+        "validation/loss",
+        "validation/perplexity",
+        "validation/accuracy",
+        "validation/exact_accuracy",
+    }
+    assert values["validation/exact_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_depth_argument_of_a_model_without_core_is_one():
+    assert int(depth_argument(None)) == 1 and depth_argument(5).dtype == jnp.int32
