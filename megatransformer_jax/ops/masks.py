@@ -18,7 +18,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,3 +131,17 @@ def dense_mask(
     for rule in rules[1:]:
         allowed = allowed & rule
     return jnp.broadcast_to(allowed, (allowed.shape[0], query_length, key_length))
+
+
+def zero_blind_rows(
+    output: Float[Array, "B T N H"], mask: AttentionMask, key_length: int
+) -> Float[Array, "B T N H"]:
+    """Sets the output of queries that may attend to nothing to exact zeros.
+
+    For kernels that give such rows arbitrary values. Only segments can blind a row: every other
+    rule lets a query see at least itself.
+    """
+    if mask.query_segment_ids is None:
+        return output
+    sees_any = jnp.any(dense_mask(mask, output.shape[1], key_length), axis=-1)
+    return jnp.where(sees_any[:, :, None, None], output, 0)
