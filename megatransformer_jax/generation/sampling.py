@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.sharding.rules import Sharder
 
 
 class TextCodec(Protocol):
@@ -89,15 +90,16 @@ def sample_text(
     filled = sample_tokens(
         model,
         params,
-        jnp.asarray(tokens),
-        jnp.asarray(lengths),
-        jnp.int32(num_steps),
-        jnp.int32(max_new_tokens),
-        jnp.float32(temperature),
+        tokens,
+        lengths,
+        np.int32(num_steps),
+        np.int32(max_new_tokens),
+        np.float32(temperature),
         key,
     )
     rows = np.asarray(jax.device_get(filled))
-    return [_read(tokenizer, row, length, max_new_tokens) for row, length in zip(rows, lengths, strict=True)]
+    pairs = zip(rows, lengths, strict=True)
+    return [_read(tokenizer, row, length, max_new_tokens) for row, length in pairs]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -126,11 +128,13 @@ def sample_tokens(
     Returns:
       The filled rows.
     """
+    # A few prompts need not divide by the mesh: only the parameters are laid out on it.
+    unconstrained = model.copy(sharder=Sharder())
     state_key, draw_key = jax.random.split(key)
     rows = jnp.arange(tokens.shape[0])
 
     def add_token(index: jax.Array, tokens: jax.Array) -> jax.Array:
-        output = model.apply(
+        output = unconstrained.apply(
             {"params": params}, tokens, num_steps=num_steps, rngs={"state": state_key}
         )
         # What comes after `last` cannot be seen from it: attention is causal.
@@ -142,7 +146,8 @@ def sample_tokens(
         chosen = jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
         return tokens.at[rows, last + 1].set(chosen.astype(tokens.dtype))
 
-    return jax.lax.fori_loop(0, max_new_tokens, add_token, tokens)
+    filled = jax.lax.fori_loop(0, max_new_tokens, add_token, tokens)
+    return model.sharder.constrain(filled, None, None)
 
 
 def _read(tokenizer: TextCodec, row: np.ndarray, length: int, max_new_tokens: int) -> str:

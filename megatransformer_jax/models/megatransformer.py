@@ -212,7 +212,8 @@ def build_model(
 
 def init_params(model: MegaTransformer, key: Key[Array, ""]) -> Any:
     """Fresh parameters: nested dict of float32 arrays."""
-    return nn.meta.unbox(_init_boxed(model, key))
+    # Compiled, so that the forward pass that linen traces to find the parameters is dropped.
+    return jax.jit(lambda key: nn.meta.unbox(_init_boxed(model, key)))(key)
 
 
 def param_axes(model: MegaTransformer) -> Any:

@@ -1,0 +1,206 @@
+"""The core iterates; values and gradients equal a plain Python loop's."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.models import megatransformer
+from megatransformer_jax.models.core import RecurrentCore
+from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.models.recurrence import recur
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+ROWS, LENGTH, WIDTH = 3, 4, 5
+MAX_STEPS = 9
+
+
+def iterate(params, state, prepared, step):
+    # The step itself enters, so that a loop which counts wrongly gives another value.
+    return jnp.tanh(state @ params + prepared + 0.1 * step)
+
+
+def inputs(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = jax.random.normal(keys[0], (WIDTH, WIDTH)) / WIDTH**0.5
+    prepared, state = (jax.random.normal(k, (ROWS, LENGTH, WIDTH)) for k in keys[1:])
+    return params, prepared, state
+
+
+def python_loop(params, prepared, state, num_steps, backprop_depth):
+    """Row by row in Python. Truncation is a stop_gradient on what the early iterations see."""
+    draws = np.broadcast_to(
+        num_steps.reshape(num_steps.shape + (1,) * (2 - num_steps.ndim)), (ROWS, LENGTH)
+    )
+    total = int(draws.max())
+    stopped = jax.lax.stop_gradient((params, prepared))
+    if backprop_depth:
+        state = jax.lax.stop_gradient(state)
+    for step in range(total):
+        has_gradient = not backprop_depth or step >= total - backprop_depth
+        current_params, current_prepared = (params, prepared) if has_gradient else stopped
+        new = iterate(current_params, state, current_prepared, step)
+        if not has_gradient:
+            new = jax.lax.stop_gradient(new)
+        joined = step >= total - draws
+        state = jnp.where(joined[..., None], new, state)
+    return state
+
+
+counts = st.integers(0, MAX_STEPS)
+draws = st.one_of(
+    counts.map(np.int32),
+    st.lists(counts, min_size=ROWS, max_size=ROWS).map(lambda d: np.array(d, np.int32)),
+    st.lists(counts, min_size=ROWS * LENGTH, max_size=ROWS * LENGTH).map(
+        lambda d: np.array(d, np.int32).reshape(ROWS, LENGTH)
+    ),
+)
+
+
+@functools.partial(jax.jit, static_argnames="backprop_depth")
+def compiled_loss_and_gradients(params, prepared, state, num_steps, backprop_depth):
+    def loss(params, prepared):
+        out = recur(iterate, params, prepared, state, num_steps, backprop_depth=backprop_depth)
+        return jnp.sum(out**2), out
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, prepared)
+
+
+@settings(max_examples=15, deadline=None)
+@given(num_steps=draws, backprop_depth=st.sampled_from([1, 4]))
+def test_value_and_gradients_equal_a_python_loop(num_steps, backprop_depth):
+    params, prepared, state = inputs()
+    num_steps = np.asarray(num_steps)
+    (_, out), gradients = compiled_loss_and_gradients(
+        params, prepared, state, jnp.asarray(num_steps), backprop_depth
+    )
+
+    def loss(params, prepared):
+        return jnp.sum(python_loop(params, prepared, state, num_steps, backprop_depth) ** 2)
+
+    expected = python_loop(params, prepared, state, num_steps, backprop_depth)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(
+        gradients, jax.grad(loss, argnums=(0, 1))(params, prepared), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 7])
+def test_inference_loop_equals_a_python_loop(num_steps):
+    params, prepared, state = inputs(1)
+    out = recur(iterate, params, prepared, state, jnp.int32(num_steps), backprop_depth=0)
+    expected = python_loop(params, prepared, state, np.int32(num_steps), 0)
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_row_with_fewer_steps_equals_running_it_alone():
+    params, prepared, state = inputs(2)
+
+    def shifted(params, state, prepared, step):
+        return jnp.tanh(state @ params + prepared)
+
+    together = recur(shifted, params, prepared, state, jnp.array([2, 5, 0]), backprop_depth=2)
+    for row, count in enumerate([2, 5, 0]):
+        alone = recur(
+            shifted,
+            params,
+            prepared[row : row + 1],
+            state[row : row + 1],
+            jnp.int32(count),
+            backprop_depth=2,
+        )
+        np.testing.assert_allclose(together[row], alone[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("unroll", [1, 2, 3])
+def test_unrolling_changes_nothing(unroll):
+    params, prepared, state = inputs(3)
+    options = {"backprop_depth": 3, "unroll": unroll}
+    out = recur(iterate, params, prepared, state, jnp.int32(5), **options)
+    plain = recur(iterate, params, prepared, state, jnp.int32(5), backprop_depth=3)
+    np.testing.assert_allclose(out, plain, rtol=1e-6)
+
+
+def tiny_model(**recurrence):
+    config = ModelConfig(
+        vocab_size=32,
+        width=16,
+        max_length=16,
+        prelude_layers=1,
+        core_layers=1,
+        coda_layers=1,
+        attention=AttentionConfig(num_heads=2),
+        mlp=MlpConfig(hidden_width=24),
+        recurrence=RecurrenceConfig(**recurrence),
+    )
+    return build_model(config, DTypePolicy(), Sharder(), "cpu")
+
+
+def depth_difference(model):
+    """How far the logits move from one iteration to eight, and from seven to eight."""
+    params = init_params(model, jax.random.key(0))
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    run = jax.jit(
+        lambda n: (
+            model.apply(
+                {"params": params}, tokens, num_steps=n, rngs={"state": jax.random.key(1)}
+            ).logits
+        )
+    )
+    one, seven, eight = (run(jnp.int32(n)) for n in (1, 7, 8))
+    return float(jnp.max(jnp.abs(eight - one))), float(jnp.max(jnp.abs(eight - seven)))
+
+
+def check_core_iterates(model):
+    from_one, from_seven = depth_difference(model)
+    assert from_one > 1e-2
+    assert from_seven > 1e-6
+
+
+@pytest.mark.parametrize("adapter", ["linear", "sum", "gate", "diagonal"])
+def test_the_core_iterates(adapter):
+    check_core_iterates(tiny_model(adapter=adapter, state_init="normal"))
+
+
+def test_feeding_the_wrong_variable_is_noticed(monkeypatch):
+    """MegaTransformer's bug: each iteration read the injected embedding, not the last state."""
+    right = RecurrentCore.__call__
+
+    def reads_the_injection(self, state, prepared, context):
+        return right(self, prepared, prepared, context)
+
+    monkeypatch.setattr(RecurrentCore, "__call__", reads_the_injection)
+    with pytest.raises(AssertionError):
+        check_core_iterates(tiny_model(state_init="normal"))
+
+
+def test_dropout_differs_between_iterations_and_is_repeatable(monkeypatch):
+    config = dataclasses.replace(tiny_model().config, residual_dropout_rate=0.5)
+    model = build_model(config, DTypePolicy(), Sharder(), "cpu")
+    params = init_params(model, jax.random.key(0))
+    caught = []
+
+    def catch(iterate, params, prepared, state, num_steps, **options):
+        caught.append([iterate(params, state, prepared, jnp.int32(step)) for step in (0, 1, 1)])
+        return state
+
+    monkeypatch.setattr(megatransformer, "recur", catch)
+    model.apply(
+        {"params": params},
+        jnp.zeros((1, 4), jnp.int32),
+        num_steps=1,
+        deterministic=False,
+        rngs={"state": jax.random.key(1), "dropout": jax.random.key(2)},
+    )
+    first, second, again = caught[0]
+    assert float(jnp.max(jnp.abs(first - second))) > 1e-3
+    np.testing.assert_array_equal(second, again)
