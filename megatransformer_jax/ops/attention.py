@@ -89,7 +89,7 @@ def attention(
             alibi_slopes=alibi_slopes,
             dropout_rate=dropout_rate,
             dropout_key=dropout_key,
-            split_rows=features.row_shards == 1,
+            rows_are_whole=features.row_shards == 1,
         )
     return output if head_mask is None else output * head_mask.astype(output.dtype)[:, None]
 

@@ -30,12 +30,12 @@ def attention_xla(
     alibi_slopes: Float[Array, "N"] | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    split_rows: bool = True,
+    rows_are_whole: bool = True,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention; see `ops.attention.attention` for the arguments.
 
-    `split_rows` allows blocks of queries. Set it to False where the rows are cut over devices:
-    slicing such an axis would move data.
+    Set `rows_are_whole` to False where the query rows are cut over devices: slicing that axis into
+    blocks, or merging it with another, would move data.
     """
     query_length, key_length, width = query.shape[1], key.shape[1], query.shape[-1]
     scale = width**-0.5
@@ -49,8 +49,10 @@ def attention_xla(
         distance = _distance(mask, query_length, key_length)
 
     outputs = []
-    for index, (rows, keys) in enumerate(query_blocks(mask, query_length, key_length, split_rows)):
-        logits = _logits(query[:, :, rows], key[:, :, keys])
+    for index, (rows, keys) in enumerate(
+        query_blocks(mask, query_length, key_length, rows_are_whole)
+    ):
+        logits = _logits(query[:, :, rows], key[:, :, keys], rows_are_whole)
         if scale != 1.0:
             logits = logits * scale
         if logit_softcap is not None:
@@ -62,13 +64,13 @@ def attention_xla(
         weights = masked_softmax(logits)
         if dropout_rate > 0.0:
             weights = _dropout(weights, dropout_rate, jax.random.fold_in(dropout_key, index))
-        outputs.append(_mix(weights, value[:, :, keys]))
+        outputs.append(_mix(weights, value[:, :, keys], rows_are_whole))
     output = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
     return output.transpose(0, 2, 1, 3)
 
 
 def query_blocks(
-    mask: AttentionMask, query_length: int, key_length: int, split_rows: bool
+    mask: AttentionMask, query_length: int, key_length: int, rows_are_whole: bool
 ) -> list[tuple[slice, slice]]:
     """Query rows, and the keys that they may see, block by block.
 
@@ -79,7 +81,7 @@ def query_blocks(
     if not isinstance(offset, int):
         return [(slice(0, query_length), slice(0, key_length))]
     block = query_length
-    if mask.is_causal and split_rows:
+    if mask.is_causal and rows_are_whole:
         block = max(MIN_BLOCK_ROWS, -(-query_length // MAX_QUERY_BLOCKS))
     blocks = []
     for start in range(0, query_length, block):
@@ -109,25 +111,32 @@ def _masked_softmax_jvp(primals, tangents):
     return weights, product - weights * jnp.sum(product, axis=-1, keepdims=True)
 
 
-def _logits(query: jax.Array, key: jax.Array) -> jax.Array:
-    """[B, N, T, H] and [B, K, S, H] to float32 [B, N, T, S].
-
-    The G query heads of a KV head are stacked as rows of one matrix, so that the product has a
-    single row axis (twice as fast on CPU as two) and keys are never repeated.
-    """
-    batch_size, num_heads, query_length, width = query.shape
-    kv_heads, key_length = key.shape[1:3]
-    stacked = query.reshape(batch_size, kv_heads, -1, width)
-    logits = jnp.einsum("BKRH,BKSH->BKRS", stacked, key, preferred_element_type=jnp.float32)
-    return logits.reshape(batch_size, num_heads, query_length, key_length)
+def _logits(query: jax.Array, key: jax.Array, rows_are_whole: bool) -> jax.Array:
+    """[B, N, T, H] and [B, K, S, H] to float32 [B, N, T, S]."""
+    grouped = _group(query, key.shape[1], rows_are_whole)
+    equation = "BKRH,BKSH->BKRS" if grouped.ndim == 4 else "BKGTH,BKSH->BKGTS"
+    logits = jnp.einsum(equation, grouped, key, preferred_element_type=jnp.float32)
+    return logits.reshape(*query.shape[:3], key.shape[2])
 
 
-def _mix(weights: jax.Array, value: jax.Array) -> jax.Array:
+def _mix(weights: jax.Array, value: jax.Array, rows_are_whole: bool) -> jax.Array:
     """[B, N, T, S] and [B, K, S, H] to [B, N, T, H], in the value's type."""
-    batch_size, num_heads, query_length, key_length = weights.shape
-    stacked = weights.astype(value.dtype).reshape(batch_size, value.shape[1], -1, key_length)
-    mixed = jnp.einsum("BKRS,BKSH->BKRH", stacked, value)
-    return mixed.reshape(batch_size, num_heads, query_length, -1)
+    grouped = _group(weights.astype(value.dtype), value.shape[1], rows_are_whole)
+    equation = "BKRS,BKSH->BKRH" if grouped.ndim == 4 else "BKGTS,BKSH->BKGTH"
+    return jnp.einsum(equation, grouped, value).reshape(*weights.shape[:3], value.shape[3])
+
+
+def _group(array: jax.Array, kv_heads: int, rows_are_whole: bool) -> jax.Array:
+    """[B, N, T, X] to [B, K, G*T, X], so that keys and values serve a group without copies.
+
+    One row axis makes the products much faster on CPU than two. Cut rows do not merge with G, so
+    they become [B, K, G, T, X].
+    """
+    batch_size, num_heads, query_length, last = array.shape
+    groups = num_heads // kv_heads
+    if rows_are_whole or groups == 1:
+        return array.reshape(batch_size, kv_heads, groups * query_length, last)
+    return array.reshape(batch_size, kv_heads, groups, query_length, last)
 
 
 def _mask_bias(mask: AttentionMask, query_length: int, key_length: int) -> jax.Array | None:

@@ -1,0 +1,53 @@
+"""Attention written as the definition reads: loops, float64, no JAX."""
+
+import numpy as np
+
+
+def attention_reference(
+    query,
+    key,
+    value,
+    *,
+    is_causal=True,
+    window=None,
+    offsets=None,
+    query_ids=None,
+    key_ids=None,
+    softcap=None,
+    slopes=None,
+    head_mask=None,
+):
+    """[B, T, N, H] from query [B, T, N, H], key and value [B, S, K, H].
+
+    `offsets` has one number per sequence.
+    """
+    query, key, value = (np.asarray(array, np.float64) for array in (query, key, value))
+    batch_size, query_length, num_heads, width = query.shape
+    key_length, kv_heads = key.shape[1:3]
+    output = np.zeros(query.shape)
+    for b in range(batch_size):
+        offset = 0 if offsets is None else int(offsets[b])
+        for t in range(query_length):
+            row = offset + t
+            seen = [
+                s
+                for s in range(min(key_length, offset + query_length))
+                if (not is_causal or s <= row)
+                and (window is None or row - s < window)
+                and (query_ids is None or 0 != query_ids[b][t] == key_ids[b][s])
+            ]
+            if not seen:
+                continue
+            for n in range(num_heads):
+                k = n // (num_heads // kv_heads)
+                logits = key[b, seen, k] @ query[b, t, n] / np.sqrt(width)
+                if softcap is not None:
+                    logits = softcap * np.tanh(logits / softcap)
+                if slopes is not None:
+                    logits = logits - float(slopes[n]) * np.abs(row - np.asarray(seen))
+                weights = np.exp(logits - logits.max())
+                weights = weights / weights.sum()
+                output[b, t, n] = weights @ value[b, seen, k]
+                if head_mask is not None:
+                    output[b, t, n] *= head_mask[n]
+    return output
