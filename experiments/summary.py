@@ -55,7 +55,7 @@ def summarize(
         return scores
     for problem in problems:
         console.print(problem, markup=False, highlight=False)
-    console.print(make_table(scores, trained_depth(config)))
+    console.print(make_table(scores, trained_depth(config), is_reasoning=is_reasoning))
     paths = write_depth_table(workdir, scores, trained_depth(config), is_reasoning=is_reasoning)
     logging.info("table and plot: %s, %s", *paths)
     return scores

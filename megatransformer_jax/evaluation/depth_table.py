@@ -28,21 +28,24 @@ def score_depths(
     return [validation_set.score(params, depth) for depth in depths]
 
 
-def make_table(scores: Sequence[Scores], trained_depth: int | None) -> Table:
-    """A table with one row per depth; the trained mean is marked with a star."""
+def make_table(
+    scores: Sequence[Scores], trained_depth: int | None, *, is_reasoning: bool
+) -> Table:
+    """A table with one row per depth; the trained mean is marked with a star.
+
+    Exact answers are a column for reasoning tasks only: no row of text is ever predicted whole.
+    """
     table = Table(title="Validation by depth" if trained_depth else "Validation")
-    for heading in ("depth", "loss", "perplexity", "token accuracy", "exact rows"):
+    headings = ["depth", "loss", "perplexity", "token accuracy"]
+    for heading in headings + (["exact answers"] if is_reasoning else []):
         table.add_column(heading, justify="right")
     for row in scores:
         depth = "-" if row.depth is None else str(row.depth)
         is_trained = row.depth is not None and row.depth == trained_depth
-        table.add_row(
-            depth + (" *" if is_trained else ""),
-            f"{row.loss:.4f}",
-            f"{row.perplexity:.3f}",
-            f"{row.accuracy:.4f}",
-            f"{row.exact_accuracy:.4f}",
-        )
+        cells = [f"{row.loss:.4f}", f"{row.perplexity:.3f}", f"{row.accuracy:.4f}"]
+        if is_reasoning:
+            cells.append(f"{row.exact_accuracy:.4f}")
+        table.add_row(depth + (" *" if is_trained else ""), *cells)
     if trained_depth is not None:
         table.caption = f"* mean depth in training ({trained_depth})"
     return table

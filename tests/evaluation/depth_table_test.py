@@ -18,9 +18,10 @@ from megatransformer_jax.evaluation.validation import Scores
 SCORES = [Scores(d, 3.0 / d, math.exp(3.0 / d), 0.1 * d, 0.05 * d, 99) for d in (1, 2, 4, 8)]
 
 
-def printed(scores, trained_depth) -> str:
+def printed(scores, trained_depth, is_reasoning=True) -> str:
     output = io.StringIO()
-    Console(file=output, width=100).print(make_table(scores, trained_depth))
+    table = make_table(scores, trained_depth, is_reasoning=is_reasoning)
+    Console(file=output, width=100).print(table)
     return output.getvalue()
 
 
@@ -31,6 +32,11 @@ def test_table_has_a_row_per_depth_and_marks_the_trained_one():
     assert "4 *" in rows[2] and "0.7500" in rows[2] and "0.2000" in rows[2]
     assert sum("*" in row for row in rows) == 1
     assert "mean depth in training (4)" in text
+
+
+def test_text_has_no_exact_answers():
+    assert "exact answers" in printed(SCORES, 4)
+    assert "exact answers" not in printed(SCORES, 4, is_reasoning=False)
 
 
 def test_model_without_core_has_one_row_without_a_depth():

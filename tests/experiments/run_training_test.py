@@ -1,0 +1,158 @@
+"""Whole runs, in this process, on eight devices."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from absl import logging
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments.run_training import train
+from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
+from megatransformer_jax.config.build import build, load_config
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.training.metrics_file import read_metrics
+from megatransformer_jax.training.stop import StopRequest
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def messages_from_info_upwards():
+    """As `launch` sets it."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.INFO)
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory, small_run):
+    """A run that nothing interrupts, with samples."""
+    workdir = tmp_path_factory.mktemp("whole")
+    samples = {"every_steps": 8, "max_new_tokens": 4, "prompts": ["The "]}
+    config = build(small_run(workdir, {"samples": samples}))
+    return config, workdir, train(config)
+
+
+def stop_after(monkeypatch, step: int) -> None:
+    monkeypatch.setattr(StopRequest, "is_due", lambda self, now: now == step)
+
+
+def test_writes_everything_that_it_promises(whole_run):
+    config, workdir, result = whole_run
+    assert result.is_finished and result.step == 12
+    assert {path.name for path in workdir.iterdir()} == {
+        "checkpoints", "config.json", "depth_table.json", "depth_table.png", "events",
+        "metrics.jsonl", "train.log",
+    }  # fmt: skip
+    assert load_config(workdir / "config.json") == config
+    assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == list(range(1, 13))
+    table = json.loads((workdir / "depth_table.json").read_text())
+    assert [row["depth"] for row in table["rows"]] == [1, 2, 4]
+    log = (workdir / "train.log").read_text()
+    assert "step 12/12" in log and "validation after step 8" in log
+    assert "sample prompt_0 after step 8: The " in log
+    assert "parameters: " in log
+
+
+def test_tensorboard_shows_training_validation_and_samples(whole_run):
+    events = EventAccumulator(str(whole_run[1] / "events"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/loss")] == [5, 10, 12]
+    assert [point.step for point in events.Scalars("validation/loss")] == [8, 12]
+    assert "prompt_0/text_summary" in events.Tags()["tensors"]
+    assert "train/learning_rate" in events.Tags()["scalars"]
+
+
+def test_keeps_the_configured_checkpoints(whole_run):
+    kept = {int(path.name) for path in (whole_run[1] / "checkpoints").iterdir()}
+    assert kept >= {8, 12} and len(kept) <= 3
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(
+    whole_run, tmp_path, small_run, monkeypatch
+):
+    stop_after(monkeypatch, 6)
+    config = build(small_run(tmp_path))
+    assert not train(config).is_finished
+    monkeypatch.undo()
+    stop_after(monkeypatch, 9)
+    train(config)
+    monkeypatch.undo()
+    result = train(config)
+    assert result.is_finished
+    whole = (whole_run[1] / "metrics.jsonl").read_text()
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+    def compare(path, a, b):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(compare, result.state, whole_run[2].state)
+
+
+def test_a_finished_run_shows_its_table_again_and_trains_no_more(
+    whole_run, tmp_path, small_run, capsys
+):
+    config, workdir, _ = whole_run
+    before = (workdir / "metrics.jsonl").read_text()
+    again = train(config)
+    assert again.is_finished and int(again.state.step) == 12
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert "Validation by depth" in capsys.readouterr().out
+
+
+def test_a_workdir_of_another_architecture_is_refused_at_once(whole_run, small_run):
+    changed = build(small_run(whole_run[1], {"model": {"mlp": {"hidden_width": 32}}}))
+    with pytest.raises(CheckpointMismatch, match=r"model\.mlp\.hidden_width: saved 16, now 32"):
+        train(changed)
+    # The refused run left no trace.
+    assert load_config(whole_run[1] / "config.json") == whole_run[0]
+
+
+def test_a_workdir_with_other_data_is_refused(whole_run, small_run):
+    with pytest.raises(CheckpointMismatch, match=r"data\.seed: saved 0, now 7"):
+        train(build(small_run(whole_run[1], {"data": {"seed": 7}})))
+
+
+def test_fewer_steps_than_done_is_refused(whole_run, small_run):
+    with pytest.raises(ConfigError, match=r"train\.steps: 10, but .* already has step 12"):
+        train(build(small_run(whole_run[1], {"train": {"steps": 10}})))
+
+
+def test_a_run_can_be_extended(tmp_path, small_run, monkeypatch, caplog):
+    stop_after(monkeypatch, 2)
+    train(build(small_run(tmp_path, {"train": {"steps": 4}})))
+    monkeypatch.undo()
+    with caplog.at_level("WARNING", logger="absl"):
+        result = train(build(small_run(tmp_path, {"train": {"steps": 6}})))
+    assert result.step == 6
+    assert any("train.steps was 4 and is now 6" in message for message in caplog.messages)
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, small_run):
+    with pytest.raises(ConfigError, match=r"model\.vocab_size: 100 is less than the 259 ids"):
+        train(build(small_run(tmp_path, {"model": {"vocab_size": 100}})))
+
+
+def test_reasoning_without_recurrence_has_a_table_of_one_row(tmp_path, small_run, capsys):
+    values = small_run(tmp_path)
+    values["model"] = {
+        "vocab_size": 16, "width": 16, "core_layers": 0, "attention": {"num_heads": 2},
+        "mlp": {"hidden_width": 16},
+    }  # fmt: skip
+    values["data"] = {
+        "source": "reasoning", "batch_size": 8, "sequence_length": 12,
+        "reasoning": {
+            "max_length": 4, "eval_min_length": 5, "eval_max_length": 8, "num_eval": 16
+        },
+    }  # fmt: skip
+    values["train"] = {"steps": 4}
+    values["samples"] = {"every_steps": 2}
+    train(build(values))
+    table = json.loads((tmp_path / "depth_table.json").read_text())
+    assert [row["depth"] for row in table["rows"]] == [None]
+    assert "exact answers" in capsys.readouterr().out
+    log = (tmp_path / "train.log").read_text()
+    assert "sample problem_0 after step 2" in log and "wanted: " in log
