@@ -4,12 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from megatransformer_jax.generation.sampling import sample_text
 
 from experiments.assemble import Vocabulary, trained_depth
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.answers import answer_samples
 from megatransformer_jax.evaluation.validation import ValidationSet
+from megatransformer_jax.generation.sampling import sample_text
 from megatransformer_jax.models.megatransformer import MegaTransformer
 
 NUM_PROBLEMS = 3
@@ -24,6 +24,7 @@ def make_sampler(
     """A function from (params, step) to texts by name."""
     own = config.samples.depth
     depth = trained_depth(config) if own is None else own
+    tokenizer = vocabulary.tokenizer
 
     def answer(params: Any, step: int) -> Mapping[str, str]:
         del step  # Answers are not drawn at random.
@@ -37,11 +38,14 @@ def make_sampler(
         )
         return {f"problem_{index}": text for index, text in enumerate(texts)}
 
+    if tokenizer is None:
+        return answer
+
     def continue_prompts(params: Any, step: int) -> Mapping[str, str]:
         texts = sample_text(
             model,
             params,
-            vocabulary.tokenizer,
+            tokenizer,
             config.samples.prompts,
             num_steps=1 if depth is None else depth,
             max_new_tokens=config.samples.max_new_tokens,
@@ -50,4 +54,4 @@ def make_sampler(
         )
         return {f"prompt_{index}": text for index, text in enumerate(texts)}
 
-    return answer if vocabulary.tokenizer is None else continue_prompts
+    return continue_prompts

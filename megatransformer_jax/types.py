@@ -12,6 +12,9 @@ import typing
 import jax
 import jax.numpy as jnp
 
+# NumPy arrays as the data side makes them, JAX arrays once they are on the mesh.
+HostOrDeviceArray = typing.Any
+
 
 class Batch(typing.NamedTuple):
     """One batch for a text model. All arrays are [B, T]; targets are aligned, not shifted.
@@ -21,11 +24,11 @@ class Batch(typing.NamedTuple):
     in each document. `loss_mask` is 1.0 where the position counts in the loss, else 0.0.
     """
 
-    tokens: jax.Array  # int32 [B, T]
-    targets: jax.Array  # int32 [B, T]
-    loss_mask: jax.Array  # float32 [B, T]
-    segment_ids: jax.Array  # int32 [B, T]
-    positions: jax.Array  # int32 [B, T]
+    tokens: HostOrDeviceArray  # int32 [B, T]
+    targets: HostOrDeviceArray  # int32 [B, T]
+    loss_mask: HostOrDeviceArray  # float32 [B, T]
+    segment_ids: HostOrDeviceArray  # int32 [B, T]
+    positions: HostOrDeviceArray  # int32 [B, T]
 
 
 class ModelOutput(typing.NamedTuple):

@@ -53,7 +53,7 @@ def make_eval_step(model: nn.Module, key: Key[Array, ""]) -> EvalStep:
         is_exact = jnp.all((predictions == batch.targets) | ~counts, axis=-1) & has_tokens
         sums = EvalSums(
             cross_entropy=totals.cross_entropy,
-            tokens=totals.count,
+            tokens=totals.tokens,
             correct=totals.correct,
             exact_rows=jnp.sum(is_exact, dtype=jnp.float32),
             rows=jnp.sum(has_tokens, dtype=jnp.float32),

@@ -134,7 +134,7 @@ def sample_tokens(
     rows = jnp.arange(tokens.shape[0])
 
     def add_token(index: jax.Array, tokens: jax.Array) -> jax.Array:
-        output = unconstrained.apply(
+        output: Any = unconstrained.apply(
             {"params": params}, tokens, num_steps=num_steps, rngs={"state": state_key}
         )
         # What comes after `last` cannot be seen from it: attention is causal.

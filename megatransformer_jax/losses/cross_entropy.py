@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, Int
 
 
 class TokenLoss(typing.NamedTuple):
-    """Sums over the tokens that count; divide by `count` for means."""
+    """Sums over the tokens that count; divide by `tokens` for means."""
 
     cross_entropy: Float[Array, ""]  # nats
     squared_log_normalizer: Float[Array, ""]
     correct: Float[Array, ""]  # tokens whose target has the highest logit
-    count: Float[Array, ""]
+    tokens: Float[Array, ""]  # that count
 
 
 def token_loss(
@@ -36,5 +36,5 @@ def token_loss(
         cross_entropy=jnp.sum((log_normalizer - target_logit) * loss_mask),
         squared_log_normalizer=jnp.sum(jnp.square(log_normalizer) * loss_mask),
         correct=jnp.sum(correct * loss_mask),
-        count=jnp.sum(loss_mask),
+        tokens=jnp.sum(loss_mask),
     )

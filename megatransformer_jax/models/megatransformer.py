@@ -1,6 +1,7 @@
 """The text model: embedding, prelude, recurrent core, coda, head."""
 
-from typing import Any
+import dataclasses
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,14 +90,14 @@ class MegaTransformer(nn.Module):
         outer = self._context(positions, segment_ids, deterministic, config.width)
         masks = self._split_head_mask(head_mask)
         x = self.embedding(tokens, positions, deterministic)
-        x = self.prelude(x, outer.replace(head_mask=masks[0]))
+        x = self.prelude(x, dataclasses.replace(outer, head_mask=masks[0]))
         if config.is_recurrent:
             inner = self._context(positions, segment_ids, deterministic, config.core_width)
-            inner = inner.replace(head_mask=masks[1])
+            inner = dataclasses.replace(inner, head_mask=masks[1])
             x = self._iterate_core(x, inner, jnp.asarray(num_steps), backprop_depth, state)
             x = self.final_norm(x)
         latent = x
-        x = self.coda(x, outer.replace(head_mask=masks[2]))
+        x = self.coda(x, dataclasses.replace(outer, head_mask=masks[2]))
         return ModelOutput(self.embedding.logits(self.final_norm(x)), latent)
 
     def _context(
@@ -137,7 +138,7 @@ class MegaTransformer(nn.Module):
             state = initial_state(config, self.make_rng("state") if needs_key else None, injected)
         state = self.sharder.constrain(state.astype(injected.dtype), "batch", "length", None)
         params = self._gathered_core_params()
-        prepared = core.apply({"params": params}, injected, method="prepare")
+        prepared = cast(jax.Array, core.apply({"params": params}, injected, method="prepare"))
         dropout_key = None if context.deterministic else self.make_rng("dropout")
 
         def iterate(
@@ -146,7 +147,8 @@ class MegaTransformer(nn.Module):
             rngs = {}
             if dropout_key is not None:
                 rngs = {"dropout": jax.random.fold_in(dropout_key, step)}
-            return core.apply({"params": params}, state, prepared, context, rngs=rngs)
+            new_state = core.apply({"params": params}, state, prepared, context, rngs=rngs)
+            return cast(jax.Array, new_state)
 
         if config.remat != "none":
             iterate = jax.checkpoint(iterate, policy=remat_policy(config.remat))

@@ -21,13 +21,18 @@ def initial_state(
 
     Returns:
       An array like `injected`.
+
+    Raises:
+      ValueError: if a kind that needs a key has none.
     """
-    shape, dtype = injected.shape, injected.dtype
-    match config.recurrence.state_init:
-        case "zero":
-            return jnp.zeros(shape, dtype)
-        case "none":
-            return injected
+    kind, shape, dtype = config.recurrence.state_init, injected.shape, injected.dtype
+    if kind == "zero":
+        return jnp.zeros(shape, dtype)
+    if kind == "none":
+        return injected
+    if key is None:
+        raise ValueError(f"state_init={kind!r} draws the state at random; give a key")
+    match kind:
         case "normal":
             return jax.random.normal(key, shape).astype(dtype)
         case "embed":
@@ -40,4 +45,4 @@ def initial_state(
             std = weight_init(config, config.core_width).embedding_std
             state = truncated_normal(std)(key, shape, jnp.float32)
             return (state * embedding_scale(config)).astype(dtype)
-    raise ValueError(f"unknown state_init {config.recurrence.state_init!r}")
+    raise ValueError(f"unknown state_init {kind!r}")

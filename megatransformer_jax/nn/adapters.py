@@ -149,7 +149,8 @@ def build_adapter(
     )
 
 
-def identity(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+def identity(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Initialiser: ones on the diagonal. `key` is not needed."""
     del key
-    return jnp.eye(*shape, dtype=dtype)
+    rows, columns = shape
+    return jnp.eye(rows, columns, dtype=dtype)

@@ -4,6 +4,7 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from megatransformer_jax.ops.masks import AttentionMask
+from megatransformer_jax.ops.positions import RotaryTable
 
 
 @struct.dataclass
@@ -19,7 +20,7 @@ class LayerContext:
     """
 
     mask: AttentionMask
-    rotary: tuple[Array, Array] | None = None
+    rotary: RotaryTable | None = None
     alibi_slopes: Float[Array, "N"] | None = None
     head_mask: Float[Array, "L N"] | None = None
     deterministic: bool = struct.field(pytree_node=False, default=True)

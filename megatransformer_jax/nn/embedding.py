@@ -46,8 +46,9 @@ class TextEmbedding(nn.Module):
             shape = (config.vocab_size, config.width)
             self.head = matrix(self, "head", self.inits.embedding, shape, axes, self.policy)
         if config.head_bias:
-            shape = (config.vocab_size,)
-            self.bias = vector(self, "head_bias", nn.initializers.zeros, shape, ("vocab",))
+            self.bias = vector(
+                self, "head_bias", nn.initializers.zeros, (config.vocab_size,), ("vocab",)
+            )
         self.dropout = nn.Dropout(config.embedding_dropout_rate)
 
     def __call__(

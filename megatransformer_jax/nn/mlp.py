@@ -36,8 +36,9 @@ class Mlp(nn.Module):
         if parts == 2:
             activated = activated * hidden[..., 1, :]
         activated = nn.Dropout(self.config.dropout_rate)(activated, deterministic=deterministic)
-        shape, axes = (hidden_width, width), ("mlp", "embed")
-        kernel = matrix(self, "down", self.inits.residual, shape, axes, self.policy)
+        kernel = matrix(
+            self, "down", self.inits.residual, (hidden_width, width), ("mlp", "embed"), self.policy
+        )
         output = jnp.einsum("btf,fd->btd", activated, kernel)
         if self.config.bias:
             bias = vector(self, "down_bias", nn.initializers.zeros, (width,))

@@ -1,6 +1,7 @@
 """Declares parameters together with the meaning of their axes."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,14 @@ from flax import linen as nn
 
 from megatransformer_jax.types import DTypePolicy
 
+# From (key, shape, type) to an array.
+Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
 
 def matrix(
     module: nn.Module,
     name: str,
-    init: jax.nn.initializers.Initializer,
+    init: Initializer,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     policy: DTypePolicy,
@@ -27,20 +31,31 @@ def matrix(
       axes: logical name per axis (see sharding/rules.py), None where an axis is never cut.
       policy: types.
     """
-    weight = module.param(name, nn.with_partitioning(init, axes), shape, policy.param)
-    return weight.astype(policy.compute)
+    return _declare(module, name, init, shape, axes, policy.param).astype(policy.compute)
 
 
 def vector(
     module: nn.Module,
     name: str,
-    init: jax.nn.initializers.Initializer,
+    init: Initializer,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...] | None = None,
 ) -> jax.Array:
     """A float32 scale or bias of `module`; without `axes` every device has all of it."""
     axes = (None,) * len(shape) if axes is None else axes
-    return module.param(name, nn.with_partitioning(init, axes), shape, jnp.float32)
+    return _declare(module, name, init, shape, axes, jnp.dtype(jnp.float32))
+
+
+def _declare(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    dtype: jnp.dtype,
+) -> jax.Array:
+    # Linen keeps the box with the axes to itself and returns what is in it.
+    return cast(jax.Array, module.param(name, nn.with_partitioning(init, axes), shape, dtype))
 
 
 def axes_of(boxed: Any) -> Any:

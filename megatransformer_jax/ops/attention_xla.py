@@ -43,10 +43,7 @@ def attention_xla(
         query, scale = query * scale, 1.0
     query, key, value = (array.transpose(0, 2, 1, 3) for array in (query, key, value))
     bias = _mask_bias(mask, query_length, key_length)
-    slopes = distance = None
-    if alibi_slopes is not None:
-        slopes = alibi_slopes[:, None, None]
-        distance = _distance(mask, query_length, key_length)
+    distance = None if alibi_slopes is None else _distance(mask, query_length, key_length)
 
     outputs = []
     for index, (rows, keys) in enumerate(
@@ -57,12 +54,13 @@ def attention_xla(
             logits = logits * scale
         if logit_softcap is not None:
             logits = logit_softcap * jnp.tanh(logits / logit_softcap)
-        if distance is not None:
+        if slopes is not None and distance is not None:
             logits = logits - slopes * distance[..., rows, keys]
         if bias is not None:
             logits = logits + bias[..., rows, keys]
         weights = masked_softmax(logits)
         if dropout_rate > 0.0:
+            assert dropout_key is not None  # attention() checks it
             weights = _dropout(weights, dropout_rate, jax.random.fold_in(dropout_key, index))
         outputs.append(_mix(weights, value[:, :, keys], rows_are_whole))
     output = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)

@@ -141,7 +141,9 @@ def zero_blind_rows(
     For kernels that give such rows arbitrary values. Only segments can blind a row: every other
     rule lets a query see at least itself.
     """
-    if mask.query_segment_ids is None:
+    has_segments = mask.query_segment_ids is not None
+    allowed = dense_mask(mask, output.shape[1], key_length) if has_segments else None
+    if allowed is None:
         return output
-    sees_any = jnp.any(dense_mask(mask, output.shape[1], key_length), axis=-1)
+    sees_any = jnp.any(allowed, axis=-1)
     return jnp.where(sees_any[:, :, None, None], output, 0)

@@ -17,7 +17,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 class ShardingRules:
     """One field per logical axis; its value is the mesh axis (or axes) that shards it."""
 
-    # Parameters. fsdp cuts the model width of every matrix, tensor cuts heads, hidden and vocabulary.
+    # Parameters. fsdp cuts the width of every matrix, tensor cuts heads, hidden and vocabulary.
     vocab: MeshAxes = "tensor"
     embed: MeshAxes = "fsdp"
     kv_heads: MeshAxes = "tensor"

@@ -54,10 +54,10 @@ def make_train_step(
         )
         metrics = {
             "loss": loss,
-            "accuracy": totals.correct / jnp.maximum(totals.count, 1),
+            "accuracy": totals.correct / jnp.maximum(totals.tokens, 1),
             "grad_norm": norm,
             "num_steps": jnp.mean(num_steps.astype(jnp.float32)),
-            "tokens": totals.count,
+            "tokens": totals.tokens,
             "skipped_steps": new_state.skipped_steps.astype(jnp.float32),
             "skipped_in_row": new_state.skipped_in_row.astype(jnp.float32),
         }
@@ -79,7 +79,7 @@ def _gradients(
 
     def loss_share(params: Any, part: Batch, draws: jax.Array, key: jax.Array):
         state_key, dropout_key = jax.random.split(key)
-        output = model.apply(
+        output: Any = model.apply(
             {"params": params},
             part.tokens,
             positions=part.positions,
@@ -121,7 +121,7 @@ def _split_rows(array: jax.Array, parts: int) -> jax.Array:
 
 def _mean_loss(totals: TokenLoss, z_loss: float) -> jax.Array:
     weighted = totals.cross_entropy + z_loss * totals.squared_log_normalizer
-    return weighted / jnp.maximum(totals.count, 1.0)
+    return weighted / jnp.maximum(totals.tokens, 1.0)
 
 
 def _choose(condition: jax.Array, new: Any, old: Any) -> Any:
