@@ -54,8 +54,8 @@ def attention_xla(
             logits = logits * scale
         if logit_softcap is not None:
             logits = logit_softcap * jnp.tanh(logits / logit_softcap)
-        if slopes is not None and distance is not None:
-            logits = logits - slopes * distance[..., rows, keys]
+        if alibi_slopes is not None and distance is not None:
+            logits = logits - alibi_slopes[:, None, None] * distance[..., rows, keys]
         if bias is not None:
             logits = logits + bias[..., rows, keys]
         weights = masked_softmax(logits)
