@@ -110,7 +110,7 @@ class SentencePieceTokenizer:
                     f"documents. Train it with {kind}_id >= 0."
                 )
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[typing.Any, ...]:
         return SentencePieceTokenizer, (self.model, self.name)
 
     @functools.cached_property

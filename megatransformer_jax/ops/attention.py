@@ -103,7 +103,13 @@ def _row_shards(sharder: Sharder) -> int:
     return math.prod(sharder.mesh.shape[name] for name in axes)
 
 
-def _check_options(query, key, logit_softcap, dropout_rate, dropout_key) -> None:
+def _check_options(
+    query: Array,
+    key: Array,
+    logit_softcap: float | None,
+    dropout_rate: float,
+    dropout_key: Array | None,
+) -> None:
     if query.shape[2] % key.shape[2]:
         raise ValueError(
             f"{query.shape[2]} query heads cannot share {key.shape[2]} KV heads; the number of "

@@ -51,8 +51,16 @@ def attention_splash(
 
 
 def _local_attention(
-    query, key, value, query_ids, key_ids, *, mask: AttentionMask, logit_softcap, interpret: bool
-):
+    query: Array,
+    key: Array,
+    value: Array,
+    query_ids: Array | None,
+    key_ids: Array | None,
+    *,
+    mask: AttentionMask,
+    logit_softcap: float | None,
+    interpret: bool,
+) -> Array:
     """The kernel over the sequences and heads of one device."""
     query_length, num_heads, width = query.shape[1:]
     kernel = splash.make_splash_mha(
@@ -65,7 +73,9 @@ def _local_attention(
     )
     scaled = (query.astype(jnp.float32) * width**-0.5).astype(query.dtype)
     heads_first = [array.transpose(0, 2, 1, 3) for array in (scaled, key, value)]
-    segments = None if query_ids is None else splash.SegmentIds(query_ids, key_ids)
+    segments = (
+        None if query_ids is None or key_ids is None else splash.SegmentIds(query_ids, key_ids)
+    )
     return jax.vmap(kernel)(*heads_first, segments).transpose(0, 2, 1, 3)
 
 

@@ -103,7 +103,7 @@ def masked_softmax(logits: Float[Array, "*batch S"]) -> Float[Array, "*batch S"]
 
 
 @masked_softmax.defjvp
-def _masked_softmax_jvp(primals, tangents):
+def _masked_softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     weights = masked_softmax(*primals)
     product = weights * tangents[0]
     return weights, product - weights * jnp.sum(product, axis=-1, keepdims=True)

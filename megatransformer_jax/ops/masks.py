@@ -42,7 +42,7 @@ class AttentionMask:
     key_segment_ids: typing.Any = None
 
 
-def _flatten(mask: AttentionMask):
+def _flatten(mask: AttentionMask) -> tuple[tuple[typing.Any, ...], tuple[typing.Any, ...]]:
     """Splits off a Python-int offset as static, so that it survives jit, scan and remat."""
     segments = (mask.query_segment_ids, mask.key_segment_ids)
     if isinstance(mask.query_offset, int):
@@ -50,7 +50,7 @@ def _flatten(mask: AttentionMask):
     return (mask.query_offset, *segments), (mask.is_causal, mask.window, None)
 
 
-def _unflatten(static, data) -> AttentionMask:
+def _unflatten(static: tuple[typing.Any, ...], data: tuple[typing.Any, ...]) -> AttentionMask:
     is_causal, window, static_offset = static
     offset, query_ids, key_ids = data
     return AttentionMask(

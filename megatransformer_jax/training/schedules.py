@@ -45,7 +45,7 @@ def build_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return schedule
 
 
-def _cosine(warmup_steps: int, total_steps: int, final_fraction: float):
+def _cosine(warmup_steps: int, total_steps: int, final_fraction: float) -> optax.Schedule:
     """Half a cosine from 1 at the end of warmup to `final_fraction` at the last step."""
     span = max(total_steps - 1 - warmup_steps, 1)
 
@@ -56,7 +56,7 @@ def _cosine(warmup_steps: int, total_steps: int, final_fraction: float):
     return shape
 
 
-def _stable_then_decay(decay_steps: int, total_steps: int, final_fraction: float):
+def _stable_then_decay(decay_steps: int, total_steps: int, final_fraction: float) -> optax.Schedule:
     """1 until the last `decay_steps` steps, then 1 - sqrt decay (arXiv 2405.18392)."""
 
     def shape(step: jax.Array) -> jax.Array:

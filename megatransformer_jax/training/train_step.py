@@ -77,7 +77,9 @@ def _gradients(
     """Gradients of the mean loss over the whole batch, and the loss's sums."""
     count = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
 
-    def loss_share(params: Any, part: Batch, draws: jax.Array, key: jax.Array):
+    def loss_share(
+        params: Any, part: Batch, draws: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, TokenLoss]:
         state_key, dropout_key = jax.random.split(key)
         output: Any = model.apply(
             {"params": params},
@@ -99,7 +101,7 @@ def _gradients(
     if parts == 1:
         return differentiate(params, batch, num_steps, key)
 
-    def add_part(carry, inputs):
+    def add_part(carry: Any, inputs: tuple[Any, ...]) -> tuple[Any, None]:
         part, draws, index = inputs
         result = differentiate(params, part, draws, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, carry, result), None

@@ -8,7 +8,7 @@ from megatransformer_jax.data.sources.record import BadRecord
 class EmbeddedText:
     """The documents of `pydoc_data.topics`, about 80, in the order of their names."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._texts = [topics[name] for name in sorted(topics)]
 
     def __len__(self) -> int:
