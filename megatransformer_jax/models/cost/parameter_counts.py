@@ -1,0 +1,73 @@
+"""Parameters by module, from shapes alone: nothing is allocated."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from megatransformer_jax.models.megatransformer import MegaTransformer, init_params
+
+# Part of the model -> kind of layer -> number of parameters.
+ParameterCounts = dict[str, dict[str, int]]
+
+KINDS = ("attention", "feed_forward", "norms", "other")
+# What every iteration of the core runs through, as parts of `ParameterCounts`.
+ITERATED_PARTS = ("adapter", "core")
+# In the order of a forward pass. A tied head has no parameters and no entry.
+PARTS = (
+    "embedding",
+    "prelude",
+    "injection_norm",
+    "core_in",
+    *ITERATED_PARTS,
+    "core_out",
+    "coda",
+    "final_norm",
+    "head",
+)
+
+
+def abstract_params(model: MegaTransformer) -> Any:
+    """The tree of `init_params` with shapes and types in place of arrays."""
+    return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+
+
+def count_parameters(params: Any) -> ParameterCounts:
+    """Counts parameters by part of the model and kind of layer; both only where there are any.
+
+    Args:
+      params: the tree of `init_params`, of arrays or of shapes.
+    """
+    counts: ParameterCounts = {part: {} for part in PARTS}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        names = [entry.key for entry in path]
+        kinds = counts[_part(names)]
+        kinds[_kind(names)] = kinds.get(_kind(names), 0) + leaf.size
+    return {part: kinds for part, kinds in counts.items() if kinds}
+
+
+def total_parameters(counts: Mapping[str, Mapping[str, int]]) -> int:
+    """The number of different parameters; a tied embedding counts once."""
+    return sum(size for kinds in counts.values() for size in kinds.values())
+
+
+def effective_parameters(counts: Mapping[str, Mapping[str, int]], depth: int) -> int:
+    """Parameters of the unrolled model: as if each of `depth` iterations had its own core."""
+    iterated = total_parameters({part: counts.get(part, {}) for part in ITERATED_PARTS})
+    return total_parameters(counts) + (depth - 1) * iterated
+
+
+def _part(names: list[str]) -> str:
+    if names[0] == "core":
+        return "adapter" if names[1] == "adapter" else "core"
+    if names[0] == "embedding":
+        return "head" if names[1] in ("head", "head_bias") else "embedding"
+    return names[0]
+
+
+def _kind(names: list[str]) -> str:
+    if any("norm" in name for name in names):
+        return "norms"
+    if "attention" in names:
+        return "attention"
+    return "feed_forward" if "mlp" in names else "other"

@@ -1,0 +1,105 @@
+"""Counts agree with the arrays that are made, and with what papers publish."""
+
+import jax
+import pytest
+
+from megatransformer_jax.config.build import build
+from megatransformer_jax.config.model import AttentionConfig, ModelConfig, PositionConfig
+from megatransformer_jax.config.presets import load_preset, preset_names
+from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.models.cost.parameter_counts import (
+    ParameterCounts,
+    abstract_params,
+    count_parameters,
+    effective_parameters,
+    total_parameters,
+)
+from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+
+def count(config: ModelConfig) -> ParameterCounts:
+    return count_parameters(abstract_params(build_model(config, DTypePolicy(), Sharder(), "cpu")))
+
+
+def preset(name: str) -> ModelConfig:
+    return build({"preset": name, **load_preset(name), "data": {"sequence_length": 16}}).model
+
+
+def test_counts_are_the_sizes_of_the_arrays() -> None:
+    config = preset("tiny")
+    params = init_params(build_model(config, DTypePolicy(), Sharder(), "cpu"), jax.random.key(0))
+    sizes = {part: sum(leaf.size for leaf in jax.tree.leaves(params[part])) for part in params}
+    counts = {part: sum(kinds.values()) for part, kinds in count(config).items()}
+    counts["core"] += counts.pop("adapter")
+    assert counts == sizes
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_parameter_of_every_preset_is_counted_once(name: str) -> None:
+    config = preset(name)
+    shapes = abstract_params(build_model(config, DTypePolicy(), Sharder(), "cpu"))
+    assert total_parameters(count_parameters(shapes)) == sum(
+        leaf.size for leaf in jax.tree.leaves(shapes)
+    )
+
+
+def test_huginn_has_the_published_size() -> None:
+    # Section 4.2 of arXiv 2502.05171: 1.5B in prelude and coda, 1.5B in the core, 0.5B in the tied
+    # embedding, 3.5B in all, and about 50B materialised at depth 32.
+    counts = count(preset("huginn_3_5b"))
+    outer = sum((counts["prelude"] | counts["coda"]).values()) * 2
+    core = sum(counts["core"].values()) + sum(counts["adapter"].values())
+    assert 1.5e9 < outer < 1.65e9
+    assert 1.5e9 < core < 1.7e9
+    assert 3.5e9 < total_parameters(counts) < 3.9e9
+    assert 50e9 < effective_parameters(counts, 32) < 55e9
+
+
+def test_gpt2_small_has_the_published_size() -> None:
+    assert total_parameters(count(preset("gpt2_small"))) == 124_439_808
+
+
+def test_parts_and_kinds() -> None:
+    config = ModelConfig(
+        vocab_size=10,
+        width=8,
+        max_length=6,
+        tie_embeddings=False,
+        head_bias=True,
+        positions=PositionConfig(scheme="learned"),
+        attention=AttentionConfig(num_heads=2, qk_norm=True),
+        recurrence=RecurrenceConfig(core_width=4, injection_norm=True, iteration_norm=True),
+    )
+    counts = count(config)
+    assert list(counts) == [
+        "embedding",
+        "prelude",
+        "injection_norm",
+        "core_in",
+        "adapter",
+        "core",
+        "core_out",
+        "coda",
+        "final_norm",
+        "head",
+    ]
+    assert counts["embedding"] == {"other": 10 * 8 + 6 * 8}
+    assert counts["head"] == {"other": 10 * 8 + 10}
+    assert counts["core_in"] == counts["core_out"] == {"other": 32}
+    assert counts["adapter"] == {"other": 2 * 4 * 4}
+    assert counts["prelude"] == {
+        "attention": 4 * 8 * 8 + 2 * 4,
+        "feed_forward": 3 * 8 * 704,
+        "norms": 2 * 8,
+    }
+    # Two layers of two norms each, and the norm at the end of an iteration.
+    assert counts["core"]["norms"] == 5 * 4
+
+
+def test_effective_parameters_repeat_the_core_only() -> None:
+    counts = {"embedding": {"other": 100}, "adapter": {"other": 5}, "core": {"norms": 7}}
+    assert effective_parameters(counts, 1) == 112
+    assert effective_parameters(counts, 4) == 112 + 3 * 12
+    assert effective_parameters({"prelude": {"norms": 3}}, 9) == 3
