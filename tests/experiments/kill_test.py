@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,14 +15,16 @@ from collections.abc import Callable
 import pytest
 
 NUM_KILLS = 20
-STEPS = 1500
+STEPS = 400
+EVERY_STEPS = 10
 CHANGES = {
     "train": {"steps": STEPS},
-    "checkpoint": {"every_steps": 15, "keep_last": 2, "keep_best": 1},
-    "evaluation": {"every_steps": 120},
-    "logging": {"every_steps": 7},
+    "checkpoint": {"every_steps": EVERY_STEPS, "keep_last": 2, "keep_best": 1},
+    "evaluation": {"every_steps": 100},
+    "logging": {"every_steps": 3},
 }
 TIMEOUT_S = 240
+RESUMED = re.compile(r"resuming from step (\d+)")
 
 
 def write_config(path: pathlib.Path, values: dict, repository: pathlib.Path) -> pathlib.Path:
@@ -41,15 +45,21 @@ def start(config: pathlib.Path, repository: pathlib.Path, log: pathlib.Path) -> 
         )
 
 
-def saving(workdir: pathlib.Path) -> Callable[[], bool]:
-    """Whether a save is going on just now."""
-    return lambda: any(workdir.glob("checkpoints/*.orbax-checkpoint-tmp*"))
+def reports(log: pathlib.Path) -> list[int]:
+    """The steps that the process of this log has reported."""
+    return [int(number) for number in re.findall(r"step (\d+)/", log.read_text())]
 
 
-def training(workdir: pathlib.Path, last_line_count: int) -> Callable[[], bool]:
-    """Whether the process has trained further than the one before it."""
-    path = workdir / "metrics.jsonl"
-    return lambda: path.exists() and path.read_bytes().count(b"\n") > last_line_count
+def latest_checkpoint(workdir: pathlib.Path) -> int:
+    """Step of the newest complete checkpoint, or 0."""
+    names = [path.name for path in workdir.glob("checkpoints/*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def is_saving_after(workdir: pathlib.Path, step: int) -> bool:
+    """Whether there is a half-written checkpoint of a step later than `step`."""
+    paths = workdir.glob("checkpoints/*.orbax-checkpoint-tmp*")
+    return any(int(path.name.split(".")[0]) > step for path in paths)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -68,25 +78,16 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path, sma
 
     workdir = tmp_path / "killed"
     config = write_config(tmp_path / "killed.json", small_run(workdir, CHANGES), repository)
-    log = tmp_path / "killed.log"
     rng = random.Random(0)
-    kills_while_saving = 0
+    logs, kills_while_saving = [], 0
     for kill in range(NUM_KILLS):
-        process = start(config, repository, log)
-        if kill % 5 == 4:
-            time.sleep(rng.uniform(0.2, 4.0))  # While it imports, compiles or restores.
-        else:
-            wait_for(training(workdir, 0), process)
-            wait_for(saving(workdir), process)
-            # Half of these are killed in that save, the others a little later.
-            time.sleep(rng.choice([rng.uniform(0, 0.02), rng.uniform(0, 0.5)]))
-        kills_while_saving += saving(workdir)()
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"ended before kill {kill}: {log.read_text()}"
-    assert kills_while_saving >= 3
+        logs.append(tmp_path / f"killed_{kill}.log")
+        process = start(config, repository, logs[-1])
+        kills_while_saving += kill_at_random_moment(process, kill, workdir, logs[-1], rng)
 
-    process = start(config, repository, log)
-    assert process.wait(TIMEOUT_S) == 0, log.read_text()
+    logs.append(tmp_path / "last.log")
+    process = start(config, repository, logs[-1])
+    assert process.wait(TIMEOUT_S) == 0, logs[-1].read_text()
     left = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert all(name.isdigit() for name in left) and str(STEPS) in left, left
     expected = (whole / "metrics.jsonl").read_text().splitlines()
@@ -95,26 +96,57 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path, sma
     for step, (one, other) in enumerate(itertools.zip_longest(expected, found), start=1):
         assert one == other, f"step {step}"
     assert (workdir / "depth_table.json").read_text() == (whole / "depth_table.json").read_text()
-    # It was indeed resumed and not started afresh.
-    assert log.read_text().count("resuming from step") >= NUM_KILLS // 2
+
+    # The kills were what they claim to be, and each start went on from the one before.
+    assert kills_while_saving >= 5
+    resumed = [int(n) for log in logs for n in RESUMED.findall(log.read_text())]
+    assert resumed == sorted(resumed)
+    assert len(set(resumed)) >= NUM_KILLS // 2, resumed
+
+
+def kill_at_random_moment(
+    process: subprocess.Popen,
+    kill: int,
+    workdir: pathlib.Path,
+    log: pathlib.Path,
+    rng: random.Random,
+) -> bool:
+    """Kills a run; returns whether that was in the middle of a save that it had begun itself."""
+    before = latest_checkpoint(workdir)
+    # Saves that must be complete first, or no run would ever get further than the one before.
+    target = before + EVERY_STEPS * rng.randint(1, 2)
+    match kill % 5:
+        case 0:  # At any time: it imports, compiles, restores or trains.
+            time.sleep(rng.uniform(0.2, 5.0))
+        case 1 | 2:  # Some steps or saves after it went on.
+            wait_for(lambda: latest_checkpoint(workdir) >= target, process)
+            time.sleep(rng.uniform(0, 0.1))
+        case _:  # In a save.
+            wait_for(lambda: latest_checkpoint(workdir) >= target, process)
+            wait_for(lambda: is_saving_after(workdir, target), process)
+            time.sleep(rng.uniform(0, 0.05))
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, f"ended before kill {kill}: {log.read_text()}"
+    # It may just have completed the save that it was to be killed in.
+    return kill % 5 in (3, 4) and is_saving_after(workdir, target)
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, small_run, repository):
     workdir = tmp_path / "run"
-    changes = {**CHANGES, "checkpoint": {"every_steps": 100_000}, "train": {"steps": 600}}
+    changes = {**CHANGES, "checkpoint": {"every_steps": 100_000}, "train": {"steps": 300}}
     config = write_config(tmp_path / "run.json", small_run(workdir, changes), repository)
     process = start(config, repository, tmp_path / "run.log")
-    wait_for(training(workdir, 0), process)
+    wait_for(lambda: len(reports(tmp_path / "run.log")) >= 1, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(TIMEOUT_S) == 0
     text = (tmp_path / "run.log").read_text()
     assert "SIGTERM: finishing this step" in text
     assert "everything is saved. The same command resumes." in text
     (saved,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert 0 < saved < 600
+    assert 0 < saved < 300
     process = start(config, repository, tmp_path / "run.log")
     assert process.wait(TIMEOUT_S) == 0
     assert f"resuming from step {saved}" in (tmp_path / "run.log").read_text()
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, 601))
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 301))
