@@ -1,0 +1,40 @@
+"""The Colab notebook is committed without outputs and runs from top to bottom."""
+
+import nbclient
+import nbformat
+import pytest
+
+
+@pytest.fixture
+def notebook(repository):
+    return nbformat.read(repository / "docs" / "colab.ipynb", as_version=4)
+
+
+def test_no_outputs_are_committed(notebook):
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert code
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+
+
+@pytest.mark.slow
+def test_it_runs(notebook, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # One device, as most readers have.
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
+    )
+    client.execute()
+    texts = [_text(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    assert "accelerator:" in texts[1]
+    assert "step 60/60" in texts[2]
+    depths = [line.split()[0] for line in texts[3].splitlines() if line[:4].strip().isdigit()]
+    assert depths == ["1", "2", "4", "8"]
+    assert any("image/png" in output.get("data", {}) for output in notebook.cells[8].outputs)
+    assert "step 60;" in texts[4]
+    for depth in (1, 4, 16):
+        assert texts[5].count(f"--- depth {depth}\nThe ") == 1
+        assert texts[5].count(f"--- depth {depth}\nIf the ") == 1
+    assert (tmp_path / "runs" / "colab" / "checkpoints" / "60").is_dir()
+
+
+def _text(cell) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
