@@ -17,8 +17,6 @@ def start_distributed(config: DistributedConfig) -> None:
     """
     if not config.enabled:
         return
-    if jax.config.read("jax_platforms") == "cpu":  # The only collectives that CPUs have.
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if config.coordinator is None:
         jax.distributed.initialize()
         return
