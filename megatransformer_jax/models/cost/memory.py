@@ -106,7 +106,7 @@ def _residual_bytes(model: MegaTransformer, rows: int, length: int, backprop_dep
         keys = jax.random.split(jax.random.key(0))
 
         def logits(params: Any) -> jax.Array:
-            return model.apply(
+            output: Any = model.apply(
                 {"params": params},
                 tokens,
                 segment_ids=segment_ids,
@@ -114,7 +114,8 @@ def _residual_bytes(model: MegaTransformer, rows: int, length: int, backprop_dep
                 backprop_depth=backprop_depth,
                 deterministic=False,
                 rngs={"state": keys[0], "dropout": keys[1]},
-            ).logits
+            )
+            return output.logits
 
         _, backward = jax.vjp(logits, params)
         given = {id(leaf) for leaf in jax.tree.leaves((params, tokens, segment_ids))}

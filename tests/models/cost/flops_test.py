@@ -49,7 +49,8 @@ def build(config: ModelConfig) -> MegaTransformer:
 
 def xla_flops(function: Any, *arguments: Any) -> float:
     """XLA counts the body of a loop once, whatever its length."""
-    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+    analysis: Any = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    return analysis["flops"]
 
 
 def abstract_batch() -> Batch:
@@ -65,7 +66,8 @@ def test_forward_agrees_with_xla(name: str) -> None:
 
     def forward(params: Any, tokens: jax.Array, num_steps: jax.Array) -> jax.Array:
         rngs = {"state": jax.random.key(0)}
-        return model.apply({"params": params}, tokens, num_steps=num_steps, rngs=rngs).logits
+        output: Any = model.apply({"params": params}, tokens, num_steps=num_steps, rngs=rngs)
+        return output.logits
 
     tokens, num_steps = abstract_batch().tokens, jax.ShapeDtypeStruct((), jnp.int32)
     counted = xla_flops(forward, abstract_params(model), tokens, num_steps)

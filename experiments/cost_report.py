@@ -1,0 +1,175 @@
+"""What a run costs, computed from its config: nothing of the model's size is allocated."""
+
+import dataclasses
+from typing import Any, cast
+
+import jax
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from experiments.assemble import trained_depth
+from megatransformer_jax.config.run import MeshConfig, RunConfig
+from megatransformer_jax.evaluation.depth_table import evaluated_depths
+from megatransformer_jax.models.cost.flops import ForwardFlops, forward_flops, train_flops
+from megatransformer_jax.models.cost.memory import (
+    activation_memory,
+    cache_bytes_per_token,
+    tree_bytes,
+)
+from megatransformer_jax.models.cost.parameter_counts import (
+    ParameterCounts,
+    abstract_params,
+    count_parameters,
+    effective_parameters,
+)
+from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, param_axes
+from megatransformer_jax.sharding.mesh import check_run_fits_mesh, resolve_mesh_shape
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.optimizers import build_optimizer
+from megatransformer_jax.types import DTypePolicy
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainMemory:
+    """Bytes on one device while it trains. What is from `activations` on is estimated.
+
+    `gathered` are whole copies of parameters that the axis fsdp cuts, beyond those in another type
+    that `activations` holds. `activations` sums all of `ActivationMemory`, of which
+    `per_iteration` comes with every iteration that has gradients.
+    """
+
+    parameters: int
+    optimizer: int
+    gradients: int
+    gathered: int
+    activations: int
+    per_iteration: int
+
+    @property
+    def total(self) -> int:
+        """All together."""
+        parts = (self.parameters, self.optimizer, self.gradients, self.gathered, self.activations)
+        return sum(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthCost:
+    """What depends on the number of iterations. FLOPs and cache bytes are per token.
+
+    `depth` is None for a model without a core. `train_flops` has gradients through the last
+    `backprop_depth` iterations; `hardware_train_flops` adds rematerialisation and masked
+    iterations. `cache_bytes` is a full key/value cache: a slot per layer and iteration.
+    """
+
+    depth: int | None
+    effective_parameters: int
+    forward_flops: float
+    train_flops: float
+    hardware_train_flops: float
+    cache_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CostReport:
+    """All that `experiments.inspect` shows."""
+
+    parameters: ParameterCounts
+    flops: ForwardFlops
+    depths: tuple[DepthCost, ...]
+    memory: TrainMemory
+    mesh: dict[str, int]
+    platform: str
+    compute_type: str
+    trained_depth: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values, for JSON."""
+        values = dataclasses.asdict(self)
+        values["memory"]["total"] = self.memory.total
+        return values
+
+
+def make_report(config: RunConfig) -> CostReport:
+    """The costs of a run on this machine's kind of device, on the mesh that the config names.
+
+    The mesh need not exist: `mesh.data=-1`, all devices that there are, counts as 1.
+
+    Raises:
+      ConfigError: if mesh, model and batch do not fit each other.
+    """
+    platform = jax.default_backend()
+    policy = DTypePolicy.from_precision(config.train.precision, platform)
+    model = build_model(config.model, policy, Sharder(), platform)
+    counts = count_parameters(abstract_params(model))
+    flops = forward_flops(config.model, config.data.sequence_length)
+    mesh = _abstract_mesh(config.mesh)
+    check_run_fits_mesh(config, mesh)
+    return CostReport(
+        parameters=counts,
+        flops=flops,
+        depths=tuple(
+            _depth_cost(config, counts, flops, depth, policy) for depth in evaluated_depths(config)
+        ),
+        memory=_train_memory(config, model, Sharder(mesh)),
+        mesh=dict(mesh.shape),
+        platform=platform,
+        compute_type=str(policy.compute),
+        trained_depth=trained_depth(config),
+    )
+
+
+def _abstract_mesh(config: MeshConfig) -> Mesh:
+    """The mesh without its devices; only shapes of shards are asked of it."""
+    others = config.fsdp * config.tensor * config.sequence
+    shape = resolve_mesh_shape(config, others * max(1, config.data))
+    return cast(Mesh, AbstractMesh(tuple(shape.values()), tuple(shape)))
+
+
+def _depth_cost(
+    config: RunConfig,
+    counts: ParameterCounts,
+    flops: ForwardFlops,
+    depth: int | None,
+    policy: DTypePolicy,
+) -> DepthCost:
+    iterations = 0 if depth is None else depth
+    trained = train_flops(config.model, flops, iterations)
+    return DepthCost(
+        depth=depth,
+        effective_parameters=effective_parameters(counts, max(1, iterations)),
+        forward_flops=flops.total(iterations),
+        train_flops=trained.model,
+        hardware_train_flops=trained.hardware,
+        cache_bytes=cache_bytes_per_token(config.model, iterations, policy.compute),
+    )
+
+
+def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -> TrainMemory:
+    params = abstract_params(model)
+    shardings = jax.tree.map(lambda _, axes: sharder.sharding(*axes), params, param_axes(model))
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    moments = jax.eval_shape(optimizer.init, params)
+    moment_shardings = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        moments,
+        shardings,
+        transform_non_params=lambda _: sharder.sharding(),
+    )
+    shape = cast(Mesh, sharder.mesh).shape
+    rows = config.data.batch_size // config.train.accumulation // (shape["data"] * shape["fsdp"])
+    activations = activation_memory(model, rows, config.data.sequence_length // shape["sequence"])
+    parameters = tree_bytes(params, shardings)
+    # Accumulation adds a micro-batch's gradients to a sum of the same size.
+    gradients = parameters * (1 if config.train.accumulation == 1 else 2)
+    # Weights in another type than the parameters' are among the activations already.
+    has_own_copies = model.policy.compute != model.policy.param
+    is_cut = shape["fsdp"] > 1 and not has_own_copies
+    return TrainMemory(
+        parameters=parameters,
+        optimizer=tree_bytes(moments, moment_shardings),
+        gradients=gradients,
+        gathered=parameters * shape["fsdp"] if is_cut else 0,
+        activations=activations.total(config.model.recurrence.backprop_depth),
+        per_iteration=activations.per_iteration,
+    )

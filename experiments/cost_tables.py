@@ -1,0 +1,149 @@
+"""Tables of a cost report."""
+
+from collections.abc import Iterable, Mapping
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from experiments.cost_report import CostReport, DepthCost
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.models.cost.parameter_counts import KINDS, total_parameters
+
+# In the order of a layer, then what stands outside of layers.
+PRODUCTS = ("qkv", "attention", "output", "up", "down", "adapter", "core_in", "core_out", "head")
+_UNITS = ("", "k", "M", "G", "T", "P", "E")
+
+
+def print_tables(console: Console, report: CostReport, config: RunConfig) -> None:
+    """Prints everything; in plain characters where the console is no terminal."""
+    tables = [
+        _parameters(report, config),
+        _flops(report, config),
+        _depths(report, config),
+        _memory(report, config),
+    ]
+    for table in tables:
+        table.title_justify = table.caption_justify = "left"
+        table.box = box.ROUNDED if console.is_terminal else box.ASCII
+        console.print(table)
+
+
+def format_number(value: float) -> str:
+    """Three significant digits with a decimal prefix: 3.57G."""
+    index = 0
+    while value >= 999.5 and index < len(_UNITS) - 1:
+        value, index = value / 1000, index + 1
+    decimals = 0 if value >= 99.95 or value == int(value) else 1 if value >= 9.995 else 2
+    return f"{value:.{decimals}f}{_UNITS[index]}"
+
+
+def format_bytes(value: float) -> str:
+    """Three significant digits with a binary prefix: 1.50 GiB."""
+    index = 0
+    while value >= 1023.5 and index < len(_UNITS) - 1:
+        value, index = value / 1024, index + 1
+    unit = f"{_UNITS[index].upper()}iB" if index else "B"
+    decimals = 0 if value >= 99.95 or value == int(value) else 1 if value >= 9.995 else 2
+    return f"{value:.{decimals}f} {unit}"
+
+
+def _parameters(report: CostReport, config: RunConfig) -> Table:
+    table = _table("Parameters", ["part", *(kind.replace("_", "-") for kind in KINDS), "all"])
+    for part, kinds in report.parameters.items():
+        cells = [f"{kinds[kind]:,}" if kind in kinds else "" for kind in KINDS]
+        table.add_row(part, *cells, f"{sum(kinds.values()):,}")
+    total = total_parameters(report.parameters)
+    by_kind = [sum(kinds.get(kind, 0) for kinds in report.parameters.values()) for kind in KINDS]
+    table.add_section()
+    table.add_row("all", *(f"{count:,}" if count else "" for count in by_kind), f"{total:,}")
+    if config.model.tie_embeddings:
+        table.caption = "The head is the token embedding (tied), counted once."
+    return table
+
+
+def _flops(report: CostReport, config: RunConfig) -> Table:
+    parts: dict[str, Mapping[str, float]] = {}
+    for part, products in report.flops.once.items():
+        parts[part] = products
+        if part == "injection":
+            parts["one iteration"] = report.flops.iteration
+    used = [name for name in PRODUCTS if any(part.get(name) for part in parts.values())]
+    table = _table("Forward FLOPs per token", ["part", *used, "all"])
+    for part, products in parts.items():
+        total = sum(products.values())
+        if total:
+            cells = [format_number(products[name]) if products.get(name) else "" for name in used]
+            table.add_row(part, *cells, format_number(total))
+    table.caption = (
+        f"Matrix products only. Attention: rows of {config.data.sequence_length} tokens, visible "
+        "keys only."
+    )
+    return table
+
+
+def _depths(report: CostReport, config: RunConfig) -> Table:
+    length, depth = config.model.max_length, report.trained_depth
+    headings = ["depth", "effective parameters", "forward FLOPs", "train FLOPs"]
+    # Rematerialisation, and iterations that are masked where the depth is below backprop_depth.
+    has_overhead = any(row.hardware_train_flops > row.train_flops for row in report.depths)
+    if has_overhead:
+        headings.append("executed, at most")
+    headings += ["KV cache", f"cache of {length} tokens"]
+    table = _table("Per token, by depth" if depth else "Per token", headings)
+    for row in report.depths:
+        table.add_row(*_depth_cells(row, length, depth, has_overhead))
+    if depth is not None:
+        table.caption = (
+            f"* mean depth in training, with gradients through the last "
+            f"{config.model.recurrence.backprop_depth} iterations. KV cache: full, a slot per "
+            f"layer and iteration, {report.compute_type}."
+        )
+    return table
+
+
+def _depth_cells(
+    row: DepthCost, length: int, trained_depth: int | None, has_overhead: bool
+) -> Iterable[str]:
+    is_trained = row.depth is not None and row.depth == trained_depth
+    yield ("-" if row.depth is None else str(row.depth)) + (" *" if is_trained else "")
+    yield format_number(row.effective_parameters)
+    yield format_number(row.forward_flops)
+    yield format_number(row.train_flops)
+    if has_overhead:
+        yield format_number(row.hardware_train_flops)
+    yield format_bytes(row.cache_bytes)
+    yield format_bytes(row.cache_bytes * length)
+
+
+def _memory(report: CostReport, config: RunConfig) -> Table:
+    memory = report.memory
+    mesh = " x ".join(f"{name}={size}" for name, size in report.mesh.items() if size > 1)
+    table = _table(f"Training memory per device ({mesh or 'one device'})", ["what", "bytes"])
+    table.add_row("parameters", format_bytes(memory.parameters))
+    table.add_row("optimiser state", format_bytes(memory.optimizer))
+    table.add_row("gradients", format_bytes(memory.gradients))
+    if memory.gathered:
+        table.add_row("parameters gathered over fsdp, about", format_bytes(memory.gathered))
+    table.add_row("kept for the backward pass, about", format_bytes(memory.activations))
+    table.add_section()
+    table.add_row("all, about", format_bytes(memory.total))
+    caption = (
+        f"Batch {config.data.batch_size} x {config.data.sequence_length} tokens, in "
+        f"{config.train.accumulation} part(s), remat={config.model.remat}, activations "
+        f"{report.compute_type}, kernels of {report.platform}. The same at every depth"
+    )
+    if memory.per_iteration:
+        caption += f"; each iteration with gradients keeps {format_bytes(memory.per_iteration)}"
+    table.caption = caption + "."
+    if report.mesh["tensor"] > 1:
+        table.caption += " The axis tensor makes what is kept smaller; that is not counted."
+    return table
+
+
+def _table(title: str, headings: list[str]) -> Table:
+    table = Table(title=title)
+    table.add_column(headings[0], no_wrap=True)
+    for heading in headings[1:]:
+        table.add_column(heading, justify="right")
+    return table

@@ -1,0 +1,166 @@
+"""Costs of a run from its config: what is shown, and that nothing of the model's size is made."""
+
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+from rich.console import Console
+
+from experiments.cost_report import CostReport, make_report
+from experiments.cost_tables import format_bytes, format_number, print_tables
+from megatransformer_jax.config.build import build
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.models.cost.memory import tree_bytes
+from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.optimizers import build_optimizer
+from megatransformer_jax.types import DTypePolicy
+
+GIB = 2**30
+Values = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def config(small_run: Values) -> RunConfig:
+    return build(small_run("runs/unused"))
+
+
+@pytest.fixture(scope="module")
+def report(config: RunConfig) -> CostReport:
+    return make_report(config)
+
+
+def inspect(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.inspect", *words],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[2],
+        check=False,
+    )
+
+
+def test_huginn_is_inspected_without_allocating_it(
+    tmp_path: pathlib.Path, repository: pathlib.Path
+) -> None:
+    path = tmp_path / "cost.json"
+    words = ["--config.preset=huginn_3_5b", "--config.evaluation.final_depths=1,32"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.inspect", *words, f"--json={path}"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=repository,
+    )
+    assert process.stdout is not None
+    with process.stdout:
+        text = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    assert usage.ru_maxrss * 1024 < 2 * GIB  # The parameters alone would be 13 GiB.
+
+    assert "3,564,976,800" in text
+    assert "54.3G" in text  # Effective parameters at depth 32.
+    report = json.loads(path.read_text())
+    assert [row["depth"] for row in report["depths"]] == [1, 32]
+    assert report["memory"]["parameters"] == 4 * 3_564_976_800
+    # 2 + 2 layers, and 4 in each iteration; keys and values of width 5280 in float32.
+    assert report["depths"][1]["cache_bytes"] == (4 + 4 * 32) * 2 * 5280 * 4
+
+
+def test_bad_input_is_one_line(tmp_path: pathlib.Path) -> None:
+    done = inspect("--config.preset=tiny", f"--json={tmp_path}/absent/cost.json")
+    assert done.returncode == 2
+    assert "absent/cost.json: cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_training_state_of_one_device_is_that_of_real_arrays(
+    config: RunConfig, report: CostReport
+) -> None:
+    memory = report.memory
+    model = build_model(config.model, DTypePolicy(), Sharder(), "cpu")
+    params = init_params(model, jax.random.key(0))
+    assert memory.parameters == memory.gradients == tree_bytes(params)
+    moments = build_optimizer(config.optimizer, config.train.steps).init(params)
+    assert memory.optimizer == tree_bytes(moments)
+    assert memory.gathered == 0
+
+
+def test_a_mesh_divides_the_state_and_the_batch(small_run: Values, report: CostReport) -> None:
+    alone = report.memory
+    mesh = {"mesh": {"data": 2, "fsdp": 2, "tensor": 2}}  # Of no device that is here.
+    meshed = make_report(build(small_run("runs/unused", mesh)))
+    memory = meshed.memory
+    assert meshed.mesh == {"data": 2, "fsdp": 2, "tensor": 2, "sequence": 1}
+    # All but the norms is cut in four, except the adapter, whose width is cut over fsdp only.
+    assert alone.parameters / 4 < memory.parameters < alone.parameters / 3
+    assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=0.01)
+    assert memory.gathered == 2 * memory.parameters
+    assert memory.per_iteration == pytest.approx(alone.per_iteration / 4, rel=0.01)
+
+
+def test_accumulation_halves_what_is_kept_and_adds_a_sum_of_gradients(
+    small_run: Values, report: CostReport
+) -> None:
+    whole = report.memory
+    values = small_run("runs/unused", {"train": {"accumulation": 2}})
+    parts = make_report(build(values)).memory
+    assert parts.gradients == 2 * whole.gradients
+    assert parts.activations == pytest.approx(whole.activations / 2, rel=0.05)
+
+
+def test_depths_are_the_configured_ones(report: CostReport) -> None:
+    one, two, four = report.depths
+    assert [one.depth, two.depth, four.depth] == [1, 2, 4]
+    assert four.forward_flops - two.forward_flops == 2 * (two.forward_flops - one.forward_flops)
+    # Gradients through the last two: the others cost a third.
+    gain = two.train_flops - one.train_flops
+    assert four.train_flops - two.train_flops == pytest.approx(2 / 3 * gain)
+    assert one.hardware_train_flops == two.hardware_train_flops == two.train_flops
+
+
+def test_a_model_without_core_has_one_row(small_run: Values) -> None:
+    values = small_run("runs/unused", {"model": {"core_layers": 0}})
+    del values["model"]["recurrence"]
+    config = build(values)
+    report = make_report(config)
+    assert [row.depth for row in report.depths] == [None]
+    assert report.depths[0].train_flops == 3 * report.depths[0].forward_flops
+    assert report.memory.per_iteration == 0
+    assert "iteration" not in shown(report, config, is_terminal=False)
+
+
+def test_a_mesh_that_does_not_fit_is_an_error(small_run: Values) -> None:
+    with pytest.raises(ConfigError, match="num_kv_heads"):
+        make_report(build(small_run("runs/unused", {"mesh": {"tensor": 4}})))
+
+
+def test_tables_are_plain_where_there_is_no_terminal(config: RunConfig, report: CostReport) -> None:
+    assert shown(report, config, is_terminal=False).isascii()
+    text = shown(report, config, is_terminal=True)
+    assert "╭" in text
+    for word in ("attention", "feed-forward", "2 *", "executed, at most", "optimiser state"):
+        assert word in text
+
+
+def shown(report: CostReport, config: RunConfig, *, is_terminal: bool) -> str:
+    file = io.StringIO()
+    print_tables(Console(file=file, force_terminal=is_terminal, width=140), report, config)
+    return file.getvalue()
+
+
+def test_numbers_have_three_digits_and_a_prefix() -> None:
+    numbers = {0: "0", 999: "999", 1000: "1k", 1234: "1.23k", 12_345: "12.3k", 3.56e9: "3.56G"}
+    assert {value: format_number(value) for value in numbers} == numbers
+    sizes = {0: "0 B", 1023: "1023 B", 1024: "1 KiB", 1536: "1.50 KiB", 13.3 * GIB: "13.3 GiB"}
+    assert {value: format_bytes(value) for value in sizes} == sizes
+    assert format_number(999_700) == "1.00M"
