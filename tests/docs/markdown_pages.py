@@ -1,0 +1,37 @@
+"""What the tests of documentation read: pages, their headings, links and commands."""
+
+import pathlib
+import re
+import shlex
+from collections.abc import Iterator
+
+_LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+_FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
+
+
+def pages(root: pathlib.Path) -> list[pathlib.Path]:
+    """Every page of documentation."""
+    return [*sorted(root.glob("*.md")), *sorted((root / "docs").glob("*.md"))]
+
+
+def links(text: str) -> list[str]:
+    """Targets of all links and pictures, those in code left out."""
+    return _LINK.findall(re.sub(r"`[^`\n]*`", "", _FENCE.sub("", text)))
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub makes of headings."""
+    headings = re.findall(r"^#+ +(.*)$", _FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def experiment_commands(text: str) -> Iterator[list[str]]:
+    """Arguments of every `python -m experiments...` in indented code, from the module's name on."""
+    code = "".join(line[4:] for line in text.splitlines(True) if line.startswith("    "))
+    quoted = re.findall(r'--command="(.*?)"(?:\n|$)', code, re.DOTALL)
+    for block in [re.sub(r'--command=".*?"(?=\n|$)', "", code, flags=re.DOTALL), *quoted]:
+        for line in block.replace("\\\n", " ").splitlines():
+            _, found, command = line.partition("python -m experiments.")
+            if found:
+                words = shlex.split(re.split(r" (?:[|>&]|2>)", command)[0], comments=True)
+                yield words
