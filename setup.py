@@ -7,8 +7,10 @@ setup(
     version="0.1.0",
     description="Depth-recurrent transformers in JAX",
     python_requires=">=3.11",
-    packages=find_packages(include=["megatransformer_jax*", "experiments*"])
-    + ["megatransformer_jax.gin"],
+    packages=[
+        *find_packages(include=["megatransformer_jax*", "experiments*"]),
+        "megatransformer_jax.gin",
+    ],
     # The presets live at the top level of the repository and inside the package once installed.
     package_dir={"megatransformer_jax.gin": "gin"},
     package_data={"megatransformer_jax.gin": ["*.gin"]},
