@@ -28,9 +28,7 @@ def score_depths(
     return [validation_set.score(params, depth) for depth in depths]
 
 
-def make_table(
-    scores: Sequence[Scores], trained_depth: int | None, *, is_reasoning: bool
-) -> Table:
+def make_table(scores: Sequence[Scores], trained_depth: int | None, *, is_reasoning: bool) -> Table:
     """A table with one row per depth; the trained mean is marked with a star.
 
     Exact answers are a column for reasoning tasks only: no row of text is ever predicted whole.
