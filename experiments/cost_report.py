@@ -4,10 +4,9 @@ import dataclasses
 from typing import Any, cast
 
 import jax
-import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from experiments.assemble import trained_depth
+from experiments.assemble import abstract_train_state, trained_depth
 from megatransformer_jax.config.run import MeshConfig, RunConfig
 from megatransformer_jax.evaluation.depth_table import evaluated_depths
 from megatransformer_jax.models.cost.flops import ForwardFlops, forward_flops, train_flops
@@ -22,7 +21,7 @@ from megatransformer_jax.models.cost.parameter_counts import (
     count_parameters,
     effective_parameters,
 )
-from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, param_axes
+from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, resolve_mesh_shape
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
@@ -145,21 +144,12 @@ def _depth_cost(
 
 
 def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -> TrainMemory:
-    params = abstract_params(model)
-    shardings = jax.tree.map(lambda _, axes: sharder.sharding(*axes), params, param_axes(model))
     optimizer = build_optimizer(config.optimizer, config.train.steps)
-    moments = jax.eval_shape(optimizer.init, params)
-    moment_shardings = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        moments,
-        shardings,
-        transform_non_params=lambda _: sharder.sharding(),
-    )
+    state = abstract_train_state(model, optimizer, sharder)
     shape = cast(Mesh, sharder.mesh).shape
     rows = config.data.batch_size // config.train.accumulation // (shape["data"] * shape["fsdp"])
     activations = activation_memory(model, rows, config.data.sequence_length // shape["sequence"])
-    parameters = tree_bytes(params, shardings)
+    parameters = tree_bytes(state.params)
     # Accumulation adds a micro-batch's gradients to a sum of the same size.
     gradients = parameters * (1 if config.train.accumulation == 1 else 2)
     # Weights in another type than the parameters' are among the activations already.
@@ -167,7 +157,7 @@ def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -
     is_cut = shape["fsdp"] > 1 and not has_own_copies
     return TrainMemory(
         parameters=parameters,
-        optimizer=tree_bytes(moments, moment_shardings),
+        optimizer=tree_bytes(state.opt_state),
         gradients=gradients,
         gathered=parameters * shape["fsdp"] if is_cut else 0,
         activations=activations.total(config.model.recurrence.backprop_depth),

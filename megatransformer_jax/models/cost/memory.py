@@ -73,16 +73,13 @@ def cache_bytes_per_token(config: ModelConfig, depth: int, dtype: jnp.dtype) -> 
     return 2 * config.attention.kv_heads * (outer + inner) * jnp.dtype(dtype).itemsize
 
 
-def tree_bytes(shapes: Any, shardings: Any | None = None) -> int:
-    """Bytes of a tree of arrays or shapes; with `shardings`, the part that one device holds."""
-    leaves = jax.tree.leaves(shapes)
-    if shardings is None:
-        return sum(_bytes(leaf.shape, leaf.dtype) for leaf in leaves)
-    places = jax.tree.leaves(shardings)
-    return sum(
-        _bytes(place.shard_shape(leaf.shape), leaf.dtype)
-        for leaf, place in zip(leaves, places, strict=True)
-    )
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes; of a leaf with a sharding, what one device holds."""
+    return sum(_bytes(_shard_shape(leaf), leaf.dtype) for leaf in jax.tree.leaves(tree))
+
+
+def _shard_shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
 
 
 def _kept(model: MegaTransformer, rows: int, length: int) -> tuple[int, int]:

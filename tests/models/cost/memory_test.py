@@ -117,5 +117,5 @@ def test_tree_bytes_counts_shards() -> None:
         "cut": NamedSharding(mesh, PartitionSpec("a", "b")),
         "whole": NamedSharding(mesh, PartitionSpec()),
     }
-    assert tree_bytes(tree) == 8 * 6 * 4 + 5 * 2
-    assert tree_bytes(tree, shardings) == 8 * 6 * 4 // 4 + 5 * 2
+    assert tree_bytes(tree) == tree_bytes(jax.eval_shape(lambda: tree)) == 8 * 6 * 4 + 5 * 2
+    assert tree_bytes(jax.device_put(tree, shardings)) == 8 * 6 * 4 // 4 + 5 * 2
