@@ -6,7 +6,7 @@ shapes are static and everything runs in one compiled loop.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder
 
 
+@runtime_checkable
 class TextCodec(Protocol):
     """What sampling needs of a tokenizer."""
 
@@ -98,7 +99,7 @@ def sample_text(
         key,
     )
     rows = np.asarray(jax.device_get(filled))
-    pairs = zip(rows, lengths, strict=True)
+    pairs = zip(rows, lengths.tolist(), strict=True)
     return [_read(tokenizer, row, length, max_new_tokens) for row, length in pairs]
 
 

@@ -5,7 +5,7 @@ loop, and `__call__`, which runs in every iteration.
 """
 
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from megatransformer_jax.types import DTypePolicy
 INITIAL_DECAY = math.sqrt(1 / 5)
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """What the recurrent core needs of an adapter."""
 

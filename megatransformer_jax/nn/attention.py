@@ -58,6 +58,7 @@ class SelfAttention(nn.Module):
             head_mask=None if context.head_mask is None else context.head_mask[layer],
             dropout_rate=dropout_rate,
             dropout_key=self.make_rng("dropout") if dropout_rate else None,
+            sharder=self.sharder,
         )
         return self._merge(mixed, x.shape[-1])
 

@@ -55,7 +55,9 @@ class TextEmbedding(nn.Module):
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], deterministic: bool
     ) -> Float[Array, "B T D"]:
         """Embeds tokens; adds learned or sinusoidal positions after scaling."""
-        x = jnp.take(self.table, tokens, axis=0) * embedding_scale(self.config)
+        # A lookup cannot use a table whose width is cut as the batch is: gather it first.
+        table = self.sharder.gather_params(self.table, ("vocab", "embed"))
+        x = jnp.take(table, tokens, axis=0) * embedding_scale(self.config)
         if self.config.positions.scheme == "learned":
             x = x + jnp.take(self.position_table, positions, axis=0)
         elif self.config.positions.scheme == "sinusoidal":

@@ -5,6 +5,7 @@ file says which mesh axis shards which meaning.
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -76,7 +77,7 @@ class Sharder:
             raise ValueError(f"shape {array.shape} does not have the axes {logical_axes}")
         return jax.lax.with_sharding_constraint(array, self.sharding(*logical_axes))
 
-    def gather_params(self, params, logical_axes):
+    def gather_params(self, params: Any, logical_axes: Any) -> Any:
         """Lays `params` out as the table says but without cuts over fsdp.
 
         Called on the core's weights before the recurrence, so that they are gathered once per
@@ -86,8 +87,6 @@ class Sharder:
           params: pytree of arrays.
           logical_axes: the same tree with a tuple of logical names per array.
         """
-        if self.mesh is None:
-            return params
         gathered = Sharder(self.mesh, self.rules.without("fsdp"))
         return jax.tree.map(
             lambda array, axes: gathered.constrain(array, *axes),

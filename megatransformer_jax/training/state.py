@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Int, Key, UInt32
+from jaxtyping import Array, Key
 
 from megatransformer_jax.models.megatransformer import MegaTransformer, init_params, param_axes
 from megatransformer_jax.sharding.rules import Sharder
@@ -20,12 +20,13 @@ class TrainState:
     randomness of a step depends on (seed, step) only.
     """
 
-    step: Int[Array, ""]
-    params: Any
+    # Any, because shapes and shardings travel in the same structure.
+    step: Any  # int32 []
+    params: Any  # tree of `init_params`
     opt_state: Any
-    key_data: UInt32[Array, "2"]
-    skipped_steps: Int[Array, ""]  # non-finite steps since the start
-    skipped_in_row: Int[Array, ""]  # non-finite steps since the last good one
+    key_data: Any  # uint32 [2]
+    skipped_steps: Any  # int32 [], non-finite steps since the start
+    skipped_in_row: Any  # int32 [], non-finite steps since the last good one
 
     def key(self) -> Key[Array, ""]:
         """The run's key."""

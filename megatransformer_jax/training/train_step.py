@@ -39,7 +39,7 @@ def make_train_step(
         )
         gradients, totals = _gradients(model, config, state.params, batch, num_steps, keys[1])
         loss = _mean_loss(totals, config.train.z_loss)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

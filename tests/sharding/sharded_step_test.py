@@ -1,0 +1,144 @@
+"""Sharded training steps equal the single-device one, and gather the core's weights once."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.run import MeshConfig, RunConfig, TrainConfig
+from megatransformer_jax.models.megatransformer import build_model
+from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.state import init_state, state_shardings
+from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.types import Batch, DTypePolicy
+from tests.hlo import count_in_loops
+
+ROWS, LENGTH, VOCAB = 8, 16, 32
+MESHES = {
+    "data": MeshConfig(data=8),
+    "fsdp": MeshConfig(data=2, fsdp=4),
+    "tensor": MeshConfig(data=2, fsdp=2, tensor=2),
+    "sequence": MeshConfig(data=2, fsdp=2, sequence=2),
+}
+# Plain gradient descent with a large rate: a wrong gradient moves the parameters by as much.
+OPTIMIZER = optax.sgd(1.0)
+
+
+def run_config(draw_per="batch", accumulation=1):
+    recurrence = RecurrenceConfig(
+        mean_steps=4, backprop_depth=2, draw_per=draw_per, max_steps=8, state_init="normal"
+    )
+    model = ModelConfig(
+        vocab_size=VOCAB,
+        width=16,
+        max_length=LENGTH,
+        core_layers=1,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2),
+        mlp=MlpConfig(hidden_width=24),
+        recurrence=recurrence,
+    )
+    data = DataConfig(source="reasoning", batch_size=ROWS, sequence_length=LENGTH)
+    return RunConfig(model=model, data=data, train=TrainConfig(accumulation=accumulation))
+
+
+def example_batch():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCAB, (ROWS, LENGTH)).astype(np.int32)
+    segments = np.where(np.arange(LENGTH) < 9, 1, 2).astype(np.int32) * np.ones_like(tokens)
+    positions = np.where(segments == 1, np.arange(LENGTH), np.arange(LENGTH) - 9).astype(np.int32)
+    mask = (rng.random((ROWS, LENGTH)) < 0.8).astype(np.float32)
+    return Batch(tokens, np.roll(tokens, -1, 1), mask, segments, positions)
+
+
+@functools.cache
+def single_device(config):
+    model = build_model(config.model, DTypePolicy(), Sharder(), "cpu")
+    state = jax.jit(lambda key: init_state(model, OPTIMIZER, key))(jax.random.key(0))
+    return jax.jit(make_train_step(model, OPTIMIZER, config))(state, example_batch())
+
+
+@functools.cache
+def sharded(config, mesh_name):
+    mesh = make_mesh(MESHES[mesh_name], jax.devices())
+    sharder = Sharder(mesh)
+    model = build_model(config.model, DTypePolicy(), sharder, "cpu")
+    shardings = state_shardings(model, OPTIMIZER, sharder)
+    init = jax.jit(lambda key: init_state(model, OPTIMIZER, key), out_shardings=shardings)
+    state = init(jax.random.key(0))
+    batch = jax.device_put(example_batch(), sharder.sharding("batch", "length"))
+    step = jax.jit(make_train_step(model, OPTIMIZER, config), out_shardings=(shardings, None))
+    compiled = step.lower(state, batch).compile()
+    return compiled.as_text(), state, *compiled(state, batch)
+
+
+def assert_equal_steps(config, mesh_name):
+    expected_state, expected_metrics = single_device(config)
+    _, _, state, metrics = sharded(config, mesh_name)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(state.params),
+        jax.tree.leaves(expected_state.params),
+        strict=True,
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_a_sharded_step_equals_the_single_device_one(mesh_name):
+    assert_equal_steps(run_config(), mesh_name)
+
+
+def test_draws_per_token_and_accumulation_shard_too():
+    assert_equal_steps(run_config(draw_per="token", accumulation=2), "sequence")
+
+
+def test_the_step_moves_every_parameter_matrix():
+    """Else equal parameters after the step would prove nothing."""
+    _, before, after, _ = sharded(run_config(), "fsdp")
+    moved = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), before.params, after.params)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_parameters_are_cut_by_the_rules_table():
+    _, state, _, _ = sharded(run_config(), "tensor")
+    qkv = state.params["core"]["layers"]["layer_0"]["attention"]["qkv"]
+    assert qkv.shape == (16, 2, 4, 4)
+    assert qkv.addressable_shards[0].data.shape == (8, 1, 4, 4)
+
+
+def test_core_weights_are_gathered_before_the_loop_and_not_inside():
+    text = sharded(run_config(), "fsdp")[0]
+    in_loops, total = count_in_loops(text, "all-gather")
+    assert total > 0, "with fsdp, weights must be gathered somewhere"
+    assert in_loops == 0
+
+
+def test_the_check_notices_a_gather_inside_a_loop():
+    """A weight that changes in each iteration must be gathered in each, and is counted."""
+    mesh = make_mesh(MESHES["fsdp"], jax.devices())
+    sharder = Sharder(mesh)
+    weight = jax.device_put(jnp.eye(16), sharder.sharding("embed", None))
+
+    @jax.jit
+    def loop(weight, x):
+        def body(_, carry):
+            weight, x = carry
+            x = jnp.tanh(x @ sharder.gather_params(weight, ("embed", None)))
+            return sharder.constrain(weight * 0.9, "embed", None), x
+
+        return jax.lax.fori_loop(0, 3, body, (weight, x))
+
+    in_loops, total = count_in_loops(
+        loop.lower(weight, jnp.ones((8, 16))).compile().as_text(), "all-gather"
+    )
+    assert in_loops > 0
+    assert in_loops <= total
