@@ -43,6 +43,7 @@ def test_commands_are_found_whole():
     text = (
         "    . x && nohup python -m experiments.train --a=1 > log 2>&1 &\n"
         "`python -m experiments.train --inline`\n"
+        "```\npython -m experiments.inspect --fenced\n```\n"
         "    python -m experiments.train --b=2 \\\n        --c=\"('d', 'e')\"  # words\n"
         '    gcloud ssh --command="cd f &&\n'
         '      python -m experiments.train --g=3 \\\n      --h=4"\n'
@@ -50,6 +51,7 @@ def test_commands_are_found_whole():
     assert list(experiment_commands(text)) == [
         ["train", "--a=1"],
         ["train", "--b=2", "--c=('d', 'e')"],
+        ["inspect", "--fenced"],
         ["train", "--g=3", "--h=4"],
     ]
 
@@ -73,7 +75,7 @@ def test_options_exist(repository):
 
 def test_files_exist(repository):
     """Names with a slash; capitals stand for something else, and a path may begin anywhere."""
-    folders = ("megatransformer_jax", "experiments", "tests", "docs")
+    folders = ("megatransformer_jax", "experiments", "tests", "docs", "benchmarks")
     paths = [path for folder in folders for path in (repository / folder).rglob("*")]
     there = [f"/{path.relative_to(repository)}" for path in paths]
     absent = []

@@ -26,8 +26,9 @@ def anchors(text: str) -> set[str]:
 
 
 def experiment_commands(text: str) -> Iterator[list[str]]:
-    """Arguments of every `python -m experiments...` in indented code, from the module's name on."""
+    """Words of every `python -m experiments...` in blocks of code, from the module's name on."""
     code = "".join(line[4:] for line in text.splitlines(True) if line.startswith("    "))
+    code += "".join(_FENCE.findall(text))
     quoted = re.findall(r'--command="(.*?)"(?:\n|$)', code, re.DOTALL)
     for block in [re.sub(r'--command=".*?"(?=\n|$)', "", code, flags=re.DOTALL), *quoted]:
         for line in block.replace("\\\n", " ").splitlines():
