@@ -216,6 +216,11 @@ class DataConfig:
         """Only with source jsonl, parquet or tfds."""
         self._only_for(("jsonl", "parquet", "tfds"), "text_field")
 
+    @rule("on_bad_record")
+    def _bad_records_need_records_of_others(self) -> None:
+        """Only for files and TFDS: our own text and problems have no bad records."""
+        self._only_for((*FILE_SOURCES, "tfds"), "on_bad_record")
+
     @rule("reasoning")
     def _reasoning_options_need_reasoning(self) -> None:
         """At its defaults unless source='reasoning'."""

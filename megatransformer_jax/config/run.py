@@ -39,7 +39,7 @@ class OptimizerConfig:
     weight_decay: float = option(
         0.1,
         "Decoupled weight decay on matrices; vectors (norm scales, biases, the diagonal "
-        "adapter's a_log and dt_bias) and embeddings have none.",
+        "adapter's a_log, dt_bias and b_matrix) and embeddings have none.",
         minimum=0,
     )
     clip_norm: float | None = option(
@@ -369,4 +369,30 @@ class RunConfig:
             raise ConfigError(
                 "samples.depth",
                 f"{self.samples.depth} has no meaning with model.core_layers=0; leave it None.",
+            )
+
+    @rule("samples.prompts", "samples.max_new_tokens", "samples.temperature")
+    def _text_samples_need_text(self) -> None:
+        """At their defaults with data.source='reasoning', which shows solved problems instead."""
+        if self.data.source == "reasoning":
+            try:
+                require_defaults(
+                    self.samples,
+                    ("prompts", "max_new_tokens", "temperature"),
+                    "with data.source='reasoning'",
+                    "choose another source",
+                )
+            except ConfigError as error:
+                raise error.below("samples") from None
+
+    @rule("checkpoint.every_steps")
+    def _best_checkpoints_are_validated(self) -> None:
+        """With checkpoint.keep_best, a multiple or a divisor of evaluation.every_steps."""
+        saves, validations = self.checkpoint.every_steps, self.evaluation.every_steps
+        if self.checkpoint.keep_best and saves % validations and validations % saves:
+            raise ConfigError(
+                "checkpoint.every_steps",
+                f"{saves} and evaluation.every_steps={validations} seldom coincide, so that "
+                "checkpoint.keep_best would have few to choose from; make one a multiple of the "
+                "other, or set checkpoint.keep_best=0.",
             )

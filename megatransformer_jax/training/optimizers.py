@@ -11,7 +11,7 @@ from megatransformer_jax.training.schedules import build_schedule
 
 # Leaf names of parameters without weight decay. Rank does not tell: a fused norm scale or a bias
 # per head is a matrix by shape, and a fused kernel has three or four axes.
-UNDECAYED_NAMES = ("scale", "bias", "embedding", "a_log", "dt_bias")
+UNDECAYED_NAMES = ("scale", "bias", "embedding", "a_log", "dt_bias", "b_matrix")
 
 
 def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:

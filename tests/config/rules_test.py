@@ -268,6 +268,24 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         {"model": ModelConfig(core_layers=0), "samples": SampleConfig(depth=4)},
         "samples.depth",
     ),
+    (
+        "_text_samples_need_text",
+        RunConfig,
+        {"data": DataConfig(source="reasoning"), "samples": SampleConfig(temperature=0.1)},
+        "samples.temperature",
+    ),
+    (
+        "_best_checkpoints_are_validated",
+        RunConfig,
+        {"checkpoint": CheckpointConfig(every_steps=30)},
+        "checkpoint.every_steps",
+    ),
+    (
+        "_bad_records_need_records_of_others",
+        DataConfig,
+        {"on_bad_record": "skip"},
+        "on_bad_record",
+    ),
 ]
 
 

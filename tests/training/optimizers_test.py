@@ -44,14 +44,14 @@ def test_decay_goes_by_name_and_not_by_rank():
     params = {
         "norm": {"scale": jnp.ones(4)},
         "attention": {"qkv": jnp.ones((4, 3, 2, 2)), "qk_bias": jnp.ones((2, 2, 2))},
-        "adapter": {"a_log": jnp.ones(4), "dt_bias": jnp.ones(4), "b": jnp.ones((4, 4))},
+        "adapter": {"a_log": jnp.ones(4), "dt_bias": jnp.ones(4), "b_matrix": jnp.ones((4, 4))},
         "embedding": {"embedding": jnp.ones((8, 4))},
         "head": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones((8,))},
     }
     assert decay_mask(params) == {
         "norm": {"scale": False},
         "attention": {"qkv": True, "qk_bias": False},
-        "adapter": {"a_log": False, "dt_bias": False, "b": True},
+        "adapter": {"a_log": False, "dt_bias": False, "b_matrix": False},
         "embedding": {"embedding": False},
         "head": {"kernel": True, "bias": False},
     }
@@ -77,7 +77,7 @@ def test_every_parameter_of_a_real_model_is_sorted_as_documented(adapter):
     adapter = {"b_matrix"} if adapter == "diagonal" else {"state_kernel", "embedding_kernel"}
     assert decayed == {"qkv", "output", "up", "down", "head"} | adapter
     assert undecayed >= {"scale", "bias", "embedding"}
-    assert all(name.endswith(("scale", "bias", "embedding", "a_log")) for name in undecayed)
+    assert all(name.endswith(("scale", "bias", "embedding", "a_log", "b_matrix")) for name in undecayed)
 
 
 def test_weight_decay_moves_matrices_only():
