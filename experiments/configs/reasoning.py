@@ -5,9 +5,15 @@ Variants, separated by commas after the file's name and a colon:
   diagonal  the stable diagonal injection instead of the linear adapter
   tiny      the same run in under a minute
 
-The model sees up to 16 bits in training and is judged on 17 to 32.
-Expected on 2 CPU cores: under 15 minutes; exact-answer accuracy near chance at depth 1, and rising
-with depth on problems longer than any trained on.
+The model is trained on up to 16 bits and judged on 17 to 32: under each bit it must write the
+parity of the bits so far, and one wrong bit makes an answer wrong. A layer sees one position back
+(attention window 2), so what happened earlier arrives only by iterating: with 2 core layers, depth
+16 reaches 34 positions. Random depth, a random first state and the input injected in every
+iteration make the answer a fixed point, which iterating further does not leave.
+
+Expected on 2 CPU cores, per variant: under 8 minutes; exact-answer accuracy 0 at depth 1, above
+0.9 at the trained mean of 16, and within 2 points of the best at four times that.
+To draw both in one picture:  python -m experiments.compare runs/reasoning runs/reasoning_diagonal
 """
 
 from ml_collections import ConfigDict
@@ -25,18 +31,23 @@ def get_config(arg: str = "") -> ConfigDict:
             "preset": "tiny",
             "workdir": f"runs/reasoning{suffix}",
             "model": {
-                "vocab_size": 16,
+                "vocab_size": 4,
+                "max_length": 64,
+                "core_layers": 2,
+                "scale_embeddings": True,
+                "attention": {"window": 2},
+                "mlp": {"hidden_width": 128},
                 "recurrence": {
                     "adapter": "diagonal" if "diagonal" in variants else "linear",
-                    "iteration_norm": True,
-                    "mean_steps": 8,
+                    "state_init": "normal",
+                    "mean_steps": 16,
                     "backprop_depth": 8,
                 },
             },
             "data": {
                 "source": "reasoning",
                 "batch_size": 64,
-                "sequence_length": 48,
+                "sequence_length": 33,
                 "reasoning": {
                     "task": "parity",
                     "max_length": 16,
@@ -44,12 +55,12 @@ def get_config(arg: str = "") -> ConfigDict:
                     "eval_max_length": 32,
                 },
             },
-            "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100},
-            "train": {"steps": 3000},
-            "checkpoint": {"every_steps": 500},
-            "evaluation": {"every_steps": 500, "final_depths": (1, 2, 4, 8, 16, 32)},
-            "samples": {"every_steps": 0},  # The final table shows what the model can do.
-            "logging": {"every_steps": 50},
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50, "beta2": 0.98},
+            "train": {"steps": 1000},
+            "checkpoint": {"every_steps": 250},
+            "evaluation": {"every_steps": 250, "final_depths": (1, 2, 4, 8, 16, 32, 64)},
+            "samples": {"every_steps": 250},
+            "logging": {"every_steps": 25},
         }
     )
     if "tiny" in variants:
@@ -61,6 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "train": {"steps": 60},
                 "checkpoint": {"every_steps": 30},
                 "evaluation": {"every_steps": 30, "num_batches": 2, "final_depths": (1, 2, 4, 8)},
+                "samples": {"every_steps": 30},
                 "logging": {"every_steps": 5},
             }
         )

@@ -1,0 +1,52 @@
+"""Runs side by side: table, plot, errors."""
+
+import json
+
+import pytest
+
+from experiments.compare import main
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.evaluation.depth_comparison import markdown_table, read_curve
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for name, depths, values in (("one", (1, 4), (0.0, 0.5)), ("two", (1, 2, 4), (0.1, 0.2, None))):
+        rows = [
+            {"depth": d, "exact_accuracy": v, "loss": 2.0 / d, "accuracy": 0.9}
+            for d, v in zip(depths, values, strict=True)
+        ]
+        (tmp_path / name).mkdir()
+        content = {"trained_depth": 4, "rows": rows}
+        (tmp_path / name / "depth_table.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_table_has_a_row_per_depth_and_a_star_at_the_trained_mean(runs):
+    curves = [read_curve(runs / name, "exact_accuracy") for name in ("one", "two")]
+    assert markdown_table(curves).splitlines() == [
+        "| depth | one | two |",
+        "|---:|---:|---:|",
+        "| 1 | 0.000 | 0.100 |",
+        "| 2 | - | 0.200 |",
+        "| 4 | 0.500\\* | nan\\* |",
+    ]
+
+
+def test_command_writes_a_plot(runs, capsys):
+    output = runs / "plot.png"
+    main([str(runs / "one"), str(runs / "two"), "--metric=loss", f"--output={output}"])
+    assert output.read_bytes().startswith(b"\x89PNG")
+    assert "| 4 | 0.500\\* | 0.500\\* |" in capsys.readouterr().out
+
+
+def test_unfinished_runs_and_unknown_metrics_are_named(runs, capsys):
+    with pytest.raises(UserError, match="unknown metric 'bleu'"):
+        read_curve(runs / "one", "bleu")
+    with pytest.raises(SystemExit) as stopped:
+        main([str(runs / "three")])
+    assert stopped.value.code == 2
+    assert "has finished" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([str(runs / "one"), f"--output={runs / 'no_folder' / 'plot.png'}"])
+    assert "does not exist" in capsys.readouterr().err
