@@ -212,12 +212,17 @@ def test_a_signal_ends_the_run_after_the_step_and_saves(tmp_path, number):
 
 
 def test_the_second_ctrl_c_interrupts_at_once():
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.is_due(1)
-        with pytest.raises(KeyboardInterrupt):
+    # Workers of pytest-xdist ignore Ctrl-C, programs do not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGINT)
-            signal.pause()
+            assert stop.is_due(1)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+                signal.pause()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_finished_run_does_nothing(tmp_path):
