@@ -1,6 +1,7 @@
 """Commands, options and files that the documentation names are there."""
 
 import importlib
+import pathlib
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from markdown_pages import experiment_commands, pages
 
 from experiments import launch
 from megatransformer_jax.config.build import build, save_config
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.schema import options_of, sections_of
 
@@ -19,8 +21,18 @@ SECTIONS = {path for path, _, _ in sections_of(RunConfig)}
 def parse(command: list[str]):
     """The configuration of a command such as ['train', '--config=...']."""
     module = importlib.import_module(f"experiments.{command[0]}")
+    if not hasattr(module, "launch"):
+        return check_options_are_declared(module, command)
     own = flags.FLAGS.flags_by_module_dict().get(module.__name__, [])
     return launch.parse(command, own)
+
+
+def check_options_are_declared(module, command: list[str]) -> None:
+    """For a command without a configuration: its source has every option as a string."""
+    source = pathlib.Path(module.__file__).read_text()
+    for word in command:
+        if word.startswith("-") and f'"{word.partition("=")[0]}"' not in source:
+            raise UserError(f"experiments.{command[0]} has no option {word}")
 
 
 def test_commands_are_accepted(repository, tmp_path, monkeypatch):
@@ -32,11 +44,25 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
     for page in pages(repository):
         for command in experiment_commands(page.read_text()):
             try:
-                assert isinstance(parse(command), RunConfig)
-            except launch.UserError as error:
+                parse(command)
+            except UserError as error:
                 pytest.fail(f"{page.name}: {' '.join(command)}: {error}")
             count += 1
     assert count >= 15
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--config.preset=tiny", "--config.train.step=1"],
+        ["train", "--config.preset=tiny", "--absent=1"],
+        ["inspect", "--config.preset=absent"],
+        ["compare", "runs/a", "--absent=1"],
+    ],
+)
+def test_a_wrong_command_is_seen(command):
+    with pytest.raises(UserError):
+        parse(command)
 
 
 def test_commands_are_found_whole():
