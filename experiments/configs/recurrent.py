@@ -19,17 +19,17 @@ def get_config(arg: str = "") -> ConfigDict:
     variants = parse_variants(arg, VARIANTS)
     config = ConfigDict(
         {
-            "preset": "recurrent_small",
+            "preset": "recurrent_small_sandwich",
             "workdir": "runs/recurrent",
             "model": {"vocab_size": 2048},
             "data": {
                 "source": "embedded_text",
                 "batch_size": 8,
-                "sequence_length": 256,
+                "sequence_length": 128,
                 "tokenizer": {"vocab_size": 2048},
             },
-            "optimizer": {"learning_rate": 3e-3, "warmup_steps": 50},
-            "train": {"steps": 600},
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50},
+            "train": {"steps": 700},
             "checkpoint": {"every_steps": 100},
             "evaluation": {"every_steps": 100, "final_depths": (1, 2, 4, 8, 16, 32)},
             "samples": {"every_steps": 200},

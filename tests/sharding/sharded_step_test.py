@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hlo import count_in_loops
 
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
@@ -18,7 +19,6 @@ from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import init_state, state_shardings
 from megatransformer_jax.training.train_step import make_train_step
 from megatransformer_jax.types import Batch, DTypePolicy
-from tests.hlo import count_in_loops
 
 ROWS, LENGTH, VOCAB = 8, 16, 32
 MESHES = {
