@@ -278,7 +278,7 @@ def test_what_does_not_matter_to_a_resume_may_change():
         workdir="elsewhere",
         train=TrainConfig(steps=9000, max_bad_steps=3),
         data=DataConfig(num_workers=2, prefetch_batches=5),
-        checkpoint=CheckpointConfig(every_steps=7),
+        checkpoint=CheckpointConfig(every_steps=50),
     )
     check_resumable(to_dict(RUN), current, "x")
 

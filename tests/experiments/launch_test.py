@@ -114,6 +114,7 @@ COMPANIONS = {
     "data.files": ["--config.data.source=text"],
     "data.validation_files": ["--config.data.source=text", "--config.data.files=a.txt"],
     "data.text_field": ["--config.data.source=jsonl", "--config.data.files=a.jsonl"],
+    "data.on_bad_record": ["--config.data.source=text", "--config.data.files=a.txt"],
     "data.tfds_name": ["--config.data.source=tfds"],
     "data.tfds_split": ["--config.data.source=tfds", "--config.data.tfds_name=x"],
     "data.tfds_validation_split": ["--config.data.source=tfds", "--config.data.tfds_name=x"],
