@@ -162,6 +162,7 @@ class _Run:
                 config.evaluation.every_steps,
                 self.validation_set,
                 assemble.trained_depth(config),
+                is_reasoning=self.vocabulary.tokenizer is None,
             ),
             CheckpointHook(config.checkpoint.every_steps, save),
             SampleHook(config.samples.every_steps, sampler, writer.write_texts),

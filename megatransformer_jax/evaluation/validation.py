@@ -93,27 +93,37 @@ class ValidationHook:
       every_steps: steps between validations; the last step is validated too.
       validation_set: what is scored.
       depth: iterations of the core, or None for a model without one.
+      is_reasoning: also reports exact answers; no row of text is ever predicted whole.
     """
 
     at_end = True
     at_stop = False
 
-    def __init__(self, every_steps: int, validation_set: ValidationSet, depth: int | None):
+    def __init__(
+        self,
+        every_steps: int,
+        validation_set: ValidationSet,
+        depth: int | None,
+        *,
+        is_reasoning: bool,
+    ):
         self.every_steps = every_steps
         self._set = validation_set
         self._depth = depth
+        self._is_reasoning = is_reasoning
 
     def __call__(self, step: int, state: Any, scalars: Mapping[str, float]) -> dict[str, float]:
-        """Returns validation/loss, perplexity, accuracy and exact_accuracy."""
+        """Returns validation/loss, perplexity and accuracy, and exact_accuracy for reasoning."""
         scores = self._set.score(state.params, self._depth)
         logging.info(
-            "validation after step %d: loss %.4f  perplexity %.2f  token accuracy %.3f  "
-            "exact rows %.3f",
+            "validation after step %d: loss %.4f  perplexity %.2f  token accuracy %.3f%s",
             step,
             scores.loss,
             scores.perplexity,
             scores.accuracy,
-            scores.exact_accuracy,
+            f"  exact answers {scores.exact_accuracy:.3f}" if self._is_reasoning else "",
         )
-        names = ("loss", "perplexity", "accuracy", "exact_accuracy")
+        names = ["loss", "perplexity", "accuracy"]
+        if self._is_reasoning:
+            names.append("exact_accuracy")
         return {f"validation/{name}": getattr(scores, name) for name in names}

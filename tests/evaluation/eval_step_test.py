@@ -88,21 +88,15 @@ def test_no_token_that_counts_is_an_error():
         mean_scores(1, [EvalSums(*[np.float32(0)] * 5)])
 
 
-def test_hook_names_what_the_checkpoint_looks_for():
+@pytest.mark.parametrize("is_reasoning", [False, True])
+def test_hook_names_what_the_checkpoint_looks_for(is_reasoning):
     class State:
         params = PARAMS
 
     step = jax.jit(make_eval_step(FakeModel(Traces()), jax.random.key(0)))
-    hook = ValidationHook(10, ValidationSet([BATCH], step), 1)
+    hook = ValidationHook(10, ValidationSet([BATCH], step), 1, is_reasoning=is_reasoning)
     values = hook(10, State(), {})
-    assert set(values) == {
-        "validation/loss",
-        "validation/perplexity",
-        "validation/accuracy",
-        "validation/exact_accuracy",
-    }
-    assert values["validation/exact_accuracy"] == pytest.approx(2 / 3)
-
-
-def test_depth_argument_of_a_model_without_core_is_one():
-    assert int(depth_argument(None)) == 1 and depth_argument(5).dtype == jnp.int32
+    names = {"validation/loss", "validation/perplexity", "validation/accuracy"}
+    assert set(values) == names | ({"validation/exact_accuracy"} if is_reasoning else set())
+    if is_reasoning:
+        assert values["validation/exact_accuracy"] == pytest.approx(2 / 3)
