@@ -100,3 +100,7 @@ def test_hook_names_what_the_checkpoint_looks_for(is_reasoning):
     assert set(values) == names | ({"validation/exact_accuracy"} if is_reasoning else set())
     if is_reasoning:
         assert values["validation/exact_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_depth_argument_of_a_model_without_core_is_one():
+    assert int(depth_argument(None)) == 1 and depth_argument(5).dtype == jnp.int32
