@@ -4,8 +4,8 @@ Command:  python -m experiments.train --config=experiments/configs/recurrent.py
 Variants: `:tiny` after the file's name is the same run in under a minute.
 
 The text is `pydoc_data.topics`; the run trains its own SentencePiece tokenizer on it. No network.
-Expected on 2 CPU cores: about 10 minutes, a loss that clearly falls, readable samples, and a
-validation loss that falls from depth 1 to the trained mean of 8 and then stays.
+Expected on 2 CPU cores: about 10 minutes, readable samples, and a validation loss of about 3.6 that
+falls from depth 1 (3.69 measured) to the trained mean of 8 (3.57) and then stays.
 """
 
 from ml_collections import ConfigDict
