@@ -22,6 +22,7 @@ from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.sentencepiece_training import train_sentencepiece
 
 
+@typing.runtime_checkable
 class Tokenizer(typing.Protocol):
     """What the pipeline, the sampler and the checkpoints need. Tokenizers pickle."""
 

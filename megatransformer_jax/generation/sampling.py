@@ -6,7 +6,7 @@ shapes are static and everything runs in one compiled loop.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,42 +14,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder
-
-
-@runtime_checkable
-class TextCodec(Protocol):
-    """What sampling needs of a tokenizer."""
-
-    @property
-    def pad_id(self) -> int:
-        """Fills rows."""
-        ...
-
-    @property
-    def bos_id(self) -> int:
-        """Stands before every prompt."""
-        ...
-
-    @property
-    def eos_id(self) -> int:
-        """Ends a text."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text."""
-        ...
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids."""
-        ...
 
 
 def sample_text(
     model: MegaTransformer,
     params: Any,
-    tokenizer: TextCodec,
+    tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
     num_steps: int,
@@ -151,7 +124,7 @@ def sample_tokens(
     return model.sharder.constrain(filled, None, None)
 
 
-def _read(tokenizer: TextCodec, row: np.ndarray, length: int, max_new_tokens: int) -> str:
+def _read(tokenizer: Tokenizer, row: np.ndarray, length: int, max_new_tokens: int) -> str:
     """Text of a filled row up to its end-of-text token, without the bos."""
     ids = row[1 : length + max_new_tokens].tolist()
     prompt, added = ids[: length - 1], ids[length - 1 :]

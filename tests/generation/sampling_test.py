@@ -20,7 +20,10 @@ from megatransformer_jax.types import DTypePolicy
 class Letters:
     """One id per letter after three special ones."""
 
-    pad_id, bos_id, eos_id = 0, 1, 2
+    vocab_size, pad_id, bos_id, eos_id = 29, 0, 1, 2
+
+    def digest(self):
+        return "letters"
 
     def encode(self, text):
         return [ord(letter) - ord("a") + 3 for letter in text]
