@@ -7,7 +7,11 @@ import optax
 from absl import logging
 
 from experiments.assemble import Vocabulary, abstract_train_state
-from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch, check_resumable
+from megatransformer_jax.checkpoints.compatibility import (
+    CheckpointMismatch,
+    check_resumable,
+    resume_warnings,
+)
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.option import ConfigError
@@ -44,13 +48,8 @@ def check_workdir(config: RunConfig, checkpoints: CheckpointManager) -> None:
             f"{config.train.steps}, but {checkpoints.directory} already has step {step}; raise "
             "it, or choose another workdir to start afresh.",
         )
-    if saved["train"]["steps"] != config.train.steps:
-        logging.warning(
-            "train.steps was %d and is now %d: from here on the learning rate follows the "
-            "schedule of the new length.",
-            saved["train"]["steps"],
-            config.train.steps,
-        )
+    for warning in resume_warnings(saved, config, where):
+        logging.warning("%s", warning)
 
 
 def start_state(

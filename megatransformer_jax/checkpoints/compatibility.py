@@ -1,20 +1,56 @@
 """Compares a checkpoint with the run that wants it, and explains what does not fit."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatransformer_jax.config.build import build, to_dict
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run import OptimizerConfig, RunConfig
 
-# Options that a resumed run may change: they do not reach into a step that was saved, or only say
-# how long, how often and where. Everything else below these sections must stay as it was.
+# What a resumed run must keep: everything below these sections but for the options that follow.
 RESUME_SECTIONS = ("model", "data", "optimizer", "train")
+
+# They do not reach into a step that was saved, or only say how long, how often and where. What lies
+# at a path is compared by content (digest of the vocabulary, fingerprint of the data), not by name.
 FREE_ON_RESUME = (
     "data.num_workers",
     "data.prefetch_batches",
+    "data.files",
+    "data.validation_files",
+    "data.tfds_data_dir",
+    "data.tokenizer.model_file",
     "train.steps",
     "train.max_bad_steps",
+)
+
+# The same numbers in another order of additions.
+SAME_UP_TO_ROUNDING = ("model.remat", "model.attention.kernel", "model.recurrence.unroll")
+
+# A run that diverged is saved by changing these; the state has the same arrays whatever they are.
+OPTIMIZER_OPTIONS = tuple(
+    f"optimizer.{field.name}"
+    for field in dataclasses.fields(OptimizerConfig)
+    if field.name != "name"
+)
+
+# Options of `model` that only training reads: the trained parameters make the same model.
+TRAINING_ONLY = (
+    "model.embedding_dropout_rate",
+    "model.residual_dropout_rate",
+    "model.attention.dropout_rate",
+    "model.mlp.dropout_rate",
+    "model.init.scheme",
+    "model.init.std",
+    "model.recurrence.mean_steps",
+    "model.recurrence.backprop_depth",
+    "model.recurrence.sampling",
+    "model.recurrence.sampling_sigma",
+    "model.recurrence.max_steps",
+    "model.recurrence.draw_per",
+    "model.recurrence.ramp",
+    "model.recurrence.ramp_steps",
+    "model.recurrence.ramp_from",
 )
 
 _SHOWN = 12
@@ -37,13 +73,24 @@ def flatten_config(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any
 
 
 def config_differences(
-    saved: Mapping[str, Any], current: Mapping[str, Any], sections: Sequence[str]
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    sections: Sequence[str],
+    ignored: Sequence[str] = (),
 ) -> list[str]:
-    """One line per option of `sections` that differs: 'model.width: saved 256, now 128'."""
+    """One line per option that differs: 'model.width: saved 256, now 128'.
+
+    Args:
+      saved: nested plain values.
+      current: the same of today.
+      sections: compared are the options below these (or these options themselves),
+      ignored: but for these.
+    """
     old, new = flatten_config(saved), flatten_config(current)
     lines = []
     for path in sorted(old.keys() | new.keys()):
-        if path.split(".")[0] not in sections or path in FREE_ON_RESUME:
+        is_inside = any(path == name or path.startswith(f"{name}.") for name in sections)
+        if not is_inside or path in ignored:
             continue
         before, now = old.get(path, "(not there)"), new.get(path, "(not there)")
         if before != now:
@@ -68,7 +115,10 @@ def shape_differences(
 
 
 def check_model(saved: Mapping[str, Any], current: RunConfig, where: str) -> None:
-    """Checks that a checkpoint's architecture is this one.
+    """Checks that a checkpoint's parameters make the model of this config.
+
+    Compared are the options of `model` that shape the parameters or say how they are used; not
+    those of training alone (dropout, draws of depth, initialisation) nor of how it is computed.
 
     Args:
       saved: the checkpoint's config as nested plain values.
@@ -78,7 +128,8 @@ def check_model(saved: Mapping[str, Any], current: RunConfig, where: str) -> Non
     Raises:
       CheckpointMismatch: listing the options of `model` that differ.
     """
-    lines = config_differences(_complete(saved, where), to_dict(current), ("model",))
+    ignored = (*TRAINING_ONLY, *SAME_UP_TO_ROUNDING)
+    lines = config_differences(_complete(saved, where), to_dict(current), ("model",), ignored)
     if lines:
         raise CheckpointMismatch(
             _message(
@@ -91,23 +142,53 @@ def check_model(saved: Mapping[str, Any], current: RunConfig, where: str) -> Non
 
 
 def check_resumable(saved: Mapping[str, Any], current: RunConfig, where: str) -> None:
-    """Checks that a run can go on from a checkpoint exactly as if it had not stopped.
+    """Checks that a run can go on from a checkpoint.
+
+    Exactly as if it had not stopped, unless `resume_warnings` says otherwise.
 
     Raises:
-      CheckpointMismatch: listing the options that differ; only those of `FREE_ON_RESUME` and of
-        other sections than `RESUME_SECTIONS` may.
+      CheckpointMismatch: listing the options that differ; only those of `FREE_ON_RESUME`,
+        `SAME_UP_TO_ROUNDING`, `OPTIMIZER_OPTIONS` and of other sections than `RESUME_SECTIONS` may.
     """
     check_model(saved, current, where)
-    lines = config_differences(_complete(saved, where), to_dict(current), RESUME_SECTIONS)
+    ignored = (*FREE_ON_RESUME, *SAME_UP_TO_ROUNDING, *OPTIMIZER_OPTIONS)
+    lines = config_differences(_complete(saved, where), to_dict(current), RESUME_SECTIONS, ignored)
     if lines:
         raise CheckpointMismatch(
             _message(
-                f"the checkpoint {where} was written with other options, so it cannot be resumed",
+                f"the checkpoint {where} is of another run: it was written with other options",
                 lines,
                 "Give these options their saved values to resume it, or choose another workdir "
-                "to start afresh. More train.steps are allowed.",
+                "to start afresh. More train.steps and other optimizer options are allowed.",
             )
         )
+
+
+def resume_warnings(saved: Mapping[str, Any], current: RunConfig, where: str) -> list[str]:
+    """What makes a resumed run differ from one that was never stopped; empty if nothing does.
+
+    Args:
+      saved: the checkpoint's config as nested plain values, which `check_resumable` accepts.
+      current: this run's config.
+      where: the checkpoint, for the message.
+    """
+    old, new = _complete(saved, where), to_dict(current)
+    warnings = []
+    if lines := config_differences(old, new, OPTIMIZER_OPTIONS):
+        warnings.append(
+            f"optimizer options have changed ({'; '.join(lines)}): from here on this is no longer "
+            "the run that was started."
+        )
+    if lines := config_differences(old, new, SAME_UP_TO_ROUNDING):
+        warnings.append(
+            f"computed in another way ({'; '.join(lines)}): the numbers may differ in their last "
+            "bits from those of a run that was never stopped."
+        )
+    if lines := config_differences(old, new, ("train.steps",)):
+        warnings.append(
+            f"{lines[0]}: from here on the learning rate follows the schedule of the new length."
+        )
+    return warnings
 
 
 def check_shapes(

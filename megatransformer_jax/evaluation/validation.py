@@ -98,6 +98,7 @@ class ValidationHook:
 
     at_end = True
     at_stop = False
+    skips_bad_steps = False
 
     def __init__(
         self,

@@ -20,11 +20,14 @@ class Hook(Protocol):
       every_steps: interval; 0 for never.
       at_end: also called after the last step of the run.
       at_stop: also called when the run stops early because it was asked to.
+      skips_bad_steps: not called after a step whose update was skipped because it was not finite,
+        unless the run ends or stops there.
     """
 
     every_steps: int
     at_end: bool
     at_stop: bool
+    skips_bad_steps: bool
 
     def __call__(
         self, step: int, state: TrainState, scalars: Mapping[str, float]
@@ -50,6 +53,10 @@ def is_due(hook: Hook, step: int, *, is_last: bool, is_stopping: bool) -> bool:
 class CheckpointHook:
     """Saves the state, with the validation loss of the same step if there is one.
 
+    While steps are skipped the parameters stay those of the last good step, so nothing is saved:
+    the newest checkpoint remains one that a repaired run can go on from. At the end and at a stop
+    it is saved all the same, for the position in the data.
+
     Args:
       every_steps: steps between saves; the last step and an early stop are saved too.
       save: called with (step, state, validation loss or None).
@@ -57,6 +64,7 @@ class CheckpointHook:
 
     at_end = True
     at_stop = True
+    skips_bad_steps = True
 
     def __init__(self, every_steps: int, save: Callable[[int, TrainState, float | None], None]):
         self.every_steps = every_steps
@@ -80,6 +88,7 @@ class SampleHook:
     """
 
     at_stop = False
+    skips_bad_steps = False
 
     def __init__(
         self,

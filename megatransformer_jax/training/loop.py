@@ -79,6 +79,8 @@ def train_loop(
             recorder.report(step)
         elif due:
             recorder.flush()  # A checkpoint must find its steps in the metrics file.
+        if due and recorder.skipped_in_row and not (is_last or is_stopping):
+            due = [hook for hook in due if not hook.skips_bad_steps]
         if due:
             _call(due, step, state, writer)
             progress.resume(step)

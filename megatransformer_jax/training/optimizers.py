@@ -41,9 +41,13 @@ def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.Gradient
             )
         case _:
             raise ValueError(f"unknown optimiser {config.name!r}; known: adamw")
-    if config.clip_norm is None:
-        return update
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+    # The state has the same structure with and without clipping: a resumed run may change it.
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
+    return optax.chain(clip, update)
 
 
 def decay_mask(params: Any) -> Any:

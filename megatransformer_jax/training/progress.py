@@ -125,6 +125,7 @@ class LineProgress:
     def __init__(self, total_steps: int, clock: StepClock | None = None):
         self._total_steps = total_steps
         self._clock = clock or StepClock(total_steps)
+        self._is_started = False
 
     def __enter__(self) -> "LineProgress":
         return self
@@ -134,6 +135,9 @@ class LineProgress:
 
     def advance(self, step: int) -> None:
         """Starts the clock."""
+        if not self._is_started:
+            logging.info("compiling the train step ...")
+            self._is_started = True
         self._clock.advance(step)
 
     def report(self, step: int, scalars: Mapping[str, float]) -> None:

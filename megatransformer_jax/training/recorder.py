@@ -49,6 +49,17 @@ class MetricRecorder:
         self._max_bad_steps = max_bad_steps
         self._waiting: list[tuple[int, Mapping[str, jax.Array]]] = []
         self._window: list[dict[str, float]] = []
+        self._last: Mapping[str, float] = {}
+
+    @property
+    def skipped_in_row(self) -> int:
+        """Non-finite steps in a row up to the last step that was flushed."""
+        return int(self._last.get("skipped_in_row", 0))
+
+    @property
+    def last_loss(self) -> float | None:
+        """Loss of the last step that was flushed, or None before the first."""
+        return self._last.get("loss")
 
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Takes the metrics of `step`, still being computed, and waits for an earlier step."""
@@ -73,6 +84,7 @@ class MetricRecorder:
         if self._metrics_file is not None:
             self._metrics_file.write(rows)
         for step, row in rows:
+            self._last = row
             self._check(step, row)
 
     def report(self, step: int) -> None:
@@ -96,7 +108,8 @@ class MetricRecorder:
             raise TooManyBadSteps(
                 f"the last {in_row} steps up to step {step} had a loss or gradients that are not "
                 f"finite (loss {row['loss']}, gradient norm {row['grad_norm']}); their updates "
-                "were skipped. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps or "
-                "lower optimizer.clip_norm, and resume from the last checkpoint; or raise "
-                f"train.max_bad_steps (now {self._max_bad_steps})."
+                "were skipped. Run the same command again with a lower optimizer.learning_rate or "
+                "optimizer.clip_norm, longer optimizer.warmup_steps, or train.max_bad_steps above "
+                f"{self._max_bad_steps}: it goes on from the newest checkpoint, whose parameters "
+                "are from before these steps, or from the start if there is none."
             )

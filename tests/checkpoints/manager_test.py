@@ -1,5 +1,6 @@
 import dataclasses
 import os
+import re
 import types
 
 import jax
@@ -11,17 +12,28 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from megatransformer_jax.checkpoints.compatibility import (
+    FREE_ON_RESUME,
+    OPTIMIZER_OPTIONS,
+    SAME_UP_TO_ROUNDING,
+    TRAINING_ONLY,
     CheckpointMismatch,
     check_model,
     check_resumable,
+    flatten_config,
+    resume_warnings,
 )
 from megatransformer_jax.checkpoints.manager import CheckpointManager, tree_shapes
 from megatransformer_jax.checkpoints.retention import BestByLoss
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.data import DataConfig
-from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.model import AttentionConfig, ModelConfig, NormConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.run import CheckpointConfig, RunConfig, TrainConfig
+from megatransformer_jax.config.run import (
+    CheckpointConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 
 KEEP_ALL = CheckpointConfig(keep_last=100)
 
@@ -255,7 +267,8 @@ def _with_everything_changed(config: RunConfig) -> RunConfig:
             vocab_size=4096, width=64, max_length=512, prelude_layers=2, core_layers=3,
             coda_layers=4, tie_embeddings=False, scale_embeddings=True, head_bias=True,
             embedding_dropout_rate=0.1, residual_dropout_rate=0.1, logit_softcap=30.0,
-            remat="full", recurrence=RecurrenceConfig(mean_steps=4, sampling="fixed"),
+            remat="full", recurrence=RecurrenceConfig(adapter="sum", state_init="zero"),
+            norm=NormConfig(kind="layernorm"),
         ),
     )  # fmt: skip
 
@@ -276,11 +289,69 @@ def test_what_does_not_matter_to_a_resume_may_change():
     current = dataclasses.replace(
         RUN,
         workdir="elsewhere",
-        train=TrainConfig(steps=9000, max_bad_steps=3),
+        train=TrainConfig(max_bad_steps=3),
         data=DataConfig(num_workers=2, prefetch_batches=5),
         checkpoint=CheckpointConfig(every_steps=50),
     )
     check_resumable(to_dict(RUN), current, "x")
+    assert resume_warnings(to_dict(RUN), current, "x") == []
+
+
+def test_moved_files_may_be_resumed():
+    old = dataclasses.replace(RUN, data=DataConfig(source="text", files=("a.txt",)))
+    new = dataclasses.replace(RUN, data=DataConfig(source="text", files=("/new/a.txt",)))
+    check_resumable(to_dict(old), new, "x")
+    assert resume_warnings(to_dict(old), new, "x") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "warning"),
+    [
+        (
+            {"optimizer": OptimizerConfig(learning_rate=1e-4, clip_norm=None, warmup_steps=9)},
+            r"optimizer.learning_rate: saved 0.003, now 0.0001.*no longer the run",
+        ),
+        ({"model": ModelConfig(remat="full")}, r"model.remat: saved 'none', now 'full'.*bits"),
+        (
+            {"model": ModelConfig(attention=AttentionConfig(kernel="xla"))},
+            r"model.attention.kernel: saved 'auto', now 'xla'.*bits",
+        ),
+        (
+            {"model": ModelConfig(recurrence=RecurrenceConfig(unroll=2))},
+            r"model.recurrence.unroll: saved 1, now 2.*bits",
+        ),
+        ({"train": TrainConfig(steps=9000)}, r"train.steps: saved 600, now 9000.*schedule"),
+    ],
+)
+def test_what_may_change_but_makes_a_difference_is_warned_of(change, warning):
+    current = dataclasses.replace(RUN, **change)
+    check_resumable(to_dict(RUN), current, "x")
+    (message,) = resume_warnings(to_dict(RUN), current, "x")
+    assert re.search(warning, message)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"residual_dropout_rate": 0.1},
+        {"recurrence": RecurrenceConfig(mean_steps=4)},
+        {"recurrence": RecurrenceConfig(sampling="fixed")},
+        {"recurrence": RecurrenceConfig(ramp="linear", ramp_steps=9)},
+    ],
+)
+def test_options_of_training_alone_make_another_run_not_another_architecture(change):
+    current = dataclasses.replace(RUN, model=ModelConfig(**change))
+    check_model(to_dict(RUN), current, "x")
+    with pytest.raises(CheckpointMismatch, match="x is of another run") as error:
+        check_resumable(to_dict(RUN), current, "x")
+    assert "architecture" not in str(error.value)
+
+
+def test_every_listed_option_exists():
+    known = flatten_config(to_dict(RUN)).keys()
+    listed = {*FREE_ON_RESUME, *SAME_UP_TO_ROUNDING, *OPTIMIZER_OPTIONS, *TRAINING_ONLY}
+    assert listed <= known
+    assert "optimizer.name" not in listed
 
 
 def test_a_config_of_another_version_is_one_clear_error():

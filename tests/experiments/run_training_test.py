@@ -128,7 +128,7 @@ def test_a_run_can_be_extended(tmp_path, small_run, monkeypatch, caplog):
     with caplog.at_level("WARNING", logger="absl"):
         result = train(build(small_run(tmp_path, {"train": {"steps": 6}})))
     assert result.step == 6
-    assert any("train.steps was 4 and is now 6" in message for message in caplog.messages)
+    assert any("train.steps: saved 4, now 6" in message for message in caplog.messages)
 
 
 def test_a_vocabulary_larger_than_the_model_is_refused(tmp_path, small_run):

@@ -34,6 +34,7 @@ class ListWriter(MultiWriter):
 class RecordingHook:
     def __init__(self, every_steps, at_end=False, at_stop=False, result=None, log=None, name=""):
         self.every_steps, self.at_end, self.at_stop = every_steps, at_end, at_stop
+        self.skips_bad_steps = False
         self.result, self.log, self.name = result or {}, [] if log is None else log, name
 
     def __call__(self, step, state, scalars):
@@ -168,7 +169,7 @@ def test_too_many_bad_steps_in_a_row_stop_the_run(tmp_path):
     bad = np.float32(np.nan)
     batches = [np.float32(0), bad, bad, np.float32(0), bad, bad, bad, np.float32(0)]
     run = Run(tmp_path, batches, total_steps=8, max_bad_steps=3)
-    with pytest.raises(TooManyBadSteps, match=r"last 3 steps up to step 7 .*learning_rate"):
+    with pytest.raises(TooManyBadSteps, match=r"last 3 steps up to step 7 .*learning_rate.*newest"):
         run(log_every_steps=8)
     # What is on file shows what happened.
     assert len(read_metrics(run.path)) == 8
@@ -182,6 +183,31 @@ def test_fewer_bad_steps_are_skipped_counted_and_reported(tmp_path, caplog):
     assert float(result.state.params["w"]) == 2.0
     assert run.writer.scalars[-1][1]["train/skipped_steps"] == 2.0
     assert "skipped 2" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize(("last_is_bad", "wanted"), [(False, [1, 4, 5]), (True, [1, 4, 5])])
+def test_no_checkpoint_is_saved_after_a_bad_step_but_at_the_end(tmp_path, last_is_bad, wanted):
+    good, bad = np.float32(0), np.float32(np.nan)
+    batches = [good, bad, bad, good, bad if last_is_bad else good]
+    saved, validated = [], []
+    hooks = [
+        RecordingHook(1, log=validated),
+        CheckpointHook(1, lambda step, state, loss: saved.append(step)),
+    ]
+    run = Run(tmp_path, batches, total_steps=5)
+    run(hooks, log_every_steps=100)
+    assert saved == wanted
+    assert [step for _, step, *_ in validated] == [1, 2, 3, 4, 5]
+    assert run.recorder.skipped_in_row == int(last_is_bad)
+
+
+def test_a_stop_in_the_middle_of_bad_steps_is_saved(tmp_path):
+    saved = []
+    stop = StopRequest()
+    stop.is_due = lambda step: step == 3
+    save = CheckpointHook(1, lambda step, state, loss: saved.append(step))
+    Run(tmp_path, [np.float32(0)] + [np.float32(np.nan)] * 4, total_steps=5)([save], stop=stop)
+    assert saved == [1, 3]
 
 
 def test_data_that_ends_is_an_error(tmp_path):

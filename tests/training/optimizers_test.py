@@ -104,3 +104,17 @@ def test_unknown_optimizer_lists_the_known_ones():
     object.__setattr__(config, "name", "adamx")  # The config itself refuses it.
     with pytest.raises(ValueError, match="unknown optimiser 'adamx'; known: adamw"):
         build_optimizer(config, 100)
+
+
+def test_the_state_has_the_same_arrays_whatever_may_change_on_resume():
+    params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
+    states = [
+        build_optimizer(config, total_steps=10).init(params)
+        for config in (
+            OptimizerConfig(warmup_steps=2),
+            OptimizerConfig(warmup_steps=2, clip_norm=None, weight_decay=0.0, beta2=0.5),
+            OptimizerConfig(warmup_steps=0, schedule="wsd", decay_steps=3, learning_rate=1.0),
+        )
+    ]
+    for state in states[1:]:
+        assert jax.tree.structure(state) == jax.tree.structure(states[0])
