@@ -199,7 +199,7 @@ class ModelConfig:
     remat: str = option(
         "none",
         "What is recomputed in the backward pass. none: nothing. full: each core iteration and "
-        "each other layer. dots: the same but matrix products are kept.",
+        "each other layer. dots: the same, but products with weights are kept.",
         choices=("none", "full", "dots"),
     )
     attention: AttentionConfig = section(AttentionConfig, "Self-attention.")
@@ -247,11 +247,24 @@ class ModelConfig:
     @rule("recurrence")
     def _recurrence_needs_a_core(self) -> None:
         """At its defaults when core_layers=0."""
-        if not self.is_recurrent and self.recurrence != RecurrenceConfig():
+        if self.is_recurrent:
+            return
+        defaults = RecurrenceConfig()
+        changed = [
+            (field.name, getattr(self.recurrence, field.name), getattr(defaults, field.name))
+            for field in dataclasses.fields(RecurrenceConfig)
+            if getattr(self.recurrence, field.name) != getattr(defaults, field.name)
+        ]
+        if changed:
+            values = ", ".join(f"{name}={value!r}" for name, value, _ in changed)
+            flags = " ".join(
+                f"--config.model.recurrence.{name}={default}" for name, _, default in changed
+            )
             raise ConfigError(
                 "recurrence",
-                "its options would be ignored with core_layers=0; leave them at their defaults "
-                "or give the core at least one layer.",
+                f"{values} (from the preset, the config file or a flag) would be ignored with "
+                f"core_layers=0. Set the defaults with {flags}, or give the core at least one "
+                "layer.",
             )
 
     @rule("head_bias")

@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.megatransformer import MegaTransformer, with_xla_attention
 from megatransformer_jax.sharding.rules import Sharder
 
 
@@ -61,6 +61,7 @@ def sample_text(
     for row, prompt_ids in enumerate(ids):
         tokens[row, : len(prompt_ids)] = prompt_ids
     lengths = np.array([len(prompt_ids) for prompt_ids in ids], np.int32)
+    ids_of_model = np.arange(model.config.vocab_size)
     filled = sample_tokens(
         model,
         params,
@@ -70,6 +71,8 @@ def sample_text(
         np.int32(max_new_tokens),
         np.float32(temperature),
         key,
+        # The model may have more rows than the tokenizer has ids, and padding is not text.
+        (ids_of_model < tokenizer.vocab_size) & (ids_of_model != tokenizer.pad_id),
     )
     rows = np.asarray(jax.device_get(filled))
     pairs = zip(rows, lengths.tolist(), strict=True)
@@ -86,6 +89,7 @@ def sample_tokens(
     max_new_tokens: Int[Array, ""],
     temperature: Float[Array, ""],
     key: Key[Array, ""],
+    allowed: Bool[Array, "V"] | None = None,
 ) -> Int[Array, "B T"]:
     """Fills each row behind its prompt with `max_new_tokens` sampled tokens.
 
@@ -98,12 +102,14 @@ def sample_tokens(
       max_new_tokens: tokens to add per row.
       temperature: 0 is greedy.
       key: randomness; a row's first state is the same for every token.
+      allowed: tokens that may be added. None: all of the model's vocabulary.
 
     Returns:
       The filled rows.
     """
-    # A few prompts need not divide by the mesh: only the parameters are laid out on it.
-    unconstrained = model.copy(sharder=Sharder())
+    # A few short prompts need not divide by the mesh nor fit a fused kernel's blocks: only the
+    # parameters are laid out on the mesh.
+    unconstrained = model.copy(config=with_xla_attention(model.config), sharder=Sharder())
     state_key, draw_key = jax.random.split(key)
     rows = jnp.arange(tokens.shape[0])
 
@@ -114,6 +120,8 @@ def sample_tokens(
         # What comes after `last` cannot be seen from it: attention is causal.
         last = lengths + index - 1
         logits = output.logits[rows, last]
+        if allowed is not None:
+            logits = jnp.where(allowed, logits, -jnp.inf)
         drawn = jax.random.categorical(
             jax.random.fold_in(draw_key, index), logits / jnp.maximum(temperature, 1e-6)
         )

@@ -188,7 +188,8 @@ class MegaTransformer(nn.Module):
         state = jnp.zeros((1, 1, self.config.core_width), self.policy.compute)
         positions = jnp.zeros((1, 1), jnp.int32)
         context = self._context(positions, None, True, self.config.core_width)
-        core = RecurrentCore(self.config, self.policy, Sharder(), self.platform, parent=None)
+        config = with_xla_attention(self.config)
+        core = RecurrentCore(config, self.policy, Sharder(), self.platform, parent=None)
         return core.init(key, state, state, context, method="prepare_and_call")["params"]
 
     def _split_head_mask(self, head_mask: jax.Array | None) -> tuple[jax.Array | None, ...]:
@@ -223,9 +224,16 @@ def param_axes(model: MegaTransformer) -> Any:
     return axes_of(jax.eval_shape(lambda key: _init_boxed(model, key), jax.random.key(0)))
 
 
+def with_xla_attention(config: ModelConfig) -> ModelConfig:
+    """The same model with the attention kernel that serves every shape, on every platform."""
+    return dataclasses.replace(
+        config, attention=dataclasses.replace(config.attention, kernel="xla")
+    )
+
+
 def _init_boxed(model: MegaTransformer, key: jax.Array) -> Any:
     # Shapes of parameters depend on no input, so the smallest will do, without a mesh.
-    alone = model.copy(sharder=Sharder())
+    alone = model.copy(config=with_xla_attention(model.config), sharder=Sharder())
     tokens = jnp.zeros((1, 1), jnp.int32)
     rngs = dict(zip(("params", "state"), jax.random.split(key), strict=True))
     return alone.init(rngs, tokens, num_steps=1)["params"]

@@ -85,7 +85,7 @@ class Stack(nn.Module):
 
 
 def remat_policy(remat: str) -> Callable[..., bool] | None:
-    """What a rematerialised layer keeps: nothing (full) or the results of its products (dots).
+    """What a rematerialised layer keeps: nothing (full) or its products with weights (dots).
 
     Raises:
       ValueError: for 'none', which rematerialises nothing, and for unknown names.

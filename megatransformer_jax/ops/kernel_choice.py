@@ -13,6 +13,8 @@
 
 import dataclasses
 
+from megatransformer_jax.config.option import UserError
+
 KERNELS = ("auto", "xla", "cudnn", "splash")
 PLATFORM_KERNELS = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
 CUDNN_MAX_HEAD_WIDTH = 128
@@ -45,7 +47,7 @@ class AttentionFeatures:
         return self.has_segments or not square or not own_window
 
 
-class UnsupportedKernelError(ValueError):
+class UnsupportedKernelError(UserError):
     """A kernel asked for by name cannot serve the call."""
 
 
@@ -75,8 +77,8 @@ def choose_kernel(requested: str, platform: str, features: AttentionFeatures) ->
         obstacles.insert(0, f"it does not run on {platform!r}")
     if obstacles:
         raise UnsupportedKernelError(
-            f"attention kernel {requested!r} cannot serve this call: {'; '.join(obstacles)}. "
-            "Change these options, or set kernel='auto' (or 'xla')."
+            f"model.attention.kernel={requested!r} cannot serve this run: {'; '.join(obstacles)}. "
+            "Change these options, or set model.attention.kernel to 'auto' or 'xla'."
         )
     return requested
 

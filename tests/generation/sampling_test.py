@@ -128,6 +128,30 @@ def test_text_ends_at_the_end_of_text_token(model_and_params):
     assert all(text.startswith("abc") for text in texts)
 
 
+def test_ids_beyond_the_tokenizer_and_padding_are_never_drawn(model_and_params):
+    """The model has rows to spare; hot sampling would draw them in nearly every text."""
+
+    class FewLetters(Letters):
+        vocab_size = 8
+
+        def decode(self, ids):
+            assert all(0 < i < self.vocab_size for i in ids)
+            return super().decode(ids)
+
+    model, params = model_and_params
+    texts = sample_text(
+        model,
+        params,
+        FewLetters(),
+        ["abc"] * 4,
+        num_steps=2,
+        max_new_tokens=12,
+        temperature=10.0,
+        key=jax.random.key(0),
+    )
+    assert set("".join(texts)) <= set("abcde")
+
+
 def test_too_long_and_no_prompts_are_user_errors(model_and_params):
     with pytest.raises(UserError, match=r"model\.max_length=24"):
         sample(model_and_params, ["a" * 20])

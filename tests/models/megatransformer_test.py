@@ -17,6 +17,7 @@ from megatransformer_jax.config.model import (
 )
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
+from megatransformer_jax.ops.kernel_choice import UnsupportedKernelError
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -242,6 +243,17 @@ def test_bfloat16_policy_keeps_parameters_and_logits_in_float32():
     full = build_model(BASE, DTypePolicy(), Sharder(), "cpu")
     exact = full.apply({"params": params}, TOKENS, num_steps=3).logits
     np.testing.assert_allclose(output.logits, exact, atol=0.1)
+
+
+def test_a_named_kernel_does_not_stand_in_the_way_of_initialisation():
+    """Fused kernels refuse the single token that initialisation runs on."""
+    config = variant(attention={"num_heads": 2, "head_dim": 64, "kernel": "splash"})
+    model = build_model(config, DTypePolicy(), Sharder(), "tpu")
+    assert set(param_axes(model)) == set(init_params(model, jax.random.key(0)))
+    tokens = jnp.zeros((1, 12), jnp.int32)
+    params = init_params(model, jax.random.key(0))
+    with pytest.raises(UnsupportedKernelError, match=r"model\.attention\.kernel='splash'.*T=12"):
+        model.apply({"params": params}, tokens, num_steps=1)
 
 
 @pytest.mark.parametrize("scheme", ["normal", "scaled", "takase"])
