@@ -10,6 +10,7 @@ import optax
 
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.fingerprint import training_text_identity
 from megatransformer_jax.data.reasoning import build_task
 from megatransformer_jax.data.sources import training_texts
 from megatransformer_jax.data.tokenizer import Tokenizer, build_tokenizer
@@ -48,7 +49,12 @@ def build_vocabulary(config: RunConfig, workdir: pathlib.Path) -> Vocabulary:
         vocabulary = Vocabulary(None, task.vocab_size, task.decode, " ".join(task.symbols))
     else:
         texts = training_texts(config.data)
-        tokenizer = build_tokenizer(config.data.tokenizer, texts, workdir / "tokenizer.model")
+        tokenizer = build_tokenizer(
+            config.data.tokenizer.with_vocab_size(config.model.vocab_size),
+            texts,
+            workdir / "tokenizer.model",
+            training_text_identity(config.data),
+        )
         vocabulary = Vocabulary(
             tokenizer, tokenizer.vocab_size, tokenizer.decode, tokenizer.digest()
         )

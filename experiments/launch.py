@@ -18,12 +18,15 @@ from collections.abc import Callable, Sequence
 from absl import flags, logging
 
 from experiments.flags import PREFIX, config_from_flags, define_config_flags, unknown_flag
+from experiments.log_format import LineFormatter
 from megatransformer_jax.config.option import UserError, type_name
 from megatransformer_jax.config.presets import preset_names
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.schema import options_of, sections_of
 
-BAD_INPUT = 2  # Exit code.
+# Exit codes.
+BAD_INPUT = 2
+INTERRUPTED = 130  # As a shell reports a program that Ctrl-C has ended.
 
 _HELP = """\
 {doc}
@@ -32,7 +35,8 @@ usage: python {program} --config=FILE[:ARGUMENT] [--config.OPTION=VALUE ...]
   --config=experiments/configs/recurrent.py         an experiment in Python
   --config=experiments/configs/recurrent.py:tiny    a variant of it that takes under a minute
   --config=mine.yaml                                values in YAML (or .json)
-  --config=runs/recurrent/config.json               repeats a run exactly
+  --config=runs/recurrent/config.json               repeats a run exactly, in another folder with
+                                                    --config.workdir=runs/again
   --config.preset=NAME                              a model size: {presets}
   --config.model.recurrence.mean_steps=16           any option, from all of docs/options.md
   --config.evaluation.final_depths=1,2,4            a tuple; also (1,2,4)
@@ -50,7 +54,8 @@ def run(main: Callable[[RunConfig], None], argv: Sequence[str] | None = None) ->
     """Runs an entry point with the configuration that the command line describes.
 
     Flags that the entry point's module defines itself with `absl.flags` are accepted as well.
-    Bad input (`UserError`, from here or from `main`) is printed without a traceback, exit code 2.
+    Bad input (`UserError`, from here or from `main`) is printed without a traceback, exit code 2;
+    Ctrl-C is one line, exit code 130.
 
     Args:
       main: the entry point; must import JAX inside, not at the top of its module.
@@ -65,11 +70,15 @@ def run(main: Callable[[RunConfig], None], argv: Sequence[str] | None = None) ->
         config = parse(argv, own_flags)
         set_environment(config)
         logging.use_absl_handler()
+        logging.get_absl_handler().setFormatter(LineFormatter())
         logging.set_verbosity(config.logging.level)
         main(config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted: nothing more is saved.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 def parse(argv: Sequence[str], own_flags: Sequence[flags.Flag] = ()) -> RunConfig:

@@ -1,6 +1,7 @@
 """One training run from its config: assemble, resume, loop, summary."""
 
 import contextlib
+import math
 import pathlib
 
 import jax
@@ -10,7 +11,7 @@ from rich.console import Console
 from experiments import assemble, resume
 from experiments.samples import make_sampler
 from experiments.summary import summarize
-from experiments.workdir import log_file, make_workdir
+from experiments.workdir import log_file, make_folder, make_workdir
 from megatransformer_jax.checkpoints.compatibility import flatten_config
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import save_config, to_dict
@@ -35,7 +36,8 @@ from megatransformer_jax.training.writers import MultiWriter, build_writer
 def train(config: RunConfig) -> LoopResult:
     """Trains until `train.steps`, resuming if the workdir has a checkpoint."""
     if config.compilation_cache_dir is not None:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+        cache = make_folder("compilation_cache_dir", config.compilation_cache_dir)
+        jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     start_distributed(config.distributed)
     workdir = make_workdir(config.workdir)
@@ -46,8 +48,6 @@ def train(config: RunConfig) -> LoopResult:
         checkpoints = CheckpointManager(workdir / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
         resume.check_workdir(config, checkpoints)
-        if is_primary:
-            save_config(config, workdir / "config.json")
         return _Run(config, workdir, checkpoints, stack).train()
 
 
@@ -76,6 +76,7 @@ class _Run:
         self.optimizer = build_optimizer(config.optimizer, config.train.steps)
         self.batches = self._open_pipeline()
         self.validation_set = self._build_validation_set()
+        self.sampler = make_sampler(config, self.model, self.vocabulary, self.validation_set)
 
     def train(self) -> LoopResult:
         state, start_step = resume.start_state(
@@ -124,6 +125,9 @@ class _Run:
         if self.is_primary:
             metrics_file = MetricsFile(self.workdir / "metrics.jsonl", start_step)
             self.stack.callback(metrics_file.close)
+            # Not before everything that a bad option could stop: a start that fails must leave
+            # the config of the run that the workdir holds.
+            save_config(config, self.workdir / "config.json")
         recorder = MetricRecorder(
             metrics_file=metrics_file,
             writer=writer,
@@ -133,7 +137,7 @@ class _Run:
         )
         step_function = make_train_step(self.model, self.optimizer, config)
         with progress, StopRequest() as stop:
-            return train_loop(
+            result = train_loop(
                 state,
                 jax.jit(step_function, donate_argnums=0),
                 self.batches,
@@ -147,6 +151,9 @@ class _Run:
                 total_steps=config.train.steps,
                 log_every_steps=config.logging.every_steps,
             )
+        if result.is_finished:
+            _warn_of_bad_steps(result, recorder.last_loss)
+        return result
 
     def _hooks(self, writer: MultiWriter) -> list[Hook]:
         """Validation comes before the checkpoint, which is saved with its loss."""
@@ -156,7 +163,6 @@ class _Run:
         def save(step: int, state: TrainState, validation_loss: float | None) -> None:
             self.checkpoints.save(step, state, self.batches.get_state(), run, validation_loss)
 
-        sampler = make_sampler(config, self.model, self.vocabulary, self.validation_set)
         return [
             ValidationHook(
                 config.evaluation.every_steps,
@@ -165,7 +171,7 @@ class _Run:
                 is_reasoning=self.vocabulary.tokenizer is None,
             ),
             CheckpointHook(config.checkpoint.every_steps, save),
-            SampleHook(config.samples.every_steps, sampler, writer.write_texts),
+            SampleHook(config.samples.every_steps, self.sampler, writer.write_texts),
         ]
 
     def _open_pipeline(self) -> Pipeline:
@@ -192,11 +198,27 @@ class _Run:
     def _log_overview(self, state: TrainState) -> None:
         counts = assemble.count_parameters(state.params)
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+        assert self.sharder.mesh is not None  # `assemble` always makes one.
+        mesh_shape = self.sharder.mesh.shape
         logging.info("parameters: %s (%s)", f"{sum(counts.values()):,}", parts)
         logging.info(
             "mesh: %s on %s; vocabulary: %d; workdir: %s",
-            dict(self.sharder.mesh.shape) if self.sharder.mesh is not None else {},
+            " x ".join(f"{axis} {size}" for axis, size in mesh_shape.items()),
             jax.devices()[0].device_kind,
             self.vocabulary.size,
             self.workdir,
         )
+
+
+def _warn_of_bad_steps(result: LoopResult, last_loss: float | None) -> None:
+    """Tells at the end of a run what is easily overlooked among its lines."""
+    skipped = int(result.state.skipped_steps)
+    if skipped:
+        logging.warning(
+            "the updates of %d of %d steps were skipped because their loss or gradients were not "
+            "finite; metrics.jsonl shows which (skipped_in_row above 0).",
+            skipped,
+            result.step,
+        )
+    if last_loss is not None and not math.isfinite(last_loss):
+        logging.warning("the loss of the last step is not finite: %s.", last_loss)

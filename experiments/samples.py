@@ -6,7 +6,9 @@ from typing import Any
 import jax
 
 from experiments.assemble import Vocabulary, trained_depth
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.answers import answer_samples
 from megatransformer_jax.evaluation.validation import ValidationSet
 from megatransformer_jax.generation.sampling import sample_text
@@ -21,7 +23,11 @@ def make_sampler(
     vocabulary: Vocabulary,
     validation_set: ValidationSet,
 ) -> Callable[[Any, int], Mapping[str, str]]:
-    """A function from (params, step) to texts by name."""
+    """A function from (params, step) to texts by name.
+
+    Raises:
+      ConfigError: if a prompt and its continuation exceed what the model can read.
+    """
     own = config.samples.depth
     depth = trained_depth(config) if own is None else own
     tokenizer = vocabulary.tokenizer
@@ -40,6 +46,7 @@ def make_sampler(
 
     if tokenizer is None:
         return answer
+    _check_lengths(config, tokenizer)
 
     def continue_prompts(params: Any, step: int) -> Mapping[str, str]:
         texts = sample_text(
@@ -55,3 +62,21 @@ def make_sampler(
         return {f"prompt_{index}": text for index, text in enumerate(texts)}
 
     return continue_prompts
+
+
+def _check_lengths(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """At the start of a run, not at its first sample."""
+    samples = config.samples
+    if not samples.every_steps:
+        return
+    lengths = {prompt: 1 + len(tokenizer.encode(prompt)) for prompt in samples.prompts}
+    longest = max(lengths, key=lambda prompt: lengths[prompt])
+    room = config.model.max_length - lengths[longest]
+    if samples.max_new_tokens > room:
+        raise ConfigError(
+            "samples.max_new_tokens",
+            f"{samples.max_new_tokens} after the {lengths[longest]} tokens (with the first, bos) "
+            f"of {longest[:40]!r} exceed model.max_length={config.model.max_length}; "
+            + (f"use at most {room}, or shorten" if room > 0 else "shorten")
+            + " samples.prompts, or set samples.every_steps=0.",
+        )

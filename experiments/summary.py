@@ -4,7 +4,9 @@ import pathlib
 from typing import Any
 
 from absl import logging
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 from experiments.assemble import Vocabulary, trained_depth
 from megatransformer_jax.config.run import RunConfig
@@ -18,6 +20,7 @@ from megatransformer_jax.evaluation.depth_table import (
 from megatransformer_jax.evaluation.validation import Scores, ValidationSet
 
 NUM_PROBLEMS = 3
+LOG_WIDTH = 100
 
 
 def summarize(
@@ -32,7 +35,7 @@ def summarize(
 
     Args:
       config: of the run.
-      workdir: gets depth_table.json and depth_table.png.
+      workdir: gets depth_table.json and depth_table.png; the table is added to its train.log.
       params: the trained parameters.
       validation_set: what is scored.
       vocabulary: to show problems as text.
@@ -55,7 +58,16 @@ def summarize(
         return scores
     for problem in problems:
         console.print(problem, markup=False, highlight=False)
-    console.print(make_table(scores, trained_depth(config), is_reasoning=is_reasoning))
+    table = make_table(scores, trained_depth(config), is_reasoning=is_reasoning)
+    console.print(table)
+    _append(workdir / "train.log", table)
     paths = write_depth_table(workdir, scores, trained_depth(config), is_reasoning=is_reasoning)
     logging.info("table and plot: %s, %s", *paths)
     return scores
+
+
+def _append(path: pathlib.Path, table: Table) -> None:
+    """Adds a table in plain characters; not through the log, because the screen has its own."""
+    table.box = box.ASCII
+    with open(path, "a", encoding="utf-8") as file:
+        Console(file=file, width=LOG_WIDTH).print(table)

@@ -3,10 +3,12 @@
 import contextlib
 import logging
 import pathlib
+import tempfile
 from collections.abc import Iterator
 
 from absl import logging as absl_logging
 
+from experiments.log_format import LineFormatter
 from megatransformer_jax.config.option import ConfigError
 
 
@@ -14,16 +16,27 @@ def make_workdir(path: str) -> pathlib.Path:
     """The folder, made if absent, as an absolute path.
 
     Raises:
-      ConfigError: if it cannot be made.
+      ConfigError: if it cannot be made or written to.
     """
-    workdir = pathlib.Path(path).expanduser().absolute()
+    return make_folder("workdir", path)
+
+
+def make_folder(option: str, path: str) -> pathlib.Path:
+    """The folder that an option names, made if absent, as an absolute path.
+
+    Raises:
+      ConfigError: if it cannot be made or written to.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         raise ConfigError(
-            "workdir", f"{path!r} cannot be made ({error.strerror}); choose another folder."
+            option, f"{path!r} cannot be written to ({error.strerror}); choose another folder."
         ) from error
-    return workdir
+    return folder
 
 
 @contextlib.contextmanager
@@ -42,7 +55,7 @@ def quiet_libraries(level: str) -> Iterator[None]:
 def log_file(path: pathlib.Path, level: str) -> Iterator[None]:
     """Also appends what is logged to a file."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(absl_logging.PythonFormatter())
+    handler.setFormatter(LineFormatter(has_date=True))
     if level != "debug":
         handler.addFilter(_own_or_important)
     root = logging.getLogger()

@@ -1,8 +1,9 @@
 """Saves and restores train states with everything that a bit-exact resume needs."""
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,12 +12,17 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from megatransformer_jax.checkpoints import compatibility, retention
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import CheckpointConfig
 
 _STATE, _DATA, _RUN = "state", "data", "run"
 
 # A checkpoint to be deleted is renamed into here first, so that it is never seen half deleted.
 _TRASH = "deleted"
+
+
+class DamagedCheckpoint(UserError):
+    """A part of a checkpoint is missing or unreadable. The message names it and the fix."""
 
 
 class Restored(NamedTuple):
@@ -113,11 +119,16 @@ class CheckpointManager:
         )
 
     def run_info(self, step: int) -> dict[str, Any]:
-        """The `run` mapping that was saved with a checkpoint."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()})
-        )
-        return restored[_RUN]
+        """The `run` mapping that was saved with a checkpoint.
+
+        Raises:
+          DamagedCheckpoint: if it cannot be read.
+        """
+        with self._reading(step):
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**{_RUN: ocp.args.JsonRestore()})
+            )
+            return restored[_RUN]
 
     def restore(self, abstract_state: Any, step: int) -> Restored:
         """Restores a checkpoint onto the devices that `abstract_state` names.
@@ -129,19 +140,21 @@ class CheckpointManager:
 
         Raises:
           CheckpointMismatch: if its arrays have other names or shapes.
+          DamagedCheckpoint: if it cannot be read.
         """
         where = str(self._directory / str(step))
         compatibility.check_shapes(self._saved_shapes(step), tree_shapes(abstract_state), where)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    _STATE: ocp.args.StandardRestore(abstract_state),
-                    _DATA: ocp.args.JsonRestore(),
-                }
-            ),
-        )
-        return Restored(step, restored[_STATE], restored[_DATA])
+        with self._reading(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        _STATE: ocp.args.StandardRestore(abstract_state),
+                        _DATA: ocp.args.JsonRestore(),
+                    }
+                ),
+            )
+            return Restored(step, restored[_STATE], restored[_DATA])
 
     def restore_params(self, abstract_params: Any, step: int) -> Any:
         """Restores the parameters alone, for evaluation and generation.
@@ -152,12 +165,13 @@ class CheckpointManager:
 
         Raises:
           CheckpointMismatch: if the saved parameters have other names or shapes.
+          DamagedCheckpoint: if they cannot be read.
         """
         path = self._directory / str(step)
         saved = {k: v for k, v in self._saved_shapes(step).items() if k.startswith("params/")}
         wanted = {"params": abstract_params}
         compatibility.check_shapes(saved, tree_shapes(wanted), str(path))
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with self._reading(step), ocp.PyTreeCheckpointer() as checkpointer:
             restored = checkpointer.restore(
                 path / _STATE,
                 args=ocp.args.PyTreeRestore(
@@ -183,7 +197,22 @@ class CheckpointManager:
         self._manager.close()
 
     def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
-        return tree_shapes(self._manager.item_metadata(step)[_STATE])
+        with self._reading(step):
+            return tree_shapes(self._manager.item_metadata(step)[_STATE])
+
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        """Says which checkpoint is damaged where Orbax would name a missing key or a bad byte."""
+        try:
+            yield
+        except (KeyError, ValueError, OSError) as error:
+            earlier = [other for other in self.steps() if other < step]
+            then = f"resume from step {earlier[-1]}" if earlier else "start afresh"
+            reason = " ".join(str(error).split())[:200]
+            raise DamagedCheckpoint(
+                f"the checkpoint {self._directory / str(step)} is damaged ({reason}); delete that "
+                f"folder to {then}."
+            ) from error
 
     def _remove_trash(self) -> None:
         trash = self._directory / _TRASH

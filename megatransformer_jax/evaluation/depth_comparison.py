@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -27,6 +28,18 @@ class DepthCurve:
     values: tuple[float, ...]
 
 
+def default_metric(workdirs: Sequence[pathlib.Path]) -> str:
+    """Exact answers if all runs are of reasoning tasks, otherwise the loss, which every run has.
+
+    Raises:
+      UserError: if a run is not finished.
+    """
+    # Tables of before the flag do not tell.
+    tables = [_read_table(workdir) for workdir in workdirs]
+    is_reasoning = all(table.get("is_reasoning", False) for table in tables)
+    return "exact_accuracy" if is_reasoning else "loss"
+
+
 def read_curve(workdir: pathlib.Path, metric: str) -> DepthCurve:
     """Reads what a finished run wrote into its workdir.
 
@@ -35,10 +48,7 @@ def read_curve(workdir: pathlib.Path, metric: str) -> DepthCurve:
     """
     if metric not in METRICS:
         raise UserError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}.")
-    path = workdir / "depth_table.json"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist; name the workdir of a run that has finished.")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _read_table(workdir)
     if content["trained_depth"] is None:
         raise UserError(f"{workdir} holds a model without a core, which has no depth to compare.")
     rows = content["rows"]
@@ -48,6 +58,18 @@ def read_curve(workdir: pathlib.Path, metric: str) -> DepthCurve:
         depths=tuple(row["depth"] for row in rows),
         values=tuple(float("nan") if row[metric] is None else row[metric] for row in rows),
     )
+
+
+def _read_table(workdir: pathlib.Path) -> dict[str, Any]:
+    path = workdir / "depth_table.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; name the workdir of a run that has finished.")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def plot_formats() -> list[str]:
+    """Endings of file names that a plot can be written to."""
+    return sorted(FigureCanvasAgg.get_supported_filetypes())
 
 
 def markdown_table(curves: Sequence[DepthCurve]) -> str:

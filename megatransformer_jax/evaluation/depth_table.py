@@ -72,7 +72,7 @@ def write_depth_table(
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         for row in map(dataclasses.asdict, scores)
     ]
-    content = {"trained_depth": trained_depth, "rows": rows}
+    content = {"trained_depth": trained_depth, "is_reasoning": is_reasoning, "rows": rows}
     json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     png_path = Path(directory, "depth_table.png")
     _plot(scores, trained_depth, is_reasoning).savefig(png_path, dpi=120)

@@ -2,6 +2,7 @@
 
 import jax
 
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import DistributedConfig
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch
@@ -13,12 +14,21 @@ def start_distributed(config: DistributedConfig) -> None:
     Does nothing if the run is a single process (`enabled=False`).
 
     Raises:
+      ConfigError: if JAX finds no cluster by itself and the options do not describe one.
       RuntimeError: if a device was used before, or the coordinator cannot be reached.
     """
     if not config.enabled:
         return
     if config.coordinator is None:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:  # What JAX found is not enough.
+            raise ConfigError(
+                "distributed.coordinator",
+                "None, and this machine belongs to no cluster that JAX knows (a TPU pod, SLURM, "
+                "Open MPI, Kubernetes); give distributed.coordinator, distributed.num_processes "
+                "and distributed.process_id, or set distributed.enabled=False.",
+            ) from error
         return
     jax.distributed.initialize(
         coordinator_address=config.coordinator,

@@ -1,6 +1,8 @@
 import dataclasses
 import os
+import pathlib
 import re
+import shutil
 import types
 
 import jax
@@ -22,7 +24,11 @@ from megatransformer_jax.checkpoints.compatibility import (
     flatten_config,
     resume_warnings,
 )
-from megatransformer_jax.checkpoints.manager import CheckpointManager, tree_shapes
+from megatransformer_jax.checkpoints.manager import (
+    CheckpointManager,
+    DamagedCheckpoint,
+    tree_shapes,
+)
 from megatransformer_jax.checkpoints.retention import BestByLoss
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.data import DataConfig
@@ -226,6 +232,50 @@ def test_arrays_of_another_model_are_named(tmp_path):
     other = other.replace(params={**other.params, "head": jnp.ones(3)})
     with pytest.raises(CheckpointMismatch, match=r"params/head: not in the checkpoint, now \(3,\)"):
         manager.restore(abstract(other), 1)
+    manager.close()
+
+
+def _cut_arrays(step: pathlib.Path) -> None:
+    for path in (step / "state" / "d").iterdir():
+        path.write_bytes(path.read_bytes()[:10])
+
+
+def _empty(step: pathlib.Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _empty,
+        _cut_arrays,
+        lambda step: shutil.rmtree(step / "run"),
+        lambda step: shutil.rmtree(step / "data"),
+        lambda step: shutil.rmtree(step / "state"),
+        lambda step: (step / "state" / "_sharding").write_text('{"a'),
+        lambda step: (step / "state" / "_METADATA").write_text("{"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_with_the_way_out(tmp_path, damage):
+    manager = CheckpointManager(tmp_path, KEEP_ALL)
+    manager.save(1, make_state(1), {}, {"config": {}})
+    manager.save(2, make_state(2), {}, {"config": {}})
+    manager.close()
+    damage(tmp_path / "2")
+    manager = CheckpointManager(tmp_path, KEEP_ALL)
+    with pytest.raises(
+        DamagedCheckpoint,
+        match=rf"{tmp_path}/2 is damaged \(.+\); delete that folder to resume from step 1\.",
+    ):
+        manager.run_info(2)
+        manager.restore(abstract(make_state()), 2)
+    manager.close()
+    shutil.rmtree(tmp_path / "1")
+    manager = CheckpointManager(tmp_path, KEEP_ALL)
+    with pytest.raises(DamagedCheckpoint, match="delete that folder to start afresh"):
+        manager.run_info(2)
+        manager.restore(abstract(make_state()), 2)
     manager.close()
 
 

@@ -40,6 +40,31 @@ def test_command_writes_a_plot(runs, capsys):
     assert "| 4 | 0.500\\* | 0.500\\* |" in capsys.readouterr().out
 
 
+def test_text_is_compared_by_loss_and_reasoning_by_exact_answers(runs, capsys):
+    def set_reasoning(name, is_reasoning):
+        path = runs / name / "depth_table.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "is_reasoning": is_reasoning}))
+
+    words = [str(runs / "one"), str(runs / "two"), f"--output={runs / 'plot.svg'}"]
+    for flags, metric in (
+        ((True, True), "exact-answer accuracy"),
+        ((True, False), "validation loss"),
+        ((False, False), "validation loss"),
+    ):
+        set_reasoning("one", flags[0])
+        set_reasoning("two", flags[1])
+        main(words)
+        assert capsys.readouterr().out.startswith(metric)
+
+
+def test_a_plot_of_unknown_format_is_refused(runs, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(runs / "one"), f"--output={runs / 'x.foo'}"])
+    assert stopped.value.code == 2
+    assert "'.foo' is no format of plots; end the name in one of" in capsys.readouterr().err
+
+
 def test_unfinished_runs_and_unknown_metrics_are_named(runs, capsys):
     with pytest.raises(UserError, match="unknown metric 'bleu'"):
         read_curve(runs / "one", "bleu")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -266,6 +267,11 @@ def main(config):
     assert "jax" not in sys.modules
     from megatransformer_jax.config.option import UserError
     logging.info("an info message")
+    if GREETING.value == "interrupt":
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it in children.
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
     if GREETING.value == "fail":
         raise UserError("corpus.txt: is empty; name another file.")
     print(GREETING.value, config.model.width, os.environ.get("GIVEN"))
@@ -302,6 +308,19 @@ def test_main_runs_with_the_environment_set_and_jax_not_yet_imported(program: pa
     )
     assert (done.returncode, done.stdout) == (0, "good day 64 a=b c\n"), done.stderr
     assert "an info message" in done.stderr
+
+
+def test_ctrl_c_is_one_line(program: pathlib.Path) -> None:
+    done = run_program(
+        program, "--config.preset=tiny", "--greeting=interrupt", "--config.logging.level=error"
+    )
+    assert done.returncode == 130
+    assert done.stderr == "interrupted: nothing more is saved.\n"
+
+
+def test_log_lines_begin_with_the_time(program: pathlib.Path) -> None:
+    done = run_program(program, "--config.preset=tiny")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d an info message\n", done.stderr)
 
 
 def test_the_level_of_messages_is_set(program: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.build import build, load_config
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.training.metrics_file import read_metrics
+from megatransformer_jax.training.recorder import TooManyBadSteps
 from megatransformer_jax.training.stop import StopRequest
 
 pytestmark = pytest.mark.slow
@@ -54,7 +55,9 @@ def test_writes_everything_that_it_promises(whole_run):
     log = (workdir / "train.log").read_text()
     assert "step 12/12" in log and "validation after step 8" in log
     assert "sample prompt_0 after step 8: The " in log
-    assert "parameters: " in log
+    assert "parameters: " in log and "mesh: data 8 x fsdp 1 x tensor 1 x sequence 1 on " in log
+    assert "compiling the train step" in log
+    assert "Validation by depth" in log and "2 *" in log
 
 
 def test_tensorboard_shows_training_validation_and_samples(whole_run):
@@ -114,6 +117,66 @@ def test_a_workdir_of_another_architecture_is_refused_at_once(whole_run, small_r
 def test_a_workdir_with_other_data_is_refused(whole_run, small_run):
     with pytest.raises(CheckpointMismatch, match=r"data\.seed: saved 0, now 7"):
         train(build(small_run(whole_run[1], {"data": {"seed": 7}})))
+
+
+def test_a_start_that_fails_leaves_the_config_of_the_run(whole_run, small_run):
+    config, workdir, _ = whole_run
+    with pytest.raises(ConfigError, match="mesh"):
+        train(build(small_run(workdir, {"mesh": {"data": 3}})))
+    samples = {"every_steps": 4, "max_new_tokens": 1024, "prompts": ["The "]}
+    with pytest.raises(ConfigError, match=r"samples\.max_new_tokens"):
+        train(build(small_run(workdir, {"samples": samples})))
+    assert load_config(workdir / "config.json") == config
+
+
+def test_samples_too_long_for_the_model_are_refused_at_once(tmp_path, small_run):
+    changes = {
+        "model": {"max_length": 16},
+        "samples": {"every_steps": 8, "max_new_tokens": 12, "prompts": ["ab", "abcd"]},
+    }
+    with pytest.raises(
+        ConfigError,
+        match=r"samples\.max_new_tokens: 12 after the 5 tokens .* 'abcd' exceed model\.max_length=16"
+        r"; use at most 11, or shorten samples\.prompts",
+    ):
+        train(build(small_run(tmp_path, changes)))
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, small_run):
+    with pytest.raises(ConfigError, match=r"workdir: '/proc' cannot be written to"):
+        train(build(small_run("/proc")))
+    (tmp_path / "file").write_text("")
+    path = str(tmp_path / "file" / "cache")
+    with pytest.raises(ConfigError, match=r"compilation_cache_dir: .* cannot be written to"):
+        train(build(small_run(tmp_path, {"compilation_cache_dir": path})))
+
+
+def test_processes_without_a_cluster_are_refused(tmp_path, small_run, monkeypatch):
+    def initialize():
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ConfigError, match=r"distributed\.coordinator: .*num_processes.*process_id"):
+        train(build(small_run(tmp_path, {"distributed": {"enabled": True}})))
+
+
+def test_a_run_that_diverges_goes_on_with_a_lower_learning_rate(tmp_path, small_run, caplog):
+    values = {
+        "optimizer": {"learning_rate": 1e30, "clip_norm": None, "weight_decay": 1e30},
+        "train": {"max_bad_steps": 3},
+        "checkpoint": {"every_steps": 1, "keep_best": 0},
+    }
+    with pytest.raises(TooManyBadSteps, match=r"lower optimizer\.learning_rate"):
+        train(build(small_run(tmp_path, values)))
+    bad = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["skipped_in_row"]]
+    saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
+    assert bad and not saved & set(bad)
+    values["optimizer"] = {"learning_rate": 1e-3}
+    with caplog.at_level("WARNING", logger="absl"), pytest.raises(TooManyBadSteps):
+        # Its parameters are beyond repair, but the options are accepted.
+        train(build(small_run(tmp_path, values)))
+    assert "optimizer.learning_rate: saved 1e+30, now 0.001" in caplog.text
 
 
 def test_fewer_steps_than_done_is_refused(whole_run, small_run):

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.training.metrics_file import MetricsFile, read_metrics
 
 
@@ -49,3 +50,25 @@ def test_a_fresh_run_starts_an_empty_file(tmp_path):
     path.write_text('{"step": 1, "loss": 1.0}\n')
     MetricsFile(path, 0).close()
     assert path.read_text() == ""
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3, "lo', b'{"step": 3, "lo\n', b"\0\0\0\0", b"\xff\n"])
+def test_a_cut_last_line_is_dropped_with_a_warning(tmp_path, tail, caplog):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n' + tail)
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    with caplog.at_level("WARNING", logger="absl"):
+        MetricsFile(path, 2).close()
+    assert "its last line is cut off" in caplog.text
+    assert path.read_text() == '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n'
+
+
+@pytest.mark.parametrize("garbage", ["garbage", '{"loss": 1.0}', "3", '{"step": 1, "lo', ""])
+def test_any_other_line_that_cannot_be_read_is_named(tmp_path, garbage):
+    path = tmp_path / "m.jsonl"
+    text = f'{{"step": 1, "loss": 1.0}}\n{garbage}\n{{"step": 2, "loss": 0.5}}\n'
+    path.write_text(text)
+    for read in (lambda: MetricsFile(path, 2), lambda: read_metrics(path)):
+        with pytest.raises(UserError, match=r"m\.jsonl, line 2: .* move the file away"):
+            read()
+    assert path.read_text() == text
