@@ -3,11 +3,13 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from experiments import run_training
 from experiments.run_training import train
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.build import build, load_config
@@ -15,6 +17,7 @@ from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.training.metrics_file import read_metrics
 from megatransformer_jax.training.recorder import TooManyBadSteps
 from megatransformer_jax.training.stop import StopRequest
+from megatransformer_jax.training.train_step import make_train_step
 
 pytestmark = pytest.mark.slow
 
@@ -136,8 +139,8 @@ def test_samples_too_long_for_the_model_are_refused_at_once(tmp_path, small_run)
     }
     with pytest.raises(
         ConfigError,
-        match=r"samples\.max_new_tokens: 12 after the 5 tokens .* 'abcd' exceed model\.max_length=16"
-        r"; use at most 11, or shorten samples\.prompts",
+        match=r"samples\.max_new_tokens: 12 after the 5 tokens .* 'abcd' exceed model\.max_length"
+        r"=16; use at most 11, or shorten samples\.prompts",
     ):
         train(build(small_run(tmp_path, changes)))
     assert not (tmp_path / "config.json").exists()
@@ -161,22 +164,50 @@ def test_processes_without_a_cluster_are_refused(tmp_path, small_run, monkeypatc
         train(build(small_run(tmp_path, {"distributed": {"enabled": True}})))
 
 
-def test_a_run_that_diverges_goes_on_with_a_lower_learning_rate(tmp_path, small_run, caplog):
-    values = {
-        "optimizer": {"learning_rate": 1e30, "clip_norm": None, "weight_decay": 1e30},
-        "train": {"max_bad_steps": 3},
-        "checkpoint": {"every_steps": 1, "keep_best": 0},
-    }
+def spoil_steps(monkeypatch, first: int, last: int) -> None:
+    """Makes the loss of these steps not finite."""
+
+    def make(*arguments):
+        step_function = make_train_step(*arguments)
+
+        def spoiled(state, batch):
+            step = state.step + 1
+            factor = jnp.where((step >= first) & (step <= last), jnp.nan, 1.0)
+            return step_function(state, batch._replace(loss_mask=batch.loss_mask * factor))
+
+        return spoiled
+
+    monkeypatch.setattr(run_training, "make_train_step", make)
+
+
+def test_a_run_that_diverges_goes_on_with_a_lower_learning_rate(
+    tmp_path, small_run, monkeypatch, caplog
+):
+    values = {"train": {"max_bad_steps": 5}, "checkpoint": {"every_steps": 1, "keep_best": 0}}
+    spoil_steps(monkeypatch, 4, 12)
     with pytest.raises(TooManyBadSteps, match=r"lower optimizer\.learning_rate"):
         train(build(small_run(tmp_path, values)))
-    bad = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if row["skipped_in_row"]]
-    saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir()}
-    assert bad and not saved & set(bad)
-    values["optimizer"] = {"learning_rate": 1e-3}
-    with caplog.at_level("WARNING", logger="absl"), pytest.raises(TooManyBadSteps):
-        # Its parameters are beyond repair, but the options are accepted.
-        train(build(small_run(tmp_path, values)))
-    assert "optimizer.learning_rate: saved 1e+30, now 0.001" in caplog.text
+    monkeypatch.undo()
+    saved = {int(path.name) for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()}
+    assert max(saved) == 3
+    values["optimizer"] = {"learning_rate": 1e-3, "clip_norm": None}
+    with caplog.at_level("WARNING", logger="absl"):
+        result = train(build(small_run(tmp_path, values)))
+    assert result.is_finished and int(result.state.skipped_steps) == 0
+    assert "optimizer.learning_rate: saved 0.003, now 0.001" in caplog.text
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert rows[3]["learning_rate"] < 1e-3
+
+
+def test_skipped_steps_and_a_bad_last_loss_are_told_at_the_end(
+    tmp_path, small_run, monkeypatch, caplog
+):
+    spoil_steps(monkeypatch, 4, 4)
+    with caplog.at_level("WARNING", logger="absl"):
+        train(build(small_run(tmp_path, {"train": {"steps": 4}})))
+    assert "the updates of 1 of 4 steps were skipped" in caplog.text
+    assert "the loss of the last step is not finite: nan" in caplog.text
 
 
 def test_fewer_steps_than_done_is_refused(whole_run, small_run):
