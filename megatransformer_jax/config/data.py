@@ -3,6 +3,7 @@
 import dataclasses
 
 from megatransformer_jax.config.option import (
+    MAX_SEED,
     ConfigError,
     check_options,
     option,
@@ -13,6 +14,8 @@ from megatransformer_jax.config.option import (
 
 FILE_SOURCES = ("text", "jsonl", "parquet", "arrayrecord")
 SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "reasoning")
+# Special tokens and 256 bytes take 260.
+MIN_TRAINED_PIECES = 300
 REASONING_TASKS = ("parity", "addition", "hop", "permutation")
 
 
@@ -27,8 +30,10 @@ class TokenizerConfig:
         "bytes: the 256 byte values after the special tokens.",
         choices=("sentencepiece", "bytes"),
     )
-    vocab_size: int = option(
-        2048, "Pieces of a tokenizer that the run trains (sentencepiece only).", minimum=300
+    vocab_size: int | None = option(
+        None,
+        "Pieces of a tokenizer that the run trains (sentencepiece only). None: model.vocab_size.",
+        minimum=MIN_TRAINED_PIECES,
     )
     model_type: str = option(
         "bpe", "SentencePiece algorithm used for training.", choices=("bpe", "unigram")
@@ -53,6 +58,12 @@ class TokenizerConfig:
     def is_trained(self) -> bool:
         """Whether the run trains a tokenizer itself."""
         return self.kind == "sentencepiece" and self.model_file is None
+
+    def with_vocab_size(self, model_vocab_size: int) -> "TokenizerConfig":
+        """The same with vocab_size=None replaced by the model's, if a tokenizer is trained."""
+        if self.is_trained and self.vocab_size is None:
+            return dataclasses.replace(self, vocab_size=model_vocab_size)
+        return self
 
     @rule("vocab_size", "model_type", "character_coverage", "max_training_bytes")
     def _training_options_need_training(self) -> None:
@@ -173,7 +184,9 @@ class DataConfig:
         choices=("pack", "pad"),
     )
     shuffle: bool = option(True, "Visits training records in a new random order each epoch.")
-    seed: int = option(0, "Seed of order, splits and generated problems.", minimum=0)
+    seed: int = option(
+        0, "Seed of order, splits and generated problems.", minimum=0, maximum=MAX_SEED
+    )
     num_workers: int = option(
         0, "Worker processes that read and tokenise; 0: in the training process.", minimum=0
     )

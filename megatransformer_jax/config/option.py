@@ -12,6 +12,9 @@ import typing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+# Seeds have 32 bits: jax.random.key drops higher ones without an error.
+MAX_SEED = 2**32 - 1
+
 
 class UserError(ValueError):
     """Input that cannot be used. Entry points print it without a traceback and exit with 2.
@@ -49,13 +52,13 @@ class OptionCheck:
             return "one of " + ", ".join(repr(choice) for choice in self.choices)
         parts = []
         if self.minimum is not None:
-            parts.append(f"at least {self.minimum:g}")
+            parts.append(f"at least {_number(self.minimum)}")
         if self.above is not None:
-            parts.append(f"above {self.above:g}")
+            parts.append(f"above {_number(self.above)}")
         if self.maximum is not None:
-            parts.append(f"at most {self.maximum:g}")
+            parts.append(f"at most {_number(self.maximum)}")
         if self.below is not None:
-            parts.append(f"below {self.below:g}")
+            parts.append(f"below {_number(self.below)}")
         return " and ".join(parts)
 
     def allows(self, value: Any) -> bool:
@@ -70,6 +73,11 @@ class OptionCheck:
             or (self.above is not None and not value > self.above)
             or (self.below is not None and not value < self.below)
         )
+
+
+def _number(value: float) -> str:
+    """Whole numbers in full, others as short as they can be."""
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def option(

@@ -43,10 +43,13 @@ class RecurrenceConfig:
     )
     sampling: str = option(
         "lognormal_poisson",
-        "Distribution of the number of iterations, all with mean about mean_steps. "
-        "lognormal_poisson: Huginn's 'filling', Poisson(exp(normal)) + 1. fixed. "
-        "uniform: 1 .. 2 * mean_steps - 1. poisson: Poisson(mean_steps - 1) + 1. "
-        "truncated_poisson: Poisson(mean_steps), redrawn outside 1 .. max_steps. geometric.",
+        "Distribution of the number of iterations. lognormal_poisson: as Huginn, "
+        "Poisson(rate) + 1 with a log-normal rate of mean mean_steps, so its mean is "
+        "mean_steps + 1. fixed: mean_steps. The others have mean mean_steps. uniform: "
+        "1 .. 2 * mean_steps - 1. poisson: Poisson(mean_steps - 1) + 1. truncated_poisson: "
+        "Poisson(mean_steps) within 1 .. max_steps, whose mean is a little above for a small "
+        "mean_steps, as 0 is left out. geometric. A draw above max_steps becomes max_steps "
+        "(truncated_poisson: is not made), which lowers the mean if max_steps is near mean_steps.",
         choices=(
             "lognormal_poisson",
             "fixed",
@@ -109,6 +112,17 @@ class RecurrenceConfig:
                 ("sampling_sigma",),
                 f"with sampling={self.sampling!r}",
                 "set sampling='lognormal_poisson'",
+            )
+
+    @rule("max_steps")
+    def _uniform_fits_max_steps(self) -> None:
+        """At least 2 * mean_steps - 1 with sampling='uniform', which would else be none."""
+        highest = 2 * self.mean_steps - 1
+        if self.sampling == "uniform" and self.max_steps < highest:
+            raise ConfigError(
+                "max_steps",
+                f"{self.max_steps} cuts sampling='uniform', which reaches 2 * mean_steps - 1 = "
+                f"{highest}; raise it to at least {highest}, or lower mean_steps.",
             )
 
     @rule("ramp_steps", "ramp_from")

@@ -2,9 +2,10 @@
 
 import dataclasses
 
-from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.data import MIN_TRAINED_PIECES, DataConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import (
+    MAX_SEED,
     ConfigError,
     check_options,
     option,
@@ -130,7 +131,12 @@ class TrainConfig:
     """The loop."""
 
     steps: int = option(600, "Optimiser steps.", minimum=1)
-    seed: int = option(0, "Seed of initialisation, dropout, depth draws and samples.", minimum=0)
+    seed: int = option(
+        0,
+        "Seed of initialisation, dropout, depth draws and samples.",
+        minimum=0,
+        maximum=MAX_SEED,
+    )
     precision: str = option(
         "auto",
         "Type of activations. auto: bfloat16 on accelerators, float32 on CPU. Parameters, "
@@ -321,11 +327,19 @@ class RunConfig:
 
     @rule("data.tokenizer.vocab_size")
     def _tokens_fit_the_model(self) -> None:
-        """At most model.vocab_size for a tokenizer that the run trains."""
+        """At most model.vocab_size for a tokenizer that the run trains; None needs a
+        model.vocab_size of at least 300."""
         tokenizer = self.data.tokenizer
         if self.data.source == "reasoning" or not tokenizer.is_trained:
             return  # The size is known, and checked, once the vocabulary is loaded.
-        if tokenizer.vocab_size > self.model.vocab_size:
+        if tokenizer.vocab_size is None:
+            if self.model.vocab_size < MIN_TRAINED_PIECES:
+                raise ConfigError(
+                    "model.vocab_size",
+                    f"{self.model.vocab_size} is too few for a trained tokenizer; it takes at "
+                    f"least {MIN_TRAINED_PIECES}, and data.tokenizer.kind='bytes' takes 259.",
+                )
+        elif tokenizer.vocab_size > self.model.vocab_size:
             raise ConfigError(
                 "data.tokenizer.vocab_size",
                 f"{tokenizer.vocab_size} exceeds model.vocab_size={self.model.vocab_size}; "

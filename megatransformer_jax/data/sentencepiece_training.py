@@ -24,8 +24,17 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
     Raises:
       ConfigError: if the text does not support the vocabulary size.
       UserError: if there is no text.
+      BadRecordError: or whatever else `texts` raises, unchanged.
     """
-    lines = _lines(texts, config.max_training_bytes)
+    if config.vocab_size is None:
+        raise ConfigError(
+            "data.tokenizer.vocab_size",
+            "None stands for model.vocab_size, which is not known here; give a number, or use "
+            "TokenizerConfig.with_vocab_size.",
+        )
+    # SentencePiece turns an exception of the iterator into text with the frames of this process.
+    failures: list[Exception] = []
+    lines = _remembering(_lines(texts, config.max_training_bytes), failures)
     first = next(lines, None)
     if first is None:
         raise UserError(
@@ -54,6 +63,8 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
             minloglevel=NO_LOG_BELOW_ERRORS,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise _readable(error, config) from error
     return model.getvalue()
 
@@ -61,6 +72,15 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield first
     yield from rest
+
+
+def _remembering(lines: Iterator[str], failures: list[Exception]) -> Iterator[str]:
+    """The lines; an exception that ends them is kept in `failures` too."""
+    try:
+        yield from lines
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 def _lines(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

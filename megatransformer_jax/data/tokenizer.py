@@ -8,18 +8,23 @@ as U+2581, so that character itself comes back as a blank. Special tokens never 
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 import pathlib
 import tempfile
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import sentencepiece
 from absl import logging
 
 from megatransformer_jax.config.data import TokenizerConfig
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sentencepiece_training import train_sentencepiece
+
+# The options of TokenizerConfig that decide what a model trained on given texts looks like.
+TRAINING_OPTIONS = ("vocab_size", "model_type", "character_coverage", "max_training_bytes")
+MODEL_DIGEST = "sha256 of the model"
 
 
 @typing.runtime_checkable
@@ -156,39 +161,72 @@ def build_tokenizer(
     config: TokenizerConfig,
     training_texts: Iterable[str],
     path: str | os.PathLike,
+    trained_on: Mapping[str, typing.Any],
 ) -> Tokenizer:
     """The tokenizer of a run.
 
     A tokenizer that the run trains is stored at `path` and read from there the next time, so that
-    a resumed run has the same one. Training is deterministic: processes that do it at the same
-    time write the same file, each in one atomic step.
+    a resumed run has the same one. Beside it, `.json` instead of `.model`, stands what it was
+    trained with and on; another configuration or other texts are an error, never a tokenizer that
+    does not belong to them. Training is deterministic: processes that do it at the same time write
+    the same files, each in one atomic step.
 
     Args:
       config: which tokenizer.
       training_texts: documents of the training split; read only if one is trained now.
       path: where the trained model is kept, for example `<workdir>/tokenizer.model`.
+      trained_on: what decides the training texts, ready for JSON; see `training_text_identity`.
 
     Raises:
-      UserError: if a model file is missing, unreadable or of another size than configured, or the
-        text does not support the vocabulary size.
+      UserError: if a model file is missing, unreadable or was trained with other options or on
+        other texts, or the text does not support the vocabulary size.
     """
     if config.kind == "bytes":
         return BytesTokenizer()
     if config.model_file is not None:
         return load_sentencepiece(config.model_file)
     path = pathlib.Path(path)
+    description_path = path.with_suffix(".json")
+    description = {f"data.tokenizer.{name}": getattr(config, name) for name in TRAINING_OPTIONS}
+    description |= trained_on
     if not path.exists():
         model = train_sentencepiece(config, training_texts)
+        # The description first: a model without one can then not come from a crash in between.
+        digest = hashlib.sha256(model).hexdigest()
+        text = json.dumps(description | {MODEL_DIGEST: digest}, indent=2) + "\n"
+        _write_atomically(description_path, text.encode())
         _write_atomically(path, model)
         logging.info("Trained a tokenizer of %d pieces: %s", config.vocab_size, path)
     tokenizer = load_sentencepiece(path)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ConfigError(
-            "data.tokenizer.vocab_size",
-            f"{config.vocab_size}, but {path} of an earlier run has {tokenizer.vocab_size} pieces; "
-            f"set it to {tokenizer.vocab_size}, or use another workdir.",
-        )
+    _check_description(description | {MODEL_DIGEST: tokenizer.digest()}, description_path, path)
     return tokenizer
+
+
+def _check_description(
+    current: Mapping[str, typing.Any], description_path: pathlib.Path, path: pathlib.Path
+) -> None:
+    """Checks that the stored model is the one that this run would train."""
+    fix = f"use another workdir, or delete {path} to have it trained anew."
+    try:
+        saved = json.loads(description_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: there is no readable {description_path.name} beside it, which says what it "
+            f"was trained on ({type(error).__name__}). To go on, {fix}"
+        ) from error
+    if not isinstance(saved, dict):
+        raise UserError(f"{description_path}: not a description of a tokenizer. To go on, {fix}")
+    lines = [
+        f"  {name}: then {saved.get(name, '(not there)')!r}, now "
+        f"{current.get(name, '(not there)')!r}"
+        for name in sorted(saved.keys() | current.keys())
+        if saved.get(name, "(not there)") != current.get(name, "(not there)")
+    ]
+    if lines:
+        raise UserError(
+            f"{path} is of an earlier run and was trained with other options or on other "
+            "texts:\n" + "\n".join(lines) + f"\nGive back what it was trained with, {fix}"
+        )
 
 
 def load_sentencepiece(path: str | os.PathLike) -> SentencePieceTokenizer:

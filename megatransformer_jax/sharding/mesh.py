@@ -28,7 +28,8 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
         "sequence": config.sequence,
     }
     if math.prod(shape.values()) != num_devices:
-        wanted = " x ".join(f"{name}={size}" for name, size in shape.items())
+        given = shape | {"data": config.data}
+        wanted = " x ".join(f"{name}={size}" for name, size in given.items())
         raise ConfigError(
             "mesh",
             f"{wanted} needs {max(others, math.prod(shape.values()))} devices (or a divisor for "

@@ -29,7 +29,7 @@ class WandbWriter(MetricWriter):
             raise ConfigError(
                 "logging.writers",
                 "'wandb' needs the package wandb, which is not installed; run "
-                "`pip install 'megatransformer_jax[wandb]'` or drop it from the writers.",
+                "`pip install -e .[wandb]` in the checkout, or drop it from the writers.",
             ) from error
         self._wandb = wandb
         run_id = _run_id(os.path.join(os.fspath(directory), "wandb_run_id.txt"), wandb)

@@ -71,6 +71,12 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         {"sampling": "fixed", "sampling_sigma": 1.0},
         "sampling_sigma",
     ),
+    (
+        "_uniform_fits_max_steps",
+        RecurrenceConfig,
+        {"sampling": "uniform", "mean_steps": 8, "max_steps": 14},
+        "max_steps",
+    ),
     ("_ramp_options_go_together", RecurrenceConfig, {"ramp": "linear"}, "ramp_steps"),
     ("_ramp_options_go_together", RecurrenceConfig, {"ramp_steps": 5}, "ramp_steps"),
     ("_ramp_options_go_together", RecurrenceConfig, {"ramp_from": 2}, "ramp_from"),
@@ -241,8 +247,17 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     (
         "_tokens_fit_the_model",
         RunConfig,
-        {"model": ModelConfig(vocab_size=512)},
+        {
+            "model": ModelConfig(vocab_size=512),
+            "data": DataConfig(tokenizer=TokenizerConfig(vocab_size=513)),
+        },
         "data.tokenizer.vocab_size",
+    ),
+    (
+        "_tokens_fit_the_model",
+        RunConfig,
+        {"model": ModelConfig(vocab_size=299)},
+        "model.vocab_size",
     ),
     (
         "_batch_fits_processes",
@@ -324,3 +339,26 @@ def test_a_tokenizer_that_is_not_trained_has_no_size_to_compare() -> None:
         model=ModelConfig(vocab_size=300), data=DataConfig(tokenizer=TokenizerConfig(kind="bytes"))
     )
     RunConfig(model=ModelConfig(vocab_size=16), data=DataConfig(source="reasoning"))
+
+
+def test_uniform_may_just_reach_the_limit() -> None:
+    RecurrenceConfig(sampling="uniform", mean_steps=8, max_steps=15)
+
+
+def test_recurrence_without_a_core_names_the_options_and_the_flags() -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig(
+            core_layers=0, recurrence=RecurrenceConfig(mean_steps=4, backprop_depth=2, unroll=2)
+        )
+    assert "mean_steps=4, backprop_depth=2, unroll=2 (from the preset" in str(caught.value)
+    assert (
+        "--config.model.recurrence.mean_steps=8 --config.model.recurrence.backprop_depth=4 "
+        "--config.model.recurrence.unroll=1"
+    ) in str(caught.value)
+
+
+@pytest.mark.parametrize("config_class", [DataConfig, TrainConfig])
+def test_a_seed_has_32_bits(config_class: type) -> None:
+    assert config_class(seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(ConfigError, match="at least 0 and at most 4294967295"):
+        config_class(seed=2**32)

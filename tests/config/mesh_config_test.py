@@ -27,3 +27,8 @@ def test_a_product_other_than_the_number_of_devices_is_an_error(
     with pytest.raises(ConfigError, match=f"needs {needed} devices.* but there are 8") as caught:
         resolve_mesh_shape(mesh, num_devices=8)
     assert caught.value.path == "mesh"
+
+
+def test_the_error_shows_the_axes_as_they_were_given() -> None:
+    with pytest.raises(ConfigError, match="data=-1 x fsdp=1 x tensor=4 x sequence=1 needs 4"):
+        resolve_mesh_shape(MeshConfig(tensor=4), num_devices=1)

@@ -1,6 +1,7 @@
 """Tokenizers lose nothing, are the same every time, and say what is wrong with their input."""
 
 import dataclasses
+import os
 import pathlib
 import pickle
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sentencepiece_training import train_sentencepiece
-from megatransformer_jax.data.sources import training_texts
+from megatransformer_jax.data.sources import BadRecordError, training_texts
 from megatransformer_jax.data.tokenizer import (
     BytesTokenizer,
     SentencePieceTokenizer,
@@ -21,6 +22,7 @@ from megatransformer_jax.data.tokenizer import (
 
 SMALL = TokenizerConfig(vocab_size=400)
 TEXTS = list(training_texts(DataConfig()))[:12]
+TRAINED_ON = {"data.seed": 0, "training data": "12 records"}
 
 
 @pytest.fixture(scope="module")
@@ -73,30 +75,102 @@ def test_training_text_is_limited():
 
 def test_a_run_trains_once_and_then_loads(tmp_path: pathlib.Path):
     path = tmp_path / "new" / "tokenizer.model"
-    first = build_tokenizer(SMALL, TEXTS, path)
+    first = build_tokenizer(SMALL, TEXTS, path, TRAINED_ON)
     assert first.vocab_size == 400
-    again = build_tokenizer(SMALL, (_ for _ in "x" if pytest.fail("read the texts again")), path)
+    unread = (_ for _ in "x" if pytest.fail("read the texts again"))
+    again = build_tokenizer(SMALL, unread, path, TRAINED_ON)
     assert first.digest() == again.digest()
-    assert [file.name for file in path.parent.iterdir()] == ["tokenizer.model"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "tokenizer.json",
+        "tokenizer.model",
+    ]
 
 
-def test_a_model_of_another_size_is_an_error(tmp_path: pathlib.Path):
+@pytest.mark.parametrize(
+    ("options", "trained_on", "message"),
+    [
+        ({"vocab_size": 500}, {}, r"data.tokenizer.vocab_size: then 400, now 500"),
+        ({"model_type": "unigram"}, {}, r"data.tokenizer.model_type: then 'bpe', now 'unigram'"),
+        ({"character_coverage": 0.9}, {}, r"character_coverage: then 0.9995, now 0.9"),
+        ({"max_training_bytes": 9}, {}, r"max_training_bytes: then 50000000, now 9"),
+        ({}, {"data.seed": 1}, r"data.seed: then 0, now 1"),
+        ({}, {"training data": "13 records"}, r"training data: then '12 records', now '13 rec"),
+    ],
+)
+def test_a_stored_model_of_other_options_or_texts_is_an_error(
+    options: dict, trained_on: dict, message: str, tmp_path: pathlib.Path
+):
     path = tmp_path / "tokenizer.model"
-    build_tokenizer(SMALL, TEXTS, path)
-    with pytest.raises(UserError, match=r"data.tokenizer.vocab_size: 500, but .* has 400 pieces"):
-        build_tokenizer(TokenizerConfig(vocab_size=500), TEXTS, path)
+    build_tokenizer(SMALL, TEXTS, path, TRAINED_ON)
+    changed = dataclasses.replace(SMALL, **options)
+    with pytest.raises(UserError, match=message) as error:
+        build_tokenizer(changed, TEXTS, path, TRAINED_ON | trained_on)
+    assert f"use another workdir, or delete {path}" in str(error.value)
+    assert str(error.value).count(": then ") == 1
+
+
+def test_a_crash_between_the_two_files_leaves_nothing_stale(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "tokenizer.model"
+    replace = os.replace
+
+    def crash_at_the_model(source, target):
+        if pathlib.Path(target) == path:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", crash_at_the_model)
+    with pytest.raises(KeyboardInterrupt):
+        build_tokenizer(SMALL, TEXTS, path, TRAINED_ON)
+    monkeypatch.undo()
+    changed = dataclasses.replace(SMALL, vocab_size=420)
+    assert build_tokenizer(changed, TEXTS, path, TRAINED_ON).vocab_size == 420
+    assert build_tokenizer(changed, [], path, TRAINED_ON).vocab_size == 420
+
+
+def test_a_model_without_its_description_or_of_another_is_an_error(
+    tmp_path: pathlib.Path, trained: SentencePieceTokenizer
+):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(trained.model)
+    with pytest.raises(UserError, match=r"no readable tokenizer.json beside it"):
+        build_tokenizer(SMALL, TEXTS, path, TRAINED_ON)
+    path.unlink()
+    build_tokenizer(SMALL, TEXTS, path, TRAINED_ON)
+    path.write_bytes(train_sentencepiece(SMALL, TEXTS[1:]))
+    with pytest.raises(UserError, match=r"sha256 of the model: then "):
+        build_tokenizer(SMALL, TEXTS, path, TRAINED_ON)
+
+
+def test_an_error_of_the_texts_comes_through():
+    def texts():
+        yield TEXTS[0]
+        raise BadRecordError("a.jsonl, line 3: not valid JSON")
+
+    with pytest.raises(BadRecordError) as error:
+        train_sentencepiece(SMALL, texts())
+    assert str(error.value) == "a.jsonl, line 3: not valid JSON"
+
+
+def test_the_model_decides_the_size_if_none_is_given():
+    assert TokenizerConfig().with_vocab_size(512).vocab_size == 512
+    assert TokenizerConfig(vocab_size=400).with_vocab_size(512).vocab_size == 400
+    assert TokenizerConfig(kind="bytes").with_vocab_size(512) == TokenizerConfig(kind="bytes")
+    with pytest.raises(UserError, match=r"data.tokenizer.vocab_size: None stands for"):
+        train_sentencepiece(TokenizerConfig(), TEXTS)
 
 
 def test_a_model_file_is_loaded(tmp_path: pathlib.Path, trained: SentencePieceTokenizer):
     path = tmp_path / "mine.model"
     path.write_bytes(trained.model)
     config = TokenizerConfig(model_file=str(path))
-    assert build_tokenizer(config, [], tmp_path / "unused").digest() == trained.digest()
+    assert build_tokenizer(config, [], tmp_path / "unused", {}).digest() == trained.digest()
     assert not (tmp_path / "unused").exists()
 
 
 def test_bytes_need_no_file(tmp_path: pathlib.Path):
-    tokenizer = build_tokenizer(TokenizerConfig(kind="bytes"), [], tmp_path / "unused")
+    tokenizer = build_tokenizer(TokenizerConfig(kind="bytes"), [], tmp_path / "unused", {})
     assert tokenizer.encode("Aé") == [68, 198, 172]
     assert tokenizer.decode([68, 198]) == "A\ufffd"
     assert not (tmp_path / "unused").exists()

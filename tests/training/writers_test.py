@@ -77,7 +77,7 @@ def test_other_processes_write_nothing(tmp_path):
 def test_wandb_absent_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = LoggingConfig(writers=("wandb",), wandb_project="p")
-    with pytest.raises(ConfigError, match=r"pip install 'megatransformer_jax\[wandb\]'"):
+    with pytest.raises(ConfigError, match=r"pip install -e .\[wandb\]"):
         build_writer(config, tmp_path, is_primary=True)
 
 

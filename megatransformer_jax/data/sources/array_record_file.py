@@ -30,4 +30,9 @@ class ArrayRecordFile:
         return len(self._records)
 
     def __getitem__(self, index: int) -> str | BadRecord:
-        return decoded(self._records[index], f"{self._path}, record {index}")
+        where = f"{self._path}, record {index}"
+        try:
+            raw = self._records[index]
+        except (RuntimeError, ValueError, OSError) as error:
+            return BadRecord(where, f"its chunk cannot be read ({error}). Write the file anew.")
+        return decoded(raw, where)

@@ -26,8 +26,8 @@ def build_source(config: DataConfig, split: str) -> TextSource:
     if split not in ("train", "validation"):
         raise ValueError(f"no split {split!r}; there are 'train' and 'validation'")
     if _has_validation_source(config):
-        return _not_empty(_open(config, split), config, split)
-    everything = _not_empty(_open(config, "train"), config, "train")
+        return _not_empty(open_records(config, split), config, split)
+    everything = _not_empty(open_records(config, "train"), config, "train")
     train, validation = hold_out(everything, config.validation_fraction, config.seed)
     return train if split == "train" else validation
 
@@ -53,8 +53,12 @@ def _has_validation_source(config: DataConfig) -> bool:
     return bool(config.validation_files) or config.tfds_validation_split is not None
 
 
-def _open(config: DataConfig, split: str) -> TextSource:
-    """All records of the split's own files or TFDS split."""
+def open_records(config: DataConfig, split: str) -> TextSource:
+    """All records of the split's own files or TFDS split, before anything is held out.
+
+    Raises:
+      UserError: if they cannot be read.
+    """
     match config.source:
         case "embedded_text":
             return EmbeddedText()
@@ -63,11 +67,20 @@ def _open(config: DataConfig, split: str) -> TextSource:
                 return build_tfds(config, config.tfds_split)
             return build_tfds(config, config.tfds_validation_split or config.tfds_split)
         case "text" | "jsonl" | "parquet" | "arrayrecord":
-            option = "files" if split == "train" else "validation_files"
-            paths = _expand(getattr(config, option), f"data.{option}")
+            paths = source_files(config, split)
             return Concatenated([_open_file(config, path) for path in paths])
         case unknown:
             raise ConfigError("data.source", f"{unknown!r} has no documents.")
+
+
+def source_files(config: DataConfig, split: str) -> list[str]:
+    """The files of a split of a file source, in the order in which they are read.
+
+    Raises:
+      ConfigError: for a missing file or a pattern without a match.
+    """
+    option = "files" if split == "train" else "validation_files"
+    return _expand(getattr(config, option), f"data.{option}")
 
 
 def _open_file(config: DataConfig, path: str) -> TextSource:

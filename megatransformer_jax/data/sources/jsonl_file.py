@@ -1,14 +1,15 @@
 """JSON lines: one object per line, its text in a named field."""
 
+import codecs
 import json
 
 import numpy as np
 
-from megatransformer_jax.data.sources.record import BadRecord, decoded, text_of
+from megatransformer_jax.data.sources.record import BadRecord, decoded, open_file, text_of
 
 
 class JsonlFile:
-    """The lines of a .jsonl file; blank lines are no records."""
+    """The lines of a .jsonl file; blank lines are no records, nor is a byte order mark."""
 
     def __init__(self, path: str, field: str):
         self._path = path
@@ -20,7 +21,7 @@ class JsonlFile:
 
     def __getitem__(self, index: int) -> str | BadRecord:
         where = f"{self._path}, line {self._line_numbers[index]}"
-        with open(self._path, "rb") as file:
+        with open_file(self._path) as file:
             file.seek(int(self._offsets[index]))
             line = decoded(file.readline(), where)
         if isinstance(line, BadRecord):
@@ -49,8 +50,11 @@ def _line_index(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Byte offset and number (from 1) of every line that is not blank."""
     offsets, numbers = [], []
     offset = 0
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         for number, line in enumerate(file, start=1):
+            if offset == 0 and line.startswith(codecs.BOM_UTF8):
+                offset = len(codecs.BOM_UTF8)
+                line = line[offset:]
             if not line.isspace():
                 offsets.append(offset)
                 numbers.append(number)

@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.sources.record import BadRecord, text_of
+from megatransformer_jax.data.sources.record import BadRecord, text_of, unreadable
 
 CACHED_GROUPS = 4
 
@@ -38,6 +38,8 @@ class ParquetFile:
                 f"{path}: not a readable Parquet file ({error}). Write it anew, or set "
                 "data.source to the format it has."
             ) from error
+        except OSError as error:
+            raise unreadable(path, error) from error
         _check_column(path, schema, column)
 
     def __len__(self) -> int:
@@ -55,6 +57,11 @@ class ParquetFile:
             )
         except UnicodeDecodeError as error:
             return BadRecord(where, f"not UTF-8 ({error.reason}). Write the row anew.")
+        except (pyarrow.ArrowException, OSError) as error:
+            # OSError is what pyarrow raises for a page that cannot be decoded, too.
+            return BadRecord(
+                where, f"row group {group} cannot be decoded ({error}). Write the file anew."
+            )
 
 
 def _check_column(path: str, schema: pyarrow.Schema, column: str) -> None:

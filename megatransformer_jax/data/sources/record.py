@@ -1,7 +1,9 @@
 """What a source yields: text, or a record that cannot be used and why."""
 
+import contextlib
 import dataclasses
 import typing
+from collections.abc import Iterator
 
 from absl import logging
 
@@ -71,6 +73,28 @@ class BadRecordPolicy:
         self.first = self.first or record
         if self.count & (self.count - 1) == 0:
             logging.warning("%d bad records skipped; the first: %s", self.count, self.first)
+
+
+@contextlib.contextmanager
+def open_file(path: str) -> Iterator[typing.BinaryIO]:
+    """A data file opened for reading.
+
+    Raises:
+      UserError: if it cannot be opened or read.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield file
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: OSError) -> UserError:
+    """The error for a file that the system does not let us read."""
+    return UserError(
+        f"{path}: cannot be read ({error.strerror or error}). Make it readable, or name other "
+        "files with data.files and data.validation_files."
+    )
 
 
 def decoded(raw: bytes, where: str) -> str | BadRecord:

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 
-from megatransformer_jax.data.sources.record import BadRecord, decoded
+from megatransformer_jax.data.sources.record import BadRecord, decoded, open_file
 
 MINIMUM_BYTES = 16 * 1024
 MAXIMUM_BYTES = 64 * 1024
@@ -30,7 +30,7 @@ class TextFile:
 
     def __getitem__(self, index: int) -> str | BadRecord:
         start, end = (int(bound) for bound in self._bounds[index : index + 2])
-        with open(self._path, "rb") as file:
+        with open_file(self._path) as file:
             file.seek(start)
             raw = file.read(end - start)
         return decoded(raw, f"{self._path}, bytes {start} to {end}")
@@ -39,7 +39,7 @@ class TextFile:
 def _document_bounds(path: str) -> np.ndarray:
     """Byte offsets at which documents start, and the end of the file."""
     bounds = [0]
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         size = file.seek(0, 2)
         if size > MINIMUM_BYTES:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:

@@ -36,7 +36,7 @@ def build_tfds(config: DataConfig, split: str) -> TfdsText:
     except ImportError as error:
         raise UserError(
             f"data.source='tfds' needs tensorflow-datasets, which is not installed ({error}). "
-            "Install it with `pip install megatransformer_jax[tfds]`."
+            "Install it with `pip install -e .[tfds]` in the checkout."
         ) from error
     name = f"{config.tfds_name}[{split}]"
     try:
@@ -45,7 +45,7 @@ def build_tfds(config: DataConfig, split: str) -> TfdsText:
         records = builder.as_data_source(split=split)
     except Exception as error:
         # TFDS raises many classes: registration, file format, missing files, bad split names.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        reason = _reason(error)
         raise UserError(
             f"{name}: TFDS cannot read it ({type(error).__name__}: {reason}). It must be prepared "
             f"beforehand in data_dir={config.tfds_data_dir!r} with file_format='array_record'; "
@@ -57,3 +57,11 @@ def build_tfds(config: DataConfig, split: str) -> TfdsText:
             f"{', '.join(map(repr, features))}. Name one with data.text_field."
         )
     return TfdsText(records, name, config.text_field)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a long message, or what is wrong where that only announces a list."""
+    first = (str(error).strip() or repr(error)).splitlines()[0]
+    if "could not find data" in first.lower() or "root causes" in first.lower():
+        return "no prepared data there"
+    return first.rstrip(":")

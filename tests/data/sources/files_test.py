@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sources import BadRecord, BadRecordError, build_source, training_texts
+from megatransformer_jax.data.sources import record as record_module
 from megatransformer_jax.data.sources import text_file as text_file_module
 from megatransformer_jax.data.sources.text_file import TextFile
 
@@ -159,3 +161,81 @@ def test_a_wrong_column_is_an_error(column: str, message: str, tmp_path: pathlib
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "n": [1]}), path)
     with pytest.raises(UserError, match=message):
         build_source(config("parquet", path, text_field=column), "train")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: pathlib.Path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "held.jsonl").write_bytes(b"\xef\xbb\xbf\n" + b'{"text": "held"}\n')
+    settings = config("jsonl", path, validation_files=(str(tmp_path / "held.jsonl"),))
+    assert all_records(build_source(settings, "train")) == ["a", "b"]
+    assert all_records(build_source(settings, "validation")) == ["held"]
+
+
+def bad_records_of(kind: str, path: pathlib.Path) -> list[BadRecord]:
+    held = {"validation_files": (str(path),)}
+    source = build_source(config(kind, path, **held), "train")
+    bad = [record for record in all_records(source) if isinstance(record, BadRecord)]
+    with pytest.raises(BadRecordError, match=rf"a\.{kind}, "):
+        list(training_texts(config(kind, path, **held)))
+    assert 0 < len(bad) < len(source)
+    skipping = config(kind, path, on_bad_record="skip", **held)
+    assert len(list(training_texts(skipping))) == len(source) - len(bad)
+    return bad
+
+
+def corrupt(path: pathlib.Path, start: int, end: int) -> None:
+    content = bytearray(path.read_bytes())
+    for place in range(start, end):
+        content[place] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_a_corrupt_parquet_page_is_a_bad_record(tmp_path: pathlib.Path):
+    path = tmp_path / "a.parquet"
+    write(path, TEXTS)
+    with pyarrow.parquet.ParquetFile(path) as file:
+        column = file.metadata.row_group(0).column(0)
+    start = column.dictionary_page_offset or column.data_page_offset
+    corrupt(path, start, start + column.total_compressed_size)
+    bad = bad_records_of("parquet", path)
+    assert len(bad) == 3
+    assert "a.parquet, row 0: row group 0 cannot be decoded (" in str(bad[0])
+
+
+def test_a_corrupt_arrayrecord_chunk_is_a_bad_record(tmp_path: pathlib.Path):
+    path = tmp_path / "a.arrayrecord"
+    rng = np.random.default_rng(0)
+    write(path, ["".join(map(chr, rng.integers(33, 126, 3000))) for _ in range(50)])
+    corrupt(path, 70_000, 70_100)
+    bad = bad_records_of("arrayrecord", path)
+    assert "its chunk cannot be read (" in str(bad[0])
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl"])
+def test_a_file_that_may_not_be_read_is_named(
+    kind: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "a.txt"
+    path.write_text('{"text": "a"}')
+
+    def refuse(*unused):  # Root may read everything, so permissions alone would test nothing.
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(record_module, "open", refuse, raising=False)
+    with pytest.raises(UserError, match=r"a.txt: cannot be read \(Permission denied\)"):
+        build_source(config(kind, path), "train")
+
+
+def test_a_parquet_file_that_may_not_be_read_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "a.parquet"
+    write(path, TEXTS)
+
+    def refuse(*unused):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
+    with pytest.raises(UserError, match=r"a.parquet: cannot be read \(Permission denied\)"):
+        build_source(config("parquet", path), "train")

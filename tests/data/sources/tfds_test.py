@@ -1,5 +1,6 @@
 """A TFDS data set that the test prepares itself, without TensorFlow."""
 
+import dataclasses
 import pathlib
 import pickle
 import re
@@ -79,9 +80,20 @@ def test_what_is_not_there_is_named(changes: dict, message: str, data_dir: str):
         build_source(config(data_dir, **changes), "train")
 
 
+def test_a_set_that_is_not_prepared_is_named(data_dir: str, tmp_path: pathlib.Path):
+    changes = {"tfds_name": "lm1b"}
+    with pytest.raises(UserError) as error:
+        build_source(
+            dataclasses.replace(config(data_dir, **changes), tfds_data_dir=str(tmp_path)), "train"
+        )
+    assert "no prepared data there" in str(error.value)
+    assert "root causes" not in str(error.value)
+    assert "`tfds build lm1b --file_format=array_record`" in str(error.value)
+
+
 def test_without_the_package_the_error_names_the_extra(data_dir: str, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match=r"pip install megatransformer_jax\[tfds\]"):
+    with pytest.raises(UserError, match=r"pip install -e .\[tfds\]"):
         build_source(config(data_dir), "train")
 
 

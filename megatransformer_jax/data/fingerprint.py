@@ -1,0 +1,98 @@
+"""Tells cheaply whether the corpus of an earlier run is still the same.
+
+The configuration names files, not what is in them. A line appended to one of them changes the
+order of all documents and which of them are held out, so a run must not go on over it unseen.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from megatransformer_jax.config.data import FILE_SOURCES, DataConfig
+from megatransformer_jax.data.sources.build import open_records, source_files
+from megatransformer_jax.data.sources.record import open_file
+
+# A corpus of many gigabytes must not delay every start, so about this much is read of all files
+# together, but at least four blocks of each.
+SAMPLED_BYTES = 64 << 20
+BLOCK_BYTES = 16 << 10
+MIN_BLOCKS = 4
+SAMPLED_RECORDS = 256
+
+
+def data_fingerprint(config: DataConfig) -> str:
+    """The content of the training and validation data, in words that a message can show.
+
+    The same content gives the same words wherever the files are. A corpus of files of more than
+    64 MiB is sampled, and so is a TFDS data set: a change that keeps the size of each file (the
+    number of records), and touches no sampled place, stays unseen.
+
+    Raises:
+      UserError: if the data cannot be read.
+    """
+    if config.source == "reasoning":
+        return "generated problems"
+    words = split_fingerprint(config, "train")
+    if config.validation_files or config.tfds_validation_split is not None:
+        words += f"; validation: {split_fingerprint(config, 'validation')}"
+    return words
+
+
+def split_fingerprint(config: DataConfig, split: str) -> str:
+    """As `data_fingerprint`, of the files or the TFDS split that 'train' or 'validation' names."""
+    if config.source in FILE_SOURCES:
+        return _of_files(source_files(config, split))
+    records = open_records(config, split)
+    count = len(records)
+    # Index 0, the last one, and others evenly between them.
+    samples = min(count, SAMPLED_RECORDS)
+    indices = [number * (count - 1) // max(samples - 1, 1) for number in range(samples)]
+    digest = hashlib.sha256()
+    for index in indices:
+        _add(digest, str(records[index]).encode("utf-8", "surrogatepass"))
+    return f"{count} records, sha256 {digest.hexdigest()[:16]}"
+
+
+def training_text_identity(config: DataConfig) -> dict[str, Any]:
+    """What decides the texts of the training split: options and content, ready for JSON.
+
+    Raises:
+      UserError: if the data cannot be read.
+    """
+    identity: dict[str, Any] = {"data.source": config.source}
+    if config.source in ("jsonl", "parquet", "tfds"):
+        identity["data.text_field"] = config.text_field
+    if config.source == "tfds":
+        identity["data.tfds_name"] = config.tfds_name
+        identity["data.tfds_split"] = config.tfds_split
+    if not config.validation_files and config.tfds_validation_split is None:
+        identity["data.validation_fraction"] = config.validation_fraction
+        identity["data.seed"] = config.seed
+    identity["training data"] = split_fingerprint(config, "train")
+    return identity
+
+
+def _of_files(paths: Sequence[str]) -> str:
+    """Number of files, their bytes, and a hash of their sizes and content in this order."""
+    blocks = max(SAMPLED_BYTES // BLOCK_BYTES // len(paths), MIN_BLOCKS)
+    digest = hashlib.sha256()
+    total = 0
+    for path in paths:
+        with open_file(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            total += size
+            digest.update(f"{size}:".encode())
+            if size <= blocks * BLOCK_BYTES:
+                file.seek(0)
+                digest.update(file.read())
+                continue
+            for block in range(blocks):  # The first is the head, the last one the tail.
+                file.seek(block * (size - BLOCK_BYTES) // (blocks - 1))
+                digest.update(file.read(BLOCK_BYTES))
+    return f"{len(paths)} files, {total} bytes, sha256 {digest.hexdigest()[:16]}"
+
+
+def _add(digest: Any, content: bytes) -> None:
+    digest.update(f"{len(content)}:".encode())
+    digest.update(content)
