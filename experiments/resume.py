@@ -16,6 +16,7 @@ from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.fingerprint import data_fingerprint
 from megatransformer_jax.data.pipeline import Pipeline
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder
@@ -24,7 +25,11 @@ from megatransformer_jax.training.state import TrainState, init_state
 
 def run_info(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
     """What a checkpoint says about the run that wrote it."""
-    return {"config": to_dict(config), "vocabulary": vocabulary.digest}
+    return {
+        "config": to_dict(config),
+        "vocabulary": vocabulary.digest,
+        "data": data_fingerprint(config.data),
+    }
 
 
 def check_workdir(config: RunConfig, checkpoints: CheckpointManager) -> None:
@@ -33,15 +38,17 @@ def check_workdir(config: RunConfig, checkpoints: CheckpointManager) -> None:
     Called before anything is built, so that the error comes at once.
 
     Raises:
-      CheckpointMismatch: listing what differs.
+      CheckpointMismatch: listing what differs, or if the data has changed.
       ConfigError: if the run has already gone further than `train.steps`.
     """
     step = checkpoints.latest_step()
     if step is None:
         return
     where = str(checkpoints.directory / str(step))
-    saved = checkpoints.run_info(step)["config"]
+    run = checkpoints.run_info(step)
+    saved = run["config"]
     check_resumable(saved, config, where)
+    _check_data(run.get("data"), config, where)
     if step > config.train.steps:
         raise ConfigError(
             "train.steps",
@@ -50,6 +57,24 @@ def check_workdir(config: RunConfig, checkpoints: CheckpointManager) -> None:
         )
     for warning in resume_warnings(saved, config, where):
         logging.warning("%s", warning)
+
+
+def _check_data(saved: str | None, config: RunConfig, where: str) -> None:
+    if saved is None:
+        logging.warning(
+            "%s was written by a version that did not note what the data was; if it has changed, "
+            "the run does not go on as it would have.",
+            where,
+        )
+        return
+    current = data_fingerprint(config.data)
+    if current != saved:
+        raise CheckpointMismatch(
+            f"the data has changed since the checkpoint {where} was written, and with it the "
+            f"order of the documents and what is held out:\n  saved {saved}\n  now   {current}\n"
+            "Put the data back as it was to resume the run, or choose another workdir to start "
+            "afresh."
+        )
 
 
 def start_state(
