@@ -78,7 +78,11 @@ def run(main: Callable[[RunConfig], None], argv: Sequence[str] | None = None) ->
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
         print("interrupted: nothing more is saved.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # `main` has closed what it opened. A usual exit crashes where the interpreter is taken down
+        # after Ctrl-C inside JAX's native code (jaxlib on CPU: segmentation fault).
+        os._exit(INTERRUPTED)
 
 
 def parse(argv: Sequence[str], own_flags: Sequence[flags.Flag] = ()) -> RunConfig:

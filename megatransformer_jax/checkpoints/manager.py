@@ -208,7 +208,9 @@ class CheckpointManager:
         except (KeyError, ValueError, OSError) as error:
             earlier = [other for other in self.steps() if other < step]
             then = f"resume from step {earlier[-1]}" if earlier else "start afresh"
-            reason = " ".join(str(error).split())[:200]
+            # The text of a KeyError is the repr of its argument.
+            text = error.args[0] if isinstance(error, KeyError) and error.args else error
+            reason = " ".join(str(text).split())[:200]
             raise DamagedCheckpoint(
                 f"the checkpoint {self._directory / str(step)} is damaged ({reason}); delete that "
                 f"folder to {then}."
