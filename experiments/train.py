@@ -1,7 +1,7 @@
 """Trains a model, resuming if the workdir has a checkpoint.
 
 Writes into the workdir: config.json, train.log, metrics.jsonl (every step, exact), events/
-(TensorBoard), checkpoints/, tokenizer.model, depth_table.json and depth_table.png.
+(TensorBoard), checkpoints/, tokenizer.model and .json, depth_table.json and .png.
 Ctrl-C or SIGTERM saves and leaves; the same command goes on.
 """
 
