@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatransformer_jax.config.build import build, to_dict
+from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.config.run import OptimizerConfig, RunConfig
+from megatransformer_jax.config.run import RunConfig
 
 # What a resumed run must keep: everything below these sections but for the options that follow.
 RESUME_SECTIONS = ("model", "data", "optimizer", "train")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from megatransformer_jax.config.run import OptimizerConfig
+from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.training.schedules import build_schedule
 
 # Leaf names of parameters without weight decay. Rank does not tell: a fused norm scale or a bias

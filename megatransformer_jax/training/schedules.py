@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from megatransformer_jax.config.run import OptimizerConfig
+from megatransformer_jax.config.optimizer import OptimizerConfig
 
 
 def build_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:

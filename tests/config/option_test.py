@@ -4,8 +4,9 @@ import pytest
 
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.model import AttentionConfig, NormConfig
+from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError, check_options, option, rule
-from megatransformer_jax.config.run import EvaluationConfig, OptimizerConfig
+from megatransformer_jax.config.run import EvaluationConfig
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), float("inf")])

@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig, NormConfig
+from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.run import OptimizerConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizers import build_optimizer, decay_mask

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.run import OptimizerConfig
+from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.training.schedules import build_schedule
 
 PEAK = 2e-3
