@@ -292,7 +292,9 @@ def test_head_counts_must_divide():
 @pytest.mark.parametrize("kernel", ["cudnn", "splash"])
 def test_named_kernel_that_cannot_serve_is_an_error(kernel):
     query, key, value = random_inputs(2, T)
-    with pytest.raises(UnsupportedKernelError, match=r"does not run on 'cpu'.*model.attention.kernel to 'auto'"):
+    with pytest.raises(
+        UnsupportedKernelError, match=r"does not run on 'cpu'.*model.attention.kernel to 'auto'"
+    ):
         attention(query, key, value, AttentionMask(), platform="cpu", kernel=kernel)
 
 
