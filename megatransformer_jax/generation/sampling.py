@@ -15,8 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.models.megatransformer import MegaTransformer, with_xla_attention
-from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
 
 
 def sample_text(
@@ -109,7 +108,7 @@ def sample_tokens(
     """
     # A few short prompts need not divide by the mesh nor fit a fused kernel's blocks: only the
     # parameters are laid out on the mesh.
-    unconstrained = model.copy(config=with_xla_attention(model.config), sharder=Sharder())
+    unconstrained = off_mesh(model)
     state_key, draw_key = jax.random.split(key)
     rows = jnp.arange(tokens.shape[0])
 

@@ -172,13 +172,13 @@ class MegaTransformer(nn.Module):
         """The core's weights in the compute type, whole on every fsdp device before the loop."""
         axes = axes_of(jax.eval_shape(self._init_core, jax.random.key(0)))
 
-        def cast(weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        def to_compute(weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
             # Vectors (norm scales, biases, a_log, dt_bias) stay float32.
             is_matrix = any(name is not None for name in names) and weight.ndim > 1
             return weight.astype(self.policy.compute) if is_matrix else weight
 
         # Linen freezes dicts that `setup` stores.
-        params = jax.tree.map(cast, unfreeze(self.core_params), axes)
+        params = jax.tree.map(to_compute, unfreeze(self.core_params), axes)
         return self.sharder.gather_params(params, axes)
 
     def _core(self) -> RecurrentCore:
@@ -188,7 +188,7 @@ class MegaTransformer(nn.Module):
         state = jnp.zeros((1, 1, self.config.core_width), self.policy.compute)
         positions = jnp.zeros((1, 1), jnp.int32)
         context = self._context(positions, None, True, self.config.core_width)
-        config = with_xla_attention(self.config)
+        config = _with_xla_attention(self.config)
         core = RecurrentCore(config, self.policy, Sharder(), self.platform, parent=None)
         return core.init(key, state, state, context, method="prepare_and_call")["params"]
 
@@ -224,16 +224,21 @@ def param_axes(model: MegaTransformer) -> Any:
     return axes_of(jax.eval_shape(lambda key: _init_boxed(model, key), jax.random.key(0)))
 
 
-def with_xla_attention(config: ModelConfig) -> ModelConfig:
+def _with_xla_attention(config: ModelConfig) -> ModelConfig:
     """The same model with the attention kernel that serves every shape, on every platform."""
     return dataclasses.replace(
         config, attention=dataclasses.replace(config.attention, kernel="xla")
     )
 
 
+def off_mesh(model: MegaTransformer) -> MegaTransformer:
+    """The same model for inputs of any shape: no constraint of a mesh or of a fused kernel."""
+    return model.copy(config=_with_xla_attention(model.config), sharder=Sharder())
+
+
 def _init_boxed(model: MegaTransformer, key: jax.Array) -> Any:
     # Shapes of parameters depend on no input, so the smallest will do, without a mesh.
-    alone = model.copy(config=with_xla_attention(model.config), sharder=Sharder())
+    alone = off_mesh(model)
     tokens = jnp.zeros((1, 1), jnp.int32)
     rngs = dict(zip(("params", "state"), jax.random.split(key), strict=True))
     return alone.init(rngs, tokens, num_steps=1)["params"]

@@ -9,7 +9,9 @@ import importlib.util
 import pathlib
 import sys
 import typing
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 _NAME = "clu.metric_writers.interface"
 
@@ -34,3 +36,21 @@ if typing.TYPE_CHECKING:
     from clu.metric_writers.interface import MetricWriter
 else:
     MetricWriter = _load_interface().MetricWriter
+
+
+class MediaFreeWriter(MetricWriter):
+    """A writer that refuses what needs packages of its own, and says what to write instead."""
+
+    def write_summaries(
+        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        """Not supported: the back end has no raw tensor summaries."""
+        raise NotImplementedError("raw tensor summaries; write scalars, histograms or images")
+
+    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
+        """Not supported: it would need moviepy."""
+        raise NotImplementedError("videos; write their frames with write_images")
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        """Not supported: it would need soundfile."""
+        raise NotImplementedError("audio; write its spectrogram with write_images")

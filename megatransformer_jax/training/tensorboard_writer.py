@@ -8,10 +8,10 @@ import numpy as np
 import tensorboardX
 from tensorboardX import summary
 
-from megatransformer_jax.training.metric_interface import MetricWriter
+from megatransformer_jax.training.metric_interface import MediaFreeWriter
 
 
-class TensorBoardWriter(MetricWriter):
+class TensorBoardWriter(MediaFreeWriter):
     """clu's interface over tensorboardX: scalars, images, texts, histograms, hyperparameters.
 
     Args:
@@ -65,20 +65,6 @@ class TensorBoardWriter(MetricWriter):
         }
         for event in summary.hparams(plain, {}):
             self._writer.file_writer.add_summary(event)
-
-    def write_summaries(
-        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """Not supported: tensorboardX has no raw tensor summaries."""
-        raise NotImplementedError("raw tensor summaries; write scalars, histograms or images")
-
-    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        """Not supported: it would need moviepy."""
-        raise NotImplementedError("videos; write their frames with write_images")
-
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Not supported: it would need soundfile."""
-        raise NotImplementedError("audio; write its spectrogram with write_images")
 
     def flush(self) -> None:
         """Hands everything written so far to the file system."""

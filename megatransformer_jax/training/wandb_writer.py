@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.training.metric_interface import MetricWriter
+from megatransformer_jax.training.metric_interface import MediaFreeWriter
 
 
-class WandbWriter(MetricWriter):
+class WandbWriter(MediaFreeWriter):
     """clu's interface over one W&B run; a resumed workdir continues its W&B run.
 
     Args:
@@ -70,20 +70,6 @@ class WandbWriter(MetricWriter):
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Stores a flat mapping as the run's config."""
         self._run.config.update(dict(hparams), allow_val_change=True)
-
-    def write_summaries(
-        self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
-    ) -> None:
-        """Not supported: W&B has no raw tensor summaries."""
-        raise NotImplementedError("raw tensor summaries; write scalars, histograms or images")
-
-    def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
-        """Not supported: it would need moviepy."""
-        raise NotImplementedError("videos; write their frames with write_images")
-
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Not supported: it would need soundfile."""
-        raise NotImplementedError("audio; write its spectrogram with write_images")
 
     def flush(self) -> None:
         """Nothing to do: W&B sends in the background."""
