@@ -1,0 +1,286 @@
+"""Generation: strategies and all other options of a continuation, as frozen dataclasses.
+
+On the command line of `experiments.generate` every option has a short name, see `flag_name`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from megatransformer_jax.config.generation_depth import CacheConfig, DepthConfig
+from megatransformer_jax.config.generation_sampling import SamplingConfig, check_texts
+from megatransformer_jax.config.option import (
+    MAX_SEED,
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+    section,
+)
+
+STRATEGIES = ("greedy", "sample", "beam", "speculative", "parallel")
+
+# What changes the distribution that a token is drawn from.
+_DRAWING = ("temperature", "top_k", "top_p", "min_p", "typical_p")
+# What depends on the tokens so far.
+_DEPENDS_ON_HISTORY = (
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram",
+    "banned_words",
+    "forced_words",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class BeamConfig:
+    """Beam search, strategy='beam'."""
+
+    num_beams: int = option(4, "Texts that are kept at every token.", minimum=1)
+    length_penalty: float = option(
+        1.0,
+        "A finished text scores its log-probability divided by its length to this power: 0 "
+        "favours short texts, more favours long ones.",
+    )
+    early_stopping: bool = option(
+        False,
+        "Ends once num_beams texts are finished. False: when no running one can become better.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpeculativeConfig:
+    """Self-speculative decoding, strategy='speculative': drafts at few iterations are verified at
+    full depth in one pass. The result is distributed as without it (arXiv 2211.17192)."""
+
+    draft_depth: int = option(2, "Iterations of a drafted token; below depth.", minimum=1)
+    draft_length: int = option(4, "Tokens drafted before a verification.", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelConfig:
+    """Diffusion-style sampling, strategy='parallel': many positions are refined at once
+    (arXiv 2510.14961)."""
+
+    iterations_per_round: int = option(
+        4, "Iterations between two redrawings of the unsettled tokens.", minimum=1
+    )
+    max_wavefront: int = option(32, "Most positions that are refined at once.", minimum=1)
+    settle_threshold: float = option(
+        0.03,
+        "A position is settled, and its token final, once a round changes its state by less than "
+        "this fraction.",
+        above=0,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """How prompts are continued. The defaults draw from the model's own distribution."""
+
+    strategy: str = option(
+        "sample",
+        "greedy: the likeliest token. sample: a draw. beam: beam search for the likeliest text. "
+        "speculative: as sample, faster by drafting at fewer iterations. parallel: several "
+        "positions at once, approximate.",
+        choices=STRATEGIES,
+    )
+    max_new_tokens: int = option(128, "Tokens generated per text, at most.", minimum=1)
+    num_samples: int = option(1, "Texts per prompt.", minimum=1)
+    seed: int = option(
+        0, "Seed of the draws and of the core's first states.", minimum=0, maximum=MAX_SEED
+    )
+    stop: tuple[str, ...] = option(
+        (), "Texts that end the generation; they are not part of the result."
+    )
+    depth: DepthConfig = section(DepthConfig, "Iterations of the core.")
+    cache: CacheConfig = section(CacheConfig, "Key/value cache.")
+    sampling: SamplingConfig = section(SamplingConfig, "Scores of the next token.")
+    beam: BeamConfig = section(BeamConfig, "Beam search.")
+    speculative: SpeculativeConfig = section(SpeculativeConfig, "Speculative decoding.")
+    parallel: ParallelConfig = section(ParallelConfig, "Parallel sampling.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether no token is drawn at random."""
+        return self.strategy in ("greedy", "beam") or self.sampling.temperature == 0
+
+    @rule("beam", "speculative", "parallel")
+    def _sections_belong_to_strategies(self) -> None:
+        """At its defaults unless strategy has the name of the section."""
+        for name in ("beam", "speculative", "parallel"):
+            if self.strategy != name:
+                self._require_defaults(
+                    name,
+                    [field.name for field in dataclasses.fields(getattr(self, name))],
+                    f"set strategy={name!r}",
+                )
+
+    @rule(*(f"sampling.{name}" for name in _DRAWING))
+    def _draws_need_a_strategy_that_draws(self) -> None:
+        """At its default with strategy greedy and beam."""
+        if self.strategy in ("greedy", "beam"):
+            self._require_defaults("sampling", _DRAWING, "set strategy='sample'")
+
+    @rule("sampling.temperature")
+    def _sampling_draws(self) -> None:
+        """Above 0 with strategy='sample'."""
+        if self.strategy == "sample" and self.sampling.temperature == 0:
+            raise ConfigError(
+                "sampling.temperature",
+                "0 draws nothing; for the likeliest token set strategy='greedy' and leave "
+                "temperature at 1.0.",
+            )
+
+    @rule(*(f"sampling.{name}" for name in _DEPENDS_ON_HISTORY))
+    def _parallel_knows_no_history(self) -> None:
+        """At its default with strategy='parallel', where the tokens before are not final."""
+        if self.strategy == "parallel":
+            self._require_defaults("sampling", _DEPENDS_ON_HISTORY, "set strategy='sample'")
+
+    @rule("depth.exit_criterion", "depth.warm_start")
+    def _fixed_depth_for_many_tokens_at_once(self) -> None:
+        """At its default with strategy speculative and parallel."""
+        if self.strategy in ("speculative", "parallel"):
+            self._require_defaults(
+                "depth", ("exit_criterion", "warm_start"), "set strategy='sample'"
+            )
+
+    @rule("num_samples")
+    def _samples_differ(self) -> None:
+        """At most num_beams with strategy='beam'; 1 if no token is drawn."""
+        if self.strategy == "beam":
+            if self.num_samples > self.beam.num_beams:
+                raise ConfigError(
+                    "num_samples",
+                    f"{self.num_samples} exceeds num_beams={self.beam.num_beams}; "
+                    "lower it or raise num_beams.",
+                )
+        elif self.is_deterministic and self.num_samples > 1:
+            raise ConfigError(
+                "num_samples",
+                f"{self.num_samples} texts would be the same, as no token is drawn; set "
+                "strategy='sample' and a temperature above 0, or leave it at 1.",
+            )
+
+    @rule("stop")
+    def _stops_have_text(self) -> None:
+        """No empty text."""
+        check_texts("stop", self.stop)
+
+    @rule("cache.slots")
+    def _slots_fit_the_depth(self) -> None:
+        """At most depth."""
+        depth, slots = self.depth.depth, self.cache.slots
+        if depth is not None and slots is not None and slots > depth:
+            raise ConfigError(
+                "cache.slots",
+                f"{slots} exceeds depth={depth}, so {slots - depth} would stay empty; lower it, "
+                "or leave it None for one slot per iteration.",
+            )
+
+    @rule("cache.exited_reads")
+    def _exited_reads_need_exits(self) -> None:
+        """At its default with exit_criterion='fixed'."""
+        if self.depth.exit_criterion == "fixed":
+            self._require_defaults(
+                "cache", ("exited_reads",), "choose an exit_criterion", "as no token exits early"
+            )
+
+    @rule("cache.capacity")
+    def _new_tokens_fit_the_cache(self) -> None:
+        """Above max_new_tokens, as the prompt needs room too."""
+        capacity = self.cache.capacity
+        if capacity is not None and capacity <= self.max_new_tokens:
+            raise ConfigError(
+                "cache.capacity",
+                f"{capacity} leaves no room for a prompt beside max_new_tokens="
+                f"{self.max_new_tokens}; raise it or lower max_new_tokens.",
+            )
+
+    @rule("speculative.draft_depth")
+    def _drafts_are_shallower(self) -> None:
+        """Below depth."""
+        depth, draft_depth = self.depth.depth, self.speculative.draft_depth
+        if self.strategy == "speculative" and depth is not None and draft_depth >= depth:
+            raise ConfigError(
+                "speculative.draft_depth",
+                f"{draft_depth} is not below depth={depth}, so drafts would save nothing; "
+                "lower it or raise depth.",
+            )
+
+    @rule("parallel.iterations_per_round")
+    def _rounds_fit_the_depth(self) -> None:
+        """At most depth."""
+        depth, iterations = self.depth.depth, self.parallel.iterations_per_round
+        if self.strategy == "parallel" and depth is not None and iterations > depth:
+            raise ConfigError(
+                "parallel.iterations_per_round",
+                f"{iterations} exceeds depth={depth}; lower it or raise depth.",
+            )
+
+    def _require_defaults(
+        self, section_name: str, names: Sequence[str], fix: str, because: str | None = None
+    ) -> None:
+        because = because or f"with strategy={self.strategy!r}"
+        try:
+            require_defaults(getattr(self, section_name), names, because, fix)
+        except ConfigError as error:
+            raise error.below(section_name) from None
+
+
+def for_model(config: GenerationConfig, trained_depth: int | None) -> GenerationConfig:
+    """The same generation for a certain model: `depth.depth` is a number unless it has no core.
+
+    Args:
+      config: as the user gave it.
+      trained_depth: mean number of iterations in training. None: a plain model without a core.
+
+    Raises:
+      ConfigError: if an option does not fit the depth, or needs a core and there is none.
+    """
+    if trained_depth is not None:
+        if config.depth.depth is not None:
+            return config
+        return dataclasses.replace(
+            config, depth=dataclasses.replace(config.depth, depth=trained_depth)
+        )
+    if config.strategy in ("speculative", "parallel"):
+        raise ConfigError(
+            "strategy",
+            f"{config.strategy!r} iterates a core, and this model has none; choose another.",
+        )
+    core_options: dict[str, Sequence[str]] = {
+        "depth": [field.name for field in dataclasses.fields(DepthConfig)],
+        "cache": ("slots", "sharing", "exited_reads"),
+    }
+    for section_name, names in core_options.items():
+        try:
+            require_defaults(
+                getattr(config, section_name),
+                names,
+                "by this model, which has no recurrent core",
+                "use a recurrent model",
+            )
+        except ConfigError as error:
+            raise error.below(section_name) from None
+    return config
+
+
+def flag_name(path: str) -> str:
+    """The option's name on the command line: its own, with `cache_` before those of the cache."""
+    section_name, _, name = path.rpartition(".")
+    return f"cache_{name}" if section_name == "cache" else name

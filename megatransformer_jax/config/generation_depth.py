@@ -1,0 +1,125 @@
+"""Generation: iterations of the core and the key/value cache, as frozen dataclasses."""
+
+import dataclasses
+
+from megatransformer_jax.config.option import (
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+)
+
+# models/exit_criteria.py has a function for each.
+EXIT_CRITERIA = (
+    "fixed",
+    "latent_diff",
+    "cosine",
+    "entropy_diff",
+    "kl",
+    "minp_kl",
+    "argmax_stability",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DepthConfig:
+    """How often the core is iterated for each token."""
+
+    depth: int | None = option(
+        None, "Iterations per token, at most. None: the mean in training.", minimum=1
+    )
+    exit_criterion: str = option(
+        "fixed",
+        "What ends a token's iterations before depth. fixed: nothing. The others measure how much "
+        "an iteration changed: latent_diff and cosine the core's state; entropy_diff, kl and "
+        "minp_kl the distribution of the next token; argmax_stability counts iterations in a row "
+        "that kept the likeliest token.",
+        choices=EXIT_CRITERIA,
+    )
+    exit_threshold: float | None = option(
+        None,
+        "A token is done once its value is below this (argmax_stability: at least this). "
+        "None: the criterion's default, see models/exit_criteria.py.",
+        above=0,
+    )
+    min_depth: int = option(1, "No token exits after fewer iterations.", minimum=1)
+    warm_start: bool = option(
+        False, "A token's first state is the last state of the token before it (arXiv 2502.05171)."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("exit_threshold", "min_depth")
+    def _exit_options_need_a_criterion(self) -> None:
+        """At its default with exit_criterion='fixed'."""
+        if self.exit_criterion == "fixed":
+            require_defaults(
+                self,
+                ("exit_threshold", "min_depth"),
+                "with exit_criterion='fixed'",
+                f"choose one of {', '.join(EXIT_CRITERIA[1:])}",
+            )
+
+    @rule("min_depth")
+    def _least_depth_is_not_above_depth(self) -> None:
+        """At most depth."""
+        if self.depth is not None and self.min_depth > self.depth:
+            raise ConfigError(
+                "min_depth",
+                f"{self.min_depth} exceeds depth={self.depth}; lower it or raise depth.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """The key/value cache of prelude, core and coda."""
+
+    slots: int | None = option(
+        None,
+        "Slots of each core layer, shared by the iterations. None: one slot per iteration.",
+        minimum=1,
+    )
+    sharing: str = option(
+        "modulo",
+        "Which slot an iteration uses if there are fewer than iterations. modulo: in turn. "
+        "anchor: the first iteration has its own, the others take turns. last: the first ones "
+        "have their own, the others share the last slot.",
+        choices=("modulo", "anchor", "last"),
+    )
+    exited_reads: str = option(
+        "latest",
+        "What deeper iterations of later tokens read of a token that exited early. latest: its "
+        "last keys and values. skip: nothing, they do not see it.",
+        choices=("latest", "skip"),
+    )
+    capacity: int | None = option(
+        None,
+        "Tokens that the cache has room for. None: prompt and new tokens, rounded up.",
+        minimum=2,
+    )
+    prefill_chunk: int | None = option(
+        None,
+        "Prompt tokens read in one pass, which limits memory. None: the whole prompt.",
+        minimum=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("sharing")
+    def _sharing_needs_slots(self) -> None:
+        """At its default without slots."""
+        if self.slots is None:
+            require_defaults(self, ("sharing",), "as every iteration has its own slot", "set slots")
+
+    @rule("sharing")
+    def _anchor_needs_two_slots(self) -> None:
+        """anchor needs at least 2 slots."""
+        if self.sharing == "anchor" and self.slots == 1:
+            raise ConfigError(
+                "sharing",
+                "'anchor' keeps a slot for the first iteration, so slots=1 leaves none for the "
+                "others; use more slots or another sharing.",
+            )
