@@ -1,0 +1,393 @@
+"""Exit criteria: Huginn's values, and what must hold for any state and any output."""
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatransformer_jax.checkpoints.huginn import load_huginn
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.models.core import RecurrentCore
+from megatransformer_jax.models.exit_criteria import (
+    EXIT_CRITERIA,
+    MIN_P,
+    Observation,
+    exit_criterion,
+)
+from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
+from megatransformer_jax.nn.context import LayerContext
+from megatransformer_jax.ops.masks import AttentionMask
+from megatransformer_jax.ops.positions import rotary_table
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+BATCH, LENGTH, WIDTH, VOCAB = 2, 3, 8, 11
+LATENT = ("latent_diff", "cosine")
+DISTRIBUTION = ("entropy_diff", "kl", "minp_kl")
+OUTPUT = (*DISTRIBUTION, "argmax_stability")
+NAMES = ("fixed", *LATENT, *OUTPUT)
+# The same compiled functions for all examples.
+MEASURE = {name: jax.jit(EXIT_CRITERIA[name].measure) for name in NAMES}
+
+
+def observation(seed=0, scale=3.0):
+    latent_key, logits_key = jax.random.split(jax.random.key(seed))
+    latent = jax.random.normal(latent_key, (BATCH, LENGTH, WIDTH))
+    return Observation(latent, scale * jax.random.normal(logits_key, (BATCH, LENGTH, VOCAB)))
+
+
+def values(name, *observations):
+    """The value after each observation, from a zero first state."""
+    memory = exit_criterion(name).init(jnp.zeros((BATCH, LENGTH, WIDTH)), VOCAB)
+    out = []
+    for seen in observations:
+        value, memory = MEASURE[name](memory, seen)
+        out.append(np.asarray(value))
+    return out
+
+
+def settled(name, value):
+    criterion = exit_criterion(name)
+    return np.asarray(criterion.is_settled(jnp.asarray(value), criterion.default_threshold))
+
+
+def changed(seen, **fields):
+    return dataclasses.replace(seen, **fields)
+
+
+# Huginn's values
+
+
+def iterated(model: MegaTransformer, tokens, state, num_steps):
+    """Every criterion's value after each iteration: {name: [iterations, B, T]}."""
+    config = model.config
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    rotary = rotary_table(positions, config.head_dim(config.width), config.positions.rotary_base)
+    context = LayerContext(AttentionMask(is_causal=True), rotary)
+    core = RecurrentCore(config, model.policy, Sharder(), "cpu", parent=None)
+    params = model.variables["params"]["core"]
+    injected = model.prelude(model.embedding(tokens, positions, True), context)
+    prepared = core.apply({"params": params}, injected, method="prepare")
+    memories = {n: c.init(state, config.vocab_size) for n, c in EXIT_CRITERIA.items()}
+    history = []
+    for _ in range(num_steps):
+        state = core.apply({"params": params}, state, prepared, context)
+        output = model.final_norm(model.coda(model.final_norm(state), context))
+        seen = Observation(state, model.embedding.logits(output))
+        measured = {n: c.measure(memories[n], seen) for n, c in EXIT_CRITERIA.items()}
+        memories = {name: memory for name, (_, memory) in measured.items()}
+        history.append({name: value for name, (value, _) in measured.items()})
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *history)
+
+
+@pytest.fixture(scope="module")
+def reference(huginn_fixture):
+    expected = np.load(huginn_fixture / "expected.npz")
+    config, params = load_huginn(huginn_fixture)
+    model = build_model(config, DTypePolicy(), Sharder(), "cpu")
+    tokens = jnp.asarray(expected["input_ids"], jnp.int32)
+    ours = model.apply(
+        {"params": jax.tree.map(jnp.asarray, params)},
+        tokens,
+        jnp.asarray(expected["initial_state"]),
+        16,
+        method=iterated,
+    )
+    return jax.device_get(ours), expected
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "fixed"])
+def test_values_are_huginns(reference, name):
+    ours, expected = reference
+    theirs = expected[f"exit_values_{name.replace('_', '-')}"]
+    # Huginn averages over positions what needs no logits, and reads the rest at the last one.
+    reduced = ours[name].mean(-1) if name in LATENT else ours[name][..., -1]
+    np.testing.assert_allclose(reduced, theirs, rtol=1e-5, atol=2e-5)
+
+
+def test_every_criterion_of_the_reference_is_compared(reference):
+    prefix = "exit_values_"
+    theirs = {n.removeprefix(prefix) for n in reference[1].files if n.startswith(prefix)}
+    assert {name.replace("-", "_") for name in theirs} == set(NAMES) - {"fixed"}
+
+
+# Values by their definition
+
+
+def test_latent_values_by_hand():
+    seen = observation()
+    first = changed(seen, latent=jnp.broadcast_to(jnp.array([3.0, 4.0] + [0.0] * 6), (2, 3, 8)))
+    second = changed(seen, latent=jnp.broadcast_to(jnp.array([6.0, 8.0] + [0.0] * 6), (2, 3, 8)))
+    third = changed(seen, latent=-second.latent)
+    _, doubled, turned = values("latent_diff", first, second, third)
+    np.testing.assert_allclose(doubled, 0.5, rtol=1e-6)
+    np.testing.assert_allclose(turned, 2.0, rtol=1e-6)
+    _, doubled, turned = values("cosine", first, second, third)
+    np.testing.assert_allclose(doubled, 0.0, atol=1e-12)
+    np.testing.assert_allclose(turned, 2.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", DISTRIBUTION)
+def test_distribution_values_equal_float64_formulas(name):
+    seen = [observation(seed) for seed in (1, 2)]
+    probs = [np.exp(np.asarray(one.logits, np.float64)) for one in seen]
+    probs = [p / p.sum(-1, keepdims=True) for p in probs]
+    if name == "entropy_diff":
+        entropies = [-(p * np.log(p)).sum(-1) for p in probs]
+        expected = [np.abs(entropies[0] - 100), np.abs(entropies[1] - entropies[0])]
+    else:
+        if name == "minp_kl":
+            probs = [np.where(p < MIN_P * p.max(-1, keepdims=True), 1 / VOCAB, p) for p in probs]
+            probs = [p / p.sum(-1, keepdims=True) for p in probs]
+        chain = [np.full(probs[0].shape, 1 / VOCAB), *probs]
+        pairs = itertools.pairwise(chain)
+        expected = [(p * np.log(p / q)).sum(-1) for p, q in pairs]
+    for ours, theirs in zip(values(name, *seen), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_argmax_stability_counts_and_starts_again():
+    one, other = (
+        Observation(
+            jnp.zeros((BATCH, LENGTH, WIDTH)), jnp.broadcast_to(row, (BATCH, LENGTH, VOCAB))
+        )
+        for row in jnp.eye(VOCAB)[:2]
+    )
+    counted = values("argmax_stability", one, one, one, other, other)
+    assert [value[0, 0] for value in counted] == [0, 1, 2, 0, 1]
+    criterion = exit_criterion("argmax_stability")
+    reached = [bool(criterion.is_settled(jnp.asarray(v), 2.0).all()) for v in counted]
+    assert reached == [False, False, True, False, False]
+
+
+# What holds for any state and output
+
+seeds = st.integers(0, 2**20)
+scales = st.floats(0.01, 50)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, scale=scales)
+def test_standing_still_is_zero_and_settles(seed, scale):
+    seen = observation(seed, scale)
+    for name in (*LATENT, *DISTRIBUTION):
+        _, again = values(name, seen, seen)
+        assert (again == 0).all(), name
+        assert settled(name, again).all(), name
+    assert settled("argmax_stability", values("argmax_stability", *[seen] * 6)[-1]).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, scale=scales)
+def test_divergences_and_distances_are_not_negative(seed, scale):
+    pair = observation(seed, scale), observation(seed + 1, scale)
+    close = changed(pair[0], logits=pair[0].logits + 1e-4, latent=pair[0].latent * (1 + 1e-6))
+    for name in (*LATENT, *DISTRIBUTION):
+        for value in values(name, *pair, pair[0], close):
+            assert (value >= 0).all(), name
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, scale=scales, shift=st.integers(-100, 100))
+def test_a_constant_on_all_logits_changes_nothing(seed, scale, shift):
+    pair = [observation(one, scale) for one in (seed, seed + 1)]
+    # So that adding a whole number does not round.
+    pair = [changed(seen, logits=jnp.round(seen.logits * 256) / 256) for seen in pair]
+    shifted = [changed(seen, logits=seen.logits + shift) for seen in pair]
+    for name in DISTRIBUTION:
+        for ours, theirs in zip(values(name, *pair), values(name, *shifted), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_token_does_not_depend_on_the_others(name):
+    first, second = observation(1), observation(2)
+    other = observation(3)
+    # All tokens but (1, 2) get other states and outputs.
+    is_kept = jnp.zeros((BATCH, LENGTH, 1), bool).at[1, 2].set(True)
+    mixed = [jax.tree.map(lambda a, b: jnp.where(is_kept, a, b), s, other) for s in (first, second)]
+    for alone, among in zip(values(name, first, second), values(name, *mixed), strict=True):
+        assert alone[1, 2] == among[1, 2]
+
+
+def test_near_convergence_kl_is_exact_enough_for_small_thresholds():
+    # A vocabulary of the size at which the rounding of log-probabilities reaches 1e-6.
+    keys = jax.random.split(jax.random.key(0), 2)
+    logits = jax.random.normal(keys[0], (1, 4, 65536))
+    moved = logits + 1e-3 * jax.random.normal(keys[1], logits.shape)
+    exact = [np.asarray(one, np.float64) for one in (logits, moved)]
+    exact = [one - np.log(np.exp(one).sum(-1, keepdims=True)) for one in exact]
+    expected = (np.exp(exact[0]) * (exact[0] - exact[1])).sum(-1)
+    criterion = exit_criterion("kl")
+    latent = jnp.zeros((1, 4, 1))
+    _, memory = criterion.measure(criterion.init(latent, 65536), Observation(latent, logits))
+    value, _ = criterion.measure(memory, Observation(latent, moved))
+    np.testing.assert_allclose(value, expected, atol=1e-7)
+
+
+# Inputs without a meaning
+
+
+@pytest.mark.parametrize("name", OUTPUT)
+def test_banned_tokens_make_no_nan(name):
+    seen, banned = observation(1), observation(2)
+    banned = changed(banned, logits=banned.logits.at[..., 4:].set(-jnp.inf))
+    kept = changed(banned, logits=banned.logits.at[..., :4].multiply(1.5))
+    measured = values(name, seen, banned, banned, kept, seen)
+    assert not np.isnan(measured).any()
+    assert np.isfinite(measured[2:4]).all()
+    if name in DISTRIBUTION:
+        assert (measured[2] == 0).all()
+    if name == "kl":
+        assert np.isposinf(measured[1]).all()  # What was possible became impossible.
+        assert np.isfinite(measured[4]).all()
+
+
+def test_kl_of_a_banned_token_that_was_already_as_good_as_impossible_is_finite():
+    far = observation().logits.at[..., 0].set(-500.0)
+    banned = far.at[..., 0].set(-jnp.inf)
+    latent = observation().latent
+    _, value = values("kl", Observation(latent, far), Observation(latent, banned))
+    assert (value == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "appears", "vanishes"), [("latent_diff", 1, np.inf), ("cosine", 1, 1)]
+)
+def test_zero_states_have_values(name, appears, vanishes):
+    some = observation()
+    zero = changed(some, latent=jnp.zeros_like(some.latent))
+    still, up, down = values(name, zero, some, zero)
+    assert (still == 0).all()
+    np.testing.assert_allclose(up, appears, rtol=1e-6)
+    np.testing.assert_allclose(down, vanishes, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_diverged_model_never_settles(name, bad):
+    seen = jax.tree.map(lambda leaf: jnp.full_like(leaf, bad), observation())
+    for value in values(name, *[seen] * 7):
+        assert not settled(name, value).any()
+
+
+@pytest.mark.parametrize("name", LATENT)
+def test_states_too_large_to_square_do_not_count_as_zero(name):
+    first, second = observation(1), observation(2)
+    huge = [changed(seen, latent=seen.latent * 1e30) for seen in (first, second)]
+    assert not settled(name, values(name, *huge)[1]).any()
+
+
+def test_no_distribution_at_all_never_settles():
+    seen = observation()
+    empty = changed(seen, logits=jnp.full_like(seen.logits, -jnp.inf))
+    for name in OUTPUT:
+        for value in values(name, *[empty] * 7):
+            assert not settled(name, value).any(), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_iteration_settles_no_token_that_moved(name):
+    assert not settled(name, values(name, observation())[0]).any()
+
+
+def test_fixed_ignores_every_threshold():
+    value = values("fixed", observation())[0]
+    for threshold in (0.0, 1e30, np.inf):
+        assert not exit_criterion("fixed").is_settled(jnp.asarray(value), float(threshold)).any()
+
+
+# Interface
+
+
+def test_thresholds_may_differ_by_row():
+    value = jnp.array([[0.1, 0.3, 0.5], [0.1, 0.3, 0.5]])
+    thresholds = jnp.array([0.2, 0.4])
+    below = exit_criterion("kl").is_settled(value, thresholds)
+    np.testing.assert_array_equal(below, [[True, False, False], [True, True, False]])
+    reached = exit_criterion("argmax_stability").is_settled(value, thresholds)
+    np.testing.assert_array_equal(reached, [[False, True, True], [False, False, True]])
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def steps_until_settled(name, state, head, threshold):
+    """A core that halves the way to a point, iterated until every token has settled."""
+    criterion = exit_criterion(name)
+
+    def go_on(carry):
+        step, _, _, done, _ = carry
+        return (step < 20) & ~jnp.all(done)
+
+    def iterate(carry):
+        step, state, memory, done, steps = carry
+        state = 0.5 * state + 0.5
+        logits = state @ head if criterion.needs_logits else None
+        value, memory = criterion.measure(memory, Observation(state, logits))
+        steps = jnp.where(done, steps, step + 1)
+        return step + 1, state, memory, done | criterion.is_settled(value, threshold), steps
+
+    done = jnp.zeros(state.shape[:2], bool)
+    memory = criterion.init(state, head.shape[1])
+    first = jnp.int32(0), state, memory, done, jnp.zeros(done.shape, jnp.int32)
+    return jax.lax.while_loop(go_on, iterate, first)[-1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_carried_by_a_loop_and_not_recompiled_for_a_threshold(name):
+    first = observation(4)
+    head = jax.random.normal(jax.random.key(9), (WIDTH, VOCAB))
+    default = exit_criterion(name).default_threshold
+    steps_until_settled.clear_cache()
+    steps = [
+        np.asarray(steps_until_settled(name, first.latent, head, jnp.float32(factor * default)))
+        for factor in (1.0, 3.0)
+    ]
+    assert steps_until_settled._cache_size() == 1
+    if name == "fixed":
+        assert (np.stack(steps) == 20).all()
+        return
+    assert (steps[0] < 20).all()
+    # A stricter count of kept argmaxes takes longer, a looser bound less.
+    longer, shorter = steps[::-1] if name == "argmax_stability" else steps
+    assert (longer >= shorter).all() and (longer > shorter).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_is_per_token_and_keeps_its_types(name):
+    criterion = exit_criterion(name)
+    seen = observation()
+    # bfloat16, as activations are on accelerators; values stay float32.
+    seen = changed(seen, latent=seen.latent.astype(jnp.bfloat16))
+    memory = criterion.init(jnp.zeros_like(seen.latent), VOCAB)
+    value, after = criterion.measure(memory, seen)
+    assert value.shape == (BATCH, LENGTH) and value.dtype == jnp.float32
+    assert jax.tree.structure(memory) == jax.tree.structure(after)
+    for before, now in zip(jax.tree.leaves(memory), jax.tree.leaves(after), strict=True):
+        assert before.shape[:2] == (BATCH, LENGTH)
+        assert (before.shape, before.dtype) == (now.shape, now.dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_needed_by_those_that_say_so(name):
+    criterion = exit_criterion(name)
+    without = changed(observation(), logits=None)
+    memory = criterion.init(without.latent, VOCAB)
+    assert criterion.needs_logits == (name in OUTPUT)
+    if criterion.needs_logits:
+        with pytest.raises(ValueError, match="has no logits"):
+            criterion.measure(memory, without)
+    else:
+        criterion.measure(memory, without)
+
+
+def test_unknown_names_list_the_known():
+    assert tuple(EXIT_CRITERIA) == NAMES
+    with pytest.raises(UserError, match=r"'entropy'; choose one of fixed, latent_diff, .*kl") as e:
+        exit_criterion("entropy")
+    assert all(name in str(e.value) for name in NAMES)
