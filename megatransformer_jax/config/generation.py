@@ -3,8 +3,9 @@
 On the command line of `experiments.generate` every option has a short name, see `flag_name`.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from megatransformer_jax.config.generation_depth import CacheConfig, DepthConfig
 from megatransformer_jax.config.generation_sampling import SamplingConfig, check_texts
@@ -120,7 +121,7 @@ class GenerationConfig:
 
     @rule("beam", "speculative", "parallel")
     def _sections_belong_to_strategies(self) -> None:
-        """At its defaults unless strategy has the name of the section."""
+        """At its defaults unless strategy is the section's name."""
         for name in ("beam", "speculative", "parallel"):
             if self.strategy != name:
                 self._require_defaults(
@@ -236,10 +237,8 @@ class GenerationConfig:
         self, section_name: str, names: Sequence[str], fix: str, because: str | None = None
     ) -> None:
         because = because or f"with strategy={self.strategy!r}"
-        try:
+        with _errors_below(section_name):
             require_defaults(getattr(self, section_name), names, because, fix)
-        except ConfigError as error:
-            raise error.below(section_name) from None
 
 
 def for_model(config: GenerationConfig, trained_depth: int | None) -> GenerationConfig:
@@ -255,9 +254,9 @@ def for_model(config: GenerationConfig, trained_depth: int | None) -> Generation
     if trained_depth is not None:
         if config.depth.depth is not None:
             return config
-        return dataclasses.replace(
-            config, depth=dataclasses.replace(config.depth, depth=trained_depth)
-        )
+        with _errors_below("depth"):
+            depth = dataclasses.replace(config.depth, depth=trained_depth)
+        return dataclasses.replace(config, depth=depth)
     if config.strategy in ("speculative", "parallel"):
         raise ConfigError(
             "strategy",
@@ -268,15 +267,13 @@ def for_model(config: GenerationConfig, trained_depth: int | None) -> Generation
         "cache": ("slots", "sharing", "exited_reads"),
     }
     for section_name, names in core_options.items():
-        try:
+        with _errors_below(section_name):
             require_defaults(
                 getattr(config, section_name),
                 names,
                 "by this model, which has no recurrent core",
                 "use a recurrent model",
             )
-        except ConfigError as error:
-            raise error.below(section_name) from None
     return config
 
 
@@ -284,3 +281,12 @@ def flag_name(path: str) -> str:
     """The option's name on the command line: its own, with `cache_` before those of the cache."""
     section_name, _, name = path.rpartition(".")
     return f"cache_{name}" if section_name == "cache" else name
+
+
+@contextlib.contextmanager
+def _errors_below(section_name: str) -> Iterator[None]:
+    """Errors about a section's option name the section too."""
+    try:
+        yield
+    except ConfigError as error:
+        raise error.below(section_name) from None

@@ -14,7 +14,7 @@ from megatransformer_jax.config.option import (
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """What is done to the scores of the next token, in this order: penalties, bans, cuts."""
+    """What is done to the scores of the next token before one is chosen."""
 
     temperature: float = option(
         1.0,

@@ -5,8 +5,9 @@ Command: python -m megatransformer_jax.config.options_page [docs/options.md]
 
 import pathlib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 
+from megatransformer_jax.config.generation import GenerationConfig, flag_name
 from megatransformer_jax.config.option import type_name
 from megatransformer_jax.config.presets import preset_names
 from megatransformer_jax.config.run import RunConfig
@@ -17,9 +18,10 @@ _HEADER = """\
 
 <!-- Made by `python -m megatransformer_jax.config.options_page`; do not edit. -->
 
-Every option of a run. Set one on the command line as `--config.PATH=VALUE`, in a Python experiment
-or a YAML or JSON file by its nested name. What is given later wins: default, preset, experiment
-file, command line. Unknown names, wrong types and values that break a check are errors.
+Every option of a run, and below those of [generation](#generation). Set one of a run on the command
+line as `--config.PATH=VALUE`, in a Python experiment or a YAML or JSON file by its nested name.
+What is given later wins: default, preset, experiment file, command line. Unknown names, wrong types
+and values that break a check are errors.
 
 On the command line, `None` unsets an option that allows it. Items of a tuple are separated by
 commas (`--config.evaluation.final_depths=1,2,4`); items that hold commas need a Python list
@@ -29,33 +31,57 @@ in full: `1000`, not `1e3`.
 Presets (`--config.preset=NAME`): {presets}.
 """
 
+_GENERATION = """\
+How a trained model continues prompts, as options of `python -m experiments.generate`; in
+`GenerationConfig` they have the same names, those of the cache without `cache_`. The command's own
+options, such as `--prompt`, are in its `--help`. An option that another one leaves without effect
+is an error, not ignored.
+"""
+
 _TABLE = "| Option | Type | Default | Meaning | Check |\n| --- | --- | --- | --- | --- |"
 
 
 def options_page() -> str:
     """The page as Markdown."""
-    options = list(options_of(RunConfig))
-    parts = [_HEADER.format(presets=", ".join(f"`{name}`" for name in preset_names()))]
-    parts.append(_section("The run", "", [], options))
-    rules = section_rules(RunConfig)
-    for path, section_class, meaning in sections_of(RunConfig):
+    header = _HEADER.format(presets=", ".join(f"`{name}`" for name in preset_names()))
+    run = _tables(RunConfig, "The run", "`{}`", lambda path: path)
+    generation = _tables(
+        GenerationConfig,
+        f"Generation\n\n{_GENERATION.strip()}",
+        "Generation: {}",
+        lambda path: f"--{flag_name(path)}",
+    )
+    return "\n".join([header, *run, *generation])
+
+
+def _tables(
+    config_class: type, title: str, section_title: str, shown: Callable[[str], str]
+) -> Iterator[str]:
+    """The class's own options, then each section; `shown` makes an option's name of its path."""
+    options = list(options_of(config_class))
+    rules = section_rules(config_class)
+
+    def table(heading: str, path: str, notes: list[str]) -> str:
+        rows = [
+            _row(option, shown(option.path))
+            for option in options
+            if option.path.rpartition(".")[0] == path
+        ]
+        return "\n".join([f"## {heading}\n", *(f"{note}\n" for note in notes), _TABLE, *rows, ""])
+
+    yield table(title, "", [])
+    for path, section_class, meaning in sections_of(config_class):
         doc = " ".join((section_class.__doc__ or meaning).split())
         notes = [doc, *(f"The whole section: {rule}" for rule in rules.get(path, []))]
-        parts.append(_section(f"`{path}`", path, notes, options))
-    return "\n".join(parts)
+        yield table(section_title.format(path), path, notes)
 
 
-def _section(title: str, path: str, notes: list[str], options: Iterable[Option]) -> str:
-    rows = [_row(option) for option in options if option.path.rpartition(".")[0] == path]
-    return "\n".join([f"## {title}\n", *(f"{note}\n" for note in notes), _TABLE, *rows, ""])
-
-
-def _row(option: Option) -> str:
+def _row(option: Option, name: str) -> str:
     check = option.check.describe()
     checks = [f"{check[0].upper()}{check[1:]}."] if check else []
     checks += option.rules
     cells = (
-        f"`{option.path}`",
+        f"`{name}`",
         type_name(option.declared),
         f"`{option.default!r}`",
         option.meaning,

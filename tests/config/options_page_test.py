@@ -1,5 +1,6 @@
 import pathlib
 
+from megatransformer_jax.config.generation import GenerationConfig, flag_name
 from megatransformer_jax.config.options_page import options_page
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.schema import options_of
@@ -14,10 +15,11 @@ def test_the_page_in_docs_is_current(repository: pathlib.Path) -> None:
 
 def test_every_option_has_a_row_with_its_meaning() -> None:
     rows = [line for line in options_page().splitlines() if line.startswith("| `")]
-    options = list(options_of(RunConfig))
-    assert len(rows) == len(options)
-    for row, option in zip(rows, options, strict=True):
-        assert row.startswith(f"| `{option.path}` |")
+    named = [(option.path, option) for option in options_of(RunConfig)]
+    named += [(f"--{flag_name(option.path)}", option) for option in options_of(GenerationConfig)]
+    assert len(rows) == len(named)
+    for row, (name, option) in zip(rows, named, strict=True):
+        assert row.startswith(f"| `{name}` |")
         assert option.meaning and option.meaning in row
 
 

@@ -1,0 +1,257 @@
+"""Options of generation: defaults, bounds, and every rule that ties options together."""
+
+import dataclasses
+import traceback
+from typing import Any
+
+import pytest
+
+from megatransformer_jax.config.generation import (
+    BeamConfig,
+    GenerationConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+    flag_name,
+    for_model,
+)
+from megatransformer_jax.config.generation_depth import EXIT_CRITERIA, CacheConfig, DepthConfig
+from megatransformer_jax.config.generation_sampling import SamplingConfig
+from megatransformer_jax.config.option import ConfigError, rules_of
+from megatransformer_jax.config.schema import options_of, section_rules, sections_of
+from megatransformer_jax.models import exit_criteria
+
+COLD = SamplingConfig(temperature=0.0)
+
+# The rule, the class, what is given, the path in the error.
+BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
+    ("_exit_options_need_a_criterion", DepthConfig, {"exit_threshold": 0.1}, "exit_threshold"),
+    ("_exit_options_need_a_criterion", DepthConfig, {"min_depth": 2}, "min_depth"),
+    (
+        "_least_depth_is_not_above_depth",
+        DepthConfig,
+        {"exit_criterion": "kl", "depth": 3, "min_depth": 4},
+        "min_depth",
+    ),
+    ("_sharing_needs_slots", CacheConfig, {"sharing": "last"}, "sharing"),
+    ("_anchor_needs_two_slots", CacheConfig, {"sharing": "anchor", "slots": 1}, "sharing"),
+    *(
+        ("_cuts_need_draws", SamplingConfig, {"temperature": 0, name: value}, name)
+        for name, value in (("top_k", 5), ("top_p", 0.9), ("min_p", 0.1), ("typical_p", 0.9))
+    ),
+    ("_words_have_text", SamplingConfig, {"banned_words": ("a", "")}, "banned_words"),
+    ("_words_have_text", SamplingConfig, {"forced_words": ("",)}, "forced_words"),
+    (
+        "_no_word_is_banned_and_forced",
+        SamplingConfig,
+        {"banned_words": ("at",), "forced_words": ("cat",)},
+        "forced_words",
+    ),
+    (
+        "_sections_belong_to_strategies",
+        GenerationConfig,
+        {"beam": BeamConfig(num_beams=2)},
+        "beam.num_beams",
+    ),
+    (
+        "_sections_belong_to_strategies",
+        GenerationConfig,
+        {"strategy": "parallel", "speculative": SpeculativeConfig(draft_length=2)},
+        "speculative.draft_length",
+    ),
+    (
+        "_sections_belong_to_strategies",
+        GenerationConfig,
+        {"strategy": "greedy", "parallel": ParallelConfig(max_wavefront=2)},
+        "parallel.max_wavefront",
+    ),
+    *(
+        (
+            "_draws_need_a_strategy_that_draws",
+            GenerationConfig,
+            {"strategy": strategy, "sampling": SamplingConfig(**{name: value})},
+            f"sampling.{name}",
+        )
+        for strategy in ("greedy", "beam")
+        for name, value in (("temperature", 0.7), ("top_k", 5), ("min_p", 0.1))
+    ),
+    ("_sampling_draws", GenerationConfig, {"sampling": COLD}, "sampling.temperature"),
+    *(
+        (
+            "_parallel_knows_no_history",
+            GenerationConfig,
+            {"strategy": "parallel", "sampling": SamplingConfig(**{name: value})},
+            f"sampling.{name}",
+        )
+        for name, value in (("repetition_penalty", 1.1), ("forced_words", ("a",)))
+    ),
+    *(
+        (
+            "_fixed_depth_for_many_tokens_at_once",
+            GenerationConfig,
+            {"strategy": strategy, "depth": depth},
+            path,
+        )
+        for strategy in ("speculative", "parallel")
+        for depth, path in (
+            (DepthConfig(exit_criterion="kl"), "depth.exit_criterion"),
+            (DepthConfig(warm_start=True), "depth.warm_start"),
+        )
+    ),
+    ("_samples_differ", GenerationConfig, {"strategy": "greedy", "num_samples": 2}, "num_samples"),
+    ("_samples_differ", GenerationConfig, {"strategy": "beam", "num_samples": 5}, "num_samples"),
+    (
+        "_samples_differ",
+        GenerationConfig,
+        {"strategy": "speculative", "sampling": COLD, "num_samples": 2},
+        "num_samples",
+    ),
+    ("_stops_have_text", GenerationConfig, {"stop": ("",)}, "stop"),
+    (
+        "_slots_fit_the_depth",
+        GenerationConfig,
+        {"depth": DepthConfig(depth=4), "cache": CacheConfig(slots=5)},
+        "cache.slots",
+    ),
+    (
+        "_exited_reads_need_exits",
+        GenerationConfig,
+        {"cache": CacheConfig(exited_reads="skip")},
+        "cache.exited_reads",
+    ),
+    (
+        "_new_tokens_fit_the_cache",
+        GenerationConfig,
+        {"max_new_tokens": 64, "cache": CacheConfig(capacity=64)},
+        "cache.capacity",
+    ),
+    (
+        "_drafts_are_shallower",
+        GenerationConfig,
+        {"strategy": "speculative", "depth": DepthConfig(depth=2)},
+        "speculative.draft_depth",
+    ),
+    (
+        "_rounds_fit_the_depth",
+        GenerationConfig,
+        {"strategy": "parallel", "depth": DepthConfig(depth=3)},
+        "parallel.iterations_per_round",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "config_class", "values", "path"),
+    BROKEN,
+    ids=[f"{index}-{name}" for index, (name, *_) in enumerate(BROKEN)],
+)
+def test_a_broken_rule_names_the_option(
+    name: str, config_class: type, values: dict[str, Any], path: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        config_class(**values)
+    assert caught.value.path == path
+    frames = [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert name in frames
+
+
+def test_every_rule_has_a_case_and_says_what_it_wants() -> None:
+    owners = [("", GenerationConfig)]
+    owners += [(f"{path}.", owner) for path, owner, _ in sections_of(GenerationConfig)]
+    known = {option.path for option in options_of(GenerationConfig)}
+    known |= set(section_rules(GenerationConfig))
+    declared = set()
+    for prefix, owner in owners:
+        for check in rules_of(owner):
+            declared.add(check.__name__)
+            assert check.__doc__
+            assert {prefix + path for path in check.rule_paths} <= known  # type: ignore[attr-defined]
+    assert declared == {name for name, *_ in BROKEN}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "values", "allowed"),
+    [
+        (SamplingConfig, {"top_p": 0.0}, "above 0 and at most 1"),
+        (SamplingConfig, {"top_p": 1.1}, "above 0 and at most 1"),
+        (SamplingConfig, {"min_p": 2.0}, "above 0 and at most 1"),
+        (SamplingConfig, {"typical_p": 0.0}, "above 0 and at most 1"),
+        (SamplingConfig, {"temperature": -0.1}, "at least 0"),
+        (SamplingConfig, {"top_k": 0}, "at least 1"),
+        (SamplingConfig, {"repetition_penalty": 0.0}, "above 0"),
+        (DepthConfig, {"depth": 0}, "at least 1"),
+        (DepthConfig, {"exit_criterion": "entropy"}, "one of 'fixed', 'latent_diff', 'cosine'"),
+        (GenerationConfig, {"strategy": "nucleus"}, "one of 'greedy', 'sample', 'beam'"),
+        (GenerationConfig, {"max_new_tokens": 0}, "at least 1"),
+    ],
+)
+def test_a_value_out_of_range_names_what_is_allowed(
+    config_class: type, values: dict[str, Any], allowed: str
+) -> None:
+    with pytest.raises(ConfigError, match=allowed):
+        config_class(**values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"strategy": "beam", "num_samples": 4, "beam": BeamConfig(early_stopping=True)},
+        {"strategy": "greedy", "sampling": SamplingConfig(repetition_penalty=1.2)},
+        {"strategy": "speculative", "sampling": COLD, "depth": DepthConfig(depth=3)},
+        {"strategy": "parallel", "sampling": SamplingConfig(top_p=1.0)},
+        {
+            "depth": DepthConfig(exit_criterion="kl", depth=4, min_depth=4),
+            "cache": CacheConfig(slots=4, sharing="anchor", exited_reads="skip"),
+        },
+        {"max_new_tokens": 63, "cache": CacheConfig(capacity=64)},
+        {"cache": CacheConfig(slots=1, sharing="last"), "depth": DepthConfig(warm_start=True)},
+    ],
+)
+def test_what_goes_together_is_accepted(values: dict[str, Any]) -> None:
+    GenerationConfig(**values)
+
+
+def test_the_defaults_draw_from_the_models_own_distribution() -> None:
+    config = GenerationConfig()
+    assert (config.strategy, config.sampling.temperature) == ("sample", 1.0)
+    neutral = {None, 1.0, 0.0, ()}
+    assert set(dataclasses.asdict(config.sampling).values()) <= neutral
+    assert not config.is_deterministic
+    assert GenerationConfig(strategy="parallel", sampling=COLD).is_deterministic
+
+
+def test_the_exit_criteria_are_those_of_the_models() -> None:
+    assert tuple(exit_criteria.EXIT_CRITERIA) == EXIT_CRITERIA
+
+
+def test_short_names_are_unique() -> None:
+    names = [flag_name(option.path) for option in options_of(GenerationConfig)]
+    assert len(set(names)) == len(names)
+    assert {"depth", "top_p", "exit_criterion", "cache_slots", "num_beams", "stop"} <= set(names)
+
+
+def test_the_depth_of_a_model_is_filled_in_and_checked() -> None:
+    assert for_model(GenerationConfig(), 8).depth.depth == 8
+    own = GenerationConfig(depth=DepthConfig(depth=3))
+    assert for_model(own, 8) == own
+    with pytest.raises(ConfigError, match=r"cache\.slots: 9 exceeds depth=8"):
+        for_model(GenerationConfig(cache=CacheConfig(slots=9)), 8)
+    with pytest.raises(ConfigError, match=r"depth\.min_depth: 9 exceeds depth=8"):
+        for_model(GenerationConfig(depth=DepthConfig(exit_criterion="kl", min_depth=9)), 8)
+
+
+@pytest.mark.parametrize(
+    ("values", "path"),
+    [
+        ({"depth": DepthConfig(depth=2)}, "depth.depth"),
+        ({"depth": DepthConfig(exit_criterion="kl")}, "depth.exit_criterion"),
+        ({"cache": CacheConfig(slots=2)}, "cache.slots"),
+        ({"strategy": "speculative"}, "strategy"),
+    ],
+)
+def test_a_model_without_a_core_takes_no_options_of_the_core(
+    values: dict[str, Any], path: str
+) -> None:
+    assert for_model(GenerationConfig(), None) == GenerationConfig()
+    with pytest.raises(ConfigError) as caught:
+        for_model(GenerationConfig(**values), None)
+    assert caught.value.path == path
