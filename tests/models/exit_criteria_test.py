@@ -289,6 +289,15 @@ def test_no_distribution_at_all_never_settles():
             assert not settled(name, value).any(), name
 
 
+def test_an_argmax_after_none_was_not_kept():
+    seen = observation()
+    first = changed(seen, logits=jnp.zeros_like(seen.logits).at[..., 0].set(1.0))
+    for bad in (jnp.nan, -jnp.inf):
+        none = changed(seen, logits=jnp.full_like(seen.logits, bad))
+        counted = values("argmax_stability", first, first, none, first, first)
+        assert [value[0, 0] for value in counted] == [0, 1, 0, 0, 1]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_first_iteration_settles_no_token_that_moved(name):
     assert not settled(name, values(name, observation())[0]).any()
