@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatransformer_jax.checkpoints.huginn import load_huginn
+from megatransformer_jax.config import generation_depth
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.models.core import RecurrentCore
 from megatransformer_jax.models.exit_criteria import (
@@ -392,8 +393,11 @@ def test_logits_are_needed_by_those_that_say_so(name):
         criterion.measure(memory, without)
 
 
+def test_the_configuration_offers_every_criterion():
+    assert tuple(EXIT_CRITERIA) == generation_depth.EXIT_CRITERIA == NAMES
+
+
 def test_unknown_names_list_the_known():
-    assert tuple(EXIT_CRITERIA) == NAMES
     with pytest.raises(UserError, match=r"'entropy'; choose one of fixed, latent_diff, .*kl") as e:
         exit_criterion("entropy")
     assert all(name in str(e.value) for name in NAMES)
