@@ -59,6 +59,14 @@ class Tokenizer(typing.Protocol):
         """Text of the ids; special tokens are left out."""
         ...
 
+    def piece_bytes(self, token: int) -> bytes:
+        """UTF-8 bytes that the id stands for; none for a special token.
+
+        Joined, those of several ids are the bytes of their text, except that `decode` writes U+FFFD
+        for bytes that are no text.
+        """
+        ...
+
     def digest(self) -> str:
         """Hexadecimal hash that two tokenizers share only if they are the same."""
         ...
@@ -84,6 +92,11 @@ class BytesTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Bytes that are no UTF-8, as a sampler may write, become U+FFFD."""
         return bytes(token - 3 for token in map(int, ids) if token >= 3).decode("utf-8", "replace")
+
+    def piece_bytes(self, token: int) -> bytes:
+        """One byte."""
+        _check_id(token, self.vocab_size)
+        return bytes([token - 3]) if token >= 3 else b""
 
     def digest(self) -> str:
         """The same for all, as there is nothing to choose."""
@@ -152,9 +165,30 @@ class SentencePieceTokenizer:
         """Text of the pieces."""
         return self._processor.decode([int(token) for token in ids])
 
+    def piece_bytes(self, token: int) -> bytes:
+        """The piece's text, or its byte.
+
+        A model with a dummy prefix has a blank before its first piece that `decode` drops.
+        """
+        _check_id(token, self.vocab_size)
+        processor = self._processor
+        if processor.is_control(token):
+            return b""
+        if processor.is_unknown(token):
+            return processor.decode([token]).encode("utf-8")
+        piece = processor.id_to_piece(token)
+        if processor.is_byte(token):  # written <0x0A>
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace("\u2581", " ").encode("utf-8")
+
     def digest(self) -> str:
         """SHA-256 of the model file."""
         return hashlib.sha256(self.model).hexdigest()
+
+
+def _check_id(token: int, vocab_size: int) -> None:
+    if not 0 <= token < vocab_size:
+        raise ValueError(f"{token} is no id of this tokenizer; it has 0 to {vocab_size - 1}.")
 
 
 def build_tokenizer(

@@ -55,6 +55,32 @@ def test_special_tokens_decode_to_nothing(trained: SentencePieceTokenizer):
         assert tokenizer.decode(special) == "a b"
 
 
+@given(st.data())
+def test_the_bytes_of_pieces_make_up_the_text(trained: SentencePieceTokenizer, data: st.DataObject):
+    for tokenizer in (trained, BytesTokenizer()):
+        ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
+        content = b"".join(tokenizer.piece_bytes(token) for token in ids)
+        # How many replacement characters bad bytes become differs between decoders.
+        ours, theirs = content.decode("utf-8", "replace"), tokenizer.decode(ids)
+        assert ours.split("\ufffd")[0] == theirs.split("\ufffd")[0]
+        assert [part for part in ours.split("\ufffd") if part] == [
+            part for part in theirs.split("\ufffd") if part
+        ]
+
+
+def test_bytes_of_single_pieces(trained: SentencePieceTokenizer):
+    for tokenizer in (trained, BytesTokenizer()):
+        for token in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id):
+            assert tokenizer.piece_bytes(token) == b""
+        for text in ("\n", " ", "é"):
+            pieces = map(tokenizer.piece_bytes, tokenizer.encode(text))
+            assert b"".join(pieces) == text.encode()
+        for token in (-1, tokenizer.vocab_size):
+            with pytest.raises(ValueError, match=f"{token} is no id of this tokenizer; it has 0 t"):
+                tokenizer.piece_bytes(token)
+    assert trained.piece_bytes(trained.encode(" the")[0]).startswith(b" ")
+
+
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_training_is_deterministic(model_type: str):
     config = dataclasses.replace(SMALL, model_type=model_type)

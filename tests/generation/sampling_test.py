@@ -31,6 +31,9 @@ class Letters:
     def decode(self, ids):
         return "".join(chr(i - 3 + ord("a")) for i in ids if i > 2)
 
+    def piece_bytes(self, token):
+        return self.decode([token]).encode()
+
 
 @pytest.fixture(scope="module")
 def model_and_params():
