@@ -1,209 +1,247 @@
-"""Huginn checkpoints (config.json and model.safetensors) to our parameters and back.
+"""Folders of Huginn checkpoints: config.json and safetensors, read and written.
 
-Source: seal-rg/recurrent-pretraining, `raven_modeling_minimal.py`. Only names and layouts differ;
-no value is computed, so importing and then exporting gives the same bytes.
+Source: seal-rg/recurrent-pretraining and tomg-group-umd/huginn-0125 (arXiv 2502.05171).
 """
 
-import json
+import contextlib
+import os
 import pathlib
-from collections.abc import Callable
-from typing import Any
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
+from absl import logging
 
-from megatransformer_jax.config.model import (
-    AttentionConfig,
-    InitConfig,
-    MlpConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-    RecurrenceConfig,
+from megatransformer_jax.checkpoints.huginn_config import (
+    HuginnFormatError,
+    config_from_huginn,
+    config_to_huginn,
+    dropped_options,
 )
+from megatransformer_jax.checkpoints.huginn_tensors import (
+    ROTARY_TABLE,
+    iterate_huginn,
+    params_from_huginn,
+    params_to_huginn,
+    rotary_table,
+)
+from megatransformer_jax.checkpoints.safetensors_files import (
+    INDEX_FILE,
+    SafetensorsReader,
+    write_json,
+    write_safetensors,
+)
+from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.value_files import read_values
 
-# Ours to upstream's, inside one layer.
-_NORMS = {
-    "attention_norm_in": "norm_1",
-    "attention_norm_out": "norm_2",
-    "mlp_norm_in": "norm_3",
-    "mlp_norm_out": "norm_4",
-}
-_STATE_INIT = {"like-init": "like_init", "normal": "normal", "zero": "zero", "unit": "unit"}
-# What the importer can represent; any other value would change the computation silently.
-_REQUIRED = {
-    "block_class_name": "SandwichBlock",
-    "norm_class_name": "RMSNorm_llama",
-    "mlp_class_name": "GatedMLP",
-    "nonlin_name": "SiLU",
-    "sampling_scheme": "poisson-lognormal-filling",
-    "init_strategy": "takase",
-    "injection_type": "linear",
-    "tie_embeddings": True,
-    "bias": False,
-}
+__all__ = [
+    "HuginnFormatError",
+    "config_from_huginn",
+    "config_to_huginn",
+    "load_huginn",
+    "params_from_huginn",
+    "params_to_huginn",
+    "save_huginn",
+]
+
+CONFIG_FILE = "config.json"
+# Special ids; upstream's config class does not accept them in config.json.
+GENERATION_FILE = "generation_config.json"
+GIBIBYTE = 2**30
+DEFAULT_SHARD_BYTES = 5 * GIBIBYTE
+
+# What the weights may be stored as: the format's name to NumPy's. All fit into float32 exactly.
+_FLOAT_TYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+WEIGHT_TYPES = tuple(_FLOAT_TYPES.values())
+
+# What an older export in the same place may consist of.
+_OWN_FILES = (CONFIG_FILE, GENERATION_FILE, INDEX_FILE, "*.safetensors", "tokenizer.model")
 
 
-class HuginnFormatError(UserError):
-    """A folder that is not a Huginn checkpoint which we can represent exactly."""
+def load_huginn(
+    folder: str | os.PathLike[str],
+    *,
+    param_dtype: Literal["float32", "stored"] = "float32",
+    place: Callable[[np.ndarray], Any] = np.ascontiguousarray,
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads a checkpoint folder, tensor by tensor.
 
-
-def load_huginn(folder: str | pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
-    """Reads a checkpoint folder.
+    Args:
+      folder: has config.json and the weights: model.safetensors, or shards with an index.
+      param_dtype: 'float32', the type of parameters in this package: 16-bit weights are converted,
+        which is exact, and the log says so. 'stored': every parameter keeps the type it has in the
+        file, which takes half the memory for bfloat16.
+      place: puts a parameter where it is to be, such as on a device. With the default they stay
+        NumPy arrays.
 
     Returns:
-      The architecture and the parameters, in the tree of `init_params`, as float32 NumPy arrays.
+      The architecture and the parameters, in the tree of `init_params`.
 
     Raises:
-      HuginnFormatError: missing files or tensors, unknown tensors, or an unsupported config value.
+      WeightsFileError: missing, damaged or contradictory files.
+      HuginnFormatError: missing or unknown tensors or config keys, unsupported values.
     """
     folder = pathlib.Path(folder)
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise HuginnFormatError(f"{folder / name} does not exist; name a folder that has it.")
-    config = config_from_huginn(json.loads((folder / "config.json").read_text()))
-    return config, params_from_huginn(load_file(folder / "model.safetensors"), config)
-
-
-def config_from_huginn(values: dict[str, Any]) -> ModelConfig:
-    """Translates a Huginn config.json.
-
-    Raises:
-      HuginnFormatError: for a value whose computation this package does not have.
-    """
-    for name, wanted in _REQUIRED.items():
-        if values.get(name, wanted) != wanted:
-            raise HuginnFormatError(f"config.json: {name} is {values[name]!r}, not {wanted!r}.")
-    if values["state_init"] not in _STATE_INIT:
-        known = ", ".join(_STATE_INIT)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
         raise HuginnFormatError(
-            f"config.json: state_init is {values['state_init']!r}; known: {known}."
+            f"{path} does not exist; name a folder that has it beside the weights."
         )
-    return ModelConfig(
-        vocab_size=values["padded_vocab_size"],
-        width=values["n_embd"],
-        max_length=values["block_size"],
-        prelude_layers=values["n_layers_in_prelude"],
-        core_layers=values["n_layers_in_recurrent_block"],
-        coda_layers=values["n_layers_in_coda"],
-        tie_embeddings=True,
-        scale_embeddings=True,
-        attention=AttentionConfig(
-            num_heads=values["num_attention_heads"],
-            num_kv_heads=values["num_key_value_heads"],
-            qk_bias=values["qk_bias"],
-        ),
-        positions=PositionConfig(
-            rotary_base=float(values["rope_base"]), rotary_convention="interleaved"
-        ),
-        norm=NormConfig(placement="sandwich", eps=values["norm_eps"]),
-        mlp=MlpConfig(hidden_width=values["intermediate_size"]),
-        init=InitConfig(scheme="takase"),
-        recurrence=RecurrenceConfig(
-            adapter="linear",
-            state_init=_STATE_INIT[values["state_init"]],
-            mean_steps=values["mean_recurrence"],
-            backprop_depth=values["mean_backprop_depth"],
-        ),
-    )
+    config = config_from_huginn(read_values(path), str(path))
+    tensors = SafetensorsReader(folder)
+    _check_types(tensors, folder)
+    if param_dtype == "float32":
+        _log_conversion(tensors, folder)
+
+    def convert_and_place(tensor: np.ndarray) -> Any:
+        return place(np.asarray(tensor, np.float32) if param_dtype == "float32" else tensor)
+
+    try:
+        return config, params_from_huginn(tensors, config, convert_and_place)
+    except HuginnFormatError as error:
+        raise HuginnFormatError(f"{folder}: {error}") from error
 
 
-def params_from_huginn(tensors: dict[str, np.ndarray], config: ModelConfig) -> dict[str, Any]:
-    """Our parameter tree from upstream's tensors.
+def save_huginn(
+    folder: str | os.PathLike[str],
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+    dtype: str | None = None,
+    with_rotary_table: bool = False,
+    special_ids: Mapping[str, int] | None = None,
+    tokenizer_model: bytes | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint folder, which appears as a whole or not at all.
+
+    Args:
+      folder: is made; may be there if it is empty.
+      config: the architecture. What of it tells only how it was trained (dropout, distribution of
+        depths) has no place in the format; the log lists it.
+      params: the parameters, in the tree of `init_params`.
+      max_shard_bytes: weights that take more are split into files of at most this size, but for
+        single tensors that are larger.
+      dtype: type to store all weights as, one of `WEIGHT_TYPES`; a shorter one than they have
+        rounds them. None: each keeps its own.
+      with_rotary_table: also stores `freqs_cis`, the table of rotations, which follows from the
+        config but which upstream's model class expects among the weights.
+      special_ids: such as {'bos_token_id': 1, 'eos_token_id': 2}, for generation_config.json.
+      tokenizer_model: content of a SentencePiece model, stored as tokenizer.model.
+      overwrite: replaces an older export. Other files than an export's are never deleted.
 
     Raises:
-      HuginnFormatError: naming the tensors that are missing or left over.
+      HuginnFormatError: if Huginn's architecture cannot express the model, listing all reasons.
+      UserError: if the folder is in use, or the type or the size of shards cannot be.
     """
-    left = {name: np.asarray(tensor) for name, tensor in tensors.items()}
+    folder = pathlib.Path(folder).absolute()
+    values = config_to_huginn(config)
+    if max_shard_bytes < 1:
+        raise UserError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1.")
+    if dtype is not None and dtype not in WEIGHT_TYPES:
+        raise UserError(f"dtype is {dtype!r}; known: {', '.join(WEIGHT_TYPES)}.")
+    check_output_folder(folder, overwrite=overwrite)
+    types: set[str] = set()
 
-    def take(name: str) -> np.ndarray:
-        if name not in left:
-            raise HuginnFormatError(f"tensor {name!r} is missing; the config asks for it.")
-        return left.pop(name)
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, tensor in iterate_huginn(params, config):
+            tensor = tensor if dtype is None else _cast(tensor, dtype, name)
+            types.add(tensor.dtype.name)
+            yield name, tensor
+        if with_rotary_table:
+            yield ROTARY_TABLE, rotary_table(config)
 
-    params: dict[str, Any] = {
-        "embedding": {"embedding": take("transformer.wte.weight")},
-        "final_norm": {"scale": take("transformer.ln_f.weight")},
-        "core": {"layers": {}},
-    }
-    state_half, embedding_half = np.split(take("transformer.adapter.weight"), 2, axis=1)
-    params["core"]["adapter"] = {
-        "state_kernel": state_half.T,
-        "embedding_kernel": embedding_half.T,
-    }
-    for stack, ours, layer in _layers(config):
-        layers = params["core"]["layers"] if ours == "core" else params.setdefault(ours, {})
-        layers[f"layer_{layer}"] = _layer_from_huginn(take, f"transformer.{stack}.{layer}", config)
-    if left:
-        raise HuginnFormatError(f"unknown tensors {sorted(left)}; this config has no use for them.")
-    return params
+    with _new_folder(folder) as unfinished:
+        write_safetensors(unfinished, tensors(), max_shard_bytes)
+        # Upstream says here in which type the model is to be made.
+        values["torch_dtype"] = types.pop() if len(types) == 1 else "float32"
+        write_json(unfinished / CONFIG_FILE, values)
+        if special_ids:
+            write_json(unfinished / GENERATION_FILE, special_ids)
+        if tokenizer_model is not None:
+            (unfinished / "tokenizer.model").write_bytes(tokenizer_model)
+    if dropped := dropped_options(config):
+        logging.info("Huginn's config.json has no place for %s; left out", ", ".join(dropped))
 
 
-def params_to_huginn(params: dict[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
-    """Upstream's tensors from our parameter tree, the inverse of `params_from_huginn`."""
-    adapter = params["core"]["adapter"]
-    halves = [np.asarray(adapter[name]).T for name in ("state_kernel", "embedding_kernel")]
-    tensors = {
-        "transformer.wte.weight": np.asarray(params["embedding"]["embedding"]),
-        "transformer.ln_f.weight": np.asarray(params["final_norm"]["scale"]),
-        "transformer.adapter.weight": np.concatenate(halves, axis=1),
-    }
-    for stack, ours, layer in _layers(config):
-        layers = params["core"]["layers"] if ours == "core" else params[ours]
-        tensors |= _layer_to_huginn(
-            layers[f"layer_{layer}"], f"transformer.{stack}.{layer}", config
+def check_output_folder(folder: pathlib.Path, *, overwrite: bool) -> None:
+    """Checks that an export may be written there, before anything takes time.
+
+    Raises:
+      UserError: if it is a file, holds something, or its parent does not exist.
+    """
+    if not folder.parent.is_dir():
+        raise UserError(f"folder {folder.parent} does not exist; make it first.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a new folder.")
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    if files and not overwrite:
+        raise UserError(
+            f"{folder} is not empty (it has {files[0].name}); name a new folder, or have an older "
+            "export replaced with overwrite."
         )
-    return {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    foreign = [file.name for file in files if not any(map(file.match, _OWN_FILES))]
+    if foreign:
+        raise UserError(
+            f"{folder} has {foreign[0]!r}, which is no part of an export, so it is not "
+            "overwritten; name a new folder."
+        )
 
 
-def _layers(config: ModelConfig) -> list[tuple[str, str, int]]:
-    """(upstream's stack, our stack, layer) of every layer."""
-    stacks = (
-        ("prelude", "prelude", config.prelude_layers),
-        ("core_block", "core", config.core_layers),
-        ("coda", "coda", config.coda_layers),
-    )
-    return [(stack, ours, layer) for stack, ours, count in stacks for layer in range(count)]
+def _check_types(tensors: SafetensorsReader, folder: pathlib.Path) -> None:
+    for name in tensors:
+        if tensors.type_name(name) not in _FLOAT_TYPES:
+            raise HuginnFormatError(
+                f"{folder}: tensor {name!r} is of type {tensors.type_name(name)}; weights must be "
+                f"one of {', '.join(_FLOAT_TYPES)}. Get weights that are not quantised."
+            )
 
 
-def _layer_from_huginn(
-    take: Callable[[str], np.ndarray], prefix: str, config: ModelConfig
-) -> dict[str, Any]:
-    heads, kv_heads = config.attention.num_heads, config.attention.kv_heads
-    head_dim, width = config.head_dim(config.width), config.width
-    qkv = take(f"{prefix}.attn.Wqkv.weight")
-    parts = np.split(qkv, [heads * head_dim, (heads + kv_heads) * head_dim])
-    grouped = [part.reshape(kv_heads, -1, head_dim, width) for part in parts]
-    attention = {
-        "qkv": np.concatenate(grouped, axis=1).transpose(3, 0, 1, 2),
-        "output": take(f"{prefix}.attn.proj.weight").T.reshape(heads, head_dim, width),
-    }
-    if config.attention.qk_bias:
-        query_bias, key_bias = take(f"{prefix}.attn.qk_bias")[:, 0]
-        attention |= {"query_bias": query_bias, "key_bias": key_bias}
-    gate_up = take(f"{prefix}.mlp.fc.weight").reshape(2, -1, width)
-    mlp = {"up": gate_up.transpose(2, 0, 1), "down": take(f"{prefix}.mlp.proj.weight").T}
-    norms = {ours: {"scale": take(f"{prefix}.{theirs}.weight")} for ours, theirs in _NORMS.items()}
-    return {"attention": attention, "mlp": mlp, **norms}
+def _log_conversion(tensors: SafetensorsReader, folder: pathlib.Path) -> None:
+    stored = [_FLOAT_TYPES[tensors.type_name(name)] for name in tensors]
+    for short in sorted(set(stored) - {"float32"}):
+        logging.info(
+            "%s: %d of %d tensors are stored as %s and converted to float32, which is exact",
+            folder,
+            stored.count(short),
+            len(stored),
+            short,
+        )
 
 
-def _layer_to_huginn(
-    layer: dict[str, Any], prefix: str, config: ModelConfig
-) -> dict[str, np.ndarray]:
-    attention, mlp, width = layer["attention"], layer["mlp"], config.width
-    group = config.attention.num_heads // config.attention.kv_heads
-    grouped = np.asarray(attention["qkv"]).transpose(1, 2, 3, 0)
-    parts = np.split(grouped, [group, group + 1], axis=1)
-    tensors = {
-        "attn.Wqkv.weight": np.concatenate([part.reshape(-1, width) for part in parts]),
-        "attn.proj.weight": np.asarray(attention["output"]).reshape(-1, width).T,
-        "mlp.fc.weight": np.asarray(mlp["up"]).transpose(1, 2, 0).reshape(-1, width),
-        "mlp.proj.weight": np.asarray(mlp["down"]).T,
-    }
-    if config.attention.qk_bias:
-        biases = [np.asarray(attention[name]) for name in ("query_bias", "key_bias")]
-        tensors["attn.qk_bias"] = np.stack(biases)[:, None]
-    for ours, theirs in _NORMS.items():
-        tensors[f"{theirs}.weight"] = np.asarray(layer[ours]["scale"])
-    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+def _cast(tensor: np.ndarray, dtype: str, name: str) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        cast = tensor.astype(jnp.dtype(dtype))
+    if not np.array_equal(np.isfinite(cast), np.isfinite(tensor)):
+        raise UserError(
+            f"tensor {name!r} has values up to {np.abs(tensor).max():g}, which {dtype} cannot "
+            "hold; store it as float32 or bfloat16."
+        )
+    return cast
+
+
+@contextlib.contextmanager
+def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder beside the wanted one, which takes its name in the end unless there was an error."""
+    unfinished = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    try:
+        yield unfinished
+        for file in unfinished.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        unfinished.chmod(0o755)  # A temporary folder is private to its maker.
+        if folder.exists() and any(folder.iterdir()):
+            old = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+            folder.rename(old)
+            unfinished.rename(folder)
+            shutil.rmtree(old)
+        else:
+            unfinished.rename(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

@@ -42,22 +42,17 @@ class CheckpointManager:
 
     Args:
       directory: where they are; made if absent.
-      config: which are kept.
+      config: which are kept. None: for reading only. The folder must be there and is left as it
+        is, so that a run may be writing to it at the same time.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig):
+    def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig | None):
         self._directory = Path(directory).absolute()
+        self._is_read_only = config is None
         self._remove_trash()
         self._manager = ocp.CheckpointManager(
             self._directory,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=retention.retention_policy(config),
-                cleanup_tmp_directories=True,
-                todelete_subdir=_TRASH,
-                # Orbax stores metrics only if it has this; what is kept is up to the policy above.
-                best_fn=retention.validation_loss,
-                best_mode="min",
-            ),
+            options=_options(config),
             item_handlers={
                 _STATE: ocp.StandardCheckpointHandler(),
                 _DATA: ocp.JsonCheckpointHandler(),
@@ -100,7 +95,12 @@ class CheckpointManager:
           iterator_state: of the data, JSON-able and the same in every process.
           run: JSON-able: `config` (nested dicts) and what else identifies the run.
           validation_loss: of exactly this state; what 'best' goes by.
+
+        Raises:
+          ValueError: if the manager is for reading only.
         """
+        if self._is_read_only:
+            raise ValueError("opened for reading only; give a CheckpointConfig to save")
         if step in self._manager.all_steps():
             return
         self.wait()
@@ -217,10 +217,27 @@ class CheckpointManager:
             ) from error
 
     def _remove_trash(self) -> None:
+        if self._is_read_only:
+            return
         trash = self._directory / _TRASH
         if jax.process_index() == 0 and trash.exists():
             shutil.rmtree(trash, ignore_errors=True)
             logging.debug("removed old checkpoints in %s", trash)
+
+
+def _options(config: CheckpointConfig | None) -> ocp.CheckpointManagerOptions:
+    # Orbax stores and reads metrics only with `best_fn`; what is kept is up to the policy.
+    metrics = {"best_fn": retention.validation_loss, "best_mode": "min"}
+    if config is None:
+        # Temporary folders may be of a run that is saving now. (Orbax's own `read_only` warns of
+        # every option that it overrules.)
+        return ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False, **metrics)
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=retention.retention_policy(config),
+        cleanup_tmp_directories=True,
+        todelete_subdir=_TRASH,
+        **metrics,
+    )
 
 
 def tree_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -216,6 +216,24 @@ def test_half_written_and_half_deleted_checkpoints_are_ignored_and_removed(tmp_p
     manager.close()
 
 
+def test_for_reading_only_the_folder_stays_as_it_is(tmp_path):
+    checkpoints = CheckpointManager(tmp_path, CheckpointConfig())
+    state = make_state()
+    checkpoints.save(1, state, {}, {}, 0.5)
+    checkpoints.close()
+    # A save and a deletion of another process.
+    (tmp_path / "2.orbax-checkpoint-tmp-7").mkdir()
+    (tmp_path / "deleted").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    reader = CheckpointManager(tmp_path, None)
+    assert reader.steps() == [1] and reader.best_step() == 1
+    assert_same_bits(reader.restore_params(abstract(state).params, 1), state.params)
+    with pytest.raises(ValueError, match="for reading only"):
+        reader.save(3, state, {}, {})
+    reader.close()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_arrays_of_another_model_are_named(tmp_path):
     manager = CheckpointManager(tmp_path, KEEP_ALL)
     manager.save(1, make_state(width=8), {}, {})

@@ -1,0 +1,295 @@
+"""Reads a model for generation: the workdir of a run of ours, or a Huginn folder."""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+import jax
+from absl import logging
+
+from megatransformer_jax.checkpoints.huginn import load_huginn
+from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.config.build import build
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.value_files import read_values
+from megatransformer_jax.data.hf_tokenizer import (
+    TOKENIZER_FILE,
+    HuggingFaceTokenizer,
+    load_huggingface_tokenizer,
+)
+from megatransformer_jax.data.reasoning import build_task
+from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
+from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_sentencepiece
+from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, init_params
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+# Which checkpoint of a run.
+Step = Literal["latest", "best"] | int
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to generate.
+
+    Attributes:
+      config: the architecture.
+      model: the module, without a mesh.
+      params: its parameters, on the first local device.
+      tokenizer: between text and ids; of a reasoning task its symbols. None: the folder has none,
+        so that prompts must be ids.
+      trained_depth: mean iterations in training, None without a core.
+      description: what was loaded, for people.
+    """
+
+    config: ModelConfig
+    model: MegaTransformer
+    params: Any
+    tokenizer: Tokenizer | None
+    trained_depth: int | None
+    description: str
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a text; none without a tokenizer."""
+        if self.tokenizer is None:
+            return ()
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return self.tokenizer.end_ids
+        return (self.tokenizer.eos_id,)
+
+
+def load_model(
+    path: str | pathlib.Path,
+    *,
+    step: Step | str = "latest",
+    precision: str | None = None,
+    param_dtype: Literal["float32", "stored"] = "float32",
+) -> LoadedModel:
+    """Reads the parameters of a run or of a Huginn folder; its files tell which it is.
+
+    Of a run only the checkpoint and the tokenizer are read, never its data, and nothing in the
+    workdir is changed; the run may be going on.
+
+    Args:
+      path: a workdir (checkpoints/ in it), or a folder with Huginn's config.json.
+      step: which checkpoint of a run; see `parse_step` for the values.
+      precision: type of activations, one of `PRECISIONS`. None: as the run was trained, and 'auto'
+        for a Huginn folder.
+      param_dtype: of a Huginn folder's parameters, see `load_huginn`. Those of runs are float32.
+
+    Raises:
+      UserError: if the folder is neither, or something in it is missing or damaged.
+    """
+    folder = pathlib.Path(path).expanduser()
+    step = parse_step(step)
+    if precision is not None and precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; known: {', '.join(PRECISIONS)}.")
+    if is_huginn_folder(folder):
+        if step != "latest":
+            raise UserError(
+                f"step={step!r} does not go with {folder}: a Huginn folder has one set of weights. "
+                "Leave step out."
+            )
+        return _load_huginn_folder(folder, precision or "auto", param_dtype)
+    return _load_run(folder, step, precision)
+
+
+def parse_step(value: str | int) -> Step:
+    """Which checkpoint: 'latest', 'best' (by validation loss), or the number of a step.
+
+    Raises:
+      UserError: for anything else.
+    """
+    match value:
+        case "latest":
+            return "latest"
+        case "best":
+            return "best"
+        case int() if not isinstance(value, bool) and value >= 0:
+            return value
+        case str() if value.isdecimal():
+            return int(value)
+    raise UserError(f"step={value!r}: give latest, best, or the number of a step.")
+
+
+def is_huginn_folder(folder: pathlib.Path) -> bool:
+    """Whether the folder is Huginn's; otherwise it is the workdir of a run.
+
+    Raises:
+      UserError: if it is neither, saying what was looked for.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder. Name the workdir of a run, or a Huginn folder; paths count "
+            f"from {pathlib.Path.cwd()}."
+        )
+    config_file = folder / "config.json"
+    values = read_values(config_file) if config_file.is_file() else {}
+    if "n_embd" in values or "architectures" in values:
+        return True
+    if (folder / "checkpoints").is_dir():
+        return False
+    if "model" in values and "train" in values:
+        raise UserError(f"{folder}: this run has no checkpoints/ yet; train it first.")
+    found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"{folder} is neither the workdir of a run (a folder checkpoints/ in it) nor a Huginn "
+        "folder (config.json with n_embd, beside model.safetensors or its shards). It has: "
+        f"{found}."
+    )
+
+
+def _load_huginn_folder(
+    folder: pathlib.Path, precision: str, param_dtype: Literal["float32", "stored"]
+) -> LoadedModel:
+    device = jax.local_devices()[0]
+    config, params = load_huginn(
+        folder, param_dtype=param_dtype, place=lambda tensor: jax.device_put(tensor, device)
+    )
+    tokenizer: Tokenizer | None = None
+    if (folder / TOKENIZER_FILE).is_file():
+        tokenizer = load_huggingface_tokenizer(folder)
+    elif (folder / SENTENCEPIECE_FILE).is_file():
+        tokenizer = load_sentencepiece(folder / SENTENCEPIECE_FILE)
+    else:
+        logging.warning(
+            "%s has neither %s nor %s, so prompts must be token ids.",
+            folder,
+            TOKENIZER_FILE,
+            SENTENCEPIECE_FILE,
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, but the model only "
+            f"{config.vocab_size} (padded_vocab_size in config.json); they are not of one model."
+        )
+    return _loaded(config, _build(config, precision), params, tokenizer, f"Huginn model {folder}")
+
+
+def _load_run(folder: pathlib.Path, step: Step, precision: str | None) -> LoadedModel:
+    checkpoints = CheckpointManager(folder / "checkpoints", None)
+    try:
+        number = _find_step(checkpoints, step)
+        run = checkpoints.run_info(number)
+        config = _read_config(run["config"], checkpoints.directory / str(number))
+        tokenizer = _run_tokenizer(config, folder, run["vocabulary"])
+        model = _build(config.model, precision or config.train.precision)
+        params = checkpoints.restore_params(_abstract_params(model), number)
+    finally:
+        checkpoints.close()
+    which = f" ({step})" if isinstance(step, str) else ""
+    return _loaded(config.model, model, params, tokenizer, f"run {folder}, step {number}{which}")
+
+
+def _loaded(
+    config: ModelConfig,
+    model: MegaTransformer,
+    params: Any,
+    tokenizer: Tokenizer | None,
+    description: str,
+) -> LoadedModel:
+    depth = config.recurrence.mean_steps if config.is_recurrent else None
+    return LoadedModel(config, model, params, tokenizer, depth, description)
+
+
+def _build(config: ModelConfig, precision: str) -> MegaTransformer:
+    platform = jax.default_backend()
+    policy = DTypePolicy.from_precision(precision, platform)
+    kernel = config.attention.kernel
+    if kernel != "auto":
+        # The kernel that suits the training run's device may not exist on this one.
+        logging.info("attention.kernel=%s of the run is auto for generation", kernel)
+        attention = dataclasses.replace(config.attention, kernel="auto")
+        config = dataclasses.replace(config, attention=attention)
+    return build_model(config, policy, Sharder(), platform)
+
+
+def _abstract_params(model: MegaTransformer) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )
+
+
+def _find_step(checkpoints: CheckpointManager, step: Step) -> int:
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"{checkpoints.directory} has no complete checkpoint; train first.")
+    known = ", ".join(map(str, steps))
+    if step == "latest":
+        return steps[-1]
+    if step == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise UserError(
+                f"step='best': no checkpoint in {checkpoints.directory} has a validation loss; "
+                f"name one of the steps {known}."
+            )
+        return best
+    if step not in steps:
+        raise UserError(
+            f"step={step!r}: {checkpoints.directory} has no such checkpoint; it has the steps "
+            f"{known}. Others have been deleted as checkpoint.keep_last and its like say."
+        )
+    return step
+
+
+def _read_config(values: dict[str, Any], where: pathlib.Path) -> RunConfig:
+    try:
+        return build(values)
+    except ConfigError as error:
+        raise UserError(
+            f"the config saved with {where} does not fit this version of the library ({error}); "
+            "use the version that wrote it."
+        ) from error
+
+
+def _run_tokenizer(config: RunConfig, folder: pathlib.Path, digest: str) -> Tokenizer:
+    """What the run was trained with, which the digest in its checkpoints proves."""
+    options = config.data.tokenizer
+    if config.data.source == "reasoning":
+        task = build_task(config.data.reasoning)
+        symbols = SymbolTokenizer.of_task(task)
+        if " ".join(task.symbols) != digest:
+            raise UserError(
+                f"{folder} was trained with other symbols of the task "
+                f"{config.data.reasoning.task!r} than this version of the library has; use the "
+                "version that wrote it."
+            )
+        return symbols
+    if options.kind == "bytes":
+        tokenizer: Tokenizer = BytesTokenizer()
+        path = folder
+    else:
+        path = _find_sentencepiece(folder, options.model_file)
+        tokenizer = load_sentencepiece(path)
+    if tokenizer.digest() != digest:
+        raise UserError(
+            f"{path} is not the tokenizer that the run was trained with; put the original file "
+            "back."
+        )
+    return tokenizer
+
+
+def _find_sentencepiece(folder: pathlib.Path, model_file: str | None) -> pathlib.Path:
+    own = folder / SENTENCEPIECE_FILE
+    if own.is_file():
+        return own
+    if model_file is None:
+        raise UserError(
+            f"{own} does not exist; without it the run's tokens have no meaning. Copy it from "
+            "where the run was trained."
+        )
+    if not pathlib.Path(model_file).is_file():
+        raise UserError(
+            f"the run's tokenizer, data.tokenizer.model_file={model_file}, does not exist; copy it "
+            f"to {own}."
+        )
+    return pathlib.Path(model_file)

@@ -1,0 +1,228 @@
+"""Hugging Face's tokenizer.json, as it lies beside published weights such as Huginn's.
+
+Needs the `tokenizers` library (extra 'huginn').
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.value_files import read_text, read_values
+
+TOKENIZER_FILE = "tokenizer.json"
+
+# Where the special tokens are named, in the order in which they are looked for: as text in the
+# first two, as ids in the others. A folder may have any of them.
+_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_ID_FILES = ("generation_config.json", "config.json")
+
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_SENTENCEPIECE_BLANK = "\u2581"
+
+
+@dataclasses.dataclass(frozen=True)
+class HuggingFaceTokenizer:
+    """A tokenizer of the `tokenizers` library, given as the text of its tokenizer.json.
+
+    Special tokens that are written out in a text ('<|begin_header|>') are recognised, as chat
+    formats need it; none is added. `decode` gives the text of the pieces as it is: the cleaning of
+    blanks before punctuation that some tokenizer_config.json ask for is not made.
+
+    Attributes:
+      definition: the text of tokenizer.json.
+      bos_id: stands before a text.
+      eos_id: stands after a text.
+      pad_id: fills rows.
+      end_ids: all ids that end a text, `eos_id` first; chat models have one for a turn as well.
+      name: for messages only.
+
+    Raises:
+      UserError: if the text is no tokenizer, or the library is not installed.
+    """
+
+    definition: str = dataclasses.field(repr=False)
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    end_ids: tuple[int, ...]
+    name: str = TOKENIZER_FILE
+
+    def __post_init__(self) -> None:
+        self._check_ids()
+
+    def __reduce__(self) -> tuple[typing.Any, ...]:
+        fields = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        return HuggingFaceTokenizer, tuple(fields)
+
+    @functools.cached_property
+    def _tokenizer(self) -> typing.Any:
+        return _parse(self.definition, self.name)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """One more than the largest id."""
+        return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text; special tokens only where the text spells them."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens are left out."""
+        return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
+
+    def digest(self) -> str:
+        """SHA-256 of the definition and the special ids."""
+        ids = (self.bos_id, self.eos_id, self.pad_id, self.end_ids)
+        return hashlib.sha256(f"{self.definition}{ids}".encode()).hexdigest()
+
+    def piece_bytes(self, token: int) -> bytes:
+        """What a token adds to the text, in UTF-8; a piece may be a part of a character.
+
+        Special tokens and ids without a piece add nothing.
+
+        Raises:
+          UserError: if the tokenizer's decoder is neither byte-level nor like SentencePiece's.
+        """
+        added = self._tokenizer.get_added_tokens_decoder().get(int(token))
+        if added is not None:
+            return b"" if added.special else added.content.encode()
+        piece = self._tokenizer.id_to_token(int(token))
+        if piece is None:
+            return b""
+        if self._decoder_kind == "bytes":
+            return bytes(_byte_of_character()[character] for character in piece)
+        if byte := _BYTE_PIECE.fullmatch(piece):
+            return bytes([int(byte[1], 16)])
+        return piece.replace(_SENTENCEPIECE_BLANK, " ").encode()
+
+    @functools.cached_property
+    def _decoder_kind(self) -> str:
+        kinds = set(_decoder_types(json.loads(self.definition).get("decoder")))
+        if "ByteLevel" in kinds:
+            return "bytes"
+        if kinds & {"Metaspace", "ByteFallback"}:
+            return "sentencepiece"
+        raise UserError(
+            f"{self.name}: the bytes of single tokens, which stop strings need, are unknown for "
+            f"the decoder {', '.join(sorted(kinds)) or 'none'}; known: ByteLevel, Metaspace, "
+            "ByteFallback. Leave stop strings out."
+        )
+
+    def _check_ids(self) -> None:
+        for name in ("bos_id", "eos_id", "pad_id"):
+            value = getattr(self, name)
+            if not 0 <= value < self.vocab_size:
+                raise UserError(
+                    f"{self.name}: {name} is {value}, but the tokenizer has the ids 0 to "
+                    f"{self.vocab_size - 1}; correct it in {' or '.join(_ID_FILES)}."
+                )
+
+
+def load_huggingface_tokenizer(folder: str | os.PathLike[str]) -> HuggingFaceTokenizer:
+    """The tokenizer of a folder with a tokenizer.json.
+
+    Start, end and padding are those that tokenizer_config.json or special_tokens_map.json name, or
+    else generation_config.json or config.json; without padding the end token pads. If the latter
+    two have several `eos_token_id`, all of them end a text.
+
+    Raises:
+      UserError: if a file is missing or damaged, no start or end token is named, or the
+        `tokenizers` library is not installed.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / TOKENIZER_FILE
+    definition = read_text(path)
+    vocabulary = _parse(definition, str(path)).get_vocab(with_added_tokens=True)
+    named = {file: _read(folder / file) for file in (*_TOKEN_FILES, *_ID_FILES)}
+    found = {kind: list(_special_ids(kind, named, vocabulary)) for kind in ("bos", "eos", "pad")}
+    for kind in ("bos", "eos"):
+        if not found[kind]:
+            raise UserError(
+                f"{folder}: no file names the {kind} token; add '{kind}_token_id' to "
+                f"generation_config.json or '{kind}_token' to tokenizer_config.json."
+            )
+    eos = found["eos"][0]
+    return HuggingFaceTokenizer(
+        definition,
+        bos_id=found["bos"][0],
+        eos_id=eos,
+        pad_id=found["pad"][0] if found["pad"] else eos,
+        end_ids=tuple(dict.fromkeys(found["eos"])),
+        name=str(path),
+    )
+
+
+def _parse(definition: str, name: str) -> typing.Any:
+    try:
+        import tokenizers  # noqa: PLC0415
+    except ImportError as error:
+        raise UserError(
+            f"{name}: reading it needs the tokenizers library; install the extra 'huginn': "
+            "pip install 'megatransformer_jax[huginn]'."
+        ) from error
+    try:
+        return tokenizers.Tokenizer.from_str(definition)
+    except Exception as error:  # The library raises no narrower type.
+        raise UserError(
+            f"{name}: not a tokenizer of the tokenizers library ({error}); get the file again."
+        ) from error
+
+
+def _read(path: pathlib.Path) -> Mapping[str, typing.Any]:
+    return read_values(path) if path.is_file() else {}
+
+
+def _special_ids(
+    kind: str,
+    named: Mapping[str, Mapping[str, typing.Any]],
+    vocabulary: Mapping[str, int],
+) -> Iterator[int]:
+    """The ids of a kind of special token, the files in their order."""
+    for file in _TOKEN_FILES:
+        token = named[file].get(f"{kind}_token")
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if token is None:
+            continue
+        if token not in vocabulary:
+            raise UserError(
+                f"{file}: {kind}_token is {token!r}, which {TOKENIZER_FILE} does not have; correct "
+                "either."
+            )
+        yield vocabulary[token]
+    for file in _ID_FILES:
+        value = named[file].get(f"{kind}_token_id")
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is None:
+                continue
+            if not isinstance(token_id, int):
+                raise UserError(f"{file}: {kind}_token_id is {value!r}; it must be whole numbers.")
+            yield token_id
+
+
+def _decoder_types(decoder: typing.Any) -> Iterator[str]:
+    if not decoder:
+        return
+    yield decoder["type"]
+    for inner in decoder.get("decoders", ()):
+        yield from _decoder_types(inner)
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """The byte that a character of a byte-level piece stands for.
+
+    Printable bytes stand for themselves; the others are the characters from 256 on, in order.
+    """
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {
+        chr(256 + number): byte for number, byte in enumerate(others)
+    }
