@@ -89,16 +89,43 @@ class MegaTransformer(nn.Module):
         config = self.config
         outer = self._context(positions, segment_ids, deterministic, config.width)
         masks = self._split_head_mask(head_mask)
-        x = self.embedding(tokens, positions, deterministic)
-        x = self.prelude(x, dataclasses.replace(outer, head_mask=masks[0]))
+        x = self.run_prelude(tokens, positions, dataclasses.replace(outer, head_mask=masks[0]))
         if config.is_recurrent:
             inner = self._context(positions, segment_ids, deterministic, config.core_width)
             inner = dataclasses.replace(inner, head_mask=masks[1])
             x = self._iterate_core(x, inner, jnp.asarray(num_steps), backprop_depth, state)
+        latent, x = self.run_coda(x, dataclasses.replace(outer, head_mask=masks[2]))
+        return ModelOutput(self.run_head(x), latent)
+
+    def run_prelude(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], context: LayerContext
+    ) -> Float[Array, "B T D"]:
+        """Embedding and prelude."""
+        return self.prelude(self.embedding(tokens, positions, context.deterministic), context)
+
+    def enter_core(
+        self, x: Float[Array, "B T D"]
+    ) -> tuple[Any, Float[Array, "B T D2"], Float[Array, "B T D2"]]:
+        """What the iterations need: the core's weights, the injected embedding, and its prepared
+        form (`RecurrentCore.prepare`), from the prelude's output."""
+        injected = self._injection(x)
+        params = self._gathered_core_params()
+        prepared = self.core().apply({"params": params}, injected, method="prepare")
+        return params, injected, cast(jax.Array, prepared)
+
+    def run_coda(
+        self, x: Float[Array, "B T D"], context: LayerContext
+    ) -> tuple[Float[Array, "B T D2"], Float[Array, "B T D2"]]:
+        """Latent and coda's output from the core's last state (or the prelude's output)."""
+        if self.config.is_recurrent:
+            if self.config.core_width != self.config.width:
+                x = x @ self.core_out
             x = self.final_norm(x)
-        latent = x
-        x = self.coda(x, dataclasses.replace(outer, head_mask=masks[2]))
-        return ModelOutput(self.embedding.logits(self.final_norm(x)), latent)
+        return x, self.coda(x, context)
+
+    def run_head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits from the coda's output."""
+        return self.embedding.logits(self.final_norm(x))
 
     def _context(
         self,
@@ -115,12 +142,7 @@ class MegaTransformer(nn.Module):
             query_segment_ids=segment_ids,
             key_segment_ids=segment_ids,
         )
-        scheme = config.positions.scheme
-        rotary = None
-        if scheme == "rotary":
-            rotary = rotary_table(positions, config.head_dim(width), config.positions.rotary_base)
-        slopes = alibi_slopes(attention.num_heads) if scheme == "alibi" else None
-        return LayerContext(mask, rotary, slopes, None, deterministic)
+        return layer_context(config, positions, mask, width, deterministic)
 
     def _iterate_core(
         self,
@@ -131,14 +153,12 @@ class MegaTransformer(nn.Module):
         state: jax.Array | None,
     ) -> jax.Array:
         config = self.config
-        core = self._core()
-        injected = self._injection(x)
+        core = self.core()
+        params, injected, prepared = self.enter_core(x)
         if state is None:
             needs_key = config.recurrence.state_init not in ("zero", "none")
             state = initial_state(config, self.make_rng("state") if needs_key else None, injected)
         state = self.sharder.constrain(state.astype(injected.dtype), "batch", "length", None)
-        params = self._gathered_core_params()
-        prepared = cast(jax.Array, core.apply({"params": params}, injected, method="prepare"))
         dropout_key = None if context.deterministic else self.make_rng("dropout")
 
         def iterate(
@@ -152,7 +172,7 @@ class MegaTransformer(nn.Module):
 
         if config.remat != "none":
             iterate = jax.checkpoint(iterate, policy=remat_policy(config.remat))
-        state = recur(
+        return recur(
             iterate,
             params,
             prepared,
@@ -161,7 +181,6 @@ class MegaTransformer(nn.Module):
             backprop_depth=backprop_depth,
             unroll=config.recurrence.unroll,
         )
-        return state if config.core_width == config.width else state @ self.core_out
 
     def _injection(self, x: jax.Array) -> jax.Array:
         if self.config.recurrence.injection_norm:
@@ -181,7 +200,8 @@ class MegaTransformer(nn.Module):
         params = jax.tree.map(to_compute, unfreeze(self.core_params), axes)
         return self.sharder.gather_params(params, axes)
 
-    def _core(self) -> RecurrentCore:
+    def core(self) -> RecurrentCore:
+        """The module of one iteration; its parameters are the tree `core` of this module's."""
         return RecurrentCore(self.config, self.policy, self.sharder, self.platform, parent=None)
 
     def _init_core(self, key: Key[Array, ""]) -> Any:
@@ -204,6 +224,22 @@ class MegaTransformer(nn.Module):
                 "of prelude, core and coda, one column per head"
             )
         return head_mask[:first], head_mask[first:last], head_mask[last:]
+
+
+def layer_context(
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    mask: AttentionMask,
+    width: int,
+    deterministic: bool = True,
+) -> LayerContext:
+    """What the layers of a stack of this width share; positions as `config.positions` says."""
+    scheme = config.positions.scheme
+    rotary = None
+    if scheme == "rotary":
+        rotary = rotary_table(positions, config.head_dim(width), config.positions.rotary_base)
+    slopes = alibi_slopes(config.attention.num_heads) if scheme == "alibi" else None
+    return LayerContext(mask, rotary, slopes, None, deterministic)
 
 
 def build_model(

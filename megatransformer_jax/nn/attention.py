@@ -1,16 +1,20 @@
 """Self-attention layer: fused projections, grouped heads, query/key bias and norm."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.nn.context import LayerContext
+from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.initializers import WeightInit
+from megatransformer_jax.nn.kv_cache import KeyValues
 from megatransformer_jax.nn.norms import rms_normalize
 from megatransformer_jax.nn.parameters import matrix, vector
 from megatransformer_jax.ops.attention import attention
+from megatransformer_jax.ops.cached_attention import cached_attention
 from megatransformer_jax.ops.positions import apply_rotary
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -34,8 +38,10 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T D"], context: LayerContext, layer: int = 0
     ) -> Float[Array, "B T D"]:
-        """Attends within `x`; `layer` picks the row of the context's head mask."""
-        config = self.config.attention
+        """Attends within `x`, and to the cache if the context has one.
+
+        `layer` picks the row of the context's head mask and the entry of its cache.
+        """
         query, key, value = self._project(x)
         query, key = self._prepare(query, key)
         if context.rotary is not None:
@@ -45,8 +51,25 @@ class SelfAttention(nn.Module):
         query = self.sharder.constrain(query, "batch", "length", "heads", None)
         key = self.sharder.constrain(key, "batch", None, "kv_heads", None)
         value = self.sharder.constrain(value, "batch", None, "kv_heads", None)
+        if context.cached is not None:
+            key, value = self._remember(key, value, context.cached, layer)
+        if context.cached is not None and not context.cached.is_first:
+            mixed = self._attend_to_cache(query, key, value, context, context.cached, layer)
+        else:
+            mixed = self._attend(query, key, value, context, layer)
+        return self._merge(mixed, x.shape[-1])
+
+    def _attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        context: LayerContext,
+        layer: int,
+    ) -> jax.Array:
+        config = self.config.attention
         dropout_rate = 0.0 if context.deterministic else config.dropout_rate
-        mixed = attention(
+        return attention(
             query,
             key,
             value,
@@ -60,7 +83,44 @@ class SelfAttention(nn.Module):
             dropout_key=self.make_rng("dropout") if dropout_rate else None,
             sharder=self.sharder,
         )
-        return self._merge(mixed, x.shape[-1])
+
+    def _remember(
+        self, key: jax.Array, value: jax.Array, cached: CachedPass, layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Hands the new keys and values out; those of inactive tokens are the frozen ones."""
+        if cached.frozen is not None and cached.is_active is not None:
+            is_active = cached.is_active[:, :, None, None]
+            key = jnp.where(is_active, key, cached.frozen.key[layer].transpose(0, 2, 1, 3))
+            value = jnp.where(is_active, value, cached.frozen.value[layer].transpose(0, 2, 1, 3))
+        new = KeyValues(key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
+        self.sow(NEW_ROWS, "key_values", new)
+        return key, value
+
+    def _attend_to_cache(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        context: LayerContext,
+        cached: CachedPass,
+        layer: int,
+    ) -> jax.Array:
+        config = self.config.attention
+        rows: Any = cached.rows
+        mixed = cached_attention(
+            query,
+            key,
+            value,
+            cached.query_positions,
+            cached.key_positions,
+            rows.replace(entry=rows.entry + layer),
+            window=config.window,
+            logit_softcap=config.logit_softcap,
+            alibi_slopes=context.alibi_slopes,
+        )
+        if context.head_mask is None:
+            return mixed
+        return mixed * context.head_mask[layer].astype(mixed.dtype)[:, None]
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         config = self.config.attention

@@ -1,0 +1,180 @@
+"""One forward pass over new tokens with a key/value cache: prefill, a chunk of it, or one token."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.models.depth_loop import DepthRule, iterate_core, stack_rows, with_cache
+from megatransformer_jax.models.megatransformer import MegaTransformer, layer_context
+from megatransformer_jax.models.state_init import initial_state
+from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
+from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, write_rows
+from megatransformer_jax.ops.cached_attention import CachedRows
+from megatransformer_jax.ops.masks import AttentionMask
+
+
+@struct.dataclass
+class CachedOutput:
+    """What a pass returns.
+
+    Attributes:
+      logits: of every new token, or of each sequence's last one ([B, 1, V]).
+      latent: the core's state after the final norm, [B, T, D].
+      state: the core's raw state, [B, T, core width]; the prelude's output without a core.
+      num_steps: iterations that each token took; 0 for padding.
+      cache: with the new tokens.
+    """
+
+    logits: Float[Array, "B T2 V"]
+    latent: Float[Array, "B T D"]
+    state: Float[Array, "B T D2"]
+    num_steps: Int[Array, "B T"]
+    cache: KVCache
+
+
+def cached_forward(
+    model: MegaTransformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    is_token: Bool[Array, "B T"],
+    cache: KVCache,
+    rule: DepthRule,
+    *,
+    state: Float[Array, "B T D"] | None = None,
+    state_keys: Key[Array, "B"] | None = None,
+    is_first: bool = False,
+    last_logits_only: bool = False,
+) -> CachedOutput:
+    """Passes new tokens through the model.
+
+    Args:
+      model: the model; its parameters may be laid out on a mesh.
+      params: parameters.
+      tokens: new token ids, padded on either side.
+      is_token: False for padding.
+      cache: what came before, with room for T rows.
+      rule: how deep tokens go. Ignored without a core.
+      state: the core's first state. None: `recurrence.state_init`.
+      state_keys: a key per sequence, for first states that are drawn at random. A token's draw
+        depends on its sequence's key and on its position, not on how the prompt is chunked.
+      is_first: static; promises that the cache is empty, so that fused attention kernels can serve.
+      last_logits_only: static; computes logits of each sequence's last token only.
+
+    Raises:
+      ValueError: if the state is drawn at random and there are no keys.
+    """
+    config = model.config
+    positions = cache.next_position[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
+    places = jnp.maximum(positions, 0)
+    positions = jnp.where(is_token, positions, -1)
+    mask = AttentionMask(is_causal=True, window=config.attention.window)
+    outer = layer_context(config, places, mask, config.width)
+
+    def outer_context(entries: KeyValues) -> LayerContext:
+        rows = _rows(entries, cache)
+        return with_cache(outer, CachedPass(rows, positions, positions, None, None, is_first))
+
+    def run_coda(x: jax.Array) -> tuple[Any, Any]:
+        return _apply(model, params, x, outer_context(cache.coda), method="run_coda")
+
+    x, prelude_rows = _apply(
+        model, params, tokens, places, outer_context(cache.prelude), method="run_prelude"
+    )
+    num_steps, core_rows = jnp.zeros(tokens.shape, jnp.int32), None
+    if config.is_recurrent:
+        core_params, injected, prepared = cast(
+            Any, model.apply({"params": params}, x, method="enter_core")
+        )
+        if state is None:
+            state = token_states(config, state_keys, places, injected)
+
+        def logits_of(state: jax.Array) -> jax.Array:
+            (_, hidden), _ = run_coda(state)
+            return _head(model, params, hidden)
+
+        result = iterate_core(
+            model.core(),
+            core_params,
+            prepared,
+            state.astype(injected.dtype),
+            layer_context(config, places, mask, config.core_width),
+            cache,
+            positions,
+            rule,
+            logits_of,
+            is_first=is_first,
+        )
+        x, core_rows, num_steps = result.state, result.rows, result.num_steps
+    (latent, hidden), coda_rows = run_coda(x)
+    if last_logits_only:
+        hidden = last_token(hidden, is_token)[:, None]
+    new_cache = write_rows(
+        cache,
+        _stacked(prelude_rows, "prelude", cache.prelude, x),
+        core_rows,
+        _stacked(coda_rows, "coda", cache.coda, x),
+        positions,
+        num_steps,
+    )
+    return CachedOutput(_head(model, params, hidden), latent, x, num_steps, new_cache)
+
+
+def last_token(array: Float[Array, "B T X"], is_token: Bool[Array, "B T"]) -> Float[Array, "B X"]:
+    """Each sequence's entry at its last token; at 0 if it has none."""
+    rows = jnp.arange(is_token.shape[1])
+    last = jnp.max(jnp.where(is_token, rows, 0), axis=1)
+    return jnp.take_along_axis(array, last[:, None, None], axis=1)[:, 0]
+
+
+def token_states(
+    config: ModelConfig,
+    keys: Key[Array, "B"] | None,
+    places: Int[Array, "B T"],
+    injected: Float[Array, "B T D"],
+) -> Float[Array, "B T D"]:
+    """First states, one draw per token, from its sequence's key and its position.
+
+    Raises:
+      ValueError: if `recurrence.state_init` draws and there are no keys.
+    """
+    if keys is None:
+        return initial_state(config, None, injected)
+
+    def draw(key: jax.Array, place: jax.Array, injected: jax.Array) -> jax.Array:
+        state = initial_state(config, jax.random.fold_in(key, place), injected[None, None])
+        return state[0, 0]
+
+    over_tokens = jax.vmap(draw, in_axes=(None, 0, 0))
+    return jax.vmap(over_tokens)(keys, places, injected)
+
+
+def _rows(entries: KeyValues, cache: KVCache) -> CachedRows:
+    return CachedRows(
+        entries.key, entries.value, 0, cache.positions, cache.length, cache.block_rows
+    )
+
+
+def _apply(
+    model: MegaTransformer, params: Any, *arguments: Any, method: str
+) -> tuple[Any, dict[str, Any]]:
+    """A method's result and the rows that its layers have sown."""
+    result, sown = cast(
+        Any, model.apply({"params": params}, *arguments, method=method, mutable=[NEW_ROWS])
+    )
+    return result, sown.get(NEW_ROWS, {})
+
+
+def _head(model: MegaTransformer, params: Any, hidden: jax.Array) -> jax.Array:
+    return cast(jax.Array, model.apply({"params": params}, hidden, method="run_head"))
+
+
+def _stacked(sown: dict[str, Any], stack: str, entries: KeyValues, x: jax.Array) -> KeyValues:
+    """A stack's new rows; of no layers if it has none."""
+    if stack in sown:
+        return stack_rows(sown[stack])
+    shape = (0, *entries.key.shape[1:3], x.shape[1], entries.key.shape[-1])
+    return KeyValues(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))

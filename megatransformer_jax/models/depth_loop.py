@@ -1,0 +1,226 @@
+"""Iterates the core over new tokens with a cache; every token leaves on its own.
+
+The loop ends when all tokens have left or the depth is reached. Both depth and threshold are data,
+so one compilation serves all. A token that has left keeps its state; deeper readers get what
+`KVCache.exited_reads` says, within this pass just as from the cache later. So the result does not
+depend on which tokens share a pass: all at once, in chunks or one by one.
+
+The exception is an exit criterion that needs logits, in a pass of several tokens: the coda that
+judges a token then sees its neighbours at their present iteration, not at their last.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from megatransformer_jax.models.core import RecurrentCore
+from megatransformer_jax.models.exit_criteria import ExitCriterion, Observation
+from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
+from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for, visible_positions
+from megatransformer_jax.ops.cached_attention import CachedRows
+
+_FIXED = "fixed"
+
+
+@struct.dataclass
+class DepthRule:
+    """How deep tokens go.
+
+    Attributes:
+      depth: most iterations, at least 1: for all or per sequence.
+      threshold: of the criterion: for all or per sequence.
+      min_depth: no token leaves earlier (unless its depth is less).
+      criterion: when a token has settled.
+    """
+
+    depth: Int[Array, ""] | Int[Array, "B"]
+    threshold: Float[Array, ""] | Float[Array, "B"]
+    min_depth: Int[Array, ""] | Int[Array, "B"]
+    criterion: ExitCriterion = struct.field(pytree_node=False)
+
+    @property
+    def lets_tokens_differ(self) -> bool:
+        """Whether tokens of one pass can have different numbers of iterations."""
+        return self.criterion.name != _FIXED or jnp.ndim(self.depth) > 0
+
+
+@struct.dataclass
+class DepthResult:
+    """What the loop leaves.
+
+    Attributes:
+      state: the core's last state of each token.
+      rows: keys and values for the cache, [slots * layers, B, K, T, H].
+      num_steps: iterations that each token took; 0 for padding.
+    """
+
+    state: Float[Array, "B T D"]
+    rows: KeyValues
+    num_steps: Int[Array, "B T"]
+
+
+@struct.dataclass
+class _Carry:
+    iteration: jax.Array
+    state: jax.Array
+    rows: KeyValues
+    is_active: jax.Array
+    num_steps: jax.Array
+    memory: Any
+
+
+def iterate_core(
+    core: RecurrentCore,
+    params: Any,
+    prepared: Float[Array, "B T D"],
+    state: Float[Array, "B T D"],
+    context: LayerContext,
+    cache: KVCache,
+    positions: Int[Array, "B T"],
+    rule: DepthRule,
+    logits_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
+    *,
+    is_first: bool,
+) -> DepthResult:
+    """Runs the loop.
+
+    Args:
+      core: one iteration.
+      params: its parameters.
+      prepared: what is injected in every iteration.
+      state: the first state.
+      context: of the pass, without its cache.
+      cache: what came before; only read.
+      positions: of the new tokens; -1 for padding.
+      rule: how deep.
+      logits_of: coda and head, for criteria that need logits.
+      is_first: the cache is empty.
+    """
+    differ = rule.lets_tokens_differ
+    criterion = rule.criterion
+    assert cache.core is not None  # The model has a core.
+    layers = cache.core.key.shape[0] // cache.num_slots
+    is_token = positions >= 0
+
+    def context_at(carry: _Carry, slot: Any) -> LayerContext:
+        visible, frozen = positions, None
+        if differ:
+            frozen = _frozen_rows(carry, cache, slot, layers)
+        if differ and cache.exited_reads == "skip":
+            visible = jnp.where(carry.is_active | (carry.num_steps > slot), positions, -1)
+        rows = _read(cache, slot, layers)
+        active = carry.is_active if differ else None
+        return with_cache(context, CachedPass(rows, positions, visible, active, frozen, is_first))
+
+    def body(carry: _Carry) -> _Carry:
+        slot = slot_for(carry.iteration, cache.num_slots, cache.sharing)
+        new_state, sown = core.apply(
+            {"params": params}, carry.state, prepared, context_at(carry, slot), mutable=[NEW_ROWS]
+        )
+        rows = _put_slot(carry.rows, stack_rows(sown[NEW_ROWS]["layers"]), slot * layers)
+        is_active, memory = carry.is_active, carry.memory
+        if differ:
+            new_state = jnp.where(is_active[..., None], new_state, carry.state)
+        num_steps = carry.num_steps + is_active
+        if criterion.name != _FIXED:
+            logits = logits_of(new_state) if criterion.needs_logits else None
+            value, memory = criterion.measure(memory, Observation(new_state, logits))
+            may_leave = carry.iteration + 1 >= _per_sequence(rule.min_depth)
+            is_active &= ~(criterion.is_settled(value, rule.threshold) & may_leave)
+        is_active &= carry.iteration + 1 < _per_sequence(rule.depth)
+        return _Carry(carry.iteration + 1, new_state, rows, is_active, num_steps, memory)
+
+    empty = jnp.zeros(
+        (cache.core.key.shape[0], *cache.core.key.shape[1:3], state.shape[1],
+         cache.core.key.shape[-1]), prepared.dtype,
+    )  # fmt: skip
+    carry = _Carry(
+        iteration=jnp.int32(0),
+        state=state,
+        rows=KeyValues(empty, empty),
+        is_active=is_token,
+        num_steps=jnp.zeros(positions.shape, jnp.int32),
+        memory=criterion.init(state, core.config.vocab_size),
+    )
+    carry = jax.lax.while_loop(lambda carry: jnp.any(carry.is_active), body, carry)
+    rows = _fill_unused_slots(carry.rows, carry.iteration, layers)
+    return DepthResult(carry.state, rows, carry.num_steps)
+
+
+def stack_rows(sown: Any) -> KeyValues:
+    """The keys and values that a stack's layers have sown: [L, B, K, T, H]."""
+    # `sow` collects into tuples; each layer sows once per pass.
+    each = [sown[f"layer_{layer}"]["attention"]["key_values"][0] for layer in range(len(sown))]
+    return KeyValues(jnp.stack([rows.key for rows in each]), jnp.stack([r.value for r in each]))
+
+
+def with_cache(context: LayerContext, cached: CachedPass) -> LayerContext:
+    """The context with a cache, whose first pass sees the chunk through the mask's segments."""
+    replaced: Any = context
+    if cached.is_first:
+        mask = replaced.mask
+        keys = (cached.key_positions >= 0).astype(jnp.int32)
+        queries = (cached.query_positions >= 0).astype(jnp.int32)
+        mask = type(mask)(mask.is_causal, mask.window, 0, queries, keys)
+        replaced = replaced.replace(mask=mask)
+    updated: LayerContext = replaced.replace(cached=cached)
+    return updated
+
+
+def _read(cache: KVCache, slot: Any, layers: int) -> CachedRows:
+    assert cache.core is not None
+    return CachedRows(
+        cache.core.key,
+        cache.core.value,
+        slot * layers,
+        visible_positions(cache, slot),
+        cache.length,
+        cache.block_rows,
+    )
+
+
+def _frozen_rows(carry: _Carry, cache: KVCache, slot: Any, layers: int) -> KeyValues:
+    """What tokens that have left offer in this iteration.
+
+    While slots are used for the first time: what they offered one iteration ago, so their latest.
+    Later: what their slot holds.
+    """
+    previous = slot_for(carry.iteration - 1, cache.num_slots, cache.sharing)
+    source = jnp.where(carry.iteration < cache.num_slots, jnp.maximum(previous, 0), slot)
+    return _take_slot(carry.rows, source * layers, layers)
+
+
+def _take_slot(rows: KeyValues, entry: Any, layers: int) -> KeyValues:
+    def take(array: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice_in_dim(array, entry, layers, axis=0)
+
+    return KeyValues(take(rows.key), take(rows.value))
+
+
+def _put_slot(rows: KeyValues, new: KeyValues, entry: Any) -> KeyValues:
+    def put(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), entry, axis=0)
+
+    return KeyValues(put(rows.key, new.key), put(rows.value, new.value))
+
+
+def _fill_unused_slots(rows: KeyValues, num_iterations: jax.Array, layers: int) -> KeyValues:
+    """Slots that no iteration reached hold what the last one offered."""
+    entries = rows.key.shape[0]
+    last = _take_slot(rows, (num_iterations - 1) * layers, layers)
+    is_used = jnp.arange(entries) < num_iterations * layers
+
+    def fill(array: jax.Array, last: jax.Array) -> jax.Array:
+        repeated = jnp.tile(last, (entries // layers, 1, 1, 1, 1))
+        return jnp.where(is_used[:, None, None, None, None], array, repeated)
+
+    return KeyValues(fill(rows.key, last.key), fill(rows.value, last.value))
+
+
+def _per_sequence(number: jax.Array) -> jax.Array:
+    """[] as it is, [B] as [B, 1], to broadcast over tokens."""
+    return number[:, None] if jnp.ndim(number) else number

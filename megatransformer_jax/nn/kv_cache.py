@@ -1,0 +1,255 @@
+"""The key/value cache: static shapes, read during a forward pass, written once after it.
+
+Every layer of prelude and coda has one entry. A layer of the core has one per *slot*; which slot an
+iteration uses is `slot_for(iteration)`. With as many slots as iterations (full) every iteration has
+its own; with fewer (a budget of R) iterations share them.
+
+A pass over T new tokens reads the cache as it was, and its own keys and values as they come. They
+are kept apart (`models.depth_loop`) and enter the cache together when the pass has ended. So no
+loop inside a pass carries the cache, and `length` moves once per pass: DESIGN decision 3.
+
+Rows, not columns of a prompt: a pass takes T rows of every sequence, padding included. `positions`
+says what a row holds: the place of its token in its own sequence, or -1 for padding and for rows
+not used yet. Causality, windows, ALiBi and padding are all decided by positions, so it does not
+matter on which side a batch is padded, nor whether rejected tokens left gaps.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import UserError
+
+SHARINGS = ("modulo", "anchor", "last")
+EXITED_READS = ("latest", "skip")
+# Rows that attention reads at a time; a capacity is a multiple of it. Few rows waste little on CPU,
+# where a turn of a loop is cheap; accelerators want larger products.
+BLOCK_ROWS = {"cpu": 64, "gpu": 256, "tpu": 256}
+
+
+@struct.dataclass
+class KeyValues:
+    """Keys and values of several entries: [E, B, K, S, H] each. Entries are layers, or layers of
+    slots: entry = slot * layers + layer."""
+
+    key: Float[Array, "E B K S H"]
+    value: Float[Array, "E B K S H"]
+
+
+@struct.dataclass
+class KVCache:
+    """What the model remembers of the tokens so far.
+
+    Attributes:
+      prelude: [layers, B, K, S, H].
+      core: [slots * layers, B, K, S, H]; None without a core.
+      coda: [layers, B, K, S, H].
+      positions: place of each row's token in its sequence; -1 for padding and unused rows.
+      num_steps: iterations that each row's token took; 0 for padding and unused rows.
+      next_position: where each sequence goes on = tokens it has so far.
+      length: rows in use, the same for all sequences.
+      num_slots: R.
+      sharing: how iterations share slots, see `slot_for`.
+      exited_reads: what a deeper reader gets of a token that took fewer iterations: 'latest', its
+        last key and value; 'skip', nothing.
+      block_rows: rows that attention reads at a time.
+    """
+
+    prelude: KeyValues
+    core: KeyValues | None
+    coda: KeyValues
+    positions: Int[Array, "B S"]
+    num_steps: Int[Array, "B S"]
+    next_position: Int[Array, "B"]
+    length: Int[Array, ""]
+    num_slots: int = struct.field(pytree_node=False)
+    sharing: str = struct.field(pytree_node=False)
+    exited_reads: str = struct.field(pytree_node=False)
+    block_rows: int = struct.field(pytree_node=False)
+
+    @property
+    def capacity(self) -> int:
+        """Rows that fit (S)."""
+        return self.positions.shape[1]
+
+
+def slot_for(iteration: Int[Array, ""] | int, num_slots: int, sharing: str) -> Int[Array, ""] | int:
+    """The slot that an iteration (0, 1, ...) writes and reads; all are taken in order first.
+
+    modulo: iteration mod R, as Huginn. last: the first R - 1 iterations have slots of their own and
+    all later ones share the last. anchor: the first half of the slots belongs to the first
+    iterations, the later ones rotate over the rest.
+
+    Raises:
+      ValueError: unknown sharing.
+    """
+    match sharing:
+        case "modulo":
+            return iteration % num_slots
+        case "last":
+            return jnp.minimum(iteration, num_slots - 1)
+        case "anchor":
+            anchors = num_slots // 2
+            rotating = anchors + (iteration - anchors) % (num_slots - anchors)
+            return jnp.where(iteration < anchors, iteration, rotating)
+    raise ValueError(f"slot sharing is {sharing!r}; choose one of {SHARINGS}.")
+
+
+def rows_to_blocks(rows: int, platform: str) -> int:
+    """The capacity, a whole number of blocks, that holds `rows` rows."""
+    block = BLOCK_ROWS[platform]
+    return -(-rows // block) * block
+
+
+def init_cache(
+    config: ModelConfig,
+    batch_size: int,
+    capacity: int,
+    *,
+    num_slots: int,
+    dtype: jnp.dtype,
+    platform: str,
+    sharing: str = "modulo",
+    exited_reads: str = "latest",
+) -> KVCache:
+    """An empty cache.
+
+    Args:
+      config: the model.
+      batch_size: sequences (B).
+      capacity: rows per sequence; rounded up to whole blocks.
+      num_slots: R; the number of iterations for a full cache.
+      dtype: of keys and values; the model's compute type.
+      platform: of the devices: 'cpu', 'gpu' or 'tpu'.
+      sharing: 'modulo', 'anchor' or 'last'.
+      exited_reads: 'latest' or 'skip'.
+
+    Raises:
+      UserError: capacity, slots or a name that cannot be used.
+    """
+    _check(capacity, num_slots, sharing, exited_reads)
+    rows = rows_to_blocks(capacity, platform)
+
+    def entries(count: int, width: int) -> KeyValues:
+        shape = (count, batch_size, config.attention.kv_heads, rows, config.head_dim(width))
+        # Two arrays, not one twice: each is donated.
+        return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    core = None
+    if config.is_recurrent:
+        core = entries(num_slots * config.core_layers, config.core_width)
+    return KVCache(
+        prelude=entries(config.prelude_layers, config.width),
+        core=core,
+        coda=entries(config.coda_layers, config.width),
+        positions=jnp.full((batch_size, rows), -1, jnp.int32),
+        num_steps=jnp.zeros((batch_size, rows), jnp.int32),
+        next_position=jnp.zeros((batch_size,), jnp.int32),
+        length=jnp.int32(0),
+        num_slots=num_slots,
+        sharing=sharing,
+        exited_reads=exited_reads,
+        block_rows=BLOCK_ROWS[platform],
+    )
+
+
+def write_rows(
+    cache: KVCache,
+    prelude: KeyValues,
+    core: KeyValues | None,
+    coda: KeyValues,
+    positions: Int[Array, "B T"],
+    num_steps: Int[Array, "B T"],
+) -> KVCache:
+    """The cache after a pass: its T rows stand at `length`, and `length` has moved by T.
+
+    The caller has checked that they fit: inside a compiled loop nothing can be raised.
+    """
+
+    def put(old: KeyValues | None, new: KeyValues | None) -> KeyValues | None:
+        if old is None or new is None:
+            return None
+        at = (0, 0, 0, cache.length, 0)
+        return KeyValues(
+            jax.lax.dynamic_update_slice(old.key, new.key.astype(old.key.dtype), at),
+            jax.lax.dynamic_update_slice(old.value, new.value.astype(old.value.dtype), at),
+        )
+
+    def put_ints(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(old, new, (0, cache.length))
+
+    written: Any = cache.replace(  # type: ignore[attr-defined]
+        prelude=put(cache.prelude, prelude),
+        core=put(cache.core, core),
+        coda=put(cache.coda, coda),
+        positions=put_ints(cache.positions, positions),
+        num_steps=put_ints(cache.num_steps, num_steps),
+        next_position=cache.next_position + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32),
+        length=cache.length + positions.shape[1],
+    )
+    return written
+
+
+def visible_positions(cache: KVCache, slot: Int[Array, ""] | int) -> Int[Array, "B S"]:
+    """Positions of the rows that a reader of this core slot may see; -1 for the others."""
+    if cache.exited_reads == "latest":
+        return cache.positions
+    return jnp.where(cache.num_steps > slot, cache.positions, -1)
+
+
+def take_sequences(cache: KVCache, sequences: Int[Array, "B2"]) -> KVCache:
+    """The cache of these sequences, in this order; for beams and for several samples."""
+
+    def take(entries: KeyValues | None) -> KeyValues | None:
+        if entries is None:
+            return None
+        return KeyValues(entries.key[:, sequences], entries.value[:, sequences])
+
+    taken: Any = cache.replace(  # type: ignore[attr-defined]
+        prelude=take(cache.prelude),
+        core=take(cache.core),
+        coda=take(cache.coda),
+        positions=cache.positions[sequences],
+        num_steps=cache.num_steps[sequences],
+        next_position=cache.next_position[sequences],
+    )
+    return taken
+
+
+def drop_rows(cache: KVCache, is_kept: Bool[Array, "B T"]) -> KVCache:
+    """Forgets tokens of the last pass that are not kept (rejected drafts), and frees what it can.
+
+    `length` goes back to the last row that any sequence keeps. A sequence that keeps fewer has a
+    gap there, which its positions hide; it costs capacity only.
+
+    Args:
+      cache: after a pass of T rows.
+      is_kept: which of them stay; in each sequence a first part of them.
+    """
+    num_rows = is_kept.shape[1]
+    start = cache.length - num_rows
+    last = jax.lax.dynamic_slice(cache.positions, (0, start), is_kept.shape)
+    positions = jnp.where(is_kept, last, -1)
+    dropped = jnp.sum((last >= 0) & ~is_kept, axis=1, dtype=jnp.int32)
+    used = jnp.max(jnp.where(is_kept, jnp.arange(1, num_rows + 1), 0))
+    kept: Any = cache.replace(  # type: ignore[attr-defined]
+        positions=jax.lax.dynamic_update_slice(cache.positions, positions, (0, start)),
+        next_position=cache.next_position - dropped,
+        length=start + used,
+    )
+    return kept
+
+
+def _check(capacity: int, num_slots: int, sharing: str, exited_reads: str) -> None:
+    if capacity < 1:
+        raise UserError(f"cache capacity is {capacity}; it must be at least 1 row.")
+    if num_slots < 1:
+        raise UserError(f"cache slots are {num_slots}; there must be at least 1.")
+    if sharing not in SHARINGS:
+        raise UserError(f"slot sharing is {sharing!r}; choose one of {SHARINGS}.")
+    if exited_reads not in EXITED_READS:
+        raise UserError(f"exited_reads is {exited_reads!r}; choose one of {EXITED_READS}.")
