@@ -12,7 +12,7 @@ from megatransformer_jax.config.option import UserError, type_name
 from megatransformer_jax.config.option_text import parse_text
 from megatransformer_jax.config.presets import load_preset, preset_names
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import options_of, sections_of, unknown_key
+from megatransformer_jax.config.schema import Option, options_of, sections_of, unknown_key
 
 PREFIX = "config."
 
@@ -42,15 +42,31 @@ def define_config_flags(flag_values: flags.FlagValues) -> None:
         flag_values=flag_values,
     )
     for option in options_of(RunConfig):
-        flag: flags.Flag = flags.Flag(
-            parser=_OptionParser(option.declared),
-            serializer=None,
-            name=PREFIX + option.path,
-            default=None,
-            help_string=option.meaning,
-            boolean=option.declared is bool,
-        )
-        flags.DEFINE_flag(flag, flag_values)
+        define_flag(flag_values, PREFIX + option.path, option)
+
+
+def define_flag(flag_values: flags.FlagValues, name: str, option: Option) -> None:
+    """Defines one flag for an option; its value is None unless the command line names it."""
+    flag: flags.Flag = flags.Flag(
+        parser=_OptionParser(option.declared),
+        serializer=None,
+        name=name,
+        default=None,
+        help_string=option.meaning,
+        boolean=option.declared is bool,
+    )
+    flags.DEFINE_flag(flag, flag_values)
+
+
+def described(option: Option, name: str) -> list[str]:
+    """Lines of help about an option whose flag has this name."""
+    notes = [option.check.describe(), *option.rules]
+    return [
+        f"  --{name} ({type_name(option.declared)})",
+        f"      {option.meaning}",
+        f"      default: {option.default!r}",
+        *(f"      {note}" for note in notes if note),
+    ]
 
 
 def config_from_flags(flag_values: flags.FlagValues) -> RunConfig:

@@ -11,15 +11,22 @@ such as XLA_FLAGS count only if they are set before:
         launch.run(main)
 """
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from absl import flags, logging
 
-from experiments.flags import PREFIX, config_from_flags, define_config_flags, unknown_flag
+from experiments.flags import (
+    PREFIX,
+    config_from_flags,
+    define_config_flags,
+    described,
+    unknown_flag,
+)
 from experiments.log_format import LineFormatter
-from megatransformer_jax.config.option import UserError, type_name
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.presets import preset_names
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.schema import options_of, sections_of
@@ -62,27 +69,43 @@ def run(main: Callable[[RunConfig], None], argv: Sequence[str] | None = None) ->
       argv: the command line with the program's name; None: `sys.argv`.
     """
     argv = list(sys.argv if argv is None else argv)
-    try:
+    with errors_in_one_line(interrupted="interrupted: nothing more is saved."):
         own_flags = _flags_of(main)
-        if _wants_help(argv):
+        if wants_help(argv):
             print(help_text(main, own_flags, full="--helpfull" in argv))
             return
         config = parse(argv, own_flags)
         set_environment(config)
-        logging.use_absl_handler()
-        logging.get_absl_handler().setFormatter(LineFormatter())
-        logging.set_verbosity(config.logging.level)
+        start_logging(config.logging.level)
         main(config)
+
+
+@contextlib.contextmanager
+def errors_in_one_line(interrupted: str) -> Iterator[None]:
+    """Ends the program on bad input (exit code 2) and on Ctrl-C (130), without a traceback.
+
+    Args:
+      interrupted: what is printed on Ctrl-C.
+    """
+    try:
+        yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
     except KeyboardInterrupt:
-        print("interrupted: nothing more is saved.", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         # `main` has closed what it opened. A usual exit crashes where the interpreter is taken down
         # after Ctrl-C inside JAX's native code (jaxlib on CPU: segmentation fault).
         os._exit(INTERRUPTED)
+
+
+def start_logging(level: str) -> None:
+    """Shows messages from `level` upwards on stderr, each with the time."""
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(LineFormatter())
+    logging.set_verbosity(level)
 
 
 def parse(argv: Sequence[str], own_flags: Sequence[flags.Flag] = ()) -> RunConfig:
@@ -97,23 +120,45 @@ def parse(argv: Sequence[str], own_flags: Sequence[flags.Flag] = ()) -> RunConfi
     define_config_flags(flag_values)
     for flag in own_flags:
         flag_values[flag.name] = flag
+    read_flags(flag_values, argv, "--config.train.steps=100", _unknown_flag)
+    return config_from_flags(flag_values)
+
+
+def read_flags(
+    flag_values: flags.FlagValues,
+    argv: Sequence[str],
+    example: str,
+    unknown: Callable[[flags.UnrecognizedFlagError], UserError],
+) -> None:
+    """Parses a command line into flags that have been defined.
+
+    Args:
+      flag_values: gets the values.
+      argv: the command line with the program's name.
+      example: an option as it should look, for the error about a stray word.
+      unknown: makes the error about a flag that is not defined, from absl's.
+
+    Raises:
+      UserError: if something in it cannot be used.
+    """
     try:
         rest = flag_values(list(argv))
     except flags.UnrecognizedFlagError as error:
-        name = error.flagname
-        if name.startswith(PREFIX):
-            raise unknown_flag(name) from error
-        raise UserError(f"{error}; see --help.") from error
+        raise unknown(error) from error
     except flags.Error as error:
         raise UserError(f"{error}") from error
     if len(rest) > 1:
         raise UserError(
-            f"{rest[1]!r} is no option; options look like --config.train.steps=100. "
-            "Quote values that hold spaces."
+            f"{rest[1]!r} is no option; options look like {example}. Quote values that hold spaces."
         )
     # Libraries that read absl's flags must find them parsed.
     flags.FLAGS.mark_as_parsed()
-    return config_from_flags(flag_values)
+
+
+def _unknown_flag(error: flags.UnrecognizedFlagError) -> UserError:
+    if error.flagname.startswith(PREFIX):
+        return unknown_flag(error.flagname)
+    return UserError(f"{error}; see --help.")
 
 
 def set_environment(config: RunConfig) -> None:
@@ -152,15 +197,12 @@ def help_text(
 def _full_lines() -> list[str]:
     lines = ["All options:"]
     for option in options_of(RunConfig):
-        notes = [option.check.describe(), *option.rules]
-        lines.append(f"  --config.{option.path} ({type_name(option.declared)})")
-        lines.append(f"      {option.meaning}")
-        lines.append(f"      default: {option.default!r}")
-        lines += [f"      {note}" for note in notes if note]
+        lines += described(option, PREFIX + option.path)
     return lines
 
 
-def _wants_help(argv: Sequence[str]) -> bool:
+def wants_help(argv: Sequence[str]) -> bool:
+    """Whether a command line asks for help and nothing else."""
     return any(word in ("-h", "-help", "--help", "-helpfull", "--helpfull") for word in argv[1:])
 
 

@@ -35,7 +35,7 @@ def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
     check_values(nested)
     if nested.get("preset") is not None:
         nested = merge(load_preset(nested["preset"]), nested)
-    return _construct(RunConfig, nested, "")
+    return construct(RunConfig, nested)
 
 
 def plain(values: Any) -> Any:
@@ -85,6 +85,25 @@ def check_values(values: Mapping[str, Any], config_class: type = RunConfig, path
             raise ConfigError(key_path, wrong_type(value, declared))
 
 
+def construct(config_class: type, values: Mapping[str, Any], path: str = "") -> Any:
+    """The configuration dataclass that nested values describe; their names must have been checked.
+
+    Raises:
+      ConfigError: with the full dotted path, below `path`.
+    """
+    hints = typing.get_type_hints(config_class)
+    arguments = dict(values)
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            arguments[key] = construct(
+                typing.cast(type, hints[key]), value, f"{path}.{key}" if path else key
+            )
+    try:
+        return config_class(**arguments)
+    except ConfigError as error:
+        raise error.below(path) from None
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested values of a configuration, ready for JSON; `build` gives back an equal one."""
     return {
@@ -114,20 +133,6 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
       ConfigError: if a value in it cannot be used.
     """
     return build(read_values(pathlib.Path(path)))
-
-
-def _construct(config_class: type, values: Mapping[str, Any], path: str) -> Any:
-    hints = typing.get_type_hints(config_class)
-    arguments = dict(values)
-    for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]):
-            arguments[key] = _construct(
-                typing.cast(type, hints[key]), value, f"{path}.{key}" if path else key
-            )
-    try:
-        return config_class(**arguments)
-    except ConfigError as error:
-        raise error.below(path) from None
 
 
 def _to_json(value: Any) -> Any:

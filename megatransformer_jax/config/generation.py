@@ -179,7 +179,7 @@ class GenerationConfig:
 
     @rule("stop")
     def _stops_have_text(self) -> None:
-        """No empty text."""
+        """No empty text, only UTF-8."""
         check_texts("stop", self.stop)
 
     @rule("cache.slots")

@@ -77,7 +77,7 @@ class SamplingConfig:
 
     @rule("banned_words", "forced_words")
     def _words_have_text(self) -> None:
-        """No empty text."""
+        """No empty text, only UTF-8."""
         for name in ("banned_words", "forced_words"):
             check_texts(name, getattr(self, name))
 
@@ -93,7 +93,7 @@ class SamplingConfig:
 
 
 def check_texts(name: str, texts: Sequence[str]) -> None:
-    """Checks that no text of an option is empty.
+    """Checks that no text of an option is empty or cannot be encoded.
 
     Raises:
       ConfigError: if one is.
@@ -102,3 +102,21 @@ def check_texts(name: str, texts: Sequence[str]) -> None:
         raise ConfigError(
             name, f"{tuple(texts)!r} has an empty text, which occurs everywhere; remove it."
         )
+    check_encodable(name, texts)
+
+
+def check_encodable(name: str, texts: Sequence[str]) -> None:
+    """Checks that texts can be written in UTF-8.
+
+    Raises:
+      ConfigError: if one has a lone surrogate; a command line has them for bytes that are no text.
+    """
+    for text in texts:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ConfigError(
+                name,
+                f"{text!r} has {text[error.start]!r} at character {error.start}, which is no text; "
+                "write it in UTF-8.",
+            ) from error

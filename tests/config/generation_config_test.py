@@ -40,6 +40,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     ),
     ("_words_have_text", SamplingConfig, {"banned_words": ("a", "")}, "banned_words"),
     ("_words_have_text", SamplingConfig, {"forced_words": ("",)}, "forced_words"),
+    ("_words_have_text", SamplingConfig, {"banned_words": ("a\udcff",)}, "banned_words"),
     (
         "_no_word_is_banned_and_forced",
         SamplingConfig,

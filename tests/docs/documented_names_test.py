@@ -21,6 +21,8 @@ SECTIONS = {path for path, _, _ in sections_of(RunConfig)}
 def parse(command: list[str]):
     """The configuration of a command such as ['train', '--config=...']."""
     module = importlib.import_module(f"experiments.{command[0]}")
+    if hasattr(module, "generate_flags"):
+        return module.generate_flags.parse(command)
     if not hasattr(module, "launch"):
         return check_options_are_declared(module, command)
     own = flags.FLAGS.flags_by_module_dict().get(module.__name__, [])
@@ -58,6 +60,7 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
         ["train", "--config.preset=tiny", "--absent=1"],
         ["inspect", "--config.preset=absent"],
         ["compare", "runs/a", "--absent=1"],
+        ["generate", "--workdir=runs/a", "--prompt=a", "--absent=1"],
     ],
 )
 def test_a_wrong_command_is_seen(command):

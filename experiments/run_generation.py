@@ -1,0 +1,83 @@
+"""One command of `experiments.generate`: loads the model, then continues prompts or talks."""
+
+import pathlib
+
+from absl import logging
+from rich.console import Console
+
+from experiments.continuations import check_json_path, continue_prompts
+from experiments.depth_colors import Screen
+from experiments.generate_flags import Command, named_as_written
+from experiments.interactive import Session
+from experiments.load_model import LoadedModel, is_huginn_folder, load_model, parse_step
+from experiments.prompts import Prompts
+from experiments.stopwatch import Stopwatch
+from megatransformer_jax.config.generation import GenerationConfig, for_model
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.generation.generator import Generator
+
+
+def run(command: Command, prompts: Prompts) -> None:
+    """Does what the command asks for.
+
+    Args:
+      command: the parsed command line.
+      prompts: what is continued; not read in an interactive session.
+
+    Raises:
+      UserError: if an option does not fit the model, or a file or folder cannot be used.
+    """
+    options = command.options
+    if options.json is not None:
+        check_json_path(options.json)
+    with named_as_written("--"):
+        loaded = _load(command)
+        _check_fits(command, loaded)
+        screen = Screen(Console(), depth=None)
+
+        def make_generator(config: GenerationConfig) -> Generator:
+            config = for_model(config, loaded.trained_depth)
+            generator = Generator(
+                loaded.model, loaded.params, loaded.tokenizer, config, loaded.trained_depth
+            )
+            if options.show_depth:
+                screen.depth = config.depth.depth
+            return generator
+
+        with Stopwatch() as stopwatch:
+            if options.interactive:
+                Session(make_generator, command.given, screen, stopwatch).run()
+            else:
+                generator = make_generator(command.config)
+                continue_prompts(generator, loaded.tokenizer, prompts, command, screen, stopwatch)
+
+
+def _load(command: Command) -> LoadedModel:
+    options = command.options
+    folder = pathlib.Path(options.workdir or "").expanduser()
+    if options.param_dtype != "float32" and not is_huginn_folder(folder):
+        raise ConfigError(
+            "param_dtype",
+            f"{options.param_dtype!r} is for Huginn checkpoints, and {folder} is a run of ours; "
+            "leave it out.",
+        )
+    loaded = load_model(
+        folder,
+        step=parse_step(options.step),
+        precision=options.precision,
+        param_dtype="stored" if options.param_dtype == "stored" else "float32",
+    )
+    logging.info("%s", loaded.description)
+    return loaded
+
+
+def _check_fits(command: Command, loaded: LoadedModel) -> None:
+    """Checks what the command asks for against the model."""
+    options = command.options
+    if loaded.tokenizer is None and not options.prompt_ids:
+        raise UserError(
+            f"{loaded.description} has no tokenizer, so it takes no text; give token ids with "
+            "--prompt_ids."
+        )
+    if options.show_depth and loaded.trained_depth is None:
+        raise ConfigError("show_depth", "this model has no recurrent core, so nothing to show.")

@@ -1,0 +1,62 @@
+"""A generator without a model: it spells the prompt backwards."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.data.tokenizer import BytesTokenizer
+
+MAX_PROMPT = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Token:
+    text: str
+    token_id: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    prompt: str | None
+    text: str
+    token_ids: tuple[int, ...]
+    steps: tuple[int, ...]
+    score: float
+    finish_reason: str
+
+
+class SmallGenerator:
+    """Takes 1, 2, 3, ... iterations, at most `depth`."""
+
+    def __init__(self, config: GenerationConfig):
+        self.config = config
+        self.prompts: list[str | Sequence[int]] = []
+
+    def stream(self, prompt: str | Sequence[int]) -> Iterator[Token]:
+        self.prompts.append(prompt)
+        if len(prompt) > MAX_PROMPT:
+            raise ConfigError("cache.capacity", f"the prompt has {len(prompt)} tokens.")
+        depth = self.config.depth.depth or 8
+        for index, item in enumerate(self._continuation(prompt)):
+            yield Token(BytesTokenizer().decode([item]), item, min(index + 1, depth))
+
+    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[Text]:
+        texts = []
+        for prompt in prompts:
+            tokens = list(self.stream(prompt))
+            text = Text(
+                prompt if isinstance(prompt, str) else None,
+                "".join(token.text for token in tokens),
+                tuple(token.token_id for token in tokens),
+                tuple(token.steps for token in tokens),
+                -1.5,
+                "length",
+            )
+            texts += [text] * self.config.num_samples
+        return texts
+
+    def _continuation(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = BytesTokenizer().encode(prompt) if isinstance(prompt, str) else list(prompt)
+        return ids[::-1][: self.config.max_new_tokens]
