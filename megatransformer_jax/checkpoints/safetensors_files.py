@@ -84,6 +84,9 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
                 "get the file again."
             ) from error
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # Mapping's own would read the tensor.
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 

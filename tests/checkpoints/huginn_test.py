@@ -1,22 +1,27 @@
-"""Parity with Huginn's own PyTorch model at random weights: values, gradients, bytes."""
+"""Huginn folders: the same results as Huginn's own PyTorch model, and the same bytes back."""
 
 import json
+import os
+import stat
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from huginn_values import huginn_values, small_huginn
+from safetensors.numpy import load_file, save_file
 
 from megatransformer_jax.checkpoints.huginn import (
     HuginnFormatError,
-    config_from_huginn,
     load_huginn,
-    params_from_huginn,
     params_to_huginn,
+    save_huginn,
 )
+from megatransformer_jax.checkpoints.safetensors_files import SafetensorsReader, WeightsFileError
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.losses.cross_entropy import token_loss
-from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -74,79 +79,203 @@ def test_loss_and_every_gradient_agree_under_truncated_backprop(reference):
         assert error < 1e-4, (name, error)
 
 
-def test_parameters_have_the_tree_and_shapes_of_a_fresh_model(reference):
-    model, params, _ = reference
-    fresh = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda leaf: leaf.shape, fresh)
-
-
-def test_import_then_export_gives_the_same_bytes(huginn_fixture, reference):
-    model, params, _ = reference
+@pytest.mark.parametrize("max_shard_bytes", [5 * 2**30, 300_000])
+def test_import_then_export_gives_the_same_bytes(huginn_fixture, tmp_path, max_shard_bytes):
+    config, params = load_huginn(huginn_fixture)
+    save_huginn(tmp_path / "out", config, params, max_shard_bytes=max_shard_bytes)
     original = load_file(huginn_fixture / "model.safetensors")
-    exported = params_to_huginn(params, model.config)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == (1 if max_shard_bytes > 10**6 else 5)
+    exported = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert set(exported) == set(original)
     for name, tensor in original.items():
         assert exported[name].dtype == tensor.dtype
         assert exported[name].tobytes() == tensor.tobytes(), name
+    values = json.loads((huginn_fixture / "config.json").read_text())
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: written[key] for key in values} == values
 
 
-def test_grouped_heads_map_both_ways(reference):
-    config = config_from_huginn(_values(num_key_value_heads=2, qk_bias=False))
-    model = build_model(config, DTypePolicy(), Sharder(), "cpu")
-    params = jax.device_get(init_params(model, jax.random.key(0)))
-    tensors = params_to_huginn(params, config)
-    assert tensors["transformer.coda.0.attn.Wqkv.weight"].shape == (64 + 2 * 2 * 16, 64)
-    jax.tree.map(np.testing.assert_array_equal, params_from_huginn(tensors, config), params)
+@pytest.fixture
+def folder(tmp_path):
+    config, params = small_huginn()
+    save_huginn(tmp_path / "model", config, params)
+    return tmp_path / "model"
 
 
-def test_missing_and_unknown_tensors_are_named(huginn_fixture, reference):
-    config = reference[0].config
-    tensors = load_file(huginn_fixture / "model.safetensors")
-    with pytest.raises(HuginnFormatError, match=r"unknown tensors \['extra'\]"):
-        params_from_huginn({**tensors, "extra": np.zeros(1)}, config)
-    del tensors["transformer.ln_f.weight"]
-    with pytest.raises(HuginnFormatError, match=r"transformer\.ln_f\.weight"):
-        params_from_huginn(tensors, config)
+def load_leaves(folder, **options):
+    return jax.tree.leaves(load_huginn(folder, **options)[1])
+
+
+def rounded(params, dtype):
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def test_what_was_saved_is_loaded(folder):
+    config, params = load_huginn(folder)
+    assert config == small_huginn()[0]
+    jax.tree.map(np.testing.assert_array_equal, params, small_huginn()[1])
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+def test_jax_arrays_are_saved_the_same(folder, tmp_path):
+    config, params = small_huginn()
+    save_huginn(tmp_path / "again", config, jax.tree.map(jnp.asarray, params))
+    for name in ("config.json", "model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_short_weights_are_converted_exactly_and_the_log_says_so(tmp_path, dtype, caplog):
+    config, params = small_huginn()
+    short = rounded(params, dtype)
+    save_huginn(tmp_path / "model", config, short)
+    with caplog.at_level("INFO", logger="absl"):
+        _, loaded = load_huginn(tmp_path / "model")
+    assert f"are stored as {np.dtype(dtype).name} and converted to float32" in caplog.text
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {np.dtype(np.float32)}
+    jax.tree.map(np.testing.assert_array_equal, loaded, rounded(short, np.float32))
+    # And back: the same bytes as before.
+    save_huginn(tmp_path / "back", config, loaded, dtype=np.dtype(dtype).name)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
+
+
+def test_stored_types_may_be_kept(tmp_path, caplog):
+    config, params = small_huginn()
+    mixed = rounded(params, ml_dtypes.bfloat16)
+    mixed["final_norm"] = params["final_norm"]
+    save_huginn(tmp_path / "model", config, mixed)
+    with caplog.at_level("INFO", logger="absl"):
+        _, loaded = load_huginn(tmp_path / "model", param_dtype="stored")
+    assert "converted" not in caplog.text
+    jax.tree.map(np.testing.assert_array_equal, loaded, mixed)
+    assert jax.tree.map(np.dtype, jax.tree.map(lambda leaf: leaf.dtype, loaded)) == (
+        jax.tree.map(lambda leaf: leaf.dtype, mixed)
+    )
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(None, "float32"), ("bfloat16", "bfloat16")])
+def test_the_config_names_the_type(tmp_path, dtype, name):
+    config, params = small_huginn()
+    save_huginn(tmp_path / "model", config, params, dtype=dtype, with_rotary_table=True)
+    values = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert values["torch_dtype"] == name
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    # The table stays precise, as upstream keeps it.
+    assert tensors.pop("freqs_cis").dtype == np.float32
+    assert {tensor.dtype.name for tensor in tensors.values()} == {name}
+    assert len(load_leaves(tmp_path / "model")) == len(jax.tree.leaves(params))
+
+
+def test_values_that_a_type_cannot_hold_are_refused(tmp_path):
+    config, params = small_huginn()
+    params = jax.tree.map(lambda leaf: leaf * 1e9, params)
+    with pytest.raises(UserError, match=r"'transformer.wte.weight' has values up to .*e\+08, whic"):
+        save_huginn(tmp_path / "model", config, params, dtype="float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_and_special_ids_go_along(tmp_path):
+    config, params = small_huginn()
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    save_huginn(tmp_path / "model", config, params, special_ids=ids, tokenizer_model=b"pieces")
+    assert json.loads((tmp_path / "model" / "generation_config.json").read_text()) == ids
+    assert (tmp_path / "model" / "tokenizer.model").read_bytes() == b"pieces"
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path, folder):
+    config, params = small_huginn()
+    broken = {**params, "final_norm": {}}
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(KeyError):
+        save_huginn(tmp_path / "new", config, broken)
+    with pytest.raises(KeyError):
+        save_huginn(folder, config, broken, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_older_export_is_replaced_as_a_whole_only_if_told(tmp_path, folder):
+    config, params = small_huginn()
+    with pytest.raises(UserError, match=r"is not empty \(it has config\.json\); name a new folder"):
+        save_huginn(folder, config, params)
+    save_huginn(folder, config, params, max_shard_bytes=20_000, overwrite=True)
+    assert "model.safetensors" not in os.listdir(folder)
+    assert len(load_leaves(folder)) == len(jax.tree.leaves(params))
+    save_huginn(folder, config, params, overwrite=True)
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    (folder / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"has 'thesis\.tex', which is no part of an export"):
+        save_huginn(folder, config, params, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_huginn(tmp_path / "model", *small_huginn())
+    assert load_leaves(tmp_path / "model")
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("options", "message"),
     [
-        ({"nonlin_name": "GELU"}, "nonlin_name is 'GELU'"),
-        ({"bias": True}, "bias is True"),
-        ({"state_init": "learned"}, "state_init is 'learned'"),
+        ({"max_shard_bytes": 0}, "max_shard_bytes is 0; it must be at least 1"),
+        ({"dtype": "int8"}, "dtype is 'int8'; known: float32, bfloat16, float16"),
     ],
 )
-def test_unsupported_values_are_refused(changes, message):
-    with pytest.raises(HuginnFormatError, match=message):
-        config_from_huginn(_values(**changes))
+def test_options_that_cannot_be_are_refused(tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        save_huginn(tmp_path / "model", *small_huginn(), **options)
 
 
-def test_a_folder_without_weights_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(_values()))
-    with pytest.raises(HuginnFormatError, match=r"model\.safetensors does not exist"):
-        load_huginn(tmp_path)
+def test_places_that_cannot_be_are_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file is a file; name a new folder"):
+        save_huginn(tmp_path / "file", *small_huginn())
+    with pytest.raises(UserError, match=r"absent does not exist; make it first"):
+        save_huginn(tmp_path / "absent" / "model", *small_huginn())
 
 
-def _values(**changes):
-    return {
-        "n_embd": 64,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "intermediate_size": 96,
-        "padded_vocab_size": 256,
-        "block_size": 128,
-        "tie_embeddings": True,
-        "bias": False,
-        "qk_bias": True,
-        "n_layers_in_prelude": 1,
-        "n_layers_in_recurrent_block": 1,
-        "n_layers_in_coda": 1,
-        "mean_recurrence": 4,
-        "mean_backprop_depth": 2,
-        "norm_eps": 1e-6,
-        "rope_base": 50000,
-        "injection_type": "linear",
-        "state_init": "like-init",
-        **changes,
-    }
+def test_damaged_folders_are_one_clear_error(folder):
+    config_file, weights = folder / "config.json", folder / "model.safetensors"
+    values = config_file.read_text()
+    config_file.write_text(json.dumps(huginn_values(intermediate_size=50)))
+    with pytest.raises(
+        HuginnFormatError, match=r"model: .*mlp\.fc\.weight is \(96, 32\), not \(100"
+    ):
+        load_huginn(folder)
+    config_file.write_text(values[:-20])
+    with pytest.raises(UserError, match=r"config\.json: not valid JSON"):
+        load_huginn(folder)
+    config_file.unlink()
+    with pytest.raises(HuginnFormatError, match=r"config\.json does not exist; name a folder"):
+        load_huginn(folder)
+    config_file.write_text(values)
+    tensors = load_file(weights)
+    save_file({**tensors, "transformer.ln_f.weight": np.ones(32, np.int8)}, weights)
+    with pytest.raises(HuginnFormatError, match=r"ln_f\.weight' is of type I8; .* not quantised"):
+        load_huginn(folder)
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(WeightsFileError, match=r"model\.safetensors: is damaged or cut off, 1,000"):
+        load_huginn(folder)
+    weights.unlink()
+    with pytest.raises(WeightsFileError, match=r"model\.safetensors does not exist"):
+        load_huginn(folder)
+
+
+def test_reading_holds_one_layer_at_a_time(folder, monkeypatch):
+    """A parameter is placed before the tensors of later layers are read."""
+    events = []
+    read = SafetensorsReader.__getitem__
+    monkeypatch.setattr(
+        SafetensorsReader,
+        "__getitem__",
+        lambda self, name: events.append(name) or read(self, name),
+    )
+    load_huginn(folder, place=lambda tensor: events.append("placed"))
+    first_coda = next(i for i, name in enumerate(events) if "coda" in name)
+    placed_before = events[:first_coda].count("placed")
+    # Embedding, norm, two halves of the adapter, and ten of each of the three layers before it.
+    assert placed_before == 4 + 3 * 10
