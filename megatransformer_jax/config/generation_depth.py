@@ -84,8 +84,8 @@ class CacheConfig:
     sharing: str = option(
         "modulo",
         "Which slot an iteration uses if there are fewer than iterations. modulo: in turn. "
-        "anchor: the first iteration has its own, the others take turns. last: the first ones "
-        "have their own, the others share the last slot.",
+        "anchor: half of the slots belong to the first iterations, the others take turns on the "
+        "rest. last: the first iterations have their own, the others share the last slot.",
         choices=("modulo", "anchor", "last"),
     )
     exited_reads: str = option(
@@ -120,6 +120,6 @@ class CacheConfig:
         if self.sharing == "anchor" and self.slots == 1:
             raise ConfigError(
                 "sharing",
-                "'anchor' keeps a slot for the first iteration, so slots=1 leaves none for the "
-                "others; use more slots or another sharing.",
+                "'anchor' needs a slot for the first iteration and one for the others, and slots=1; "
+                "use more slots or another sharing.",
             )

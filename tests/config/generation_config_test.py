@@ -19,6 +19,7 @@ from megatransformer_jax.config.generation_sampling import SamplingConfig
 from megatransformer_jax.config.option import ConfigError, rules_of
 from megatransformer_jax.config.schema import options_of, section_rules, sections_of
 from megatransformer_jax.models import exit_criteria
+from megatransformer_jax.nn import kv_cache
 
 COLD = SamplingConfig(temperature=0.0)
 
@@ -222,6 +223,12 @@ def test_the_defaults_draw_from_the_models_own_distribution() -> None:
 
 def test_the_exit_criteria_are_those_of_the_models() -> None:
     assert tuple(exit_criteria.EXIT_CRITERIA) == EXIT_CRITERIA
+
+
+def test_the_cache_has_the_ways_of_sharing_and_reading() -> None:
+    options = {option.path: option for option in options_of(CacheConfig)}
+    assert options["sharing"].check.choices == kv_cache.SHARINGS
+    assert options["exited_reads"].check.choices == kv_cache.EXITED_READS
 
 
 def test_short_names_are_unique() -> None:
