@@ -1,6 +1,7 @@
 """The tokens of each row so far, as the loop carries them and the logits processors read them."""
 
 import dataclasses
+import typing
 from collections.abc import Sequence
 
 import flax
@@ -23,9 +24,10 @@ class History:
       prompt_lengths: of these, how many are the prompt's.
     """
 
-    tokens: Int[Array, "B C"]
-    lengths: Int[Array, "B"]
-    prompt_lengths: Int[Array, "B"]
+    # Any because transformations put other things in the arrays' place.
+    tokens: typing.Any  # int32 [B, C]
+    lengths: typing.Any  # int32 [B]
+    prompt_lengths: typing.Any  # int32 [B]
 
     @property
     def capacity(self) -> int:
