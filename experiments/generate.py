@@ -3,6 +3,7 @@
 The texts go to stdout, a line about speed to stderr.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,9 @@ from experiments import generate_flags, launch
 from experiments.generate_help import help_text
 from experiments.prompts import read_prompts
 from experiments.workdir import quiet_libraries
+
+# As a shell reports a program that a closed pipe has ended.
+BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Importing JAX takes long; bad input is known before.
             from experiments.run_generation import run  # noqa: PLC0415
 
-            run(command, prompts)
+            try:
+                run(command, prompts)
+            except BrokenPipeError:
+                # The reader of the texts, such as `head`, has enough. At exit Python would write
+                # what is left, and fail again.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(BROKEN_PIPE)
 
 
 if __name__ == "__main__":

@@ -68,8 +68,12 @@ class Session:
         while True:
             try:
                 line = self._read(mark)
-            except EOFError:
-                return
+            except (EOFError, KeyboardInterrupt) as end:
+                if mark:
+                    print()  # The line that the mark stands on is not ended.
+                if isinstance(end, EOFError):
+                    return
+                raise
             except UnicodeDecodeError as error:
                 raise UserError(f"the input is not UTF-8 ({error.reason}); convert it.") from error
             if line.strip() == "/quit":

@@ -9,7 +9,7 @@ from experiments.continuations import check_json_path, continue_prompts
 from experiments.depth_colors import Screen
 from experiments.generate_flags import Command, named_as_written
 from experiments.interactive import Session
-from experiments.load_model import LoadedModel, is_huginn_folder, load_model, parse_step
+from experiments.load_model import LoadedModel, is_huginn_folder, load_model
 from experiments.prompts import Prompts
 from experiments.stopwatch import Stopwatch
 from megatransformer_jax.config.generation import GenerationConfig, for_model
@@ -63,7 +63,7 @@ def _load(command: Command) -> LoadedModel:
         )
     loaded = load_model(
         folder,
-        step=parse_step(options.step),
+        step=options.step,
         precision=options.precision,
         param_dtype="stored" if options.param_dtype == "stored" else "float32",
     )
@@ -78,6 +78,11 @@ def _check_fits(command: Command, loaded: LoadedModel) -> None:
         raise UserError(
             f"{loaded.description} has no tokenizer, so it takes no text; give token ids with "
             "--prompt_ids."
+        )
+    size = loaded.config.vocab_size if loaded.tokenizer is None else loaded.tokenizer.vocab_size
+    if max(options.prompt_ids, default=0) >= size:
+        raise ConfigError(
+            "prompt_ids", f"{max(options.prompt_ids)} is no token; ids are below {size}."
         )
     if options.show_depth and loaded.trained_depth is None:
         raise ConfigError("show_depth", "this model has no recurrent core, so nothing to show.")

@@ -120,6 +120,6 @@ class CacheConfig:
         if self.sharing == "anchor" and self.slots == 1:
             raise ConfigError(
                 "sharing",
-                "'anchor' needs a slot for the first iteration and one for the others, and slots=1; "
+                "'anchor' needs a slot for the first iteration and one for others, not slots=1; "
                 "use more slots or another sharing.",
             )

@@ -20,6 +20,8 @@ def run(command, prompts):
     print(command.config.depth.depth, list(prompts))
     if command.options.workdir == "interrupt":
         raise KeyboardInterrupt
+    for _ in range(20000 if command.options.workdir == "long" else 0):
+        print("text", flush=True)
 module.run = run
 sys.modules[module.__name__] = module
 from experiments import generate
@@ -49,6 +51,22 @@ def test_ctrl_c_is_one_line() -> None:
     assert (done.returncode, done.stdout) == (130, "None ['b']\n")
     assert done.stderr.endswith("\ninterrupted.\n")
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    root = pathlib.Path(generate.__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "--workdir=long", "--prompt=b"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        error = process.stderr.read()
+        assert process.wait() == generate.BROKEN_PIPE
+    assert b"Traceback" not in error
 
 
 @pytest.mark.parametrize(
