@@ -2,21 +2,19 @@
 
 import json
 import os
-import pathlib
 import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from written_run import write_run
 
-from experiments import assemble, resume
 from experiments.load_model import load_model, parse_step
+from experiments.run_training import train
 from megatransformer_jax.checkpoints.huginn import save_huginn
-from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import build, merge, save_config
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer
 from megatransformer_jax.models.megatransformer import build_model, init_params
@@ -24,24 +22,6 @@ from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
 LOSSES = {4: 2.0, 8: 1.0, 12: 3.0}
-
-
-def write_run(config: RunConfig, losses: dict[int, float | None]) -> dict[int, dict]:
-    """A workdir as training leaves it, with fresh parameters; they are returned by step."""
-    workdir = pathlib.Path(config.workdir)
-    vocabulary = assemble.build_vocabulary(config, workdir)
-    model, _ = assemble.build_sharded_model(config)
-    checkpoints = CheckpointManager(workdir / "checkpoints", config.checkpoint)
-    run = resume.run_info(config, vocabulary)
-    saved = {}
-    for step, loss in losses.items():
-        params = init_params(model, jax.random.key(step))
-        state = {"params": params, "optimizer": {"moment": jax.tree.map(jnp.zeros_like, params)}}
-        checkpoints.save(step, state, {}, run, loss)
-        saved[step] = jax.device_get(params)
-    checkpoints.close()
-    save_config(config, workdir / "config.json")
-    return saved
 
 
 def assert_same(left, right):
@@ -64,7 +44,6 @@ def sentencepiece_run(tmp_path_factory, small_run):
     }  # fmt: skip
     values = merge(small_run(folder / "run"), changes)
     values["data"]["tokenizer"]["vocab_size"] = None
-    (folder / "run").mkdir()
     params = write_run(build(values), LOSSES)
     data.unlink()
     return folder / "run", params
@@ -103,6 +82,14 @@ def test_a_run_is_read_without_its_data(sentencepiece_run, step, number):
     assert loaded.tokenizer.decode(loaded.tokenizer.encode("the lazy fox")) == "the lazy fox"
     assert loaded.end_ids == (loaded.tokenizer.eos_id,)
     assert f"{workdir}, step {number}" in loaded.description
+
+
+def test_what_training_has_written_is_read(tmp_path, small_run):
+    result = train(build(small_run(tmp_path)))
+    loaded = load_model(tmp_path)
+    assert_same(loaded.params, jax.device_get(result.state.params))
+    assert isinstance(loaded.tokenizer, BytesTokenizer)
+    assert loaded.description == f"run {tmp_path}, step 12 (latest)"
 
 
 def test_it_computes_on_one_device_without_a_mesh(sentencepiece_run):
@@ -184,7 +171,6 @@ def test_a_tokenizer_of_another_place_may_move_into_the_workdir(
     shutil.copy(sentencepiece_run[0] / "tokenizer.model", model_file)
     tokenizer = {"kind": "sentencepiece", "model_file": str(model_file)}
     workdir = tmp_path / "run"
-    workdir.mkdir()
     values = small_run(workdir, {"model": {"vocab_size": 320}, "data": {"tokenizer": tokenizer}})
     write_run(build(values), {1: None})
     digest = load_model(workdir).tokenizer.digest()
@@ -199,7 +185,9 @@ def test_a_reasoning_run_has_its_symbols(tmp_path, small_run):
     values = small_run(tmp_path)
     values["data"] = {
         "source": "reasoning", "batch_size": 8, "sequence_length": 32,
-        "reasoning": {"task": "addition", "max_length": 4, "eval_min_length": 5, "eval_max_length": 6},
+        "reasoning": {
+            "task": "addition", "max_length": 4, "eval_min_length": 5, "eval_max_length": 6
+        },
     }  # fmt: skip
     write_run(build(values), {1: None})
     tokenizer = load_model(tmp_path).tokenizer

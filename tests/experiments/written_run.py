@@ -1,0 +1,37 @@
+"""Writes a workdir as training leaves it, without training."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import assemble, resume
+from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.config.build import save_config
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.models.megatransformer import init_params
+
+
+def write_run(config: RunConfig, losses: Mapping[int, float | None]) -> dict[int, Any]:
+    """The workdir with a checkpoint per validation loss.
+
+    Returns:
+      The parameters by step, drawn at random.
+    """
+    workdir = pathlib.Path(config.workdir)
+    workdir.mkdir(exist_ok=True)
+    vocabulary = assemble.build_vocabulary(config, workdir)
+    model, _ = assemble.build_sharded_model(config)
+    checkpoints = CheckpointManager(workdir / "checkpoints", config.checkpoint)
+    run = resume.run_info(config, vocabulary)
+    saved = {}
+    for step, loss in losses.items():
+        params = init_params(model, jax.random.key(step))
+        state = {"params": params, "optimizer": {"moment": jax.tree.map(jnp.zeros_like, params)}}
+        checkpoints.save(step, state, {}, run, loss)
+        saved[step] = jax.device_get(params)
+    checkpoints.close()
+    save_config(config, workdir / "config.json")
+    return saved
