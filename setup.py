@@ -53,7 +53,7 @@ setup(
             "ruff>=0.9",
             "tensorboard>=2.18",
             "torch>=2.13,<2.14",
-            "transformers>=5.20,<6",
+            "transformers>=5.23,<6",
             "tokenizers>=0.20,<1",
             "beartype>=0.19",
             "types-PyYAML",

@@ -81,12 +81,11 @@ class ForcedWords:
     def _next_token(self, is_missing: Bool[Array, "B W"], history: History) -> Int[Array, "B"]:
         """The token that goes on with the missing word of which most is written already."""
         written = self.spellings[..., 0, :]  # [W, L] or [B, W, L]
-        sizes = _sizes(written)
         progress = jnp.where(is_missing, 0, NO_TOKEN)
         for size in range(1, written.shape[-1]):
             recent = history.suffix(size, of_generated=True)[:, None]
             is_same = jnp.all(written[..., :size] == recent, axis=-1)
-            progress = jnp.where(is_missing & is_same & (size < sizes), size, progress)
+            progress = jnp.where(is_missing & is_same, size, progress)
         rows = jnp.arange(progress.shape[0])
         word = jnp.argmax(progress, axis=-1)
         written = jnp.broadcast_to(written, (*progress.shape, written.shape[-1]))

@@ -4,6 +4,7 @@ import flax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from megatransformer_jax.generation.argmax import argmax
 from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.processors.processor import (
     BANNED,
@@ -37,6 +38,6 @@ class Temperature(Stateless):
         """The divided scores."""
         temperature = per_row(self.temperature)
         is_greedy = temperature < GREEDY_BELOW
-        is_best = jnp.arange(logits.shape[1]) == jnp.argmax(logits, axis=-1)[:, None]
+        is_best = jnp.arange(logits.shape[1]) == argmax(logits)[:, None]
         scaled = logits / jnp.where(is_greedy, 1.0, temperature)
         return jnp.where(is_greedy & ~is_best, BANNED, scaled)
