@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from load_model_test import write_run
+from written_run import write_run
 
 from experiments import generate
 from megatransformer_jax.config.build import build
@@ -16,7 +16,6 @@ from megatransformer_jax.config.build import build
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory, small_run: Any) -> str:
     folder = tmp_path_factory.mktemp("run") / "run"
-    folder.mkdir()
     write_run(build(small_run(folder)), {4: 1.0, 8: 2.0})
     return str(folder)
 
