@@ -66,6 +66,10 @@ class HuggingFaceTokenizer:
         return _parse(self.definition, self.name)
 
     @functools.cached_property
+    def _added_tokens(self) -> dict[int, typing.Any]:
+        return self._tokenizer.get_added_tokens_decoder()
+
+    @functools.cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""
         return 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
@@ -91,7 +95,7 @@ class HuggingFaceTokenizer:
         Raises:
           UserError: if the tokenizer's decoder is neither byte-level nor like SentencePiece's.
         """
-        added = self._tokenizer.get_added_tokens_decoder().get(int(token))
+        added = self._added_tokens.get(int(token))
         if added is not None:
             return b"" if added.special else added.content.encode()
         piece = self._tokenizer.id_to_token(int(token))
