@@ -103,8 +103,8 @@ def cached_attention(
         jnp.zeros((*shape, 1), jnp.float32),
         jnp.zeros((*shape, width), jnp.float32),
     )
-    own = (array.transpose(0, 2, 1, 3) for array in (key, value))
-    partial = absorb(nothing, *own, key_positions)
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    partial = absorb(nothing, key, value, key_positions)
     first = _first_block(query_positions, window, cached.block_rows)
     last = -(-cached.length // cached.block_rows)
     peak, total, mixed = jax.lax.fori_loop(first, last, absorb_block, partial)

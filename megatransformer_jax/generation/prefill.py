@@ -1,0 +1,133 @@
+"""Reads prompts into a cache, in one pass or in chunks."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from megatransformer_jax.generation.history import History
+from megatransformer_jax.models.cached_forward import cached_forward
+from megatransformer_jax.models.depth_loop import DepthRule
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.nn.kv_cache import KVCache, take_sequences
+
+
+@struct.dataclass
+class Prefilled:
+    """What decoding starts from.
+
+    Attributes:
+      cache: with all prompts.
+      logits: of the token behind each prompt.
+      core_state: the core's last state at each prompt's last token, [B, 1, core width].
+      num_steps: iterations of each prompt's last token.
+    """
+
+    cache: KVCache
+    logits: Float[Array, "B V"]
+    core_state: Float[Array, "B 1 D"]
+    num_steps: Int[Array, "B"]
+
+
+def prefill(
+    model: MegaTransformer,
+    params: Any,
+    history: History,
+    cache: KVCache,
+    rule: DepthRule,
+    state_keys: Key[Array, "B"] | None,
+    *,
+    num_columns: int,
+    chunk: int | None = None,
+) -> Prefilled:
+    """Passes the prompts through the model.
+
+    They are padded on the left to `num_columns`, so that each one's last token is in the last
+    column; prompts of any length up to that share one compilation.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      history: the prompts; nothing generated yet.
+      cache: empty, with room for the columns.
+      rule: how deep.
+      state_keys: see `cached_forward`.
+      num_columns: at least the longest prompt.
+      chunk: columns per pass. None: all in one.
+    """
+    tokens, is_token = _left_padded(history, num_columns)
+    size = num_columns if chunk is None else min(chunk, num_columns)
+    # The first pass takes the odd columns, so that all others are of one size.
+    starts = [0, *range(num_columns % size or size, num_columns, size)]
+    prefilled = None
+    for start, end in zip(starts, [*starts[1:], num_columns], strict=True):
+        columns = slice(start, end)
+        prefilled = _pass(
+            model,
+            params,
+            tokens[:, columns],
+            is_token[:, columns],
+            cache,
+            rule,
+            state_keys,
+            is_first=start == 0,
+        )
+        cache = prefilled.cache
+    assert prefilled is not None
+    return prefilled
+
+
+def repeat_rows(prefilled: Prefilled, count: int) -> Prefilled:
+    """Each row `count` times, next to each other: the texts of one prompt, which is read once."""
+    rows = jnp.repeat(jnp.arange(prefilled.logits.shape[0]), count)
+    return Prefilled(
+        take_sequences(prefilled.cache, rows),
+        prefilled.logits[rows],
+        prefilled.core_state[rows],
+        prefilled.num_steps[rows],
+    )
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("is_first",), donate_argnames=("cache",)
+)
+def _pass(
+    model: MegaTransformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    is_token: Bool[Array, "B T"],
+    cache: KVCache,
+    rule: DepthRule,
+    state_keys: Key[Array, "B"] | None,
+    *,
+    is_first: bool,
+) -> Prefilled:
+    output = cached_forward(
+        model,
+        params,
+        tokens,
+        is_token,
+        cache,
+        rule,
+        state_keys=state_keys,
+        is_first=is_first,
+        last_logits_only=True,
+    )
+    return Prefilled(
+        output.cache, output.logits[:, 0], output.state[:, -1:], output.num_steps[:, -1]
+    )
+
+
+def _left_padded(history: History, num_columns: int) -> tuple[jax.Array, jax.Array]:
+    """Tokens [B, num_columns], and which of them are none of padding."""
+    rows = np.asarray(jax.device_get(history.tokens))
+    lengths = np.asarray(jax.device_get(history.lengths))
+    tokens = np.zeros((len(rows), num_columns), np.int32)
+    is_token = np.arange(num_columns) >= num_columns - lengths[:, None]
+    for row, length in enumerate(lengths):
+        tokens[row, num_columns - length :] = rows[row, :length]
+    return jnp.asarray(tokens), jnp.asarray(is_token)
