@@ -63,7 +63,7 @@ class Tokenizer(typing.Protocol):
         """UTF-8 bytes that the id stands for; none for a special token.
 
         Joined, those of several ids are the bytes of their text, except that `decode` writes U+FFFD
-        for bytes that are no text.
+        for bytes that are no text, or for a character with a special token inside.
         """
         ...
 

@@ -58,7 +58,12 @@ def test_special_tokens_decode_to_nothing(trained: SentencePieceTokenizer):
 @given(st.data())
 def test_the_bytes_of_pieces_make_up_the_text(trained: SentencePieceTokenizer, data: st.DataObject):
     for tokenizer in (trained, BytesTokenizer()):
-        ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1)))
+        ids: list[int] = []
+        for token in data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1))):
+            # A special token after an unfinished character would take it apart.
+            is_special = not tokenizer.piece_bytes(token)
+            if not (is_special and ids and tokenizer.piece_bytes(ids[-1])[-1:] >= b"\x80"):
+                ids.append(token)
         content = b"".join(tokenizer.piece_bytes(token) for token in ids)
         # How many replacement characters bad bytes become differs between decoders.
         ours, theirs = content.decode("utf-8", "replace"), tokenizer.decode(ids)
