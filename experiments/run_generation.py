@@ -38,7 +38,12 @@ def run(command: Command, prompts: Prompts) -> None:
         def make_generator(config: GenerationConfig) -> Generator:
             config = for_model(config, loaded.trained_depth)
             generator = Generator(
-                loaded.model, loaded.params, loaded.tokenizer, config, loaded.trained_depth
+                loaded.model,
+                loaded.params,
+                loaded.tokenizer,
+                config,
+                loaded.trained_depth,
+                loaded.end_ids,
             )
             if options.show_depth:
                 screen.depth = config.depth.depth

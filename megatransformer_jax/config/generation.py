@@ -98,6 +98,12 @@ class GenerationConfig:
     )
     max_new_tokens: int = option(128, "Tokens generated per text, at most.", minimum=1)
     num_samples: int = option(1, "Texts per prompt.", minimum=1)
+    batch_size: int | None = option(
+        None,
+        "Texts (with beam search, beams) that are decoded at once, which limits memory; the others "
+        "follow. None: all.",
+        minimum=1,
+    )
     seed: int = option(
         0, "Seed of the draws and of the core's first states.", minimum=0, maximum=MAX_SEED
     )
@@ -175,6 +181,22 @@ class GenerationConfig:
                 "num_samples",
                 f"{self.num_samples} texts would be the same, as no token is drawn; set "
                 "strategy='sample' and a temperature above 0, or leave it at 1.",
+            )
+
+    @property
+    def texts_per_prompt(self) -> int:
+        """Texts of one prompt that are decoded side by side."""
+        return self.beam.num_beams if self.strategy == "beam" else self.num_samples
+
+    @rule("batch_size")
+    def _texts_of_a_prompt_are_decoded_together(self) -> None:
+        """At least num_samples, or num_beams with strategy='beam'."""
+        if self.batch_size is not None and self.batch_size < self.texts_per_prompt:
+            name = "beam.num_beams" if self.strategy == "beam" else "num_samples"
+            raise ConfigError(
+                "batch_size",
+                f"{self.batch_size} is less than {name}={self.texts_per_prompt}, which are decoded "
+                f"together; raise it or lower {name}.",
             )
 
     @rule("stop")

@@ -48,7 +48,9 @@ def choose(
     scores = apply_chain(chain, chain_states, history, logits)
     if is_drawn:
         keys = jax.vmap(jax.random.fold_in)(row_keys, history.lengths)
-        tokens = jax.vmap(jax.random.categorical)(keys, scores).astype(jnp.int32)
+        # A draw by the Gumbel trick, as `jax.random.categorical`, with a faster argmax.
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
+        tokens = argmax(scores + noise)
     else:
         tokens = argmax(scores)
     return Choice(tokens, token_log_probs(logits, tokens), is_exhausted(scores))

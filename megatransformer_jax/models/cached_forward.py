@@ -16,6 +16,9 @@ from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, write_rows
 from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
 
+# Keeps these draws apart from those that others make from the same key, such as of tokens.
+_STATE_STREAM = 0x57A7E
+
 
 @struct.dataclass
 class CachedOutput:
@@ -143,6 +146,8 @@ def token_states(
     """
     if keys is None:
         return initial_state(config, None, injected)
+
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _STATE_STREAM)
 
     def draw(key: jax.Array, place: jax.Array, injected: jax.Array) -> jax.Array:
         state = initial_state(config, jax.random.fold_in(key, place), injected[None, None])

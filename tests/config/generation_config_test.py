@@ -107,6 +107,18 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         {"strategy": "speculative", "sampling": COLD, "num_samples": 2},
         "num_samples",
     ),
+    (
+        "_texts_of_a_prompt_are_decoded_together",
+        GenerationConfig,
+        {"num_samples": 3, "batch_size": 2},
+        "batch_size",
+    ),
+    (
+        "_texts_of_a_prompt_are_decoded_together",
+        GenerationConfig,
+        {"strategy": "beam", "batch_size": 3},
+        "batch_size",
+    ),
     ("_stops_have_text", GenerationConfig, {"stop": ("",)}, "stop"),
     (
         "_slots_fit_the_depth",

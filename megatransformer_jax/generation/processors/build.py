@@ -36,7 +36,7 @@ USUAL_NGRAM = 4
 
 def build_chain(
     config: GenerationConfig,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     vocab_size: int,
     pieces: PieceTable | None = None,
 ) -> Chain:
@@ -46,7 +46,7 @@ def build_chain(
 
     Args:
       config: checked already.
-      tokenizer: of the model.
+      tokenizer: of the model. None: no words can be banned or forced, and all ids are allowed.
       vocab_size: width of the logits.
       pieces: `piece_table(tokenizer, vocab_size)`, if it is at hand.
 
@@ -56,6 +56,13 @@ def build_chain(
     """
     sampling = config.sampling
     chain = _penalties(sampling, vocab_size)
+    if tokenizer is None:
+        for name in ("banned_words", "forced_words"):
+            if getattr(sampling, name):
+                raise ConfigError(
+                    f"sampling.{name}", "words need a tokenizer; this model has none."
+                )
+        return (*chain, *_cuts(config))
     if sampling.banned_words:
         chain.append(_banned_texts(sampling, pieces or piece_table(tokenizer, vocab_size)))
     chain.append(allowed_tokens(tokenizer, vocab_size))

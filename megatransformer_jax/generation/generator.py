@@ -1,0 +1,342 @@
+"""Continues prompts: from texts or ids on the host to texts, by any strategy.
+
+    generator = Generator(model, params, tokenizer, GenerationConfig(), trained_depth=8)
+    for completion in generator.generate(["Once upon a time"]):
+        print(completion.text)
+
+Another generator with other numbers compiles nothing new; what is compiled anew is listed in
+`decode_loop`.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from megatransformer_jax.config.generation import GenerationConfig, for_model
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.generation.cache_plan import CachePlan, plan_cache
+from megatransformer_jax.generation.completion import (
+    Completion,
+    StreamedToken,
+    TextStream,
+    continuation_text,
+)
+from megatransformer_jax.generation.decode_loop import (
+    DecodeSettings,
+    DecodeState,
+    decode,
+    start,
+)
+from megatransformer_jax.generation.ending import END_OF_TEXT, FINISH_REASONS, Ending
+from megatransformer_jax.generation.history import History, history_of_prompts
+from megatransformer_jax.generation.prefill import Prefilled, prefill, repeat_rows
+from megatransformer_jax.generation.processors.build import build_chain
+from megatransformer_jax.generation.processors.chain import Chain
+from megatransformer_jax.generation.stop_strings import cut_at_stop, stop_strings
+from megatransformer_jax.generation.text_automaton import piece_table
+from megatransformer_jax.models.depth_loop import DepthRule
+from megatransformer_jax.models.exit_criteria import exit_criterion
+from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
+from megatransformer_jax.nn.kv_cache import init_cache
+
+Prompt = str | Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Rows as strategies leave them, on the host: `num_samples` per prompt, next to each other.
+
+    Attributes:
+      tokens: int32 [rows, C], prompt and new tokens, left-aligned.
+      lengths: int32 [rows].
+      steps: int32 [rows, C], iterations in the columns of new tokens.
+      scores: float32 [rows].
+      reasons: int32 [rows], see `ending`.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    steps: np.ndarray
+    scores: np.ndarray
+    reasons: np.ndarray
+
+
+class Generator:
+    """Continues prompts with one model and one setting.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokenizer: between text and ids. None: prompts must be ids, and completions have no text.
+      config: how; see `config.generation`.
+      trained_depth: mean iterations in training, used if `config.depth.depth` is None. None: the
+        model has no core.
+      end_ids: tokens that end a text. None: the tokenizer's.
+
+    Raises:
+      UserError: if the configuration does not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: MegaTransformer,
+        params: Any,
+        tokenizer: Tokenizer | None,
+        config: GenerationConfig,
+        trained_depth: int | None,
+        end_ids: Sequence[int] | None = None,
+    ):
+        self._model = off_mesh(model)
+        self._params = params
+        self._tokenizer = tokenizer
+        self._config = for_model(config, trained_depth)
+        self._trained_depth = trained_depth
+        if end_ids is None:
+            end_ids = () if tokenizer is None else (tokenizer.eos_id,)
+        self._chain, self._ending = self._chain_and_ending(end_ids)
+        self._rule = _depth_rule(self._config)
+
+    def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
+        """`num_samples` completions per prompt, in the order of the prompts.
+
+        Args:
+          prompts: texts, or token ids, which are taken as they are (no start token is added).
+
+        Raises:
+          UserError: if a prompt is empty or too long, or there is none.
+        """
+        ids = self._encode(prompts)
+        size = self._prompts_per_batch(len(ids))
+        completions: list[Completion] = []
+        for first in range(0, len(ids), size):
+            batch = ids[first : first + size]
+            # A last batch that is not full is filled up, so that it compiles nothing.
+            filled = [*batch, *batch[:1] * (size - len(batch))]
+            decoded = self._decode(filled, first)
+            for row in range(len(batch) * self._config.num_samples):
+                prompt = first + row // self._config.num_samples
+                completions.append(self._completion(prompts[prompt], ids[prompt], decoded, row))
+        return completions
+
+    def stream(self, prompt: Prompt) -> Iterator[StreamedToken]:
+        """One completion, token by token as they are made.
+
+        The tokens of beam, speculative and parallel decoding come all at once at the end.
+
+        Args:
+          prompt: text or ids.
+
+        Raises:
+          UserError: if the prompt is empty or too long.
+        """
+        ids = self._encode([prompt])[0]
+        shown = self._text_stream(ids)
+        for token, steps, is_last in self._token_stream(ids):
+            text = "" if shown is None else shown.add(token, is_last)
+            yield StreamedToken(text, token, steps)
+
+    def _token_stream(self, ids: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
+        """(token, steps, whether it is the last) of one row; an end token is none of them."""
+        if self._config.strategy not in ("greedy", "sample"):
+            decoded = self._decode([ids], 0)
+            tokens, steps = _new_tokens(decoded, 0, len(ids))
+            for index, token in enumerate(tokens):
+                yield token, steps[index], index == len(tokens) - 1
+            return
+        state, settings = self._start([ids], 0)
+        waiting: tuple[int, int] | None = None
+        while True:
+            last, reason = _newest(state)
+            is_end = reason == END_OF_TEXT or last is None
+            if waiting is not None:
+                yield waiting[0], waiting[1], is_end
+            if last is None or is_end:
+                return
+            if reason:
+                yield last[0], last[1], True
+                return
+            waiting = last
+            state = decode(self._model, self._params, settings, state, jnp.int32(1))
+
+    def _decode(self, ids: Sequence[Sequence[int]], first_prompt: int) -> Decoded:
+        """Runs the strategy on a batch of prompts."""
+        state, settings = self._start(ids, first_prompt)
+        budget = jnp.int32(self._config.max_new_tokens)
+        state = decode(self._model, self._params, settings, state, budget)
+        return _on_host(state)
+
+    def _start(
+        self, ids: Sequence[Sequence[int]], first_prompt: int
+    ) -> tuple[DecodeState, DecodeSettings]:
+        """Reads the prompts and chooses each row's first new token."""
+        settings, prefilled, history = self._prefill(ids, first_prompt)
+        return start(settings, prefilled, history), settings
+
+    def _prefill(
+        self, ids: Sequence[Sequence[int]], first_prompt: int
+    ) -> tuple[DecodeSettings, Prefilled, History]:
+        """Reads each prompt once, for all of its samples."""
+        config, plan = self._config, self._plan(ids)
+        # Which id fills a history does not matter; nobody reads it.
+        prompts = history_of_prompts(ids, plan.capacity, pad_id=0)
+        keys = _prompt_keys(config.seed, first_prompt, len(ids))
+        prefilled = prefill(
+            self._model,
+            self._params,
+            prompts,
+            self._empty_cache(len(ids), plan),
+            self._rule,
+            keys,
+            num_columns=plan.num_columns,
+            chunk=config.cache.prefill_chunk,
+        )
+        count = 1 if config.strategy == "beam" else config.num_samples
+        settings = DecodeSettings(
+            self._rule,
+            self._chain,
+            self._ending,
+            _sample_keys(keys, count),
+            is_drawn=not config.is_deterministic,
+            warm_start=config.depth.warm_start,
+        )
+        if count == 1:
+            return settings, prefilled, prompts
+        repeated = jax.tree.map(lambda array: jnp.repeat(array, count, axis=0), prompts)
+        return settings, repeat_rows(prefilled, count), repeated
+
+    def _empty_cache(self, batch_size: int, plan: CachePlan) -> Any:
+        model, cache = self._model, self._config.cache
+        return init_cache(
+            model.config,
+            batch_size,
+            plan.capacity,
+            num_slots=plan.num_slots,
+            dtype=model.policy.compute,
+            platform=model.platform,
+            sharing=cache.sharing,
+            exited_reads=cache.exited_reads,
+        )
+
+    def _plan(self, ids: Sequence[Sequence[int]]) -> CachePlan:
+        return plan_cache(
+            self._model.config,
+            self._config,
+            self._trained_depth,
+            longest_prompt=max(map(len, ids)),
+            new_rows=self._config.max_new_tokens,
+            platform=self._model.platform,
+        )
+
+    def _prompts_per_batch(self, num_prompts: int) -> int:
+        if self._config.batch_size is None:
+            return num_prompts
+        return min(num_prompts, self._config.batch_size // self._config.texts_per_prompt)
+
+    def _chain_and_ending(self, end_ids: Sequence[int]) -> tuple[Chain, Ending]:
+        config, vocab_size = self._config, self._model.config.vocab_size
+        stops = None
+        if config.stop:
+            if self._tokenizer is None:
+                raise ConfigError("stop", "texts need a tokenizer, and this model has none.")
+            stops = stop_strings(config.stop, piece_table(self._tokenizer, vocab_size))
+        ending = Ending(
+            jnp.asarray(end_ids, jnp.int32).reshape(-1), jnp.int32(config.max_new_tokens), stops
+        )
+        return build_chain(config, self._tokenizer, vocab_size), ending
+
+    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        if not prompts:
+            raise UserError("there is no prompt to continue; give at least one.")
+        return [self._encode_one(prompt) for prompt in prompts]
+
+    def _encode_one(self, prompt: Prompt) -> list[int]:
+        if not len(prompt):
+            raise UserError("the prompt is empty; give it text, or token ids such as the start's.")
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise UserError("this model has no tokenizer; give prompts as token ids.")
+            return [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
+        size = self._model.config.vocab_size
+        wrong = [token for token in prompt if not 0 <= token < size]
+        if wrong:
+            raise UserError(f"prompt ids must be in 0 .. {size - 1}, not {wrong[0]}.")
+        return list(prompt)
+
+    def _completion(
+        self, prompt: Prompt, ids: Sequence[int], decoded: Decoded, row: int
+    ) -> Completion:
+        tokens, steps = _new_tokens(decoded, row, len(ids))
+        text = ""
+        if self._tokenizer is not None:
+            text = cut_at_stop(continuation_text(self._tokenizer, ids, tokens), self._config.stop)
+        return Completion(
+            prompt=prompt if isinstance(prompt, str) else None,
+            text=text,
+            token_ids=tuple(tokens),
+            steps=tuple(steps),
+            score=float(decoded.scores[row]),
+            finish_reason=FINISH_REASONS[decoded.reasons[row]],
+        )
+
+    def _text_stream(self, ids: Sequence[int]) -> TextStream | None:
+        if self._tokenizer is None:
+            return None
+        return TextStream(self._tokenizer, ids, self._config.stop)
+
+
+def _depth_rule(config: GenerationConfig) -> DepthRule:
+    criterion = exit_criterion(config.depth.exit_criterion)
+    threshold = config.depth.exit_threshold
+    return DepthRule(
+        depth=jnp.int32(config.depth.depth or 1),
+        threshold=jnp.float32(criterion.default_threshold if threshold is None else threshold),
+        min_depth=jnp.int32(config.depth.min_depth),
+        criterion=criterion,
+    )
+
+
+def _prompt_keys(seed: int, first: int, count: int) -> jax.Array:
+    """A key per prompt; which batch it is in does not matter."""
+    numbers = jnp.arange(first, first + count)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers)
+
+
+def _sample_keys(prompt_keys: jax.Array, count: int) -> jax.Array:
+    """A key per text. The first text of a prompt has the same whatever `num_samples` is."""
+    split = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count)))
+    return split(prompt_keys).reshape(-1)
+
+
+def _on_host(state: DecodeState) -> Decoded:
+    history = state.history
+    arrays = (history.tokens, history.lengths, state.steps, state.scores, state.end.reason)
+    return Decoded(*(np.asarray(array) for array in jax.device_get(arrays)))
+
+
+def _new_tokens(decoded: Decoded, row: int, prompt_length: int) -> tuple[list[int], list[int]]:
+    """New tokens of a row and their iterations, without an end token."""
+    is_ended = decoded.reasons[row] == END_OF_TEXT
+    columns = slice(prompt_length, decoded.lengths[row] - is_ended)
+    return decoded.tokens[row, columns].tolist(), decoded.steps[row, columns].tolist()
+
+
+def _newest(state: DecodeState) -> tuple[tuple[int, int] | None, int]:
+    """(token, iterations) that the one row got last, if any, and why it ended."""
+    tokens, lengths, num_generated, steps, reason = jax.device_get(
+        (
+            state.history.tokens,
+            state.history.lengths,
+            state.history.num_generated,
+            state.steps,
+            state.end.reason,
+        )
+    )
+    if num_generated[0] == 0:
+        return None, int(reason[0])
+    last = lengths[0] - 1
+    return (int(tokens[0, last]), int(steps[0, last])), int(reason[0])
