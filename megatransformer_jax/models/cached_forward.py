@@ -115,6 +115,7 @@ def cached_forward(
     (latent, hidden), coda_rows = run_coda(x)
     if last_logits_only:
         hidden = last_token(hidden, is_token)[:, None]
+    cache = cache.replace(length=_known_after(cache.length, hidden))  # type: ignore[attr-defined]
     new_cache = write_rows(
         cache,
         _stacked(prelude_rows, "prelude", cache.prelude, x),
@@ -155,6 +156,17 @@ def token_states(
 
     over_tokens = jax.vmap(draw, in_axes=(None, 0, 0))
     return jax.vmap(over_tokens)(keys, places, injected)
+
+
+def _known_after(index: jax.Array, array: jax.Array) -> jax.Array:
+    """The index, in a form that XLA can compute only when it has the array.
+
+    The cache must be written after everything is read. Otherwise XLA may write a layer's rows, which
+    are known early, before the layer has read the others, and copies the whole cache to be able to.
+    An optimisation barrier is gone by the time that XLA orders the two.
+    """
+    is_nan = jnp.isnan(array.ravel()[0]).astype(index.dtype)
+    return index + jnp.minimum(is_nan, 0)
 
 
 def _rows(entries: KeyValues, cache: KVCache) -> CachedRows:
