@@ -18,6 +18,7 @@ import numpy as np
 
 from megatransformer_jax.config.generation import GenerationConfig, for_model
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.cache_plan import CachePlan, plan_cache
 from megatransformer_jax.generation.completion import (
@@ -32,19 +33,23 @@ from megatransformer_jax.generation.decode_loop import (
     decode,
     start,
 )
-from megatransformer_jax.generation.ending import END_OF_TEXT, FINISH_REASONS, Ending
+from megatransformer_jax.generation.ending import (
+    END_OF_TEXT,
+    EXHAUSTED,
+    FINISH_REASONS,
+    Ending,
+)
 from megatransformer_jax.generation.history import History, history_of_prompts
 from megatransformer_jax.generation.prefill import Prefilled, prefill, repeat_rows
 from megatransformer_jax.generation.processors.build import build_chain
 from megatransformer_jax.generation.processors.chain import Chain
+from megatransformer_jax.generation.prompt_encoding import Prompt, encode_prompts
 from megatransformer_jax.generation.stop_strings import cut_at_stop, stop_strings
 from megatransformer_jax.generation.text_automaton import piece_table
 from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
 from megatransformer_jax.nn.kv_cache import init_cache
-
-Prompt = str | Sequence[int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,26 +96,27 @@ class Generator:
         trained_depth: int | None,
         end_ids: Sequence[int] | None = None,
     ):
+        _check_depth(model, trained_depth)
         self._model = off_mesh(model)
         self._params = params
         self._tokenizer = tokenizer
         self._config = for_model(config, trained_depth)
         self._trained_depth = trained_depth
         if end_ids is None:
-            end_ids = () if tokenizer is None else (tokenizer.eos_id,)
+            end_ids = _end_ids(tokenizer)
         self._chain, self._ending = self._chain_and_ending(end_ids)
         self._rule = _depth_rule(self._config)
 
-    def generate(self, prompts: Sequence[Prompt]) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt] | np.ndarray) -> list[Completion]:
         """`num_samples` completions per prompt, in the order of the prompts.
 
         Args:
           prompts: texts, or token ids, which are taken as they are (no start token is added).
 
         Raises:
-          UserError: if a prompt is empty or too long, or there is none.
+          UserError: if a prompt is empty, too long or has wrong ids, or there is none.
         """
-        ids = self._encode(prompts)
+        ids = encode_prompts(prompts, self._tokenizer, self._model.config.vocab_size)
         size = self._prompts_per_batch(len(ids))
         completions: list[Completion] = []
         for first in range(0, len(ids), size):
@@ -132,9 +138,16 @@ class Generator:
           prompt: text or ids.
 
         Raises:
-          UserError: if the prompt is empty or too long.
+          UserError: if the prompt is empty, too long or has wrong ids, or `num_samples` asks for
+            more than one text.
         """
-        ids = self._encode([prompt])[0]
+        if self._config.num_samples > 1:
+            raise ConfigError(
+                "num_samples",
+                f"{self._config.num_samples} texts cannot be streamed at once; leave it at 1, or "
+                "use generate.",
+            )
+        ids = encode_prompts([prompt], self._tokenizer, self._model.config.vocab_size)[0]
         shown = self._text_stream(ids)
         for token, steps, is_last in self._token_stream(ids):
             text = "" if shown is None else shown.add(token, is_last)
@@ -152,7 +165,8 @@ class Generator:
         waiting: tuple[int, int] | None = None
         while True:
             last, reason = _newest(state)
-            is_end = reason == END_OF_TEXT or last is None
+            # Neither is a token of the text; of an exhausted row the newest is the one before.
+            is_end = last is None or reason in (END_OF_TEXT, EXHAUSTED)
             if waiting is not None:
                 yield waiting[0], waiting[1], is_end
             if last is None or is_end:
@@ -239,6 +253,8 @@ class Generator:
 
     def _chain_and_ending(self, end_ids: Sequence[int]) -> tuple[Chain, Ending]:
         config, vocab_size = self._config, self._model.config.vocab_size
+        # First, as it finds out whether the tokenizer fits the model.
+        chain = build_chain(config, self._tokenizer, vocab_size)
         stops = None
         if config.stop:
             if self._tokenizer is None:
@@ -247,25 +263,7 @@ class Generator:
         ending = Ending(
             jnp.asarray(end_ids, jnp.int32).reshape(-1), jnp.int32(config.max_new_tokens), stops
         )
-        return build_chain(config, self._tokenizer, vocab_size), ending
-
-    def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        if not prompts:
-            raise UserError("there is no prompt to continue; give at least one.")
-        return [self._encode_one(prompt) for prompt in prompts]
-
-    def _encode_one(self, prompt: Prompt) -> list[int]:
-        if not len(prompt):
-            raise UserError("the prompt is empty; give it text, or token ids such as the start's.")
-        if isinstance(prompt, str):
-            if self._tokenizer is None:
-                raise UserError("this model has no tokenizer; give prompts as token ids.")
-            return [self._tokenizer.bos_id, *self._tokenizer.encode(prompt)]
-        size = self._model.config.vocab_size
-        wrong = [token for token in prompt if not 0 <= token < size]
-        if wrong:
-            raise UserError(f"prompt ids must be in 0 .. {size - 1}, not {wrong[0]}.")
-        return list(prompt)
+        return chain, ending
 
     def _completion(
         self, prompt: Prompt, ids: Sequence[int], decoded: Decoded, row: int
@@ -287,6 +285,21 @@ class Generator:
         if self._tokenizer is None:
             return None
         return TextStream(self._tokenizer, ids, self._config.stop)
+
+
+def _check_depth(model: MegaTransformer, trained_depth: int | None) -> None:
+    is_recurrent = model.config.is_recurrent
+    if is_recurrent != (trained_depth is not None):
+        fix = "a core; give its mean iterations in training" if is_recurrent else "none; give None"
+        raise UserError(f"trained_depth, of the core, is {trained_depth}, but the model has {fix}.")
+
+
+def _end_ids(tokenizer: Tokenizer | None) -> Sequence[int]:
+    if tokenizer is None:
+        return ()
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.end_ids
+    return (tokenizer.eos_id,)
 
 
 def _depth_rule(config: GenerationConfig) -> DepthRule:
