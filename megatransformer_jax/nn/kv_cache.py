@@ -33,11 +33,13 @@ BLOCK_ROWS = {"cpu": 64, "gpu": 256, "tpu": 256}
 
 @struct.dataclass
 class KeyValues:
-    """Keys and values of several entries: [E, B, K, S, H] each. Entries are layers, or layers of
-    slots: entry = slot * layers + layer."""
+    """Keys and values of one or of several entries: [B, K, S, H] or [E, B, K, S, H] each.
 
-    key: Float[Array, "E B K S H"]
-    value: Float[Array, "E B K S H"]
+    Entries are layers, or layers of slots: entry = slot * layers + layer.
+    """
+
+    key: Float[Array, "*E B K S H"]
+    value: Float[Array, "*E B K S H"]
 
 
 @struct.dataclass
