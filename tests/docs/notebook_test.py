@@ -30,7 +30,7 @@ def test_it_runs(notebook, tmp_path, monkeypatch):
     depths = [line.split()[0] for line in texts[3].splitlines() if line[:4].strip().isdigit()]
     assert depths == ["1", "2", "4", "8"]
     assert any("image/png" in output.get("data", {}) for output in code[3].outputs)
-    assert "step 60;" in texts[4]
+    assert "step 60 (latest)" in texts[4]
     for depth in (1, 4, 16):
         assert texts[5].count(f"--- depth {depth}\nThe ") == 1
         assert texts[5].count(f"--- depth {depth}\nIf the ") == 1
