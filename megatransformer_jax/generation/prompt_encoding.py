@@ -1,18 +1,20 @@
 """Prompts, texts or token ids, as the ids that the model reads."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
 
 # Ids may be in a list, a tuple or an array.
-Prompt = str | Sequence[int] | np.ndarray
+Prompt = str | Sequence[int] | np.ndarray | jax.Array
 
 
 def encode_prompts(
-    prompts: Sequence[Prompt] | np.ndarray, tokenizer: Tokenizer | None, vocab_size: int
+    prompts: Sequence[Any] | np.ndarray, tokenizer: Tokenizer | None, vocab_size: int
 ) -> list[list[int]]:
     """The ids of each prompt.
 
@@ -20,7 +22,8 @@ def encode_prompts(
     taken as they are.
 
     Args:
-      prompts: texts, or sequences of ids; ids may also be the rows of one array.
+      prompts: texts or ids (see `Prompt`; anything else is refused); ids may also be the rows of
+        one array.
       tokenizer: of the model. None: all prompts must be ids.
       vocab_size: of the model.
 
@@ -34,7 +37,7 @@ def encode_prompts(
     return [_encode(prompt, tokenizer, vocab_size) for prompt in prompts]
 
 
-def _encode(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+def _encode(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
     if not hasattr(prompt, "__len__"):
         raise UserError(f"a prompt is a text or a sequence of token ids, not {prompt!r}.")
     if not len(prompt):
