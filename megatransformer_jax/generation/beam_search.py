@@ -1,0 +1,231 @@
+"""Beam search with a model's cache; see `beam_loop` for the rules.
+
+    prefilled = prefill(model, params, history, cache, rule, keys, num_columns=64)
+    result = beam_search(model, params, settings, prefilled, history, num_beams=4, num_return=1,
+                         length_penalty=1.0, early_stopping=False)
+
+Numbers are data, so changing them compiles nothing; the numbers of beams and of results do.
+
+When beams change places, their keys and values are moved: per token, those of the rows behind the
+prompt, all beams once read and once written. With one beam, or in a round in which all keep their
+places, nothing is moved.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from megatransformer_jax.generation.beam_loop import BeamSettings, search
+from megatransformer_jax.generation.decode_loop import DecodeSettings
+from megatransformer_jax.generation.history import History
+from megatransformer_jax.generation.hypotheses import Hypotheses
+from megatransformer_jax.generation.prefill import Prefilled, repeat_rows
+from megatransformer_jax.generation.reorder_cache import reorder_new_rows
+from megatransformer_jax.models.cached_forward import cached_forward
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.nn.kv_cache import KVCache
+
+
+@struct.dataclass
+class BeamResult:
+    """The best texts, those of a prompt next to each other, best first: M = B * num_return rows.
+
+    Attributes:
+      history: prompts and new tokens; the end token is one of them.
+      steps: int32 [M, C], in the history's columns: iterations of the pass that led to a generated
+        token; 0 in the prompt.
+      scores: float32 [M], what texts are ranked by. -inf: there is no such text, as the prompt has
+        fewer continuations; the row is the prompt.
+      log_probs: float32 [M], sum of the new tokens' log-probabilities under the model's own
+        distribution, before the chain.
+      reasons: int32 [M], codes of `ending`.
+    """
+
+    history: History
+    steps: Int[Array, "M C"]
+    scores: Float[Array, "M"]
+    log_probs: Float[Array, "M"]
+    reasons: Int[Array, "M"]
+
+
+def beam_search(
+    model: MegaTransformer,
+    params: Any,
+    settings: DecodeSettings,
+    prefilled: Prefilled,
+    history: History,
+    *,
+    num_beams: int,
+    num_return: int,
+    length_penalty: Float[Array, "..."] | float,
+    early_stopping: Bool[Array, "..."] | bool,
+) -> BeamResult:
+    """Searches the likeliest continuations of each prompt.
+
+    Args:
+      model: static.
+      params: parameters.
+      settings: everything per row is per prompt, [B]; `is_drawn` must be off. The depth rule applies
+        to every beam on its own.
+      prefilled: the prompts' cache, with a free row per new token but the last.
+      history: the prompts, with room for the new tokens.
+      num_beams: texts that are kept at every token; static.
+      num_return: best texts per prompt that are returned, at most `num_beams`; static.
+      length_penalty: a text's score is its sum of log-probabilities divided by its number of
+        generated tokens to this power. For all or per prompt.
+      early_stopping: a prompt is done once `num_beams` texts are finished. Otherwise: when, besides,
+        its best running text would not beat the worst finished one if it ended now. For all or per
+        prompt.
+
+    Raises:
+      ValueError: if one of the numbers cannot be used, tokens are to be drawn, or there is no room
+        for the new tokens.
+    """
+    _check(settings, prefilled, history, num_beams, num_return)
+    return _search(
+        model,
+        params,
+        settings,
+        prefilled,
+        history,
+        jnp.asarray(length_penalty, jnp.float32),
+        jnp.asarray(early_stopping, bool),
+        num_beams=num_beams,
+        num_return=num_return,
+    )
+
+
+@struct.dataclass
+class _Memory:
+    """What the model remembers of the beams.
+
+    Attributes:
+      cache: of all tokens but the last.
+      core_state: the core's last state at the newest token of the cache.
+    """
+
+    cache: KVCache
+    core_state: Float[Array, "M 1 D"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _CachedModel:
+    """The model as beam search sees it.
+
+    Attributes:
+      model: the model.
+      params: its parameters.
+      settings: per beam, [B * num_beams].
+      first_row: the cache's rows before it are the same for all beams of a prompt.
+    """
+
+    model: MegaTransformer
+    params: Any
+    settings: DecodeSettings
+    first_row: Any
+
+    def advance(
+        self, memory: Any, tokens: Int[Array, "M"], is_running: Bool[Array, "M"]
+    ) -> tuple[Float[Array, "M V"], Int[Array, "M"], Any]:
+        """One pass; beams that are not running are padding in it."""
+        output = cached_forward(
+            self.model,
+            self.params,
+            tokens[:, None],
+            is_running[:, None],
+            memory.cache,
+            self.settings.rule,
+            state=memory.core_state if self.settings.warm_start else None,
+            state_keys=self.settings.row_keys,
+        )
+        memory = _Memory(output.cache, output.state)
+        return output.logits[:, 0], output.num_steps[:, 0], memory
+
+    def reorder(self, memory: Any, rows: Int[Array, "M"]) -> Any:
+        """Moves keys and values."""
+        cache = reorder_new_rows(memory.cache, rows, self.first_row)
+        return _Memory(cache, memory.core_state[rows])
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_beams", "num_return"))
+def _search(
+    model: MegaTransformer,
+    params: Any,
+    settings: DecodeSettings,
+    prefilled: Prefilled,
+    history: History,
+    length_penalty: jax.Array,
+    early_stopping: jax.Array,
+    *,
+    num_beams: int,
+    num_return: int,
+) -> BeamResult:
+    repeated = repeat_rows(prefilled, num_beams)
+
+    def per_beam(number: jax.Array) -> jax.Array:
+        return jnp.repeat(number, num_beams) if jnp.ndim(number) else number
+
+    per_beam_settings: Any = settings.replace(  # type: ignore[attr-defined]
+        rule=jax.tree.map(per_beam, settings.rule),
+        row_keys=None if settings.row_keys is None else per_beam(settings.row_keys),
+    )
+    best = search(
+        _CachedModel(model, params, per_beam_settings, prefilled.cache.length),
+        _Memory(repeated.cache, repeated.core_state),
+        BeamSettings(settings.chain, settings.ending, length_penalty, early_stopping, num_beams),
+        history,
+        prefilled.logits,
+        prefilled.num_steps,
+    )
+    return _result(best, num_return)
+
+
+def _result(best: Hypotheses, num_return: int) -> BeamResult:
+    def rows(leaf: jax.Array) -> jax.Array:
+        return leaf[:, :num_return].reshape(-1, *leaf.shape[2:])
+
+    best = jax.tree.map(rows, best)
+    return BeamResult(best.history, best.steps, best.scores, best.log_probs, best.end.reason)
+
+
+def _check(
+    settings: DecodeSettings,
+    prefilled: Prefilled,
+    history: History,
+    num_beams: int,
+    num_return: int,
+) -> None:
+    if settings.is_drawn:
+        raise ValueError("is_drawn is set, and beam search draws no token; set it to False.")
+    if not 1 <= num_return <= num_beams:
+        raise ValueError(
+            f"num_return is {num_return} with num_beams={num_beams}; it must be from 1 to "
+            "num_beams."
+        )
+    lengths, new_tokens, used = (
+        np.asarray(number)
+        for number in jax.device_get(
+            (history.lengths, settings.ending.max_new_tokens, prefilled.cache.length)
+        )
+    )
+    if np.min(new_tokens) < 1:
+        raise ValueError(f"max_new_tokens is {np.min(new_tokens)}; it must be at least 1.")
+    needed = int(np.max(lengths + new_tokens))
+    if needed > history.capacity:
+        raise ValueError(
+            f"prompt and max_new_tokens take {needed} tokens, and the history holds "
+            f"{history.capacity}; raise its capacity or lower max_new_tokens."
+        )
+    # The last new token is never passed through the model.
+    needed = int(used + np.max(new_tokens)) - 1
+    if needed > prefilled.cache.capacity:
+        raise ValueError(
+            f"prompt and max_new_tokens take {needed} rows of the cache, which has "
+            f"{prefilled.cache.capacity}; raise its capacity or lower max_new_tokens."
+        )
