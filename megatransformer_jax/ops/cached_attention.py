@@ -27,7 +27,7 @@ class CachedRows:
       value: all entries.
       entry: which of them.
       positions: place of each row's token in its sequence; -1 hides the row.
-      length: rows in use; later ones are not read.
+      length: rows in use; later blocks are not read.
       block_rows: rows per turn; divides S.
     """
 
@@ -83,6 +83,9 @@ def cached_attention(
             logits = logit_softcap * jnp.tanh(logits / logit_softcap)
         if alibi_slopes is not None:
             logits = logits - alibi_slopes[:, None, None] * distance.astype(jnp.float32)
+        # Hidden rows weigh 0, which times a value that is not finite is not 0. They can be rejected
+        # drafts that overflowed, or what another sequence left there.
+        value = jnp.where((positions >= 0)[:, None, :, None], value, 0)
         return _merge(partial, jnp.where(is_visible, logits, MASKED_LOGIT), value)
 
     def absorb_block(index: jax.Array, partial: _Partial) -> _Partial:
