@@ -17,14 +17,16 @@ import jax.numpy as jnp
 from flax import struct
 
 from megatransformer_jax.generation.ending import Ending, EndState, exhaust
-from megatransformer_jax.generation.history import History
+from megatransformer_jax.generation.history import History, put_in_rows
+from megatransformer_jax.generation.placement import constrain_rows
 from megatransformer_jax.generation.prefill import Prefilled
 from megatransformer_jax.generation.processors.chain import Chain, init_chain, update_chain
 from megatransformer_jax.generation.token_choice import choose
 from megatransformer_jax.models.cached_forward import cached_forward
 from megatransformer_jax.models.depth_loop import DepthRule
-from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
 from megatransformer_jax.nn.kv_cache import KVCache
+from megatransformer_jax.sharding.rules import Sharder
 
 
 @struct.dataclass
@@ -39,6 +41,7 @@ class DecodeSettings:
       is_drawn: tokens are drawn; otherwise the likeliest is taken.
       warm_start: a token's first state is the last one of the token before (continuous compute,
         arXiv 2502.05171, section 6.3); otherwise `recurrence.state_init`.
+      sharder: that of the model, which suits the rows.
     """
 
     rule: DepthRule
@@ -47,6 +50,7 @@ class DecodeSettings:
     row_keys: Any
     is_drawn: bool = struct.field(pytree_node=False, default=False)
     warm_start: bool = struct.field(pytree_node=False, default=False)
+    sharder: Sharder = struct.field(pytree_node=False, default=Sharder())
 
 
 @struct.dataclass
@@ -114,6 +118,7 @@ def decode(
       state: donated.
       max_tokens: int32 [], of this call.
     """
+    params = gather_weights(model, params)
 
     def goes_on(carry: tuple[jax.Array, DecodeState]) -> jax.Array:
         count, state = carry
@@ -147,6 +152,8 @@ def _step(
 def _add_token(
     settings: DecodeSettings, state: DecodeState, logits: jax.Array, num_steps: jax.Array
 ) -> DecodeState:
+    # Every processor would gather the vocabulary, so it is whole from here on.
+    logits = constrain_rows(settings.sharder, logits)
     choice = choose(
         settings.chain,
         state.chain_states,
@@ -158,13 +165,15 @@ def _add_token(
     end = exhaust(state.end, choice.is_exhausted)
     is_added = end.is_running
     history = state.history.append(choice.tokens, is_added)
-    rows = jnp.arange(num_steps.shape[0])
     column = jnp.where(is_added, state.history.lengths, history.capacity)
+    changes = {
+        "history": history,
+        "chain_states": update_chain(settings.chain, state.chain_states, history, choice.tokens),
+        "end": settings.ending.update(end, choice.tokens, history.num_generated),
+        "steps": put_in_rows(state.steps, column, num_steps),
+        "scores": state.scores + jnp.where(is_added, choice.log_probs, 0.0),
+    }
     added: Any = state.replace(  # type: ignore[attr-defined]
-        history=history,
-        chain_states=update_chain(settings.chain, state.chain_states, history, choice.tokens),
-        end=settings.ending.update(end, choice.tokens, history.num_generated),
-        steps=state.steps.at[rows, column].set(num_steps, mode="drop"),
-        scores=state.scores + jnp.where(is_added, choice.log_probs, 0.0),
+        **constrain_rows(settings.sharder, changes)
     )
     return added

@@ -5,10 +5,12 @@
         print(completion.text)
 
 Another generator with other numbers compiles nothing new; what is compiled anew is listed in
-`decode_loop`.
+`decode_loop`. On a mesh texts are cut over the devices, see `placement`.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,6 +42,15 @@ from megatransformer_jax.generation.ending import (
     Ending,
 )
 from megatransformer_jax.generation.history import History, history_of_prompts
+from megatransformer_jax.generation.placement import (
+    constrain_rows,
+    empty_cache,
+    fetch,
+    for_rows,
+    put_rows,
+    replicate,
+    row_ways,
+)
 from megatransformer_jax.generation.prefill import Prefilled, prefill, repeat_rows
 from megatransformer_jax.generation.processors.build import build_chain
 from megatransformer_jax.generation.processors.chain import Chain
@@ -48,8 +59,9 @@ from megatransformer_jax.generation.stop_strings import cut_at_stop, stop_string
 from megatransformer_jax.generation.text_automaton import piece_table
 from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.exit_criteria import exit_criterion
-from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
-from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache
+from megatransformer_jax.sharding.rules import Sharder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +87,9 @@ class Generator:
     """Continues prompts with one model and one setting.
 
     Args:
-      model: the model.
-      params: its parameters.
+      model: the model. If it is on a mesh that several processes share, each of them must make the
+        same calls.
+      params: its parameters, laid out as the model's sharder says.
       tokenizer: between text and ids. None: prompts must be ids, and completions have no text.
       config: how; see `config.generation`.
       trained_depth: mean iterations in training, used if `config.depth.depth` is None. None: the
@@ -97,15 +110,17 @@ class Generator:
         end_ids: Sequence[int] | None = None,
     ):
         _check_depth(model, trained_depth)
-        self._model = off_mesh(model)
+        self._model = model
         self._params = params
         self._tokenizer = tokenizer
         self._config = for_model(config, trained_depth)
         self._trained_depth = trained_depth
         if end_ids is None:
             end_ids = _end_ids(tokenizer)
-        self._chain, self._ending = self._chain_and_ending(end_ids)
-        self._rule = _depth_rule(self._config)
+        chain, ending = self._chain_and_ending(end_ids)
+        self._chain, self._ending, self._rule = replicate(
+            model.sharder, (chain, ending, _depth_rule(self._config))
+        )
 
     def generate(self, prompts: Sequence[Prompt] | np.ndarray) -> list[Completion]:
         """`num_samples` completions per prompt, in the order of the prompts.
@@ -121,9 +136,10 @@ class Generator:
         completions: list[Completion] = []
         for first in range(0, len(ids), size):
             batch = ids[first : first + size]
-            # A last batch that is not full is filled up, so that it compiles nothing.
-            filled = [*batch, *batch[:1] * (size - len(batch))]
-            decoded = self._decode(filled, first)
+            # A batch that is not full is filled up, so that it compiles nothing and divides by the
+            # devices. What fills it ends when the first text does.
+            numbers = [*range(first, first + len(batch)), *[first] * (size - len(batch))]
+            decoded = self._decode([ids[number] for number in numbers], numbers)
             for row in range(len(batch) * self._config.num_samples):
                 prompt = first + row // self._config.num_samples
                 completions.append(self._completion(prompts[prompt], ids[prompt], decoded, row))
@@ -156,15 +172,15 @@ class Generator:
     def _token_stream(self, ids: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
         """(token, steps, whether it is the last) of one row; an end token is none of them."""
         if self._config.strategy not in ("greedy", "sample"):
-            decoded = self._decode([ids], 0)
+            decoded = self._decode([ids], [0])
             tokens, steps = _new_tokens(decoded, 0, len(ids))
             for index, token in enumerate(tokens):
                 yield token, steps[index], index == len(tokens) - 1
             return
-        state, settings = self._start([ids], 0)
+        state, settings = self._start([ids], [0])
         waiting: tuple[int, int] | None = None
         while True:
-            last, reason = _newest(state)
+            last, reason = _newest(settings.sharder, state)
             # Neither is a token of the text; of an exhausted row the newest is the one before.
             is_end = last is None or reason in (END_OF_TEXT, EXHAUSTED)
             if waiting is not None:
@@ -175,60 +191,67 @@ class Generator:
                 yield last[0], last[1], True
                 return
             waiting = last
-            state = decode(self._model, self._params, settings, state, jnp.int32(1))
+            state = self._add_tokens(settings, state, 1)
 
-    def _decode(self, ids: Sequence[Sequence[int]], first_prompt: int) -> Decoded:
+    def _decode(self, ids: Sequence[Sequence[int]], numbers: Sequence[int]) -> Decoded:
         """Runs the strategy on a batch of prompts."""
-        state, settings = self._start(ids, first_prompt)
-        budget = jnp.int32(self._config.max_new_tokens)
-        state = decode(self._model, self._params, settings, state, budget)
-        return _on_host(state)
+        state, settings = self._start(ids, numbers)
+        state = self._add_tokens(settings, state, self._config.max_new_tokens)
+        return _on_host(settings.sharder, state)
+
+    def _add_tokens(self, settings: DecodeSettings, state: DecodeState, count: int) -> DecodeState:
+        model = for_rows(self._model, state.scores.shape[0])
+        budget = replicate(settings.sharder, jnp.int32(count))
+        return decode(model, self._params, settings, state, budget)
 
     def _start(
-        self, ids: Sequence[Sequence[int]], first_prompt: int
+        self, ids: Sequence[Sequence[int]], numbers: Sequence[int]
     ) -> tuple[DecodeState, DecodeSettings]:
         """Reads the prompts and chooses each row's first new token."""
-        settings, prefilled, history = self._prefill(ids, first_prompt)
+        settings, prefilled, history = self._prefill(ids, numbers)
         return start(settings, prefilled, history), settings
 
     def _prefill(
-        self, ids: Sequence[Sequence[int]], first_prompt: int
+        self, ids: Sequence[Sequence[int]], numbers: Sequence[int]
     ) -> tuple[DecodeSettings, Prefilled, History]:
-        """Reads each prompt once, for all of its samples."""
+        """Reads each prompt once, for all of its samples. A prompt's number is its draws' own."""
         config, plan = self._config, self._plan(ids)
+        model = for_rows(self._model, len(ids))
         # Which id fills a history does not matter; nobody reads it.
-        prompts = history_of_prompts(ids, plan.capacity, pad_id=0)
-        keys = _prompt_keys(config.seed, first_prompt, len(ids))
+        prompts = put_rows(model.sharder, history_of_prompts(ids, plan.capacity, pad_id=0))
+        keys = _prompt_keys(config.seed, numbers)
         prefilled = prefill(
-            self._model,
+            model,
             self._params,
             prompts,
-            self._empty_cache(len(ids), plan),
+            self._empty_cache(model.sharder, len(ids), plan),
             self._rule,
-            keys,
+            put_rows(model.sharder, keys),
             num_columns=plan.num_columns,
             chunk=config.cache.prefill_chunk,
         )
         count = 1 if config.strategy == "beam" else config.num_samples
+        sharder = for_rows(self._model, len(ids) * count).sharder
         settings = DecodeSettings(
             self._rule,
             self._chain,
             self._ending,
-            _sample_keys(keys, count),
+            put_rows(sharder, _sample_keys(keys, count)),
             is_drawn=not config.is_deterministic,
             warm_start=config.depth.warm_start,
+            sharder=sharder,
         )
         if count == 1:
             return settings, prefilled, prompts
-        repeated = jax.tree.map(lambda array: jnp.repeat(array, count, axis=0), prompts)
-        return settings, repeat_rows(prefilled, count), repeated
+        return settings, *_repeat(sharder, prefilled, prompts, count)
 
-    def _empty_cache(self, batch_size: int, plan: CachePlan) -> Any:
+    def _empty_cache(self, sharder: Sharder, batch_size: int, plan: CachePlan) -> KVCache:
         model, cache = self._model, self._config.cache
-        return init_cache(
+        return empty_cache(
+            sharder,
             model.config,
-            batch_size,
-            plan.capacity,
+            batch_size=batch_size,
+            capacity=plan.capacity,
             num_slots=plan.num_slots,
             dtype=model.policy.compute,
             platform=model.platform,
@@ -247,9 +270,14 @@ class Generator:
         )
 
     def _prompts_per_batch(self, num_prompts: int) -> int:
-        if self._config.batch_size is None:
-            return num_prompts
-        return min(num_prompts, self._config.batch_size // self._config.texts_per_prompt)
+        """As many as asked for, or more if that leaves fewer texts to each device of a mesh."""
+        size, texts = num_prompts, self._config.texts_per_prompt
+        if self._config.batch_size is not None:
+            size = min(size, self._config.batch_size // texts)
+        ways = row_ways(self._model.sharder)
+        multiple = ways // math.gcd(ways, texts)
+        filled = -(-size // multiple) * multiple
+        return filled if filled < size * ways else size
 
     def _chain_and_ending(self, end_ids: Sequence[int]) -> tuple[Chain, Ending]:
         config, vocab_size = self._config, self._model.config.vocab_size
@@ -313,10 +341,22 @@ def _depth_rule(config: GenerationConfig) -> DepthRule:
     )
 
 
-def _prompt_keys(seed: int, first: int, count: int) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("sharder", "count"))
+def _repeat(
+    sharder: Sharder, prefilled: Prefilled, prompts: History, count: int
+) -> tuple[Prefilled, History]:
+    """Each row `count` times; the cut may be another than before."""
+    prefilled = repeat_rows(prefilled, count)
+    prompts = jax.tree.map(lambda array: jnp.repeat(array, count, axis=0), prompts)
+    cache = constrain_cache(sharder, prefilled.cache)
+    prefilled = prefilled.replace(cache=cache)  # type: ignore[attr-defined]
+    return prefilled, constrain_rows(sharder, prompts)
+
+
+def _prompt_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
     """A key per prompt; which batch it is in does not matter."""
-    numbers = jnp.arange(first, first + count)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), numbers)
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return fold(jax.random.key(seed), jnp.asarray(numbers, jnp.int32))
 
 
 def _sample_keys(prompt_keys: jax.Array, count: int) -> jax.Array:
@@ -325,10 +365,10 @@ def _sample_keys(prompt_keys: jax.Array, count: int) -> jax.Array:
     return split(prompt_keys).reshape(-1)
 
 
-def _on_host(state: DecodeState) -> Decoded:
+def _on_host(sharder: Sharder, state: DecodeState) -> Decoded:
     history = state.history
     arrays = (history.tokens, history.lengths, state.steps, state.scores, state.end.reason)
-    return Decoded(*(np.asarray(array) for array in jax.device_get(arrays)))
+    return Decoded(*fetch(sharder, arrays))
 
 
 def _new_tokens(decoded: Decoded, row: int, prompt_length: int) -> tuple[list[int], list[int]]:
@@ -338,18 +378,14 @@ def _new_tokens(decoded: Decoded, row: int, prompt_length: int) -> tuple[list[in
     return decoded.tokens[row, columns].tolist(), decoded.steps[row, columns].tolist()
 
 
-def _newest(state: DecodeState) -> tuple[tuple[int, int] | None, int]:
+def _newest(sharder: Sharder, state: DecodeState) -> tuple[tuple[int, int] | None, int]:
     """(token, iterations) that the one row got last, if any, and why it ended."""
-    tokens, lengths, num_generated, steps, reason = jax.device_get(
-        (
-            state.history.tokens,
-            state.history.lengths,
-            state.history.num_generated,
-            state.steps,
-            state.end.reason,
-        )
+    history = state.history
+    tokens, lengths, prompt_lengths, steps, reason = fetch(
+        sharder,
+        (history.tokens, history.lengths, history.prompt_lengths, state.steps, state.end.reason),
     )
-    if num_generated[0] == 0:
+    if lengths[0] == prompt_lengths[0]:
         return None, int(reason[0])
     last = lengths[0] - 1
     return (int(tokens[0, last]), int(steps[0, last])), int(reason[0])

@@ -5,6 +5,7 @@ import typing
 from collections.abc import Sequence
 
 import flax
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -54,12 +55,10 @@ class History:
         """
         has_room = self.lengths < self.capacity
         where = has_room if where is None else where & has_room
-        rows = jnp.arange(self.tokens.shape[0])
-        # An index behind the end is dropped.
         columns = jnp.where(where, self.lengths, self.capacity)
         return dataclasses.replace(
             self,
-            tokens=self.tokens.at[rows, columns].set(tokens.astype(self.tokens.dtype), mode="drop"),
+            tokens=put_in_rows(self.tokens, columns, tokens),
             lengths=self.lengths + where.astype(self.lengths.dtype),
         )
 
@@ -77,6 +76,20 @@ class History:
         start = self.prompt_lengths[:, None] if of_generated else 0
         tokens = jnp.take_along_axis(self.tokens, jnp.maximum(columns, 0), axis=1)
         return jnp.where(columns >= start, tokens, NO_TOKEN)
+
+
+def put_in_rows(
+    array: Int[Array, "B C"], columns: Int[Array, "B"], values: Int[Array, "B"]
+) -> Int[Array, "B C"]:
+    """The array with one more value in each row; in none whose column is behind the end.
+
+    Row by row, so that rows on different devices need not be brought together.
+    """
+
+    def put(row: jax.Array, column: jax.Array, value: jax.Array) -> jax.Array:
+        return row.at[column].set(value.astype(row.dtype), mode="drop")
+
+    return jax.vmap(put)(array, columns, values)
 
 
 def history_of_prompts(prompts: Sequence[Sequence[int]], capacity: int, pad_id: int) -> History:

@@ -5,15 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from megatransformer_jax.generation.history import History
+from megatransformer_jax.generation.history import NO_TOKEN, History
+from megatransformer_jax.generation.placement import constrain_rows
 from megatransformer_jax.models.cached_forward import cached_forward
 from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.nn.kv_cache import KVCache, take_sequences
+from megatransformer_jax.nn.kv_cache import KVCache, repeat_sequences
 
 
 @struct.dataclass
@@ -83,12 +83,11 @@ def prefill(
 
 def repeat_rows(prefilled: Prefilled, count: int) -> Prefilled:
     """Each row `count` times, next to each other: the texts of one prompt, which is read once."""
-    rows = jnp.repeat(jnp.arange(prefilled.logits.shape[0]), count)
     return Prefilled(
-        take_sequences(prefilled.cache, rows),
-        prefilled.logits[rows],
-        prefilled.core_state[rows],
-        prefilled.num_steps[rows],
+        repeat_sequences(prefilled.cache, count),
+        jnp.repeat(prefilled.logits, count, axis=0),
+        jnp.repeat(prefilled.core_state, count, axis=0),
+        jnp.repeat(prefilled.num_steps, count, axis=0),
     )
 
 
@@ -117,17 +116,13 @@ def _pass(
         is_first=is_first,
         last_logits_only=True,
     )
-    return Prefilled(
-        output.cache, output.logits[:, 0], output.state[:, -1:], output.num_steps[:, -1]
-    )
+    results = (output.logits[:, 0], output.state[:, -1:], output.num_steps[:, -1])
+    return Prefilled(output.cache, *constrain_rows(model.sharder, results))
 
 
+@functools.partial(jax.jit, static_argnames="num_columns")
 def _left_padded(history: History, num_columns: int) -> tuple[jax.Array, jax.Array]:
     """Tokens [B, num_columns], and which of them are none of padding."""
-    rows = np.asarray(jax.device_get(history.tokens))
-    lengths = np.asarray(jax.device_get(history.lengths))
-    tokens = np.zeros((len(rows), num_columns), np.int32)
-    is_token = np.arange(num_columns) >= num_columns - lengths[:, None]
-    for row, length in enumerate(lengths):
-        tokens[row, num_columns - length :] = rows[row, :length]
-    return jnp.asarray(tokens), jnp.asarray(is_token)
+    tokens = history.suffix(num_columns)
+    is_token = tokens != NO_TOKEN
+    return jnp.where(is_token, tokens, 0), is_token

@@ -9,10 +9,14 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.depth_loop import DepthRule, iterate_core, stack_rows, with_cache
-from megatransformer_jax.models.megatransformer import MegaTransformer, layer_context
+from megatransformer_jax.models.megatransformer import (
+    MegaTransformer,
+    gather_weights,
+    layer_context,
+)
 from megatransformer_jax.models.state_init import initial_state
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
-from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, write_rows
+from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, constrain_cache, write_rows
 from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
 
@@ -55,7 +59,7 @@ def cached_forward(
     """Passes new tokens through the model.
 
     Args:
-      model: the model; its parameters may be laid out on a mesh.
+      model: the model; on a mesh, its sharder must suit B sequences of T tokens.
       params: parameters.
       tokens: new token ids, padded on either side.
       is_token: False for padding.
@@ -71,6 +75,7 @@ def cached_forward(
       ValueError: if the state is drawn at random and there are no keys.
     """
     config = model.config
+    params = gather_weights(model, params)
     positions = cache.next_position[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
     places = jnp.maximum(positions, 0)
     positions = jnp.where(is_token, positions, -1)
@@ -124,6 +129,7 @@ def cached_forward(
         positions,
         num_steps,
     )
+    new_cache = constrain_cache(model.sharder, new_cache)
     return CachedOutput(_head(model, params, hidden), latent, x, num_steps, new_cache)
 
 

@@ -138,6 +138,7 @@ def iterate_core(
         (cache.core.key.shape[0], *cache.core.key.shape[1:3], state.shape[1],
          cache.core.key.shape[-1]), prepared.dtype,
     )  # fmt: skip
+    empty = core.sharder.constrain(empty, None, "batch", "kv_heads", None, None)
     carry = _Carry(
         iteration=jnp.int32(0),
         state=state,

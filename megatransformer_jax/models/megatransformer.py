@@ -190,15 +190,8 @@ class MegaTransformer(nn.Module):
     def _gathered_core_params(self) -> Any:
         """The core's weights in the compute type, whole on every fsdp device before the loop."""
         axes = axes_of(jax.eval_shape(self._init_core, jax.random.key(0)))
-
-        def to_compute(weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-            # Vectors (norm scales, biases, a_log, dt_bias) stay float32.
-            is_matrix = any(name is not None for name in names) and weight.ndim > 1
-            return weight.astype(self.policy.compute) if is_matrix else weight
-
         # Linen freezes dicts that `setup` stores.
-        params = jax.tree.map(to_compute, unfreeze(self.core_params), axes)
-        return self.sharder.gather_params(params, axes)
+        return _gather(unfreeze(self.core_params), axes, self.policy, self.sharder)
 
     def core(self) -> RecurrentCore:
         """The module of one iteration; its parameters are the tree `core` of this module's."""
@@ -258,6 +251,26 @@ def init_params(model: MegaTransformer, key: Key[Array, ""]) -> Any:
 def param_axes(model: MegaTransformer) -> Any:
     """Logical axis names of every parameter, in the tree of `init_params`."""
     return axes_of(jax.eval_shape(lambda key: _init_boxed(model, key), jax.random.key(0)))
+
+
+def gather_weights(model: MegaTransformer, params: Any) -> Any:
+    """All weights in the compute type and whole on every fsdp device.
+
+    Called before a loop of passes, so that they are gathered once and not in each. Changes nothing
+    without a mesh.
+    """
+    if model.sharder.mesh is None:
+        return params
+    return _gather(params, param_axes(model), model.policy, model.sharder)
+
+
+def _gather(params: Any, axes: Any, policy: DTypePolicy, sharder: Sharder) -> Any:
+    def to_compute(weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+        # Vectors (norm scales, biases, a_log, dt_bias) stay float32.
+        is_matrix = any(name is not None for name in names) and weight.ndim > 1
+        return weight.astype(policy.compute) if is_matrix else weight
+
+    return sharder.gather_params(jax.tree.map(to_compute, params, axes), axes)
 
 
 def _with_xla_attention(config: ModelConfig) -> ModelConfig:

@@ -14,6 +14,7 @@ not used yet. Causality, windows, ALiBi and padding are all decided by positions
 matter on which side a batch is padded, nor whether rejected tokens left gaps.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.sharding.rules import Sharder
 
 SHARINGS = ("modulo", "anchor", "last")
 EXITED_READS = ("latest", "skip")
@@ -204,22 +206,26 @@ def visible_positions(cache: KVCache, slot: Int[Array, ""] | int) -> Int[Array, 
 
 
 def take_sequences(cache: KVCache, sequences: Int[Array, "B2"]) -> KVCache:
-    """The cache of these sequences, in this order; for beams and for several samples."""
-
-    def take(entries: KeyValues | None) -> KeyValues | None:
-        if entries is None:
-            return None
-        return KeyValues(entries.key[:, sequences], entries.value[:, sequences])
-
-    taken: Any = cache.replace(  # type: ignore[attr-defined]
-        prelude=take(cache.prelude),
-        core=take(cache.core),
-        coda=take(cache.coda),
-        positions=cache.positions[sequences],
-        num_steps=cache.num_steps[sequences],
-        next_position=cache.next_position[sequences],
+    """The cache of these sequences, in this order; for beams."""
+    return _map_sequences(
+        cache, lambda array, axis: array[:, sequences] if axis else array[sequences]
     )
-    return taken
+
+
+def repeat_sequences(cache: KVCache, count: int) -> KVCache:
+    """The cache of each sequence `count` times, next to each other."""
+    return _map_sequences(cache, lambda array, axis: jnp.repeat(array, count, axis))
+
+
+def constrain_cache(sharder: Sharder, cache: KVCache) -> KVCache:
+    """Asks the compiler to cut sequences as `batch` and heads as `kv_heads`."""
+
+    def constrain(array: jax.Array, axis: int) -> jax.Array:
+        if axis:
+            return sharder.constrain(array, None, "batch", "kv_heads", None, None)
+        return sharder.constrain(array, "batch", *(None,) * (array.ndim - 1))
+
+    return _map_sequences(cache, constrain)
 
 
 def drop_rows(cache: KVCache, is_kept: Bool[Array, "B T"]) -> KVCache:
@@ -244,6 +250,25 @@ def drop_rows(cache: KVCache, is_kept: Bool[Array, "B T"]) -> KVCache:
         length=start + used,
     )
     return kept
+
+
+def _map_sequences(cache: KVCache, change: Callable[[jax.Array, int], jax.Array]) -> KVCache:
+    """The cache with every array that has an axis of sequences changed; `change` is told which."""
+
+    def change_entries(entries: KeyValues | None) -> KeyValues | None:
+        if entries is None:
+            return None
+        return KeyValues(change(entries.key, 1), change(entries.value, 1))
+
+    changed: Any = cache.replace(  # type: ignore[attr-defined]
+        prelude=change_entries(cache.prelude),
+        core=change_entries(cache.core),
+        coda=change_entries(cache.coda),
+        positions=change(cache.positions, 0),
+        num_steps=change(cache.num_steps, 0),
+        next_position=change(cache.next_position, 0),
+    )
+    return changed
 
 
 def _check(capacity: int, num_slots: int, sharing: str, exited_reads: str) -> None:
