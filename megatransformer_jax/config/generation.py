@@ -215,6 +215,13 @@ class GenerationConfig:
                 "or leave it None for one slot per iteration.",
             )
 
+    @rule("cache.slots")
+    def _verification_needs_all_slots(self) -> None:
+        """At its default with strategy='speculative', which passes several tokens at once: where
+        iterations share slots, these read other iterations than one by one."""
+        if self.strategy == "speculative":
+            self._require_defaults("cache", ("slots",), "leave it None")
+
     @rule("cache.exited_reads")
     def _exited_reads_need_exits(self) -> None:
         """At its default with exit_criterion='fixed'."""

@@ -32,12 +32,10 @@ from megatransformer_jax.generation.completion import (
 from megatransformer_jax.generation.decode_loop import (
     DecodeSettings,
     DecodeState,
-    decode,
     start,
 )
 from megatransformer_jax.generation.ending import (
     END_OF_TEXT,
-    EXHAUSTED,
     FINISH_REASONS,
     Ending,
 )
@@ -56,6 +54,11 @@ from megatransformer_jax.generation.processors.build import build_chain
 from megatransformer_jax.generation.processors.chain import Chain
 from megatransformer_jax.generation.prompt_encoding import Prompt, encode_prompts
 from megatransformer_jax.generation.stop_strings import cut_at_stop, stop_strings
+from megatransformer_jax.generation.strategies import (
+    add_tokens,
+    rows_for_new_tokens,
+    search_beams,
+)
 from megatransformer_jax.generation.text_automaton import piece_table
 from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.exit_criteria import exit_criterion
@@ -148,7 +151,8 @@ class Generator:
     def stream(self, prompt: Prompt) -> Iterator[StreamedToken]:
         """One completion, token by token as they are made.
 
-        The tokens of beam, speculative and parallel decoding come all at once at the end.
+        Those of a round of speculative decoding come together, those of beam and parallel decoding
+        all at once at the end.
 
         Args:
           prompt: text or ids.
@@ -171,38 +175,46 @@ class Generator:
 
     def _token_stream(self, ids: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
         """(token, steps, whether it is the last) of one row; an end token is none of them."""
-        if self._config.strategy not in ("greedy", "sample"):
-            decoded = self._decode([ids], [0])
+        num_given = 0
+        for decoded in self._progress(ids):
             tokens, steps = _new_tokens(decoded, 0, len(ids))
-            for index, token in enumerate(tokens):
-                yield token, steps[index], index == len(tokens) - 1
+            is_ended = bool(decoded.reasons[0])
+            # The newest token waits for the next: only then is known whether it is the last.
+            num_ready = len(tokens) if is_ended else len(tokens) - 1
+            for index in range(num_given, num_ready):
+                yield tokens[index], steps[index], is_ended and index == num_ready - 1
+            num_given = max(num_given, num_ready)
+
+    def _progress(self, ids: Sequence[int]) -> Iterator[Decoded]:
+        """One row as it grows, until it has ended."""
+        if self._config.strategy == "beam":
+            yield self._decode([ids], [0])
             return
         state, settings = self._start([ids], [0])
-        waiting: tuple[int, int] | None = None
-        while True:
-            last, reason = _newest(settings.sharder, state)
-            # Neither is a token of the text; of an exhausted row the newest is the one before.
-            is_end = last is None or reason in (END_OF_TEXT, EXHAUSTED)
-            if waiting is not None:
-                yield waiting[0], waiting[1], is_end
-            if last is None or is_end:
-                return
-            if reason:
-                yield last[0], last[1], True
-                return
-            waiting = last
-            state = self._add_tokens(settings, state, 1)
+        decoded = _on_host(settings.sharder, state)
+        while not decoded.reasons[0]:
+            yield decoded
+            state = self._add_tokens(settings, state, is_brief=True)
+            decoded = _on_host(settings.sharder, state)
+        yield decoded
 
     def _decode(self, ids: Sequence[Sequence[int]], numbers: Sequence[int]) -> Decoded:
         """Runs the strategy on a batch of prompts."""
+        if self._config.strategy == "beam":
+            settings, prefilled, history = self._prefill(ids, numbers)
+            model = for_rows(self._model, len(ids) * self._config.beam.num_beams)
+            result = search_beams(model, self._params, self._config, settings, prefilled, history)
+            history, reasons = result.history, result.reasons
+            return _fetch(settings.sharder, history, result.steps, result.scores, reasons)
         state, settings = self._start(ids, numbers)
-        state = self._add_tokens(settings, state, self._config.max_new_tokens)
+        state = self._add_tokens(settings, state, is_brief=False)
         return _on_host(settings.sharder, state)
 
-    def _add_tokens(self, settings: DecodeSettings, state: DecodeState, count: int) -> DecodeState:
+    def _add_tokens(
+        self, settings: DecodeSettings, state: DecodeState, *, is_brief: bool
+    ) -> DecodeState:
         model = for_rows(self._model, state.scores.shape[0])
-        budget = replicate(settings.sharder, jnp.int32(count))
-        return decode(model, self._params, settings, state, budget)
+        return add_tokens(model, self._params, self._config, settings, state, is_brief=is_brief)
 
     def _start(
         self, ids: Sequence[Sequence[int]], numbers: Sequence[int]
@@ -265,7 +277,7 @@ class Generator:
             self._config,
             self._trained_depth,
             longest_prompt=max(map(len, ids)),
-            new_rows=self._config.max_new_tokens,
+            new_rows=rows_for_new_tokens(self._config),
             platform=self._model.platform,
         )
 
@@ -366,9 +378,13 @@ def _sample_keys(prompt_keys: jax.Array, count: int) -> jax.Array:
 
 
 def _on_host(sharder: Sharder, state: DecodeState) -> Decoded:
-    history = state.history
-    arrays = (history.tokens, history.lengths, state.steps, state.scores, state.end.reason)
-    return Decoded(*fetch(sharder, arrays))
+    return _fetch(sharder, state.history, state.steps, state.scores, state.end.reason)
+
+
+def _fetch(
+    sharder: Sharder, history: History, steps: jax.Array, scores: jax.Array, reasons: jax.Array
+) -> Decoded:
+    return Decoded(*fetch(sharder, (history.tokens, history.lengths, steps, scores, reasons)))
 
 
 def _new_tokens(decoded: Decoded, row: int, prompt_length: int) -> tuple[list[int], list[int]]:
@@ -376,16 +392,3 @@ def _new_tokens(decoded: Decoded, row: int, prompt_length: int) -> tuple[list[in
     is_ended = decoded.reasons[row] == END_OF_TEXT
     columns = slice(prompt_length, decoded.lengths[row] - is_ended)
     return decoded.tokens[row, columns].tolist(), decoded.steps[row, columns].tolist()
-
-
-def _newest(sharder: Sharder, state: DecodeState) -> tuple[tuple[int, int] | None, int]:
-    """(token, iterations) that the one row got last, if any, and why it ended."""
-    history = state.history
-    tokens, lengths, prompt_lengths, steps, reason = fetch(
-        sharder,
-        (history.tokens, history.lengths, history.prompt_lengths, state.steps, state.end.reason),
-    )
-    if lengths[0] == prompt_lengths[0]:
-        return None, int(reason[0])
-    last = lengths[0] - 1
-    return (int(tokens[0, last]), int(steps[0, last])), int(reason[0])

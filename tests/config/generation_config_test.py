@@ -127,6 +127,12 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         "cache.slots",
     ),
     (
+        "_verification_needs_all_slots",
+        GenerationConfig,
+        {"strategy": "speculative", "cache": CacheConfig(slots=2)},
+        "cache.slots",
+    ),
+    (
         "_exited_reads_need_exits",
         GenerationConfig,
         {"cache": CacheConfig(exited_reads="skip")},

@@ -1,0 +1,111 @@
+"""Which function decodes for which strategy, and how many rows of the cache it may need."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.generation import parallel_sampler, speculative
+from megatransformer_jax.generation.beam_search import BeamResult, beam_search
+from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, decode
+from megatransformer_jax.generation.history import History
+from megatransformer_jax.generation.placement import replicate
+from megatransformer_jax.generation.prefill import Prefilled
+from megatransformer_jax.models.megatransformer import MegaTransformer
+
+
+def rows_for_new_tokens(config: GenerationConfig) -> int:
+    """Rows of the cache behind the prompt that a text may take."""
+    match config.strategy:
+        case "greedy" | "sample" | "beam":
+            return config.max_new_tokens
+        case "speculative":
+            return speculative.rows_needed(config.max_new_tokens, config.speculative.draft_length)
+        case "parallel":
+            return parallel_sampler.rows_needed(
+                config.max_new_tokens, config.parallel.max_wavefront
+            )
+    raise _unknown(config)
+
+
+def add_tokens(
+    model: MegaTransformer,
+    params: Any,
+    config: GenerationConfig,
+    settings: DecodeSettings,
+    state: DecodeState,
+    *,
+    is_brief: bool,
+) -> DecodeState:
+    """Goes on until all rows have ended, or returns soon if `is_brief`.
+
+    Soon is one token with greedy and sample, one round of drafts with speculative. Parallel
+    decoding always goes on to the end, and beam search has `search_beams`.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      config: strategy and its numbers.
+      settings: of the whole generation.
+      state: of `start` or from here; donated.
+      is_brief: for streaming.
+    """
+
+    def put(number: jax.Array) -> jax.Array:
+        placed: jax.Array = replicate(settings.sharder, number)
+        return placed
+
+    match config.strategy:
+        case "greedy" | "sample":
+            count = 1 if is_brief else config.max_new_tokens
+            return decode(model, params, settings, state, put(jnp.int32(count)))
+        case "speculative":
+            state, _ = speculative.speculate(
+                model,
+                params,
+                settings,
+                state,
+                draft_depth=config.speculative.draft_depth,
+                draft_length=config.speculative.draft_length,
+                max_rounds=1 if is_brief else None,
+            )
+            return state
+        case "parallel":
+            result = parallel_sampler.sample_parallel(
+                model,
+                params,
+                settings,
+                state,
+                iterations_per_round=put(jnp.int32(config.parallel.iterations_per_round)),
+                settle_threshold=put(jnp.float32(config.parallel.settle_threshold)),
+                max_wavefront=config.parallel.max_wavefront,
+            )
+            return result.state
+    raise _unknown(config)
+
+
+def search_beams(
+    model: MegaTransformer,
+    params: Any,
+    config: GenerationConfig,
+    settings: DecodeSettings,
+    prefilled: Prefilled,
+    history: History,
+) -> BeamResult:
+    """Strategy beam: `num_samples` texts per prompt, the best first."""
+    return beam_search(
+        model,
+        params,
+        settings,
+        prefilled,
+        history,
+        num_beams=config.beam.num_beams,
+        num_return=config.num_samples,
+        length_penalty=config.beam.length_penalty,
+        early_stopping=config.beam.early_stopping,
+    )
+
+
+def _unknown(config: GenerationConfig) -> ValueError:
+    return ValueError(f"strategy {config.strategy!r} has no function here")
