@@ -10,7 +10,7 @@ Sections:
 
   fixed     every token takes the same number of iterations
   criteria  every exit criterion at several thresholds (the default has a star), token by token and
-            in one pass, as a prompt is read
+            in one pass, as a prompt is read; "from N": none exits after fewer iterations
   cache     budgets of slots and how iterations share them, at fixed depths
   exits     budgets together with an exit criterion, and what later tokens read of exited ones
   warm      a token's first state is the last one of the token before it
@@ -44,12 +44,12 @@ from megatransformer_jax.nn.kv_cache import SHARINGS, init_cache
 from megatransformer_jax.types import Batch
 
 THRESHOLDS = {
-    "latent_diff": (0.1, 0.03, 0.02, 0.01, 0.005),
-    "cosine": (5e-3, 5e-4, 1e-4, 5e-5, 1e-5),
-    "entropy_diff": (1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
+    "latent_diff": (0.1, 0.03, 0.02, 0.01),
+    "cosine": (5e-3, 5e-4, 2e-4, 5e-5),
+    "entropy_diff": (1e-2, 1e-3, 1e-5, 1e-6),
     "kl": (5e-3, 5e-4, 1e-5, 1e-7, 1e-9),
     "minp_kl": (1e-4, 1e-6, 1e-8, 1e-10),
-    "argmax_stability": (3, 5, 8, 12, 16),
+    "argmax_stability": (3, 5, 8, 12),
 }
 SLOTS = (1, 2, 4, 8)
 
@@ -61,6 +61,7 @@ class Setting:
     depth: int
     criterion: str = "fixed"
     threshold: float | None = None
+    min_depth: int = 1
     slots: int | None = None
     sharing: str = "modulo"
     exited_reads: str = "latest"
@@ -107,7 +108,7 @@ class Problems:
         rule = DepthRule(
             jnp.int32(setting.depth),
             jnp.float32(criterion.default_threshold if threshold is None else threshold),
-            jnp.int32(1),
+            jnp.int32(setting.min_depth),
             criterion,
         )
         rows = jnp.arange(number * batch_size, (number + 1) * batch_size)
@@ -126,7 +127,7 @@ class Problems:
 
 def fixed(depth: int) -> Iterator[Setting]:
     for one_by_one in (True, False):
-        for times in (0.125, 0.25, 0.375, 0.5, 0.5625, 0.625, 0.75, 1, 2):
+        for times in (0.125, 0.25, 0.5, 0.5625, 0.625, 0.75, 1, 2):
             yield Setting(max(1, round(depth * times)), one_by_one=one_by_one)
 
 
@@ -135,6 +136,7 @@ def criteria(depth: int) -> Iterator[Setting]:
         for one_by_one in (True, False):
             for threshold in thresholds:
                 yield Setting(depth, name, threshold, one_by_one=one_by_one)
+            yield Setting(depth, name, min_depth=depth // 2, one_by_one=one_by_one)
 
 
 def budgets(depth: int) -> Iterator[Setting]:
@@ -142,29 +144,29 @@ def budgets(depth: int) -> Iterator[Setting]:
         for sharing in SHARINGS:
             if slots == 1 and sharing != "modulo":
                 continue  # One slot is shared in one way only.
-            for shallower in (16, 8, 4, 2, 1):
-                if depth // shallower >= slots:
-                    yield Setting(depth // shallower, slots=slots, sharing=sharing)
+            for part in (16, 8, 4, 1):
+                if depth // part >= slots:
+                    yield Setting(depth // part, slots=slots, sharing=sharing)
 
 
 def exits(depth: int) -> Iterator[Setting]:
     for slots, sharing in ((1, "modulo"), *((4, sharing) for sharing in SHARINGS)):
         for threshold in (0.1, 0.03, 0.01):
-            yield Setting(depth, "latent_diff", threshold, slots, sharing)
+            yield Setting(depth, "latent_diff", threshold, slots=slots, sharing=sharing)
     for name in ("kl", "argmax_stability"):
-        yield Setting(depth, name, None, 4)
-    for budget in (1, 4, None):
+        yield Setting(depth, name, slots=4)
+    for budget in (4, None):
         for threshold in (0.03, 0.01):
-            yield Setting(depth, "latent_diff", threshold, budget, exited_reads="skip")
+            yield Setting(depth, "latent_diff", threshold, slots=budget, exited_reads="skip")
 
 
 def warm(depth: int) -> Iterator[Setting]:
     for slots in (None, 4, 1):
-        for shallower in (16, 8, 4, 2, 1):
-            if depth // shallower >= (slots or 1):
-                yield Setting(depth // shallower, slots=slots, warm_start=True)
+        for part in (16, 8, 4, 2, 1):
+            if depth // part >= (slots or depth // 4):
+                yield Setting(depth // part, slots=slots, warm_start=True)
         for threshold in (0.03, 0.01):
-            yield Setting(depth, "latent_diff", threshold, slots, warm_start=True)
+            yield Setting(depth, "latent_diff", threshold, slots=slots, warm_start=True)
 
 
 SECTIONS: dict[str, Callable[[int], Iterator[Setting]]] = {
@@ -234,6 +236,8 @@ def print_row(setting: Setting, scores: CachedScores, depth: int) -> None:
         threshold = default if setting.threshold is None else setting.threshold
         star = "*" if threshold == default else ""
         words.append(f"{setting.criterion} {threshold:g}{star}")
+    if setting.min_depth > 1:
+        words.append(f"from {setting.min_depth}")
     if setting.slots is not None:
         words.append(f"{setting.slots} slots, {setting.sharing}" if setting.slots > 1 else "1 slot")
     if setting.exited_reads != "latest":
