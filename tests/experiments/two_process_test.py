@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ pytestmark = pytest.mark.slow
 
 TIMEOUT_S = 240
 MESH = {"data": 1, "fsdp": 2}
+# Three texts do not divide by two devices, so one more fills them up.
+SAMPLES = {"every_steps": 2, "max_new_tokens": 4, "prompts": ["The ", "a", "He"], "temperature": 0}
 
 
 def free_port() -> int:
@@ -85,14 +88,26 @@ def assert_same_metrics(left: pathlib.Path, right: pathlib.Path, num_steps: int)
             assert row[name] == pytest.approx(other[name], rel=1e-5), (row["step"], name)
 
 
+def sample_lines(log: pathlib.Path, step: int) -> list[str]:
+    """What a run showed of its model after a step."""
+    lines = re.findall(rf"sample prompt_\d after step {step}: .*", log.read_text())
+    return sorted(lines)
+
+
 def test_two_processes_agree_with_one_and_one_can_go_on(tmp_path, small_run, repository):
     two, one = tmp_path / "two", tmp_path / "one"
     # A schedule that does not depend on the number of steps, so that a run can be extended.
-    changes = {"mesh": MESH, "optimizer": {"schedule": "constant", "warmup_steps": 1}}
+    changes = {
+        "mesh": MESH,
+        "optimizer": {"schedule": "constant", "warmup_steps": 1},
+        "samples": SAMPLES,
+    }
     first, more = ({**changes, "train": {"steps": steps}} for steps in (2, 4))
     finish(start_two(tmp_path, small_run(two, first), repository), tmp_path)
     finish([start("one", tmp_path, small_run(one, more), repository, 2)], tmp_path)
     assert_same_metrics(two, one, 2)
+    samples = [sample_lines(tmp_path / f"{name}.log", 2) for name in ("process_0", "one")]
+    assert len(samples[0]) == 3 and samples[0] == samples[1]
 
     # What two processes saved, one process on two devices goes on with.
     finish([start("two_more", tmp_path, small_run(two, more), repository, 2)], tmp_path)
