@@ -37,7 +37,7 @@ class BeamResult:
     """The best texts, those of a prompt next to each other, best first: M = B * num_return rows.
 
     Attributes:
-      history: prompts and new tokens; the end token is one of them.
+      history: `History` of prompts and new tokens; the end token is one of them.
       steps: int32 [M, C], in the history's columns: iterations of the pass that led to a generated
         token; 0 in the prompt.
       scores: float32 [M], what texts are ranked by. -inf: there is no such text, as the prompt has
@@ -47,11 +47,12 @@ class BeamResult:
       reasons: int32 [M], codes of `ending`.
     """
 
-    history: History
-    steps: Int[Array, "M C"]
-    scores: Float[Array, "M"]
-    log_probs: Float[Array, "M"]
-    reasons: Int[Array, "M"]
+    # Any because transformations put other things in the arrays' place.
+    history: Any
+    steps: Any
+    scores: Any
+    log_probs: Any
+    reasons: Any
 
 
 def beam_search(
@@ -71,7 +72,7 @@ def beam_search(
     Args:
       model: static.
       params: parameters.
-      settings: everything per row is per prompt, [B]; `is_drawn` must be off. The depth rule applies
+      settings: what is per row is per prompt, [B]; `is_drawn` must be off. The depth rule applies
         to every beam on its own.
       prefilled: the prompts' cache, with a free row per new token but the last.
       history: the prompts, with room for the new tokens.
@@ -79,8 +80,8 @@ def beam_search(
       num_return: best texts per prompt that are returned, at most `num_beams`; static.
       length_penalty: a text's score is its sum of log-probabilities divided by its number of
         generated tokens to this power. For all or per prompt.
-      early_stopping: a prompt is done once `num_beams` texts are finished. Otherwise: when, besides,
-        its best running text would not beat the worst finished one if it ended now. For all or per
+      early_stopping: a prompt is done once `num_beams` texts are finished. Otherwise once, besides,
+        its best running text would not beat the worst of them if it ended now. For all or per
         prompt.
 
     Raises:
@@ -111,7 +112,7 @@ class _Memory:
     """
 
     cache: KVCache
-    core_state: Float[Array, "M 1 D"]
+    core_state: Any  # [M, 1, core width]
 
 
 @dataclasses.dataclass(frozen=True)
