@@ -135,7 +135,7 @@ def init_cache(
     Raises:
       UserError: capacity, slots or a name that cannot be used.
     """
-    _check(capacity, num_slots, sharing, exited_reads)
+    _check(capacity, num_slots, sharing, exited_reads, platform)
     rows = rows_to_blocks(capacity, platform)
 
     def entries(count: int, width: int) -> KeyValues:
@@ -241,11 +241,17 @@ def drop_rows(cache: KVCache, is_kept: Bool[Array, "B T"]) -> KVCache:
     num_rows = is_kept.shape[1]
     start = cache.length - num_rows
     last = jax.lax.dynamic_slice(cache.positions, (0, start), is_kept.shape)
-    positions = jnp.where(is_kept, last, -1)
+
+    def clear(array: jax.Array, empty: int) -> jax.Array:
+        rows = jax.lax.dynamic_slice(array, (0, start), is_kept.shape)
+        rows = jnp.where(is_kept, rows, empty)
+        return jax.lax.dynamic_update_slice(array, rows, (0, start))
+
     dropped = jnp.sum((last >= 0) & ~is_kept, axis=1, dtype=jnp.int32)
     used = jnp.max(jnp.where(is_kept, jnp.arange(1, num_rows + 1), 0))
     kept: Any = cache.replace(  # type: ignore[attr-defined]
-        positions=jax.lax.dynamic_update_slice(cache.positions, positions, (0, start)),
+        positions=clear(cache.positions, -1),
+        num_steps=clear(cache.num_steps, 0),
         next_position=cache.next_position - dropped,
         length=start + used,
     )
@@ -271,7 +277,7 @@ def _map_sequences(cache: KVCache, change: Callable[[jax.Array, int], jax.Array]
     return changed
 
 
-def _check(capacity: int, num_slots: int, sharing: str, exited_reads: str) -> None:
+def _check(capacity: int, num_slots: int, sharing: str, exited_reads: str, platform: str) -> None:
     if capacity < 1:
         raise UserError(f"cache capacity is {capacity}; it must be at least 1 row.")
     if num_slots < 1:
@@ -280,3 +286,5 @@ def _check(capacity: int, num_slots: int, sharing: str, exited_reads: str) -> No
         raise UserError(f"slot sharing is {sharing!r}; choose one of {SHARINGS}.")
     if exited_reads not in EXITED_READS:
         raise UserError(f"exited_reads is {exited_reads!r}; choose one of {EXITED_READS}.")
+    if platform not in BLOCK_ROWS:
+        raise UserError(f"platform is {platform!r}; choose one of {tuple(BLOCK_ROWS)}.")
