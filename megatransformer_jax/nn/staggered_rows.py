@@ -1,0 +1,85 @@
+"""Writes new rows to a cache, for every sequence at a place of its own.
+
+`kv_cache.write_rows` writes all sequences at one place, so that sequences which advance at
+different speeds would leave gaps. Positions say what a row holds, so a sequence's rows may stand
+anywhere: here each sequence fills its rows without gaps.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from megatransformer_jax.nn.kv_cache import KeyValues, KVCache
+
+
+def write_staggered_rows(
+    cache: KVCache,
+    prelude: KeyValues,
+    core: KeyValues,
+    coda: KeyValues,
+    num_steps: Int[Array, "B T"],
+    is_kept: Bool[Array, "B T"],
+    starts: Int[Array, "B"],
+) -> KVCache:
+    """The cache with the first rows of each sequence, as many as `is_kept` says.
+
+    All T rows are copied. What is not kept has no position, so nobody sees it, and the next write
+    goes over it; therefore T rows must fit behind every start. The caller has checked that.
+
+    Args:
+      cache: before.
+      prelude: T new rows, [layers, B, K, T, H].
+      core: [layers, B, K, T, H]; every slot gets them, so that a reader of any iteration finds what
+        the token offered last.
+      coda: [layers, B, K, T, H].
+      num_steps: iterations of the tokens.
+      is_kept: in each sequence a first part of the rows; maybe none.
+      starts: row of each sequence's first token.
+    """
+    assert cache.core is not None
+    count = jnp.sum(is_kept, axis=1, dtype=jnp.int32)
+    positions = cache.next_position[:, None] + jnp.arange(is_kept.shape[1], dtype=jnp.int32)
+    old = (cache.prelude, cache.core, cache.coda, cache.positions, cache.num_steps)
+    new = (
+        prelude,
+        _in_every_slot(core, cache.num_slots),
+        coda,
+        jnp.where(is_kept, positions, -1),
+        jnp.where(is_kept, num_steps, 0),
+    )
+    put: Any = _put(old, new, starts)
+    written: Any = cache.replace(  # type: ignore[attr-defined]
+        prelude=put[0],
+        core=put[1],
+        coda=put[2],
+        positions=put[3],
+        num_steps=put[4],
+        next_position=cache.next_position + count,
+        length=jnp.maximum(cache.length, jnp.max(starts + count)),
+    )
+    return written
+
+
+def _in_every_slot(rows: KeyValues, num_slots: int) -> KeyValues:
+    repeats = (num_slots, 1, 1, 1, 1)
+    return KeyValues(jnp.tile(rows.key, repeats), jnp.tile(rows.value, repeats))
+
+
+def _put(old: Any, new: Any, starts: jax.Array) -> Any:
+    """Arrays [E, B, K, S, H] or [B, S] with T new rows of each sequence at its start."""
+
+    # A loop over sequences, not one scatter, for which XLA on CPU transposes the whole cache.
+    def put_sequence(sequence: jax.Array, arrays: Any) -> Any:
+        def put_one(array: jax.Array, new: jax.Array) -> jax.Array:
+            axis = array.ndim // 3  # That of sequences; rows stand two behind it, or one.
+            rows = jax.lax.dynamic_slice_in_dim(new, sequence, 1, axis)
+            at = (sequence, starts[sequence])
+            if axis:
+                at = (0, sequence, 0, starts[sequence], 0)
+            return jax.lax.dynamic_update_slice(array, rows.astype(array.dtype), at)
+
+        return jax.tree.map(put_one, arrays, new)
+
+    return jax.lax.fori_loop(0, starts.shape[0], put_sequence, old)

@@ -1,0 +1,53 @@
+"""Rows of sequences that advance at different speeds, against a list of tokens per sequence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from megatransformer_jax.config.model import AttentionConfig, ModelConfig
+from megatransformer_jax.nn.kv_cache import KeyValues, init_cache
+from megatransformer_jax.nn.staggered_rows import write_staggered_rows
+
+B, T, SLOTS = 3, 4, 2
+CONFIG = ModelConfig(width=16, core_layers=2, attention=AttentionConfig(num_heads=2))
+
+
+def some_rows(layers, seed):
+    shape = (layers, B, 2, T, 8)
+    key, value = np.random.default_rng(seed).normal(0, 1, (2, *shape)).astype(np.float32)
+    return KeyValues(jnp.asarray(key), jnp.asarray(value))
+
+
+def test_every_sequence_fills_its_own_rows():
+    cache = init_cache(CONFIG, B, 64, num_slots=SLOTS, dtype=jnp.dtype(jnp.float32), platform="cpu")
+    write = jax.jit(write_staggered_rows)
+    starts = np.zeros(B, np.int32)
+    wanted = [[] for _ in range(B)]
+    for turn, kept in enumerate(([2, 0, 4], [1, 1, 0], [0, 4, 1], [3, 0, 2])):
+        prelude, core, coda = (
+            some_rows(layers, 10 * turn + layers)
+            for layers in (CONFIG.prelude_layers, CONFIG.core_layers, CONFIG.coda_layers)
+        )
+        steps = np.random.default_rng(turn).integers(1, 9, (B, T)).astype(np.int32)
+        is_kept = jnp.arange(T) < jnp.asarray(kept)[:, None]
+        cache = write(cache, prelude, core, coda, jnp.asarray(steps), is_kept, jnp.asarray(starts))
+        for row in range(B):
+            wanted[row] += [
+                (prelude.key[:, row, :, j], core.value[:, row, :, j], coda.key[:, row, :, j],
+                 steps[row, j])
+                for j in range(kept[row])
+            ]  # fmt: skip
+        starts += np.asarray(kept, np.int32)
+    assert cache.next_position.tolist() == [6, 5, 7]
+    assert int(cache.length) == 7
+    for row, rows in enumerate(wanted):
+        places = [*range(len(rows)), *[-1] * (64 - len(rows))]
+        assert cache.positions[row].tolist() == places
+        assert cache.num_steps[row, len(rows) :].tolist() == [0] * (64 - len(rows))
+        for j, (prelude_key, core_value, coda_key, steps) in enumerate(rows):
+            np.testing.assert_array_equal(cache.prelude.key[:, row, :, j], prelude_key)
+            np.testing.assert_array_equal(cache.coda.key[:, row, :, j], coda_key)
+            assert cache.num_steps[row, j] == steps
+            slots = cache.core.value[:, row, :, j].reshape(SLOTS, CONFIG.core_layers, 2, 8)
+            for slot in slots:
+                np.testing.assert_array_equal(slot, core_value)
