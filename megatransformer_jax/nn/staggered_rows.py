@@ -72,12 +72,12 @@ def _put(old: Any, new: Any, starts: jax.Array) -> Any:
 
     # A loop over sequences, not one scatter, for which XLA on CPU transposes the whole cache.
     def put_sequence(sequence: jax.Array, arrays: Any) -> Any:
+        start = starts[sequence]
+
         def put_one(array: jax.Array, new: jax.Array) -> jax.Array:
-            axis = array.ndim // 3  # That of sequences; rows stand two behind it, or one.
-            rows = jax.lax.dynamic_slice_in_dim(new, sequence, 1, axis)
-            at = (sequence, starts[sequence])
-            if axis:
-                at = (0, sequence, 0, starts[sequence], 0)
+            has_entries = array.ndim == 5
+            rows = jax.lax.dynamic_slice_in_dim(new, sequence, 1, axis=int(has_entries))
+            at = [0, sequence, 0, start, 0] if has_entries else [sequence, start]
             return jax.lax.dynamic_update_slice(array, rows.astype(array.dtype), at)
 
         return jax.tree.map(put_one, arrays, new)
