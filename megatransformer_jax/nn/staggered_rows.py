@@ -77,7 +77,9 @@ def _put(old: Any, new: Any, starts: jax.Array) -> Any:
         def put_one(array: jax.Array, new: jax.Array) -> jax.Array:
             has_entries = array.ndim == 5
             rows = jax.lax.dynamic_slice_in_dim(new, sequence, 1, axis=int(has_entries))
-            at = [0, sequence, 0, start, 0] if has_entries else [sequence, start]
+            at: tuple[Any, ...] = (sequence, start)
+            if has_entries:
+                at = (0, sequence, 0, start, 0)
             return jax.lax.dynamic_update_slice(array, rows.astype(array.dtype), at)
 
         return jax.tree.map(put_one, arrays, new)
