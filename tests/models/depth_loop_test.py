@@ -82,7 +82,7 @@ def test_shared_slots_equal_the_reference_of_each_sequence_alone(num_slots, shar
     """Fewer slots than iterations, next to a sequence with other depths, threshold and padding."""
     model, params = made(CORE_ONLY)
     tokens, is_token = some_tokens(2, 10), layout(*PASSES)
-    depths, thresholds, min_depths = [6, 7], [0.75, 0.5], [1, 2]
+    depths, thresholds, min_depths = [6, 7], [0.75, 0.9], [1, 4]
     leave = rule(depths, "latent_diff", thresholds, min_depths)
     cache = empty_cache(CORE_ONLY, 2, num_slots=num_slots, sharing=sharing, exited_reads=reads)
     got = in_passes(model, params, spread(tokens, is_token), is_token, cache, leave, [3] * 5)
@@ -105,6 +105,7 @@ def test_shared_slots_equal_the_reference_of_each_sequence_alone(num_slots, shar
         assert_rows_equal(got, is_token, row, wanted)
         all_steps |= set(wanted[1].tolist())
     assert len(all_steps) >= 4  # Otherwise nothing was tested.
+    assert np.min(wanted[1]) == 4  # No earlier in this row.
 
 
 @pytest.mark.parametrize("reads", ["latest", "skip"])
