@@ -65,12 +65,10 @@ def prefill(
     starts = [0, *range(num_columns % size or size, num_columns, size)]
     prefilled = None
     for start, end in zip(starts, [*starts[1:], num_columns], strict=True):
-        columns = slice(start, end)
         prefilled = _pass(
             model,
             params,
-            tokens[:, columns],
-            is_token[:, columns],
+            *_columns(tokens, is_token, start, end - start),
             cache,
             rule,
             state_keys,
@@ -126,3 +124,12 @@ def _left_padded(history: History, num_columns: int) -> tuple[jax.Array, jax.Arr
     tokens = history.suffix(num_columns)
     is_token = tokens != NO_TOKEN
     return jnp.where(is_token, tokens, 0), is_token
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _columns(
+    tokens: Int[Array, "B T"], is_token: Bool[Array, "B T"], start: Int[Array, ""] | int, size: int
+) -> tuple[jax.Array, jax.Array]:
+    """A chunk, wherever it starts: a slice as such compiles anew for each place."""
+    cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=1)
+    return cut(tokens, start), cut(is_token, start)

@@ -51,7 +51,7 @@ def test_prefill_equals_full_recomputation(config):
 @pytest.mark.parametrize("chunk", [1, 3, 16, 99])
 def test_chunks_of_any_size_leave_the_same(chunk):
     """Cache, state and steps, with tokens that leave early."""
-    rule = depth_rule(8, "latent_diff", 0.5)
+    rule = depth_rule(8, "latent_diff", 0.3)
     whole = prefilled(TINY, rule=rule)
     result = prefilled(TINY, rule=rule, chunk=chunk)
     assert len(np.unique(whole.cache.num_steps)) > 2
@@ -71,7 +71,7 @@ def test_chunks_of_any_size_leave_the_same(chunk):
 
 
 def test_a_prompt_does_not_see_the_others_nor_what_fills_its_row():
-    rule = depth_rule(8, "latent_diff", 0.5)
+    rule = depth_rule(8, "latent_diff", 0.3)
     together = prefilled(TINY, rule=rule)
     for row, prompt in enumerate(PROMPTS):
         others = [[3, 3]] * row + [prompt] + [[8] * 14] * (2 - row)
@@ -82,7 +82,7 @@ def test_a_prompt_does_not_see_the_others_nor_what_fills_its_row():
 
 
 def test_repeated_rows_stand_next_to_each_other():
-    result = prefilled(TINY)
+    result = prefilled(TINY, rule=depth_rule(8, "latent_diff", 0.3))
     repeated = repeat_rows(result, 2)
     for wanted, got in zip(
         (result.logits, result.core_state, result.num_steps, result.cache.positions),

@@ -21,13 +21,17 @@ from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
 DEPTH = 3
+# By latent_diff at 0.3, its tokens leave after 2 to 8 iterations.
 TINY = ModelConfig(
     vocab_size=32,
     width=16,
     max_length=80,
+    core_layers=1,
     attention=AttentionConfig(num_heads=4),
     mlp=dataclasses.replace(ModelConfig().mlp, hidden_width=24),
-    recurrence=RecurrenceConfig(mean_steps=DEPTH, backprop_depth=2, state_init="zero"),
+    recurrence=RecurrenceConfig(
+        mean_steps=DEPTH, backprop_depth=2, state_init="zero", iteration_norm=True
+    ),
 )
 # Of unequal length, as most tests want them.
 PROMPTS = ([1, 9, 4, 20, 7, 7, 21], [1, 5], [1, 12, 3, 3, 8, 17, 2, 25, 11, 6, 24])
@@ -51,14 +55,16 @@ PLAIN = tiny(core_layers=0, prelude_layers=2, recurrence=RecurrenceConfig())
 def make(config=TINY, seed=0):
     """(model, parameters), the same objects for the same config, so that nothing compiles twice."""
     model = build_model(config, DTypePolicy(), Sharder(), "cpu")
-    params = init_params(model, jax.random.key(seed))
-    # Fresh models score all tokens alike and have constant norms; noise tells tokens apart.
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [
-        leaf + 0.2 * jax.random.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=True)
-    ]
-    return model, jax.tree.unflatten(tree, noisy)
+    # Not `init_params` itself, which takes longer to compile than all else, and whose models score
+    # all tokens nearly alike.
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        mean = float(path[-1].key == "scale")
+        return jnp.asarray(rng.normal(mean, 0.25, leaf.shape), leaf.dtype)
+
+    return model, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def depth_rule(depth=DEPTH, criterion="fixed", threshold=0.0, min_depth=1):
