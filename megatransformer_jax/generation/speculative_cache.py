@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.nn.kv_cache import KVCache, drop_rows
+from megatransformer_jax.sharding.rules import Sharder
 
 
 def sequence_ends(cache: KVCache) -> Int[Array, "B"]:
@@ -22,7 +23,11 @@ def sequence_ends(cache: KVCache) -> Int[Array, "B"]:
 
 
 def keep_rows(
-    cache: KVCache, ends: Int[Array, "B"], num_kept: Int[Array, "B"], num_rows: int
+    cache: KVCache,
+    ends: Int[Array, "B"],
+    num_kept: Int[Array, "B"],
+    num_rows: int,
+    sharder: Sharder,
 ) -> KVCache:
     """Forgets what is not kept of the last pass and moves the rest up.
 
@@ -31,50 +36,84 @@ def keep_rows(
       ends: `sequence_ends` before it.
       num_kept: how many of the pass's rows each sequence keeps, the first ones.
       num_rows: rows of the pass; static.
+      sharder: where the sequences are.
 
     Returns:
       The cache. Its sequences end at `ends + num_kept`.
     """
     start = cache.length - num_rows
-    is_kept = jnp.arange(num_rows) < num_kept[:, None]
-    cache = drop_rows(cache, is_kept)
-    batch_size = cache.positions.shape[0]
-    if batch_size > 1:
+    kept: Any = drop_rows(cache, jnp.arange(num_rows) < num_kept[:, None])
+    if kept.positions.shape[0] > 1:
         is_behind = jnp.any((ends < start) & (num_kept > 0))
-        # A loop of no turns, not a branch: branches may copy the cache.
-        cache = jax.lax.fori_loop(
-            0,
-            jnp.where(is_behind, batch_size, 0),
-            lambda row, cache: _move_up(cache, row, start, ends[row], num_rows),
-            cache,
+
+        def move(array: jax.Array) -> jax.Array:
+            return _move_up(array, is_behind, start, ends, num_rows, sharder)
+
+        def move_numbers(array: jax.Array, unused: int) -> jax.Array:
+            return _move_numbers_up(array, unused, start, ends, num_kept, num_rows)
+
+        kept = kept.replace(
+            prelude=jax.tree.map(move, kept.prelude),
+            core=jax.tree.map(move, kept.core),
+            coda=jax.tree.map(move, kept.coda),
+            positions=move_numbers(kept.positions, -1),
+            num_steps=move_numbers(kept.num_steps, 0),
         )
-    replaced: Any = cache
-    kept: KVCache = replaced.replace(length=jnp.max(ends + num_kept))
-    return kept
+    replaced: KVCache = kept.replace(length=jnp.max(ends + num_kept))
+    return replaced
 
 
 def _move_up(
-    cache: KVCache, sequence: jax.Array, start: jax.Array, end: jax.Array, num_rows: int
-) -> KVCache:
-    """Moves rows of one sequence from `start` to `end`, which is not behind it."""
+    array: Float[Array, "E B K S H"],
+    is_moved: Bool[Array, ""],
+    start: Int[Array, ""],
+    ends: Int[Array, "B"],
+    num_rows: int,
+    sharder: Sharder,
+) -> Float[Array, "E B K S H"]:
+    """Copies `num_rows` rows at `start` to each sequence's end, which is not behind it."""
 
-    def move(array: jax.Array) -> jax.Array:
-        shape = (array.shape[0], 1, array.shape[2], num_rows, array.shape[4])
-        rows = jax.lax.dynamic_slice(array, (0, sequence, 0, start, 0), shape)
-        return jax.lax.dynamic_update_slice(array, rows, (0, sequence, 0, end, 0))
+    def copy_all(
+        array: jax.Array, is_moved: jax.Array, start: jax.Array, ends: jax.Array
+    ) -> jax.Array:
+        entries, batch_size, heads, _, width = array.shape
 
-    def move_numbers(array: jax.Array, unused: int) -> jax.Array:
-        numbers = jax.lax.dynamic_slice(array, (sequence, start), (1, num_rows))
-        cleared = jnp.full((1, num_rows), unused, array.dtype)
-        array = jax.lax.dynamic_update_slice(array, cleared, (sequence, start))
-        return jax.lax.dynamic_update_slice(array, numbers, (sequence, end))
+        def copy(sequence: jax.Array, array: jax.Array) -> jax.Array:
+            shape = (entries, 1, heads, num_rows, width)
+            rows = jax.lax.dynamic_slice(array, (0, sequence, 0, start, 0), shape)
+            corner = (0, sequence, 0, ends[sequence], 0)
+            return jax.lax.dynamic_update_slice(array, rows, corner)
 
-    replaced: Any = cache
-    moved: KVCache = replaced.replace(
-        prelude=jax.tree.map(move, cache.prelude),
-        core=jax.tree.map(move, cache.core),
-        coda=jax.tree.map(move, cache.coda),
-        positions=move_numbers(cache.positions, -1),
-        num_steps=move_numbers(cache.num_steps, 0),
-    )
-    return moved
+        # One by one this is done in place; as a scatter XLA transposes the cache for it. And a loop
+        # of no turns, not a branch, as branches may copy the cache.
+        return jax.lax.fori_loop(0, jnp.where(is_moved, batch_size, 0), copy, array)
+
+    if sharder.mesh is not None:
+        # Each device moves its own sequences; the compiler would bring all of them together.
+        spec, nothing = sharder.rules.spec, sharder.rules.spec()
+        entries = spec(None, "batch", "kv_heads", None, None)
+        copy_all = jax.shard_map(
+            copy_all,
+            mesh=sharder.mesh,
+            in_specs=(entries, nothing, nothing, spec("batch")),
+            out_specs=entries,
+            check_vma=False,
+        )
+    return copy_all(array, is_moved, start, ends)
+
+
+def _move_numbers_up(
+    array: Int[Array, "B S"],
+    unused: int,
+    start: Int[Array, ""],
+    ends: Int[Array, "B"],
+    num_kept: Int[Array, "B"],
+    num_rows: int,
+) -> Int[Array, "B S"]:
+    """The same for one number per row; what is left behind becomes `unused`."""
+    last = jax.lax.dynamic_slice_in_dim(array, start, num_rows, axis=1)
+    columns = jnp.arange(array.shape[1])
+    place = columns - ends[:, None]
+    moved = jnp.take_along_axis(last, jnp.clip(place, 0, num_rows - 1), axis=1)
+    cleared = jnp.where(columns >= start, unused, array)
+    return jnp.where((place >= 0) & (place < num_kept[:, None]), moved, cleared)

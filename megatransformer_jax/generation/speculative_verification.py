@@ -106,7 +106,7 @@ def verify(
     verified: Any = carry.verified
     num_added = verified.num_added
     state = verified.state.replace(
-        cache=keep_rows(verified.state.cache, ends, num_added, num_columns),
+        cache=keep_rows(verified.state.cache, ends, num_added, num_columns, settings.sharder),
         core_state=_last_state(output, state.core_state, num_added),
     )
     replaced: Verified = verified.replace(state=state)

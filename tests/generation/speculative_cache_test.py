@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 from tiny_model import tiny
 
+from megatransformer_jax.config.run import MeshConfig
+from megatransformer_jax.generation.placement import put_rows
 from megatransformer_jax.generation.speculative_cache import keep_rows, sequence_ends
-from megatransformer_jax.nn.kv_cache import KeyValues, init_cache, write_rows
+from megatransformer_jax.nn.kv_cache import KeyValues, constrain_cache, init_cache, write_rows
+from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.rules import Sharder
 
 PREFIX, NUM_ROWS = 5, 4
+NO_MESH = Sharder()
 CONFIG = tiny(attention={"num_kv_heads": 2})
 
 
@@ -29,6 +34,9 @@ def marked_rows(entries, positions, num_rows):
     return KeyValues(jnp.asarray(marked), jnp.asarray(-marked))
 
 
+write = jax.jit(write_rows)
+
+
 def one_pass(cache, is_token):
     """The cache after a pass of marked rows."""
     num_rows = is_token.shape[1]
@@ -38,7 +46,7 @@ def one_pass(cache, is_token):
         marked_rows(part, positions, num_rows) for part in (cache.prelude, cache.core, cache.coda)
     ]
     steps = jnp.asarray(np.where(is_token, positions + 7, 0), jnp.int32)
-    return write_rows(cache, *parts, jnp.asarray(positions), steps)
+    return write(cache, *parts, jnp.asarray(positions), steps)
 
 
 def check(cache, lengths):
@@ -54,13 +62,15 @@ def check(cache, lengths):
         for part in (cache.prelude, cache.core, cache.coda):
             wanted = marked_rows(part, np.tile(np.arange(length), (len(lengths), 1)), length)
             for got, marks in ((part.key, wanted.key), (part.value, wanted.value)):
-                np.testing.assert_array_equal(got[:, sequence][:, :, rows], marks[:, sequence])
+                np.testing.assert_array_equal(
+                    np.asarray(got)[:, sequence][:, :, rows], np.asarray(marks)[:, sequence]
+                )
     np.testing.assert_array_equal(cache.next_position, lengths)
 
 
-@functools.partial(jax.jit, static_argnames="num_rows")
-def keep(cache, ends, num_kept, num_rows):
-    return keep_rows(cache, ends, num_kept, num_rows)
+@functools.partial(jax.jit, static_argnames="sharder")
+def keep(cache, ends, num_kept, sharder=NO_MESH):
+    return keep_rows(cache, ends, num_kept, NUM_ROWS, sharder)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -79,7 +89,7 @@ def test_rounds_leave_no_gaps(batch_size):
         num_tokens = rng.integers(1, NUM_ROWS + 1, batch_size) * is_running
         num_kept = np.array([rng.integers(0, most + 1) for most in num_tokens])
         cache = one_pass(cache, np.arange(NUM_ROWS) < num_tokens[:, None])
-        cache = keep(cache, ends, jnp.asarray(num_kept, jnp.int32), NUM_ROWS)
+        cache = keep(cache, ends, jnp.asarray(num_kept, jnp.int32))
         ends, lengths = ends + num_kept, lengths + num_kept
         check(cache, lengths)
         np.testing.assert_array_equal(sequence_ends(cache), ends)
@@ -90,3 +100,26 @@ def test_rounds_leave_no_gaps(batch_size):
 def test_an_empty_cache_has_no_rows():
     cache = init_cache(CONFIG, 2, 64, num_slots=1, dtype=jnp.dtype(jnp.float32), platform="cpu")
     np.testing.assert_array_equal(sequence_ends(cache), [0, 0])
+
+
+def test_devices_of_a_mesh_move_their_own_sequences():
+    """Nothing is sent but numbers."""
+    sharder = Sharder(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()))
+    cache = init_cache(CONFIG, 4, 64, num_slots=2, dtype=jnp.dtype(jnp.float32), platform="cpu")
+    ends, num_kept = jnp.int32([5, 3, 5, 2]), jnp.int32([2, 4, 0, 1])
+    cache = one_pass(cache, np.arange(5) < np.asarray(ends)[:, None])
+    cache = one_pass(cache, np.ones((4, NUM_ROWS), bool))
+    wanted = keep(cache, ends, num_kept)
+    check(wanted, [7, 7, 5, 3])
+    placed = jax.jit(constrain_cache, static_argnums=0)(sharder, cache)
+    got = keep(placed, *put_rows(sharder, (ends, num_kept)), sharder)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
+    leaves, tree = jax.tree.flatten(placed)
+
+    def keep_leaves(leaves, *numbers):
+        return jax.tree.leaves(keep_rows(tree.unflatten(leaves), *numbers, NUM_ROWS, sharder))
+
+    program = jax.jit(keep_leaves).lower(leaves, *put_rows(sharder, (ends, num_kept))).compile()
+    for operation in ("all-gather", "all-to-all", "collective-permute"):
+        assert operation not in program.as_text()
