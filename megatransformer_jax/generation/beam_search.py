@@ -21,15 +21,17 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.generation.beam_loop import BeamSettings, search
 from megatransformer_jax.generation.decode_loop import DecodeSettings
 from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.hypotheses import Hypotheses
+from megatransformer_jax.generation.placement import constrain_rows, fetch, replicate
 from megatransformer_jax.generation.prefill import Prefilled, repeat_rows
 from megatransformer_jax.generation.reorder_cache import reorder_new_rows
 from megatransformer_jax.models.cached_forward import cached_forward
-from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.nn.kv_cache import KVCache
+from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
+from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache
 
 
 @struct.dataclass
@@ -70,7 +72,7 @@ def beam_search(
     """Searches the likeliest continuations of each prompt.
 
     Args:
-      model: static.
+      model: static; on a mesh, its sharder must suit B * num_beams rows (`placement.for_rows`).
       params: parameters.
       settings: what is per row is per prompt, [B]; `is_drawn` must be off. The depth rule applies
         to every beam on its own.
@@ -85,18 +87,18 @@ def beam_search(
         prompt.
 
     Raises:
-      ValueError: if one of the numbers cannot be used, tokens are to be drawn, or there is no room
+      UserError: if one of the numbers cannot be used, tokens are to be drawn, or there is no room
         for the new tokens.
     """
-    _check(settings, prefilled, history, num_beams, num_return)
+    _check(model, settings, prefilled, history, num_beams, num_return)
+    numbers = (jnp.asarray(length_penalty, jnp.float32), jnp.asarray(early_stopping, bool))
     return _search(
         model,
         params,
         settings,
         prefilled,
         history,
-        jnp.asarray(length_penalty, jnp.float32),
-        jnp.asarray(early_stopping, bool),
+        *replicate(model.sharder, numbers),
         num_beams=num_beams,
         num_return=num_return,
     )
@@ -145,13 +147,15 @@ class _CachedModel:
             state=memory.core_state if self.settings.warm_start else None,
             state_keys=self.settings.row_keys,
         )
-        memory = _Memory(output.cache, output.state)
-        return output.logits[:, 0], output.num_steps[:, 0], memory
+        # On a mesh every processor would gather the vocabulary, so it is whole from here on.
+        logits = constrain_rows(self.model.sharder, output.logits[:, 0])
+        return logits, output.num_steps[:, 0], _Memory(output.cache, output.state)
 
     def reorder(self, memory: Any, rows: Int[Array, "M"]) -> Any:
         """Moves keys and values."""
         cache = reorder_new_rows(memory.cache, rows, self.first_row)
-        return _Memory(cache, memory.core_state[rows])
+        cache = constrain_cache(self.model.sharder, cache)
+        return _Memory(cache, constrain_rows(self.model.sharder, memory.core_state[rows]))
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("num_beams", "num_return"))
@@ -167,6 +171,7 @@ def _search(
     num_beams: int,
     num_return: int,
 ) -> BeamResult:
+    params = gather_weights(model, params)
     repeated = repeat_rows(prefilled, num_beams)
 
     def per_beam(number: jax.Array) -> jax.Array:
@@ -178,7 +183,7 @@ def _search(
     )
     best = search(
         _CachedModel(model, params, per_beam_settings, prefilled.cache.length),
-        _Memory(repeated.cache, repeated.core_state),
+        _Memory(constrain_cache(model.sharder, repeated.cache), repeated.core_state),
         BeamSettings(settings.chain, settings.ending, length_penalty, early_stopping, num_beams),
         history,
         prefilled.logits,
@@ -196,6 +201,7 @@ def _result(best: Hypotheses, num_return: int) -> BeamResult:
 
 
 def _check(
+    model: MegaTransformer,
     settings: DecodeSettings,
     prefilled: Prefilled,
     history: History,
@@ -203,30 +209,27 @@ def _check(
     num_return: int,
 ) -> None:
     if settings.is_drawn:
-        raise ValueError("is_drawn is set, and beam search draws no token; set it to False.")
+        raise UserError("is_drawn is set, and beam search draws no token; set it to False.")
     if not 1 <= num_return <= num_beams:
-        raise ValueError(
+        raise UserError(
             f"num_return is {num_return} with num_beams={num_beams}; it must be from 1 to "
             "num_beams."
         )
-    lengths, new_tokens, used = (
-        np.asarray(number)
-        for number in jax.device_get(
-            (history.lengths, settings.ending.max_new_tokens, prefilled.cache.length)
-        )
+    lengths, new_tokens, used = fetch(
+        model.sharder, (history.lengths, settings.ending.max_new_tokens, prefilled.cache.length)
     )
     if np.min(new_tokens) < 1:
-        raise ValueError(f"max_new_tokens is {np.min(new_tokens)}; it must be at least 1.")
+        raise UserError(f"max_new_tokens is {np.min(new_tokens)}; it must be at least 1.")
     needed = int(np.max(lengths + new_tokens))
     if needed > history.capacity:
-        raise ValueError(
+        raise UserError(
             f"prompt and max_new_tokens take {needed} tokens, and the history holds "
             f"{history.capacity}; raise its capacity or lower max_new_tokens."
         )
     # The last new token is never passed through the model.
     needed = int(used + np.max(new_tokens)) - 1
     if needed > prefilled.cache.capacity:
-        raise ValueError(
+        raise UserError(
             f"prompt and max_new_tokens take {needed} rows of the cache, which has "
             f"{prefilled.cache.capacity}; raise its capacity or lower max_new_tokens."
         )

@@ -18,16 +18,23 @@ from tiny_model import (
     tiny,
 )
 
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.run import MeshConfig
 from megatransformer_jax.generation import beam_search as beam_search_module
 from megatransformer_jax.generation.beam_search import beam_search
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
 from megatransformer_jax.generation.ending import END_OF_TEXT, LENGTH, STOP, Ending
 from megatransformer_jax.generation.history import history_of_prompts
+from megatransformer_jax.generation.placement import for_rows
 from megatransformer_jax.generation.prefill import prefill
 from megatransformer_jax.generation.stop_strings import stop_strings
 from megatransformer_jax.generation.text_automaton import piece_table
 from megatransformer_jax.models.cached_forward import cached_forward
+from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
 
 CAPACITY, COUNT, BEAMS = 32, 8, 3
 # No token of many is an end, so that texts of all lengths are among the best.
@@ -241,6 +248,31 @@ def test_stop_texts_end_a_beam():
     assert STOP in reasons
 
 
+def test_a_mesh_changes_nothing():
+    sharder = Sharder(make_mesh(MeshConfig(data=3, tensor=2), jax.devices()[:6]))
+    model, params = build_model(TINY, DTypePolicy(), sharder, "cpu"), make(TINY)[1]
+    given = settings(rule=ADAPTIVE)
+    wanted = search(TINY, given)
+    prefilled, history = read_prompts(TINY, given, PROMPTS)
+    result = jax.device_get(
+        beam_search(
+            for_rows(model, len(PROMPTS) * BEAMS),
+            params,
+            given,
+            prefilled,
+            history,
+            num_beams=BEAMS,
+            num_return=BEAMS,
+            length_penalty=1.0,
+            early_stopping=False,
+        )
+    )
+    for row in range(len(PROMPTS) * BEAMS):
+        assert new_tokens(result, row) == new_tokens(wanted, row)
+        assert new_steps(result, row) == new_steps(wanted, row)
+    np.testing.assert_allclose(result.scores, wanted.scores, rtol=1e-4)
+
+
 def test_other_numbers_compile_nothing():
     compiled, lengths = beam_search_module._search, []
     search(TINY, settings(rule=ADAPTIVE))
@@ -264,10 +296,10 @@ def test_other_numbers_compile_nothing():
         ({"given": settings(count=0)}, "max_new_tokens is 0"),
         ({"given": settings(is_drawn=True)}, "is_drawn is set"),
     ],
-    ids=str,
+    ids=["many_results", "no_result", "no_beam", "history_full", "no_token", "draws"],
 )
 def test_what_cannot_be_searched_is_refused(changes, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(UserError, match=words):
         search(TINY, **({"given": settings()} | changes))
 
 
@@ -275,7 +307,7 @@ def test_a_cache_without_room_is_refused():
     given = settings(count=60)
     prefilled, _ = read_prompts(TINY, settings(), PROMPTS)
     history = history_of_prompts(PROMPTS, 80, pad_id=0)
-    with pytest.raises(ValueError, match="take 75 rows of the cache, which has 64"):
+    with pytest.raises(UserError, match="take 75 rows of the cache, which has 64"):
         beam_search(
             *make(TINY), given, prefilled, history, num_beams=2, num_return=1, length_penalty=1.0,
             early_stopping=False,
