@@ -167,9 +167,9 @@ def token_states(
 def _known_after(index: jax.Array, array: jax.Array) -> jax.Array:
     """The index, in a form that XLA can compute only when it has the array.
 
-    The cache must be written after everything is read. Otherwise XLA may write a layer's rows, which
-    are known early, before the layer has read the others, and copies the whole cache to be able to.
-    An optimisation barrier is gone by the time that XLA orders the two.
+    The cache must be written after everything is read. Otherwise XLA may write a layer's rows,
+    which are known early, before the layer has read the others, and copies the whole cache to be
+    able to. An optimisation barrier is gone by the time that XLA orders the two.
     """
     is_nan = jnp.isnan(array.ravel()[0]).astype(index.dtype)
     return index + jnp.minimum(is_nan, 0)
