@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
+from tiny_generator import NO_END, PIECES, assert_same, generator
 from tiny_model import (
     DEPTH,
     PLAIN,
@@ -29,70 +28,11 @@ from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.generator import Generator
 
-PIECES, BYTES = Pieces(), BytesTokenizer()
+BYTES = BytesTokenizer()
 RANDOM = tiny(recurrence={"state_init": "unit"})
 BYTES_MODEL = dataclasses.replace(PLAIN, vocab_size=264)
 # What a completion may hold: padding and the rows behind the tokenizer's are no text.
 TEXT_IDS = range(1, PIECES.vocab_size)
-# An end token that is never drawn. Not `()`: another number of end tokens compiles anew.
-NO_END = (30,)
-COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-
-
-def generator(config=TINY, tokenizer=PIECES, end_ids=None, trained_depth=DEPTH, **options):
-    model, params = make(config)
-    options = {"max_new_tokens": 8, **options}
-    if not config.is_recurrent:
-        trained_depth = None
-    return Generator(model, params, tokenizer, GenerationConfig(**options), trained_depth, end_ids)
-
-
-def assert_same(completions, wanted):
-    """Scores apart by what shapes do to rounding."""
-    for got, other in zip(completions, wanted, strict=True):
-        assert got.score == pytest.approx(other.score, abs=1e-4)
-        assert dataclasses.replace(got, score=0.0) == dataclasses.replace(other, score=0.0)
-
-
-class Compilations:
-    """Counts what XLA compiles; a function that is found in the cache on disk counts too."""
-
-    def __enter__(self):
-        self.count = 0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-        return self
-
-    def __exit__(self, *error):
-        jax.monitoring.unregister_event_duration_listener(self._listen)
-
-    def _listen(self, event, seconds, **details):
-        self.count += event == COMPILE_EVENT
-
-
-def request(
-    depth=3,
-    threshold=0.3,
-    min_depth=1,
-    seed=0,
-    stop=("ab", "x c"),
-    new=8,
-    capacity=None,
-    **sampling,
-):
-    sampling = {"top_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.1, **sampling}
-    return {
-        "max_new_tokens": new,
-        "seed": seed,
-        "stop": stop,
-        "depth": DepthConfig(
-            depth=depth,
-            exit_criterion="latent_diff",
-            exit_threshold=threshold,
-            min_depth=min_depth,
-        ),
-        "cache": CacheConfig(capacity=capacity),
-        "sampling": SamplingConfig(**sampling),
-    }
 
 
 @pytest.mark.parametrize("config", [TINY, PLAIN], ids=["recurrent", "plain"])
@@ -256,14 +196,6 @@ def test_a_text_ends_when_every_token_is_banned():
     assert list(given.stream(list(range(1, 26)))) == []
 
 
-def test_adaptive_depth_tells_the_steps_of_each_token():
-    texts = generator(**request(depth=8, min_depth=2)).generate(PROMPTS)
-    assert all(len(text.steps) == len(text.token_ids) for text in texts)
-    steps = [count for text in texts for count in text.steps]
-    assert min(steps) >= 2 and max(steps) <= 8
-    assert len(set(steps)) > 2 and np.mean(steps) < 7
-
-
 @pytest.mark.parametrize(
     "changed",
     [{"depth": DepthConfig(warm_start=True)}, {"cache": CacheConfig(slots=1)}],
@@ -277,57 +209,12 @@ def test_options_of_the_core_reach_it(changed):
     assert np.abs(apart).max() > 1e-2
 
 
-def test_prompts_in_chunks():
-    plain = generator(PLAIN, strategy="greedy").generate(PROMPTS)
-    chunks = CacheConfig(prefill_chunk=6)
-    with Compilations() as compilations:
-        assert_same(generator(PLAIN, strategy="greedy", cache=chunks).generate(PROMPTS), plain)
-    assert compilations.count == 4  # Two sizes of chunks, cut out and passed through the model.
-
-
-CHANGES = {
-    "depth": {"depth": 8},
-    "depth below min": {"depth": 2, "min_depth": 2},
-    "threshold": {"threshold": 1.2},
-    "seed": {"seed": 77},
-    "more new tokens": {"new": 40},
-    "temperature": {"temperature": 0.3},
-    "top_p": {"top_p": 0.4},
-    "penalties": {"repetition_penalty": 1.5, "presence_penalty": 0.0, "frequency_penalty": 1.0},
-    "stops": {"stop": ("c", "b\n", " a")},
-    "capacity within the block": {"capacity": 60},
-}
-
-
-def test_numbers_and_prompts_compile_nothing():
-    wanted = generator(**request()).generate(PROMPTS)
-    for name, changes in CHANGES.items():
-        with Compilations() as compilations:
-            got = generator(**request(**changes)).generate(PROMPTS)
-        assert compilations.count == 0, name
-        assert "capacity" in name or got != wanted, name
-    for prompts in ([[5], [1, 9], list(range(1, 17))], ["a", "b", "x c"]):
-        with Compilations() as compilations:
-            generator(**request()).generate(prompts)
-        assert compilations.count == 0, prompts
-
-
-def test_streams_compile_nothing_after_the_first():
-    first = list(generator(seed=2).stream(PROMPTS[0]))
-    assert len(first) > 2
-    with Compilations() as compilations:
-        hot = SamplingConfig(temperature=2.0)
-        second = generator(seed=5, depth=DepthConfig(depth=6), sampling=hot).stream(PROMPTS[1])
-        assert [token.token_id for token in second] != [token.token_id for token in first]
-    assert compilations.count == 0
-
-
 def test_a_cache_that_just_suffices_and_one_that_does_not():
     prompt = [1, *[9, 4, 20] * 17]
-    wanted = generator(PLAIN, strategy="greedy", max_new_tokens=12).generate([prompt])
     exact = CacheConfig(capacity=64)
-    given = generator(PLAIN, strategy="greedy", max_new_tokens=12, cache=exact)
-    assert_same(given.generate([prompt]), wanted)
+    given = generator(PLAIN, strategy="greedy", max_new_tokens=12, cache=exact, end_ids=NO_END)
+    wanted = recomputed_greedy(*make(PLAIN), prompt, 12, allowed=TEXT_IDS)
+    assert given.generate([prompt])[0].token_ids == tuple(wanted)
     with pytest.raises(ConfigError, match=r"cache\.capacity.*63.*52.*raise it to 64"):
         generator(max_new_tokens=12, cache=CacheConfig(capacity=63)).generate([prompt])
     with pytest.raises(ConfigError, match=r"cache\.capacity"):
