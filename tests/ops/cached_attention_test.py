@@ -180,11 +180,12 @@ def test_blocks_that_no_query_reaches_are_not_read():
     arrays, _, _ = random_inputs(2, CAPACITY)
     rows = jnp.arange(CAPACITY)
     for length in (64 + window - 2, 64 + window - 1, 64 + window, 200):
-        positions = jnp.broadcast_to(jnp.where(rows < length, rows, -1), (B, CAPACITY))
         query_positions = length + jnp.broadcast_to(jnp.arange(T), (B, T))
         lowest, last = (length - window + 1) // BLOCK, -(-length // BLOCK)
         is_read = (rows >= lowest * BLOCK) & (rows < last * BLOCK)
-        # Visible as far as positions tell, so that whoever reads it gets NaN.
+        # Rows of later blocks are visible as far as positions tell: who reads them gets NaN.
+        places = jnp.where(rows < length, rows, jnp.where(is_read, -1, length - 1))
+        positions = jnp.broadcast_to(places, (B, CAPACITY))
         poisoned = [jnp.where(is_read[:, None], array, jnp.nan) for array in arrays[3:]]
         clean = attend(arrays, query_positions, positions, length, window=window)
         got = attend([*arrays[:3], *poisoned], query_positions, positions, length, window=window)
