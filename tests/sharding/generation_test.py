@@ -10,7 +10,11 @@ import pytest
 from hlo import count_in_loops
 from jax.sharding import PartitionSpec
 
-from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.generation import (
+    GenerationConfig,
+    ParallelConfig,
+    SpeculativeConfig,
+)
 from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import MeshConfig
@@ -162,6 +166,18 @@ def completions(mesh_name, prompts, **options):
 def test_texts_do_not_depend_on_the_mesh_nor_on_what_fills_a_batch_up():
     """Three prompts are filled up to four, of which each device gets the two texts of one."""
     prompts, options = [[1, 2, 3], [4], [5, 6]], {"num_samples": 2, "max_new_tokens": 4}
+    assert completions("tensor", prompts, **options) == completions(None, prompts, **options)
+
+
+@pytest.mark.parametrize("strategy", ["speculative", "parallel"])
+def test_strategies_that_accept_rows_one_by_one_do_not_depend_on_the_mesh(strategy):
+    """Beam search has its own test."""
+    numbers = {
+        "speculative": SpeculativeConfig(draft_depth=1, draft_length=2),
+        "parallel": ParallelConfig(iterations_per_round=2, max_wavefront=2),
+    }
+    options = {"strategy": strategy, "max_new_tokens": 4, strategy: numbers[strategy]}
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9]]
     assert completions("tensor", prompts, **options) == completions(None, prompts, **options)
 
 
