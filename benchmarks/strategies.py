@@ -66,7 +66,8 @@ def held_out_prompts(workdir: pathlib.Path, loaded: LoadedModel, count: int, len
     config, tokenizer = build(read_values(workdir / "config.json")).data, loaded.tokenizer
     if config.source == "reasoning" or tokenizer is None:
         raise UserError(f"{workdir} is no run on text; name one.")
-    documents, prompts = build_source(config, "validation"), []
+    documents = build_source(config, "validation")
+    prompts: list[list[int]] = []
     for index in range(len(documents)):
         text = documents[index]
         ids = tokenizer.encode(text) if isinstance(text, str) else []
@@ -108,7 +109,9 @@ def judge(
     return -chosen, chosen >= jnp.max(log_probs, axis=-1)
 
 
-def summarize_case(case: Case, greedy: Case, loaded: LoadedModel, prompts: np.ndarray) -> Any:
+def summarize_case(
+    case: Case, greedy: Case, loaded: LoadedModel, prompts: np.ndarray
+) -> dict[str, Any]:
     """The row's numbers."""
     assert case.phase is not None and greedy.phase is not None
     texts = [completion.token_ids for completion in case.completions]
@@ -116,8 +119,8 @@ def summarize_case(case: Case, greedy: Case, loaded: LoadedModel, prompts: np.nd
     first = prompts.shape[1]
     tokens = np.zeros((len(texts), first + max(lengths)), np.int32)
     tokens[:, :first] = prompts
-    for row, text in enumerate(texts):
-        tokens[row, first : first + len(text)] = text
+    for index, text in enumerate(texts):
+        tokens[index, first : first + len(text)] = text
     key = jax.random.key(1)
     nats, is_likeliest = jax.device_get(
         judge(loaded.model, loaded.params, jnp.asarray(tokens), jnp.int32(case.depth), key)
@@ -128,7 +131,7 @@ def summarize_case(case: Case, greedy: Case, loaded: LoadedModel, prompts: np.nd
     speeds = [lengths.sum() / seconds for seconds in case.phase.seconds]
     greedy_tokens = sum(len(completion.token_ids) for completion in greedy.completions)
     greedy_speeds = [greedy_tokens / seconds for seconds in greedy.phase.seconds]
-    row = {
+    row: dict[str, Any] = {
         "tokens_per_s": quartiles(speeds),
         "relative_speed": quartiles(by_round(speeds, greedy_speeds)),
         "iterations": float(np.mean(steps)),

@@ -45,7 +45,7 @@ class Case:
 
 def make_cases(trained_depth: int) -> list[Case]:
     """Greedy, draws and exits at both depths; the others at the trained one."""
-    cases = []
+    cases: list[Case] = []
     for depth in (trained_depth, DEEPER * trained_depth):
         add = functools.partial(_case, cases, depth)
         add(GREEDY)
@@ -53,16 +53,16 @@ def make_cases(trained_depth: int) -> list[Case]:
         for criterion in EXIT_CRITERIA[1:]:
             add(f"exit {criterion}", exit_criterion=criterion)
         add("warm start", warm_start=True)
-        add("warm start, exit latent_diff", warm_start=True, exit_criterion="latent_diff")
+        add("warm start with exit latent_diff", warm_start=True, exit_criterion="latent_diff")
         for slots in (1, 2, 4):
             add(f"cache of {slots} slots", cache=CacheConfig(slots=slots))
-        add("cache of 4 slots, last", cache=CacheConfig(slots=4, sharing="last"))
-        add("cache of 4 slots, anchor", cache=CacheConfig(slots=4, sharing="anchor"))
+        add("cache of 4 slots shared by last", cache=CacheConfig(slots=4, sharing="last"))
+        add("cache of 4 slots shared by anchor", cache=CacheConfig(slots=4, sharing="anchor"))
         add("beam 4", strategy="beam", beam=BeamConfig(num_beams=4), is_greedy=False)
         for draft_depth, length in ((1, 4), (2, 4), (4, 4), (4, 8)):
             options = SpeculativeConfig(draft_depth=draft_depth, draft_length=length)
             add(
-                f"speculative, {length} drafts at {draft_depth}",
+                f"speculative {length} drafts at {draft_depth}",
                 strategy="speculative",
                 speculative=options,
                 sampling=LIKELIEST,
@@ -70,7 +70,7 @@ def make_cases(trained_depth: int) -> list[Case]:
         for iterations, threshold in ((4, 0.03), (4, 0.1), (2, 0.03), (1, 0.03)):
             parallel = ParallelConfig(iterations_per_round=iterations, settle_threshold=threshold)
             add(
-                f"parallel, {iterations} per round, settled at {threshold}",
+                f"parallel {iterations} per round settled at {threshold}",
                 strategy="parallel",
                 parallel=parallel,
                 sampling=LIKELIEST,
