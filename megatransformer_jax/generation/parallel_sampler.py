@@ -196,6 +196,7 @@ def _round(
         jnp.arange(iterations.shape[1]) < num_final[:, None],
         # Adds nothing, but is known only when the cache has been read, see `cached_forward`.
         carry.next_row + jnp.minimum(num_final, 0),
+        settings.sharder,
     )
     num_wanted = settings.ending.max_new_tokens - state.history.num_generated
     cache = constrain_cache(settings.sharder, cache)

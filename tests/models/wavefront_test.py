@@ -114,7 +114,7 @@ def test_a_round_of_full_depth_equals_a_pass(name):
     np.testing.assert_allclose(got.state, wanted.state, atol=1e-5)
     written = write_staggered_rows(
         cache, got.prelude, got.core, got.coda, iterations, jnp.ones((B, W), bool),
-        jnp.broadcast_to(cache.length, (B,)),
+        jnp.broadcast_to(cache.length, (B,)), Sharder(),
     )  # fmt: skip
     for left, right in zip(jax.tree.leaves(written), jax.tree.leaves(wanted.cache), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
