@@ -8,27 +8,20 @@ tokenizer goes along as tokenizer.model. experiments.generate reads the folder a
 
 import argparse
 import pathlib
-import sys
 
-from megatransformer_jax.config.option import UserError
+from experiments import launch
+from experiments.workdir import quiet_libraries
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Exports the checkpoint that the command line names."""
     options = _parser().parse_args(arguments)
     # JAX takes seconds to import, which --help need not wait for.
-    from absl import logging  # noqa: PLC0415
-
     from experiments.export_model import export_model  # noqa: PLC0415
-    from experiments.workdir import quiet_libraries  # noqa: PLC0415
 
-    logging.set_verbosity(logging.INFO)
-    try:
-        with quiet_libraries("info"):
-            description = export_model(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    launch.start_logging("info")
+    with launch.errors_in_one_line(interrupted="interrupted."), quiet_libraries("info"):
+        description = export_model(options)
     print(f"{description} -> {options.output}")
 
 
