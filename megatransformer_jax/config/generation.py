@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from megatransformer_jax.config.generation_depth import CacheConfig, DepthConfig
 from megatransformer_jax.config.generation_sampling import SamplingConfig, check_texts
 from megatransformer_jax.config.option import (
+    MAX_COUNT,
     MAX_SEED,
     ConfigError,
     check_options,
@@ -38,7 +39,7 @@ _DEPENDS_ON_HISTORY = (
 class BeamConfig:
     """Beam search, strategy='beam'."""
 
-    num_beams: int = option(4, "Texts that are kept at every token.", minimum=1)
+    num_beams: int = option(4, "Texts that are kept at every token.", minimum=1, maximum=MAX_COUNT)
     length_penalty: float = option(
         1.0,
         "A finished text scores its log-probability divided by its length to this power: 0 "
@@ -58,8 +59,12 @@ class SpeculativeConfig:
     """Self-speculative decoding, strategy='speculative': drafts at few iterations are verified at
     full depth in one pass. The result is distributed as without it (arXiv 2211.17192)."""
 
-    draft_depth: int = option(2, "Iterations of a drafted token; below depth.", minimum=1)
-    draft_length: int = option(4, "Tokens drafted before a verification.", minimum=1)
+    draft_depth: int = option(
+        2, "Iterations of a drafted token; below depth.", minimum=1, maximum=MAX_COUNT
+    )
+    draft_length: int = option(
+        4, "Tokens drafted before a verification.", minimum=1, maximum=MAX_COUNT
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -71,9 +76,14 @@ class ParallelConfig:
     (arXiv 2510.14961)."""
 
     iterations_per_round: int = option(
-        4, "Iterations between two redrawings of the unsettled tokens.", minimum=1
+        4,
+        "Iterations between two redrawings of the unsettled tokens.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
-    max_wavefront: int = option(32, "Most positions that are refined at once.", minimum=1)
+    max_wavefront: int = option(
+        32, "Most positions that are refined at once.", minimum=1, maximum=MAX_COUNT
+    )
     settle_threshold: float = option(
         0.03,
         "A position is settled, and its token final, once a round changes its state by less than "
@@ -96,13 +106,16 @@ class GenerationConfig:
         "positions at once, approximate.",
         choices=STRATEGIES,
     )
-    max_new_tokens: int = option(128, "Tokens generated per text, at most.", minimum=1)
-    num_samples: int = option(1, "Texts per prompt.", minimum=1)
+    max_new_tokens: int = option(
+        128, "Tokens generated per text, at most.", minimum=1, maximum=MAX_COUNT
+    )
+    num_samples: int = option(1, "Texts per prompt.", minimum=1, maximum=MAX_COUNT)
     batch_size: int | None = option(
         None,
         "Texts (with beam search, beams) that are decoded at once, which limits memory; the others "
         "follow. None: all.",
         minimum=1,
+        maximum=MAX_COUNT,
     )
     seed: int = option(
         0, "Seed of the draws and of the core's first states.", minimum=0, maximum=MAX_SEED
@@ -192,7 +205,7 @@ class GenerationConfig:
     def _texts_of_a_prompt_are_decoded_together(self) -> None:
         """At least num_samples, or num_beams with strategy='beam'."""
         if self.batch_size is not None and self.batch_size < self.texts_per_prompt:
-            name = "beam.num_beams" if self.strategy == "beam" else "num_samples"
+            name = "num_beams" if self.strategy == "beam" else "num_samples"
             raise ConfigError(
                 "batch_size",
                 f"{self.batch_size} is less than {name}={self.texts_per_prompt}, which are decoded "

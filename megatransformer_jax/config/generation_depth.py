@@ -3,6 +3,7 @@
 import dataclasses
 
 from megatransformer_jax.config.option import (
+    MAX_COUNT,
     ConfigError,
     check_options,
     option,
@@ -27,7 +28,10 @@ class DepthConfig:
     """How often the core is iterated for each token."""
 
     depth: int | None = option(
-        None, "Iterations per token, at most. None: the mean in training.", minimum=1
+        None,
+        "Iterations per token, at most. None: the mean in training.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     exit_criterion: str = option(
         "fixed",
@@ -43,7 +47,9 @@ class DepthConfig:
         "None: the criterion's default, see models/exit_criteria.py.",
         above=0,
     )
-    min_depth: int = option(1, "No token exits after fewer iterations.", minimum=1)
+    min_depth: int = option(
+        1, "No token exits after fewer iterations.", minimum=1, maximum=MAX_COUNT
+    )
     warm_start: bool = option(
         False, "A token's first state is the last state of the token before it (arXiv 2502.05171)."
     )
@@ -80,6 +86,7 @@ class CacheConfig:
         None,
         "Slots of each core layer, shared by the iterations. None: one slot per iteration.",
         minimum=1,
+        maximum=MAX_COUNT,
     )
     sharing: str = option(
         "modulo",
@@ -98,11 +105,13 @@ class CacheConfig:
         None,
         "Tokens that the cache has room for. None: prompt and new tokens, rounded up.",
         minimum=2,
+        maximum=MAX_COUNT,
     )
     prefill_chunk: int | None = option(
         None,
         "Prompt tokens read in one pass, which limits memory. None: the whole prompt.",
         minimum=1,
+        maximum=MAX_COUNT,
     )
 
     def __post_init__(self) -> None:

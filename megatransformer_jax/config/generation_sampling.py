@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatransformer_jax.config.option import (
+    MAX_COUNT,
     ConfigError,
     check_options,
     option,
@@ -22,7 +23,9 @@ class SamplingConfig:
         "token, with strategy speculative or parallel.",
         minimum=0,
     )
-    top_k: int | None = option(None, "Keeps this many of the likeliest tokens.", minimum=1)
+    top_k: int | None = option(
+        None, "Keeps this many of the likeliest tokens.", minimum=1, maximum=MAX_COUNT
+    )
     top_p: float | None = option(
         None,
         "Keeps the likeliest tokens whose probabilities first add up to this (arXiv 1904.09751).",
@@ -56,7 +59,10 @@ class SamplingConfig:
         0.0, "Taken off the score of a token as often as it has been generated before."
     )
     no_repeat_ngram: int | None = option(
-        None, "No run of this many tokens occurs twice. None: no limit.", minimum=1
+        None,
+        "No run of this many tokens occurs twice. None: no limit.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     banned_words: tuple[str, ...] = option((), "Texts that are never generated.")
     forced_words: tuple[str, ...] = option((), "Texts that each continuation contains.")

@@ -14,6 +14,8 @@ from typing import Any
 
 # Seeds have 32 bits: jax.random.key drops higher ones without an error.
 MAX_SEED = 2**32 - 1
+# Counts that compiled code gets as int32.
+MAX_COUNT = 2**31 - 1
 
 
 class UserError(ValueError):

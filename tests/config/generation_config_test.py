@@ -202,6 +202,8 @@ def test_every_rule_has_a_case_and_says_what_it_wants() -> None:
         (DepthConfig, {"exit_criterion": "entropy"}, "one of 'fixed', 'latent_diff', 'cosine'"),
         (GenerationConfig, {"strategy": "nucleus"}, "one of 'greedy', 'sample', 'beam'"),
         (GenerationConfig, {"max_new_tokens": 0}, "at least 1"),
+        (GenerationConfig, {"max_new_tokens": 2**31}, "at least 1 and at most 2147483647"),
+        (DepthConfig, {"depth": 2**31}, "at least 1 and at most 2147483647"),
     ],
 )
 def test_a_value_out_of_range_names_what_is_allowed(
