@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from experiments.depth_colors import Screen, token_texts
 from experiments.generate_flags import Command, check_can_stream
+from experiments.out_of_memory import out_of_memory_is_bad_input
 from experiments.prompts import Prompts
 from experiments.stopwatch import Stopwatch
 from experiments.text_generator import Completion, TextGenerator
@@ -32,7 +33,8 @@ def continue_prompts(
         stream(generator, prompts[0], tokenizer is not None, screen, stopwatch)
         return
     stopwatch.start()
-    completions = generator.generate(prompts)
+    with out_of_memory_is_bad_input():
+        completions = generator.generate(prompts)
     seconds = stopwatch.seconds()
     num_samples = command.config.num_samples
     for index, completion in enumerate(completions):
@@ -67,12 +69,13 @@ def stream(
     first_seconds = None
     stopwatch.start()
     try:
-        for token in generator.stream(prompt):
-            if first_seconds is None:
-                first_seconds = stopwatch.seconds()
-            steps.append(token.steps)
-            texts.append(token.text if has_text else f" {token.token_id}")
-            screen.token(texts[-1], token.steps)
+        with out_of_memory_is_bad_input():
+            for token in generator.stream(prompt):
+                if first_seconds is None:
+                    first_seconds = stopwatch.seconds()
+                steps.append(token.steps)
+                texts.append(token.text if has_text else f" {token.token_id}")
+                screen.token(texts[-1], token.steps)
     finally:
         screen.end()
     seconds = stopwatch.seconds()
