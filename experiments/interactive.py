@@ -108,7 +108,7 @@ class Session:
     def _command(self, words: str) -> None:
         name, _, text = words.strip().partition(" ")
         name, text = name.replace("-", "_"), text.strip()
-        if name in ("help", "reset", "settings") and text:
+        if name in ("help", "reset", "settings", "quit") and text:
             raise UserError(f"/{name} takes no value, but {text!r} is given.")
         if name == "help":
             print(HELP)

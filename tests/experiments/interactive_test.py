@@ -88,6 +88,7 @@ def test_settings_change_at_once_and_are_kept(capsys: pytest.CaptureFixture[str]
         ("/num_samples 2", r"^/num_samples: 2 texts"),
         ("/num_beams 2", r"^/num_beams: 2 would be ignored"),
         ("/reset now", r"^/reset takes no value"),
+        ("/quit now", r"^/quit takes no value"),
         ("x" * 100, r"^/cache_capacity: the prompt has 100 tokens"),
     ],
 )
