@@ -23,7 +23,8 @@ from megatransformer_jax.config.option_text import parse_text
 HELP = """\
 A line of text is continued; the text before it is kept as context until /reset.
   /depth 16, /temperature 0.7   set an option, each one of those of --help; numbers take effect
-                                at once, other options may compile once
+                                at once, other options may compile once,
+                                as does text twice as long
   /top_p default                back to the option's default
   /settings                     the options that are set
   /reset                        forgets the text so far
