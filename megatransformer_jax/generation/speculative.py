@@ -52,6 +52,10 @@ class SpeculationStats:
     num_rounds: Int[Array, ""]
 
 
+# The state, the statistics, and where each sequence's rows end.
+_Carry = tuple[DecodeState, SpeculationStats, jax.Array]
+
+
 def rows_needed(max_new_tokens: int, draft_length: int) -> int:
     """Rows of the cache behind the prompt's columns that any course of the drafts can take.
 
@@ -118,13 +122,12 @@ def _run_rounds(
     draft_length: int,
 ) -> tuple[DecodeState, SpeculationStats]:
     params = gather_weights(model, params)
-    Carry = tuple[DecodeState, SpeculationStats, jax.Array]
 
-    def goes_on(carry: Carry) -> jax.Array:
+    def goes_on(carry: _Carry) -> jax.Array:
         state, stats, _ = carry
         return (stats.num_rounds < max_rounds) & jnp.any(state.end.is_running)
 
-    def run_round(carry: Carry) -> Carry:
+    def run_round(carry: _Carry) -> _Carry:
         state, stats, ends = carry
         drafts, cache = draft(model, params, settings, state, draft_depth, draft_length)
         state = state.replace(cache=cache)  # type: ignore[attr-defined]
