@@ -1,5 +1,6 @@
 """Moves beams within a cache."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ def reorder_new_rows(
 ) -> KVCache:
     """What `take_sequences` gives for sequences whose rows before `first_row` are the same.
 
-    The beams of one prompt share it, so only the rows behind it are moved, block by block and in
+    The beams of one prompt share it, so only the rows behind it are moved, some at a time and in
     place: the cost grows with the new tokens, not with the capacity, and is nothing if all
     sequences keep their places.
 
@@ -23,7 +24,9 @@ def reorder_new_rows(
       sequences: what each is to become.
       first_row: sequences that are exchanged are equal before it.
     """
-    num_rows = cache.block_rows
+    # Fewer than attention reads at a time; they divide the capacity. On CPU, for the first 64
+    # tokens of 8 beams with 32 KiB per row and beam, a round took 3.1 ms with 16, 5.1 ms with 64.
+    num_rows = math.gcd(cache.block_rows, cache.block_rows // 4)
     first_block = first_row // num_rows
     end_block = (cache.length + num_rows - 1) // num_rows
     is_moved = jnp.any(sequences != jnp.arange(sequences.shape[0]))
