@@ -76,13 +76,13 @@ class ParallelConfig:
     (arXiv 2510.14961)."""
 
     iterations_per_round: int = option(
-        4,
+        2,
         "Iterations between two redrawings of the unsettled tokens.",
         minimum=1,
         maximum=MAX_COUNT,
     )
     max_wavefront: int = option(
-        32, "Most positions that are refined at once.", minimum=1, maximum=MAX_COUNT
+        8, "Most positions that are refined at once.", minimum=1, maximum=MAX_COUNT
     )
     settle_threshold: float = option(
         0.03,

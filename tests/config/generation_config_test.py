@@ -153,7 +153,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     (
         "_rounds_fit_the_depth",
         GenerationConfig,
-        {"strategy": "parallel", "depth": DepthConfig(depth=3)},
+        {"strategy": "parallel", "depth": DepthConfig(depth=1)},
         "parallel.iterations_per_round",
     ),
 ]
