@@ -8,16 +8,21 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.depth_loop import DepthRule, iterate_core, stack_rows, with_cache
+from megatransformer_jax.models.depth_loop import DepthRule, iterate_core, with_cache
 from megatransformer_jax.models.megatransformer import (
     MegaTransformer,
     gather_weights,
     layer_context,
 )
+from megatransformer_jax.models.model_parts import (
+    apply_coda,
+    apply_head,
+    apply_prelude,
+    read_entries,
+)
 from megatransformer_jax.models.state_init import initial_state
-from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
+from megatransformer_jax.nn.context import CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, constrain_cache, write_rows
-from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
 
 # Keeps these draws apart from those that others make from the same key, such as of tokens.
@@ -30,15 +35,13 @@ class CachedOutput:
 
     Attributes:
       logits: of every new token, or of each sequence's last one ([B, 1, V]).
-      latent: the core's state after the final norm, [B, T, D].
       state: the core's raw state, [B, T, core width]; the prelude's output without a core.
       num_steps: iterations that each token took; 0 for padding.
       cache: with the new tokens.
     """
 
     logits: Float[Array, "B T2 V"]
-    latent: Float[Array, "B T D"]
-    state: Float[Array, "B T D2"]
+    state: Float[Array, "B T D"]
     num_steps: Int[Array, "B T"]
     cache: KVCache
 
@@ -83,15 +86,14 @@ def cached_forward(
     outer = layer_context(config, places, mask, config.width)
 
     def outer_context(entries: KeyValues) -> LayerContext:
-        rows = _rows(entries, cache)
+        rows = read_entries(entries, cache)
         return with_cache(outer, CachedPass(rows, positions, positions, None, None, is_first))
 
-    def run_coda(x: jax.Array) -> tuple[Any, Any]:
-        return _apply(model, params, x, outer_context(cache.coda), method="run_coda")
+    def run_coda(x: jax.Array) -> tuple[jax.Array, KeyValues]:
+        return apply_coda(model, params, x, outer_context(cache.coda), cache)
 
-    x, prelude_rows = _apply(
-        model, params, tokens, places, outer_context(cache.prelude), method="run_prelude"
-    )
+    context = outer_context(cache.prelude)
+    x, prelude_rows = apply_prelude(model, params, tokens, places, context, cache)
     num_steps, core_rows = jnp.zeros(tokens.shape, jnp.int32), None
     if config.is_recurrent:
         core_params, injected, prepared = cast(
@@ -101,8 +103,7 @@ def cached_forward(
             state = token_states(config, state_keys, places, injected)
 
         def logits_of(state: jax.Array) -> jax.Array:
-            (_, hidden), _ = run_coda(state)
-            return _head(model, params, hidden)
+            return apply_head(model, params, run_coda(state)[0])
 
         result = iterate_core(
             model.core(),
@@ -117,20 +118,13 @@ def cached_forward(
             is_first=is_first,
         )
         x, core_rows, num_steps = result.state, result.rows, result.num_steps
-    (latent, hidden), coda_rows = run_coda(x)
+    hidden, coda_rows = run_coda(x)
     if last_logits_only:
         hidden = last_token(hidden, is_token)[:, None]
     cache = cache.replace(length=_known_after(cache.length, hidden))  # type: ignore[attr-defined]
-    new_cache = write_rows(
-        cache,
-        _stacked(prelude_rows, "prelude", cache.prelude, x),
-        core_rows,
-        _stacked(coda_rows, "coda", cache.coda, x),
-        positions,
-        num_steps,
-    )
-    new_cache = constrain_cache(model.sharder, new_cache)
-    return CachedOutput(_head(model, params, hidden), latent, x, num_steps, new_cache)
+    cache = write_rows(cache, prelude_rows, core_rows, coda_rows, positions, num_steps)
+    cache = constrain_cache(model.sharder, cache)
+    return CachedOutput(apply_head(model, params, hidden), x, num_steps, cache)
 
 
 def last_token(array: Float[Array, "B T X"], is_token: Bool[Array, "B T"]) -> Float[Array, "B X"]:
@@ -173,31 +167,3 @@ def _known_after(index: jax.Array, array: jax.Array) -> jax.Array:
     """
     is_nan = jnp.isnan(array.ravel()[0]).astype(index.dtype)
     return index + jnp.minimum(is_nan, 0)
-
-
-def _rows(entries: KeyValues, cache: KVCache) -> CachedRows:
-    return CachedRows(
-        entries.key, entries.value, 0, cache.positions, cache.length, cache.block_rows
-    )
-
-
-def _apply(
-    model: MegaTransformer, params: Any, *arguments: Any, method: str
-) -> tuple[Any, dict[str, Any]]:
-    """A method's result and the rows that its layers have sown."""
-    result, sown = cast(
-        Any, model.apply({"params": params}, *arguments, method=method, mutable=[NEW_ROWS])
-    )
-    return result, sown.get(NEW_ROWS, {})
-
-
-def _head(model: MegaTransformer, params: Any, hidden: jax.Array) -> jax.Array:
-    return cast(jax.Array, model.apply({"params": params}, hidden, method="run_head"))
-
-
-def _stacked(sown: dict[str, Any], stack: str, entries: KeyValues, x: jax.Array) -> KeyValues:
-    """A stack's new rows; of no layers if it has none."""
-    if stack in sown:
-        return stack_rows(sown[stack])
-    shape = (0, *entries.key.shape[1:3], x.shape[1], entries.key.shape[-1])
-    return KeyValues(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
