@@ -23,7 +23,7 @@ def parse(command: list[str]):
     module = importlib.import_module(f"experiments.{command[0]}")
     if hasattr(module, "generate_flags"):
         return module.generate_flags.parse(command)
-    if not hasattr(module, "launch"):
+    if hasattr(module, "argparse"):
         return check_options_are_declared(module, command)
     own = flags.FLAGS.flags_by_module_dict().get(module.__name__, [])
     return launch.parse(command, own)
