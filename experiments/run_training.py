@@ -3,6 +3,8 @@
 import contextlib
 import math
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 from absl import logging
@@ -20,6 +22,7 @@ from megatransformer_jax.data.pipeline import Pipeline, build_pipeline, validati
 from megatransformer_jax.evaluation.eval_step import make_eval_step
 from megatransformer_jax.evaluation.validation import ValidationHook, ValidationSet
 from megatransformer_jax.training.distributed import make_global_batch, start_distributed
+from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.hooks import CheckpointHook, Hook, SampleHook
 from megatransformer_jax.training.loop import LoopResult, train_loop
 from megatransformer_jax.training.metrics_file import MetricsFile
@@ -109,7 +112,7 @@ class _Run:
         summarize(
             self.config,
             self.workdir,
-            result.state.params,
+            self.params_of(result.state),
             self.validation_set,
             self.vocabulary,
             self.console if self.is_primary else None,
@@ -163,16 +166,24 @@ class _Run:
         def save(step: int, state: TrainState, validation_loss: float | None) -> None:
             self.checkpoints.save(step, state, self.batches.get_state(), run, validation_loss)
 
+        def sample(state: TrainState, step: int) -> Mapping[str, str]:
+            return self.sampler(self.params_of(state), step)
+
         return [
             ValidationHook(
                 config.evaluation.every_steps,
                 self.validation_set,
                 assemble.trained_depth(config),
+                self.params_of,
                 is_reasoning=self.vocabulary.tokenizer is None,
             ),
             CheckpointHook(config.checkpoint.every_steps, save),
-            SampleHook(config.samples.every_steps, self.sampler, writer.write_texts),
+            SampleHook(config.samples.every_steps, sample, writer.write_texts),
         ]
+
+    def params_of(self, state: TrainState) -> Any:
+        """The parameters that validation, samples and the summary use."""
+        return evaluation_params(state, self.config)
 
     def _open_pipeline(self) -> Pipeline:
         batches = build_pipeline(

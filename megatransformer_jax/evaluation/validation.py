@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -93,6 +93,7 @@ class ValidationHook:
       every_steps: steps between validations; the last step is validated too.
       validation_set: what is scored.
       depth: iterations of the core, or None for a model without one.
+      params_of: from the train state to the parameters that are scored.
       is_reasoning: also reports exact answers; no row of text is ever predicted whole.
     """
 
@@ -105,17 +106,19 @@ class ValidationHook:
         every_steps: int,
         validation_set: ValidationSet,
         depth: int | None,
+        params_of: Callable[[Any], Any],
         *,
         is_reasoning: bool,
     ):
         self.every_steps = every_steps
         self._set = validation_set
         self._depth = depth
+        self._params_of = params_of
         self._is_reasoning = is_reasoning
 
     def __call__(self, step: int, state: Any, scalars: Mapping[str, float]) -> dict[str, float]:
         """Returns validation/loss, perplexity and accuracy, and exact_accuracy for reasoning."""
-        scores = self._set.score(state.params, self._depth)
+        scores = self._set.score(self._params_of(state), self._depth)
         logging.info(
             "validation after step %d: loss %.4f  perplexity %.2f  token accuracy %.3f%s",
             step,

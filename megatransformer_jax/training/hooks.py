@@ -5,7 +5,7 @@ as hooks, so that the loop knows none of them and training never imports evaluat
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from absl import logging
 
@@ -83,7 +83,7 @@ class SampleHook:
 
     Args:
       every_steps: steps between samples; 0: never.
-      make_samples: from (params, step) to texts by name.
+      make_samples: from (state, step) to texts by name.
       write_texts: called with (step, texts by name).
     """
 
@@ -93,7 +93,7 @@ class SampleHook:
     def __init__(
         self,
         every_steps: int,
-        make_samples: Callable[[Any, int], Mapping[str, str]],
+        make_samples: Callable[[TrainState, int], Mapping[str, str]],
         write_texts: Callable[[int, Mapping[str, str]], None],
     ):
         self.every_steps = every_steps
@@ -105,7 +105,7 @@ class SampleHook:
         self, step: int, state: TrainState, scalars: Mapping[str, float]
     ) -> Mapping[str, float]:
         """Generates, logs and writes the samples."""
-        texts = self._make_samples(state.params, step)
+        texts = self._make_samples(state, step)
         for name, text in texts.items():
             logging.info("sample %s after step %d: %s", name, step, text)
         self._write_texts(step, texts)

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.losses.cross_entropy import TokenLoss, token_loss
+from megatransformer_jax.losses.cross_entropy import TokenLoss
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.step_schedule import draw_num_steps
+from megatransformer_jax.training.objective import ObjectiveSums, Place, make_objective
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.types import Batch
 
@@ -29,7 +30,8 @@ def make_train_step(
     the step is counted as skipped.
 
     Metrics are float32 scalars: loss, accuracy (of tokens), grad_norm (before clipping), num_steps
-    (mean of the draws), tokens (that counted), skipped_steps, skipped_in_row.
+    (mean of the draws), tokens (that counted), skipped_steps, skipped_in_row,
+    and the objective's other terms.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -37,7 +39,9 @@ def make_train_step(
         num_steps = draw_num_steps(
             config.model.recurrence, keys[0], state.step, *batch.tokens.shape
         )
-        gradients, totals = _gradients(model, config, state.params, batch, num_steps, keys[1])
+        gradients, (totals, terms) = _gradients(
+            model, config, state.params, batch, num_steps, keys[1], state.step
+        )
         loss = _mean_loss(totals, config.train.z_loss)
         norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -60,6 +64,7 @@ def make_train_step(
             "tokens": totals.tokens,
             "skipped_steps": new_state.skipped_steps.astype(jnp.float32),
             "skipped_in_row": new_state.skipped_in_row.astype(jnp.float32),
+            **terms,
         }
         return new_state, metrics
 
@@ -73,31 +78,19 @@ def _gradients(
     batch: Batch,
     num_steps: jax.Array,
     key: jax.Array,
-) -> tuple[Any, TokenLoss]:
-    """Gradients of the mean loss over the whole batch, and the loss's sums."""
-    count = jnp.maximum(jnp.sum(batch.loss_mask), 1.0)
+    step: jax.Array,
+) -> tuple[Any, ObjectiveSums]:
+    """Gradients of the objective over the whole batch, and its sums."""
+    parts = config.train.accumulation
+    place = Place(step, jnp.maximum(jnp.sum(batch.loss_mask), 1.0), 1 / parts)
+    objective = make_objective(model, config)
 
     def loss_share(
         params: Any, part: Batch, draws: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, TokenLoss]:
-        state_key, dropout_key = jax.random.split(key)
-        output: Any = model.apply(
-            {"params": params},
-            part.tokens,
-            positions=part.positions,
-            segment_ids=part.segment_ids,
-            num_steps=draws,
-            backprop_depth=config.model.recurrence.backprop_depth,
-            deterministic=False,
-            rngs={"state": state_key, "dropout": dropout_key},
-        )
-        sums = token_loss(output.logits, part.targets, part.loss_mask)
-        # Divided by the whole batch's count, so that micro-batches simply add up.
-        weighted = sums.cross_entropy + config.train.z_loss * sums.squared_log_normalizer
-        return weighted / count, sums
+    ) -> tuple[jax.Array, ObjectiveSums]:
+        return objective(params, part, draws, key, place)
 
     differentiate = jax.grad(loss_share, has_aux=True)
-    parts = config.train.accumulation
     if parts == 1:
         return differentiate(params, batch, num_steps, key)
 

@@ -94,7 +94,9 @@ def test_hook_names_what_the_checkpoint_looks_for(is_reasoning):
         params = PARAMS
 
     step = jax.jit(make_eval_step(FakeModel(Traces()), jax.random.key(0)))
-    hook = ValidationHook(10, ValidationSet([BATCH], step), 1, is_reasoning=is_reasoning)
+    hook = ValidationHook(
+        10, ValidationSet([BATCH], step), 1, lambda state: state.params, is_reasoning=is_reasoning
+    )
     values = hook(10, State(), {})
     names = {"validation/loss", "validation/perplexity", "validation/accuracy"}
     assert set(values) == names | ({"validation/exact_accuracy"} if is_reasoning else set())

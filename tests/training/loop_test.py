@@ -270,7 +270,7 @@ def test_last_step_is_saved_with_its_validation_loss(tmp_path):
 
 def test_samples_are_logged_and_written(tmp_path, caplog):
     run = Run(tmp_path, total_steps=4)
-    hook = SampleHook(2, lambda params, step: {"p": f"w after {step}"}, run.writer.write_texts)
+    hook = SampleHook(2, lambda state, step: {"p": f"w after {step}"}, run.writer.write_texts)
     with caplog.at_level("INFO", logger="absl"):
         run([hook])
     assert run.writer.texts == [(2, {"p": "w after 2"}), (4, {"p": "w after 4"})]
@@ -278,6 +278,6 @@ def test_samples_are_logged_and_written(tmp_path, caplog):
 
 
 def test_hooks_with_interval_zero_never_run():
-    hook = SampleHook(0, lambda params, step: {}, lambda step, texts: None)
+    hook = SampleHook(0, lambda state, step: {}, lambda step, texts: None)
     assert not is_due(hook, 10, is_last=True, is_stopping=False)
     assert not is_due(hook, 10, is_last=False, is_stopping=True)
