@@ -11,6 +11,7 @@ from megatransformer_jax.config.option import (
     section,
 )
 from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.sharing import SharingConfig
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu", "sigmoid", "tanh", "identity")
 
@@ -207,6 +208,7 @@ class ModelConfig:
     norm: NormConfig = section(NormConfig, "Normalisation.")
     mlp: MlpConfig = section(MlpConfig, "Feed-forward layer.")
     init: InitConfig = section(InitConfig, "Initialisation.")
+    sharing: SharingConfig = section(SharingConfig, "Layers that share weights.")
     recurrence: RecurrenceConfig = section(RecurrenceConfig, "Depth recurrence.")
 
     def __post_init__(self) -> None:
@@ -267,6 +269,26 @@ class ModelConfig:
                 "layer.",
             )
 
+    @rule("sharing.prelude_unique", "sharing.core_unique", "sharing.coda_unique")
+    def _unique_layers_are_layers(self) -> None:
+        """At most the stack's layers, and fewer in one of the stacks."""
+        fewer = self.sharing.scheme == "none"
+        for stack in ("prelude", "core", "coda"):
+            layers, unique = getattr(self, f"{stack}_layers"), self.unique_layers(stack)
+            fewer |= unique < layers
+            if unique > layers:
+                raise ConfigError(
+                    f"sharing.{stack}_unique",
+                    f"{unique} is more than {stack}_layers={layers}; use at most {layers} if that "
+                    "is above 0, or None.",
+                )
+        if not fewer:
+            raise ConfigError(
+                "sharing.scheme",
+                f"{self.sharing.scheme!r} shares nothing as long as all layers are unique; make "
+                "one of the unique counts smaller than its stack, or set scheme='none'.",
+            )
+
     @rule("head_bias")
     def _head_bias_needs_its_own_head(self) -> None:
         """True only with tie_embeddings=False."""
@@ -283,6 +305,11 @@ class ModelConfig:
         """Width of the core after resolving None."""
         own = self.recurrence.core_width
         return self.width if own is None else own
+
+    def unique_layers(self, stack: str) -> int:
+        """Different layers of 'prelude', 'core' or 'coda' after resolving None."""
+        own = getattr(self.sharing, f"{stack}_unique")
+        return getattr(self, f"{stack}_layers") if own is None else own
 
     def head_dim(self, width: int) -> int:
         """Width of one attention head in a layer of this width."""

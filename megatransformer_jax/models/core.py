@@ -9,6 +9,7 @@ from megatransformer_jax.nn.adapters import build_adapter
 from megatransformer_jax.nn.block import Stack
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.initializers import weight_init
+from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -27,9 +28,8 @@ class RecurrentCore(nn.Module):
         config = self.config
         init = weight_init(config, config.core_width)
         self.adapter = build_adapter(config, init, self.policy)
-        self.layers = Stack(
-            config, config.core_layers, init, self.policy, self.sharder, self.platform
-        )
+        owners = stack_owners(config, "core")
+        self.layers = Stack(config, owners, init, self.policy, self.sharder, self.platform)
         if config.recurrence.iteration_norm:
             self.iteration_norm = Norm(config.norm)
 

@@ -21,6 +21,7 @@ from megatransformer_jax.models.core import RecurrentCore
 from megatransformer_jax.models.exit_criteria import ExitCriterion, Observation
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for, visible_positions
+from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.ops.cached_attention import CachedRows
 
 _FIXED = "fixed"
@@ -104,6 +105,7 @@ def iterate_core(
     criterion = rule.criterion
     assert cache.core is not None  # The model has a core.
     layers = cache.core.key.shape[0] // cache.num_slots
+    owners = stack_owners(core.config, "core")
     is_token = positions >= 0
 
     def context_at(carry: _Carry, slot: Any) -> LayerContext:
@@ -121,7 +123,8 @@ def iterate_core(
         new_state, sown = core.apply(
             {"params": params}, carry.state, prepared, context_at(carry, slot), mutable=[NEW_ROWS]
         )
-        rows = _put_slot(carry.rows, stack_rows(sown[NEW_ROWS]["layers"]), slot * layers)
+        new_rows = stack_rows(sown[NEW_ROWS]["layers"], owners)
+        rows = _put_slot(carry.rows, new_rows, slot * layers)
         is_active, memory = carry.is_active, carry.memory
         if differ:
             new_state = jnp.where(is_active[..., None], new_state, carry.state)
@@ -152,10 +155,19 @@ def iterate_core(
     return DepthResult(carry.state, rows, carry.num_steps)
 
 
-def stack_rows(sown: Any) -> KeyValues:
-    """The keys and values that a stack's layers have sown: [L, B, K, T, H]."""
-    # `sow` collects into tuples; each layer sows once per pass.
-    each = [sown[f"layer_{layer}"]["attention"]["key_values"][0] for layer in range(len(sown))]
+def stack_rows(sown: Any, owners: tuple[int, ...]) -> KeyValues:
+    """The keys and values that a stack's layers have sown: [L, B, K, T, H].
+
+    Args:
+      sown: by the layers' weights.
+      owners: the weights of each layer (nn/layer_sharing.py).
+    """
+    # `sow` collects into tuples: weights that several layers share have one entry for each.
+    uses = [owners[:layer].count(owner) for layer, owner in enumerate(owners)]
+    each = [
+        sown[f"layer_{owner}"]["attention"]["key_values"][use]
+        for owner, use in zip(owners, uses, strict=True)
+    ]
     return KeyValues(jnp.stack([rows.key for rows in each]), jnp.stack([r.value for r in each]))
 
 

@@ -17,6 +17,7 @@ from megatransformer_jax.nn.block import Stack, remat_policy
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import TextEmbedding
 from megatransformer_jax.nn.initializers import weight_init
+from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import axes_of, matrix
 from megatransformer_jax.ops.masks import AttentionMask
@@ -43,8 +44,8 @@ class MegaTransformer(nn.Module):
         init = weight_init(config, config.width)
         parts = (init, self.policy, self.sharder, self.platform, config.remat)
         self.embedding = TextEmbedding(config, init, self.policy, self.sharder)
-        self.prelude = Stack(config, config.prelude_layers, *parts)
-        self.coda = Stack(config, config.coda_layers, *parts)
+        self.prelude = Stack(config, stack_owners(config, "prelude"), *parts)
+        self.coda = Stack(config, stack_owners(config, "coda"), *parts)
         self.final_norm = Norm(config.norm)
         if config.is_recurrent:
             self.core_params = self.param("core", self._init_core)

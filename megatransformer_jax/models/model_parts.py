@@ -5,10 +5,12 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 
+from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.depth_loop import stack_rows
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.nn.context import NEW_ROWS, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache
+from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.ops.cached_attention import CachedRows
 
 
@@ -22,7 +24,7 @@ def apply_prelude(
 ) -> tuple[jax.Array, KeyValues]:
     """Embedding and prelude of tokens [B, T]: [B, T, D], and the rows for the cache."""
     x, sown = _apply(model, params, tokens, places, context, method="run_prelude")
-    return x, _rows_of(sown, "prelude", cache.prelude, x)
+    return x, _rows_of(model.config, sown, "prelude", cache.prelude, x)
 
 
 def apply_coda(
@@ -30,7 +32,7 @@ def apply_coda(
 ) -> tuple[jax.Array, KeyValues]:
     """The coda's output [B, T, D] from the core's state, and the rows for the cache."""
     (_, hidden), sown = _apply(model, params, state, context, method="run_coda")
-    return hidden, _rows_of(sown, "coda", cache.coda, hidden)
+    return hidden, _rows_of(model.config, sown, "coda", cache.coda, hidden)
 
 
 def apply_head(model: MegaTransformer, params: Any, hidden: jax.Array) -> jax.Array:
@@ -54,9 +56,11 @@ def _apply(
     return result, sown.get(NEW_ROWS, {})
 
 
-def _rows_of(sown: dict[str, Any], stack: str, entries: KeyValues, x: jax.Array) -> KeyValues:
+def _rows_of(
+    config: ModelConfig, sown: dict[str, Any], stack: str, entries: KeyValues, x: jax.Array
+) -> KeyValues:
     """A stack's new rows; of no layers if it has none."""
     if stack in sown:
-        return stack_rows(sown[stack])
+        return stack_rows(sown[stack], stack_owners(config, stack))
     shape = (0, *entries.key.shape[1:3], x.shape[1], entries.key.shape[-1])
     return KeyValues(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))

@@ -24,6 +24,7 @@ from megatransformer_jax.models.model_parts import (
 )
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache
+from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.ops.masks import AttentionMask
 
 _CHANGE = exit_criterion("latent_diff")
@@ -143,7 +144,7 @@ def _iterate(
             {"params": core_params}, state, prepared, with_cache(inner, cached), mutable=[NEW_ROWS]
         )
         state = jnp.where(is_active[..., None], cast(jax.Array, new_state), state)
-        return state, stack_rows(sown[NEW_ROWS]["layers"])
+        return state, stack_rows(sown[NEW_ROWS]["layers"], stack_owners(config, "core"))
 
     # A position without an iteration is none, and seen by nobody.
     batch_size, width = positions.shape

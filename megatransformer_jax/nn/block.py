@@ -61,10 +61,10 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers in sequence, each with its own weights."""
+    """Layers in sequence. Layer i has the weights `layer_{owners[i]}` (nn/layer_sharing.py)."""
 
     config: ModelConfig
-    num_layers: int
+    owners: tuple[int, ...]
     inits: WeightInit
     policy: DTypePolicy
     sharder: Sharder
@@ -79,8 +79,9 @@ class Stack(nn.Module):
             # `layer`, argument 3 after self, x and context, picks a parameterless row: static.
             block_class = nn.remat(Block, policy=remat_policy(self.remat), static_argnums=(3,))
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
-        for layer in range(self.num_layers):
-            x = block_class(*parts, name=f"layer_{layer}")(x, context, layer)
+        blocks = [block_class(*parts, name=f"layer_{owner}") for owner in sorted(set(self.owners))]
+        for layer, owner in enumerate(self.owners):
+            x = blocks[owner](x, context, layer)
         return x
 
 

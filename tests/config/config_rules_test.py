@@ -27,6 +27,7 @@ from megatransformer_jax.config.run import (
     TrainConfig,
 )
 from megatransformer_jax.config.schema import sections_of
+from megatransformer_jax.config.sharing import SharingConfig
 
 JOINED = {"enabled": True, "coordinator": "host:1234", "num_processes": 2, "process_id": 0}
 
@@ -117,6 +118,25 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         "width",
     ),
     (
+        "_scheme_and_counts_go_together",
+        SharingConfig,
+        {"core_unique": 1},
+        "core_unique",
+    ),
+    ("_scheme_and_counts_go_together", SharingConfig, {"scheme": "cycle"}, "scheme"),
+    (
+        "_unique_layers_are_layers",
+        ModelConfig,
+        {"core_layers": 2, "sharing": SharingConfig(scheme="cycle", core_unique=3)},
+        "sharing.core_unique",
+    ),
+    (
+        "_unique_layers_are_layers",
+        ModelConfig,
+        {"core_layers": 2, "sharing": SharingConfig(scheme="cycle", core_unique=2)},
+        "sharing.scheme",
+    ),
+    (
         "_has_layers",
         ModelConfig,
         {"prelude_layers": 0, "core_layers": 0, "coda_layers": 0},
@@ -205,6 +225,19 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
             "validation_fraction": 0.5,
         },
         "validation_fraction",
+    ),
+    ("_bucket_lengths_need_buckets", DataConfig, {"bucket_lengths": (256,)}, "bucket_lengths"),
+    (
+        "_bucket_lengths_increase",
+        DataConfig,
+        {"packing": "bucket", "bucket_lengths": (64, 128)},
+        "bucket_lengths",
+    ),
+    (
+        "_bucket_lengths_increase",
+        DataConfig,
+        {"packing": "bucket", "bucket_lengths": (128, 64, 256)},
+        "bucket_lengths",
     ),
     (
         "_final_fraction_needs_a_decay",

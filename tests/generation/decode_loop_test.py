@@ -18,6 +18,7 @@ from tiny_model import (
     tiny,
 )
 
+from megatransformer_jax.config.sharing import SharingConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
 from megatransformer_jax.generation.ending import (
     END_OF_TEXT,
@@ -45,6 +46,11 @@ CONFIGS = {
         recurrence={"state_init": "like_init", "core_width": 8},
     ),
     "plain": PLAIN,
+    "layers_that_share_weights": tiny(
+        prelude_layers=3,
+        core_layers=3,
+        sharing=SharingConfig(scheme="cycle_rev", prelude_unique=1, core_unique=2),
+    ),
 }
 
 
