@@ -180,8 +180,15 @@ class DataConfig:
     packing: str = option(
         "pack",
         "pack: documents fill a row, split where they must, kept apart by segment ids. "
-        "pad: one document per row, cut at sequence_length.",
-        choices=("pack", "pad"),
+        "pad: one document per row, cut at sequence_length. bucket: the same, but a batch has "
+        "documents of like length and rows of a length that suits them.",
+        choices=("pack", "pad", "bucket"),
+    )
+    bucket_lengths: tuple[int, ...] = option(
+        (),
+        "Lengths of rows with packing='bucket', each compiled once. Empty: sequence_length halved "
+        "up to three times, while it is even.",
+        minimum=1,
     )
     shuffle: bool = option(True, "Visits training records in a new random order each epoch.")
     seed: int = option(
@@ -196,6 +203,19 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def batch_shapes(self) -> tuple[tuple[int, int], ...]:
+        """Rows and length, [B, T], of every kind of batch, from the shortest rows to the longest.
+
+        Shorter rows come in a multiple of batch_size that keeps the tokens of a batch at most the
+        same. So whatever divides batch_size divides the rows of every batch.
+        """
+        longest = self.sequence_length
+        lengths: tuple[int, ...] = (longest,)
+        if self.packing == "bucket":
+            lengths = self.bucket_lengths or _halved(longest)
+        return tuple((self.batch_size * (longest // length), length) for length in lengths)
 
     @rule("files")
     def _file_sources_need_files(self) -> None:
@@ -248,6 +268,25 @@ class DataConfig:
                 self, ("tokenizer", "packing"), "with source='reasoning'", "choose another source"
             )
 
+    @rule("bucket_lengths")
+    def _bucket_lengths_need_buckets(self) -> None:
+        """Only with packing='bucket'."""
+        if self.packing != "bucket":
+            require_defaults(
+                self, ("bucket_lengths",), f"with packing={self.packing!r}", "set packing='bucket'"
+            )
+
+    @rule("bucket_lengths")
+    def _bucket_lengths_increase(self) -> None:
+        """Increasing; the last one is sequence_length."""
+        lengths = list(self.bucket_lengths)
+        if lengths and (lengths != sorted(set(lengths)) or lengths[-1] != self.sequence_length):
+            raise ConfigError(
+                "bucket_lengths",
+                f"{self.bucket_lengths!r} must increase and end in sequence_length="
+                f"{self.sequence_length}; sort it and add that, or lower or raise sequence_length.",
+            )
+
     @rule("validation_fraction")
     def _fraction_needs_a_split_to_make(self) -> None:
         """Only without validation_files and tfds_validation_split, and not for reasoning."""
@@ -267,3 +306,11 @@ class DataConfig:
                 f"with source={self.source!r}",
                 f"set source to {' or '.join(map(repr, sources))}",
             )
+
+
+def _halved(longest: int) -> tuple[int, ...]:
+    """Each length is half of the next, so that less than half of a row is padding; few programs."""
+    lengths = [longest]
+    while len(lengths) < 4 and lengths[0] % 2 == 0:
+        lengths.insert(0, lengths[0] // 2)
+    return tuple(lengths)

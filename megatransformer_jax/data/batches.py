@@ -25,7 +25,11 @@ class Share:
     @property
     def rows(self) -> slice:
         """Their place in the global batch."""
-        size = self.batch_size // self.process_count
+        return self.rows_of(self.batch_size)
+
+    def rows_of(self, num_rows: int) -> slice:
+        """Their place in a global batch of another number of rows."""
+        size = num_rows // self.process_count
         return slice(self.process_index * size, (self.process_index + 1) * size)
 
 

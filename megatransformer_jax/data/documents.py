@@ -125,6 +125,15 @@ class Documents:
                 )
             yield document
 
+    def at(self, number: int) -> np.ndarray:
+        """Token ids of one document that has been read before, made in this process.
+
+        The stream that is open stays as it is.
+        """
+        document = self._dataset[number]
+        assert isinstance(document, np.ndarray), "a bad record is no document"
+        return document
+
     def close(self) -> None:
         """Stops the worker processes."""
         if self._elements is not None:

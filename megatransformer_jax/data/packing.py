@@ -117,6 +117,32 @@ class PackedRows:
             self._current = None
 
 
+class Cuts:
+    """Counts and logs what is lost where documents are cut at the end of a row."""
+
+    def __init__(self, packing: str, length: int):
+        self.num_cut = 0
+        self.tokens_lost = 0
+        self._packing = packing
+        self._length = length
+
+    def count(self, excess: int) -> None:
+        """Notes a document that is longer than a row by this many positions, if it is."""
+        if excess <= 0:
+            return
+        self.num_cut += 1
+        self.tokens_lost += excess
+        if self.num_cut & (self.num_cut - 1) == 0:
+            logging.warning(
+                "data.packing=%r cut %d documents at data.sequence_length=%d so far and lost "
+                "%d tokens; packing='pack' loses none.",
+                self._packing,
+                self.num_cut,
+                self._length,
+                self.tokens_lost,
+            )
+
+
 class PaddedRows:
     """One document per row, cut at the row's length; the cut is counted and logged."""
 
@@ -124,8 +150,7 @@ class PaddedRows:
         self._open_documents = open_documents
         self._ids = ids
         self._length = length
-        self.num_cut = 0
-        self.tokens_lost = 0
+        self.cuts = Cuts("pad", length)
         self._document = 0
         self._documents: Iterator[np.ndarray] | None = None  # not opened before it is needed
 
@@ -139,11 +164,8 @@ class PaddedRows:
             self._document += 1
             if not len(document):
                 continue
-            tokens, targets = inputs_and_targets(document, self._ids)
-            self._count(len(tokens) - self._length)
-            row = Row.empty(self._length, self._ids.pad)
-            row.write(0, 1, tokens[: self._length], targets[: self._length])
-            return row
+            self.cuts.count(num_positions(document) - self._length)
+            return document_row(document, self._ids, self._length)
         raise StopIteration
 
     def get_state(self) -> dict[str, int]:
@@ -155,19 +177,18 @@ class PaddedRows:
         self._document = state["document"]
         self._documents = None
 
-    def _count(self, excess: int) -> None:
-        if excess <= 0:
-            return
-        self.num_cut += 1
-        self.tokens_lost += excess
-        if self.num_cut & (self.num_cut - 1) == 0:
-            logging.warning(
-                "data.packing='pad' cut %d documents at data.sequence_length=%d so far and lost "
-                "%d tokens; packing='pack' loses none.",
-                self.num_cut,
-                self._length,
-                self.tokens_lost,
-            )
+
+def document_row(document: np.ndarray, ids: SpecialIds, length: int) -> Row:
+    """A row that holds one document, cut if it is longer."""
+    tokens, targets = inputs_and_targets(document, ids)
+    row = Row.empty(length, ids.pad)
+    row.write(0, 1, tokens[:length], targets[:length])
+    return row
+
+
+def num_positions(document: np.ndarray) -> int:
+    """Positions that a document with tokens takes."""
+    return len(document) + 1
 
 
 def inputs_and_targets(document: np.ndarray, ids: SpecialIds) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,7 @@ from megatransformer_jax.data.batches import (
     TextBatches,
     first_batches,
 )
+from megatransformer_jax.data.buckets import BucketBatches
 from megatransformer_jax.data.documents import Documents
 from megatransformer_jax.data.packing import PackedRows, PaddedRows, Row, SpecialIds
 from megatransformer_jax.data.reasoning import ProblemSet
@@ -64,7 +65,7 @@ class Pipeline:
         """
         mine = self._iterator.get_state()
         if state.keys() != mine.keys() or not all(
-            isinstance(value, int) and value >= 0 for value in state.values()
+            _is_like(value, mine[name]) for name, value in state.items()
         ):
             raise UserError(
                 f"the data state {json.dumps(state)} does not go with this data configuration, "
@@ -88,6 +89,13 @@ class Pipeline:
 
     def __exit__(self, *unused: object) -> None:
         self.close()
+
+
+def _is_like(value: Any, mine: int | list[int]) -> bool:
+    """Whether a value of a state is a number, or a list of numbers, as mine is."""
+    if isinstance(mine, list):
+        return isinstance(value, list) and all(_is_like(item, 0) for item in value)
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _close(iterators: list[grain.DatasetIterator], stream: BatchStream) -> None:
@@ -174,7 +182,7 @@ def _text_batches(
     split: str,
     share: Share,
     bad_records: BadRecordPolicy,
-) -> TextBatches:
+) -> BatchStream:
     if tokenizer is None:
         raise ValueError(f"source={config.source!r} needs a tokenizer; see build_tokenizer")
     documents = Documents(
@@ -185,6 +193,8 @@ def _text_batches(
         **_order(config, split),
     )
     ids = SpecialIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+    if config.packing == "bucket":
+        return BucketBatches(documents, ids, config.batch_shapes, share)
     make_rows = PackedRows if config.packing == "pack" else PaddedRows
     rows = make_rows(documents.open, ids, config.sequence_length)
     return TextBatches(documents, rows, share, Row.empty(config.sequence_length, ids.pad))

@@ -66,9 +66,10 @@ def check_run_fits_mesh(config: RunConfig, mesh: Mesh) -> None:
     batch_ways = mesh.shape["data"] * mesh.shape["fsdp"]
     micro_batch = config.data.batch_size // config.train.accumulation
     _check_divides("data.batch_size (per micro-batch)", micro_batch, "data x fsdp", batch_ways)
-    _check_divides(
-        "data.sequence_length", config.data.sequence_length, "sequence", mesh.shape["sequence"]
-    )
+    for _, length in config.data.batch_shapes:
+        is_longest = length == config.data.sequence_length
+        name = "data.sequence_length" if is_longest else "data.bucket_lengths"
+        _check_divides(name, length, "sequence", mesh.shape["sequence"])
 
 
 def _check_model(model: ModelConfig, shape: dict[str, int]) -> None:

@@ -1,10 +1,12 @@
 """The mesh of a configuration against the devices there are."""
 
+import jax
 import pytest
 
+from megatransformer_jax.config.build import build
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import MeshConfig
-from megatransformer_jax.sharding.mesh import resolve_mesh_shape
+from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh, resolve_mesh_shape
 
 
 def test_the_data_axis_takes_what_the_others_leave() -> None:
@@ -32,3 +34,12 @@ def test_a_product_other_than_the_number_of_devices_is_an_error(
 def test_the_error_shows_the_axes_as_they_were_given() -> None:
     with pytest.raises(ConfigError, match="data=-1 x fsdp=1 x tensor=4 x sequence=1 needs 4"):
         resolve_mesh_shape(MeshConfig(tensor=4), num_devices=1)
+
+
+def test_the_sequence_axis_divides_every_bucket() -> None:
+    mesh = make_mesh(MeshConfig(data=2, sequence=4), jax.devices())
+    data = {"packing": "bucket", "bucket_lengths": (32, 256)}
+    check_run_fits_mesh(build({"data": data}), mesh)
+    with pytest.raises(ConfigError, match="62 is not divisible by the 4 devices") as caught:
+        check_run_fits_mesh(build({"data": data | {"bucket_lengths": (62, 256)}}), mesh)
+    assert caught.value.path == "data.bucket_lengths"

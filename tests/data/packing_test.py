@@ -61,8 +61,8 @@ def test_padded_rows_hold_one_document_each(documents: list[list[int]], length: 
     ]
     assert segments(list(rows)) == expected
     excess = [len(tokens) + 1 - length for tokens in documents if tokens]
-    assert rows.num_cut == sum(count > 0 for count in excess)
-    assert rows.tokens_lost == sum(count for count in excess if count > 0)
+    assert rows.cuts.num_cut == sum(count > 0 for count in excess)
+    assert rows.cuts.tokens_lost == sum(count for count in excess if count > 0)
 
 
 @given(corpora, lengths, st.integers(0, 40))

@@ -23,6 +23,7 @@ TEXT = DataConfig(
     tokenizer=TokenizerConfig(kind="bytes"), batch_size=4, sequence_length=1024, prefetch_batches=0
 )
 PADDED = dataclasses.replace(TEXT, packing="pad")
+BUCKETS = dataclasses.replace(TEXT, packing="bucket", sequence_length=4096)
 REASONING = DataConfig(
     source="reasoning",
     reasoning=ReasoningConfig(num_train=50, num_eval=10),
@@ -30,7 +31,7 @@ REASONING = DataConfig(
     sequence_length=64,
     prefetch_batches=0,
 )
-CONFIGS = {"text": TEXT, "padded": PADDED, "reasoning": REASONING}
+CONFIGS = {"text": TEXT, "padded": PADDED, "buckets": BUCKETS, "reasoning": REASONING}
 every_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -59,7 +60,7 @@ def stacked(shares: list[list[Batch]]) -> list[Batch]:
 def test_batches_have_the_shapes_and_types_of_the_contract(config: DataConfig):
     (batch,) = train(config, 1)
     for name, part in batch._asdict().items():
-        assert part.shape == (4, config.sequence_length)
+        assert part.shape in config.batch_shapes
         assert part.dtype == (np.float32 if name == "loss_mask" else np.int32)
 
 
@@ -122,7 +123,7 @@ def test_the_state_is_the_same_in_every_process():
     assert states[0] == states[1]
 
 
-@pytest.mark.parametrize("config", [TEXT, REASONING], ids=["text", "reasoning"])
+@pytest.mark.parametrize("config", [TEXT, BUCKETS, REASONING], ids=["text", "buckets", "reasoning"])
 def test_workers_do_not_change_the_batches(config: DataConfig):
     whole = train(config, 12)
     with build_pipeline(
@@ -141,7 +142,7 @@ def test_validation_is_one_pass_with_a_padded_end(config: DataConfig):
     assert_equal(batches, validation_batches(config, TOKENIZER))
     assert_equal(batches[:2], validation_batches(config, TOKENIZER, num_batches=2))
     last = batches[-1]
-    assert last.tokens.shape == (4, config.sequence_length)
+    assert last.tokens.shape in config.batch_shapes
     assert last.loss_mask.any()
     empty = ~last.segment_ids.any(axis=1)
     assert not last.loss_mask[empty].any()
