@@ -281,6 +281,11 @@ def _with_xla_attention(config: ModelConfig) -> ModelConfig:
     )
 
 
+def with_xla_attention(model: MegaTransformer) -> MegaTransformer:
+    """The same model for derivatives that fused kernels lack: forward mode, and of second order."""
+    return model.copy(config=_with_xla_attention(model.config))
+
+
 def off_mesh(model: MegaTransformer) -> MegaTransformer:
     """The same model for inputs of any shape: no constraint of a mesh or of a fused kernel."""
     return model.copy(config=_with_xla_attention(model.config), sharder=Sharder())

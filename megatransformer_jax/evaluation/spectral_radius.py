@@ -1,0 +1,107 @@
+"""Spectral radius of the core's Jacobian in every iteration, by power iteration with JVPs.
+
+A core whose Jacobian at its fixed point has a spectral radius below 1 returns to it after a small
+disturbance, however often it is iterated; above 1 it leaves. Residuals of the first iterations do
+not show that.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Key
+
+from megatransformer_jax.models.core_pass import core_step, first_state, open_core
+from megatransformer_jax.models.megatransformer import MegaTransformer, with_xla_attention
+from megatransformer_jax.types import Batch
+
+
+@functools.partial(jax.jit, static_argnames=("model", "num_steps", "power_iterations"))
+def spectral_radius(
+    model: MegaTransformer,
+    params: Any,
+    batch: Batch,
+    num_steps: int,
+    key: Key[Array, ""],
+    power_iterations: int,
+) -> Float[Array, "n"]:
+    """The largest |eigenvalue| of J_i = d h_i / d h_{i-1}, mean over a batch's sequences.
+
+    J_i maps the whole state [T, D] of a sequence, without its padding, to itself. Several iterations
+    are judged at the states that the model reaches from its own first state.
+
+    The estimate is the mean growth per product with J_i over the second half of the products, which
+    settles for complex eigenvalues too. Under causal attention J_i is block triangular over tokens
+    and far from normal, so with few products it is too large rather than too small.
+
+    Args:
+      model: the model; attention runs by the XLA kernel, as fused ones have no JVP.
+      params: its parameters.
+      batch: tokens, positions and segments are read. Rows of padding only do not count.
+      num_steps: n, at least 1; static.
+      key: for the first state and the first vectors.
+      power_iterations: products with each J_i, at least 2; static. 30 give two digits or so.
+
+    Raises:
+      ValueError: if the model has no core or a number is too small.
+    """
+    if num_steps < 1 or power_iterations < 2:
+        raise ValueError(
+            f"num_steps is {num_steps} and power_iterations {power_iterations}; they must be at "
+            "least 1 and 2."
+        )
+    model = with_xla_attention(model)
+    tokens, positions, segment_ids = map(
+        jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)
+    )
+    core = open_core(model, params, tokens, positions=positions, segment_ids=segment_ids)
+    step = core_step(model, core)
+    is_token = segment_ids > 0
+    state_key, vector_key = jax.random.split(key)
+
+    def iterate(state: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        new_state, product = jax.linearize(
+            lambda state: step(core.params, state, core.prepared), state
+        )
+        vector = jax.random.normal(key, state.shape).astype(state.dtype)
+        return new_state, growth_rate(product, vector, is_token, power_iterations)
+
+    _, rates = jax.lax.scan(
+        iterate, first_state(model, core, state_key), jax.random.split(vector_key, num_steps)
+    )
+    has_tokens = jnp.any(is_token, axis=1)
+    return rates @ (has_tokens / jnp.maximum(jnp.sum(has_tokens), 1))
+
+
+def growth_rate(
+    product: Callable[[jax.Array], jax.Array],
+    vector: Float[Array, "B T D"],
+    is_token: Bool[Array, "B T"],
+    power_iterations: int,
+) -> Float[Array, "B"]:
+    """Mean growth per product of a linear map with a vector, over the second half of the products.
+
+    Args:
+      product: the linear map, block diagonal over B.
+      vector: to begin with.
+      is_token: False for what is left out of the map.
+      power_iterations: products.
+
+    Returns:
+      Per sequence; 0 if the map sends the vector to 0.
+    """
+
+    def normalize(vector: jax.Array) -> tuple[jax.Array, jax.Array]:
+        vector = jnp.where(is_token[..., None], vector, 0.0)
+        size = jnp.linalg.norm(vector.astype(jnp.float32), axis=(1, 2))
+        scale = jnp.where(size == 0, 1.0, size)
+        return (vector / scale[:, None, None]).astype(vector.dtype), size
+
+    def multiply(vector: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        return normalize(product(vector))
+
+    _, sizes = jax.lax.scan(multiply, normalize(vector)[0], None, length=power_iterations)
+    settled = sizes[power_iterations // 2 :]
+    return jnp.exp(jnp.mean(jnp.log(settled), axis=0))
