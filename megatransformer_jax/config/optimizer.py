@@ -2,22 +2,46 @@
 
 import dataclasses
 
+from megatransformer_jax.config.optimizer_options import (
+    AdafactorConfig,
+    GrokfastConfig,
+    MuonConfig,
+    SgdConfig,
+)
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,
     option,
     require_defaults,
     rule,
+    section,
 )
+from megatransformer_jax.config.parameter_groups import parse_groups
 
-OPTIMIZERS = ("adamw",)
+SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_sgd")
+OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd", *SCHEDULE_FREE)
+
+# Which optimisers read an option that not all of them read.
+_READERS = {
+    "beta1": ("adamw", "lion", "muon", *SCHEDULE_FREE),
+    "beta2": ("adamw", "lion", "muon", "schedule_free_adamw"),
+    "eps": ("adamw", "muon", "schedule_free_adamw"),
+    "sgd": ("sgd",),
+    "adafactor": ("adafactor",),
+    "muon": ("muon",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """Optimiser, learning-rate schedule and what is done to gradients before them."""
 
-    name: str = option("adamw", "Optimiser.", choices=OPTIMIZERS)
+    name: str = option(
+        "adamw",
+        "Optimiser. muon: Muon for matrices, AdamW for the rest. schedule_free_*: no decay of the "
+        "rate, an average of the weights is evaluated (arXiv 2405.15682).",
+        choices=OPTIMIZERS,
+    )
     learning_rate: float = option(3e-3, "Peak learning rate.", above=0)
     schedule: str = option(
         "warmup_cosine",
@@ -30,7 +54,13 @@ class OptimizerConfig:
     final_fraction: float = option(
         0.1, "Last learning rate as a share of the peak.", minimum=0, maximum=1
     )
-    beta1: float = option(0.9, "Decay of the first moment.", minimum=0, below=1)
+    beta1: float = option(
+        0.9,
+        "Decay of the first moment. schedule_free_*: share of the average in the point where "
+        "gradients are taken.",
+        minimum=0,
+        below=1,
+    )
     beta2: float = option(0.95, "Decay of the second moment.", minimum=0, below=1)
     eps: float = option(1e-8, "Added to the root of the second moment.", above=0)
     weight_decay: float = option(
@@ -43,8 +73,59 @@ class OptimizerConfig:
         1.0, "Global gradient norm is cut to this. None: never.", above=0
     )
 
+    groups: tuple[str, ...] = option(
+        (),
+        "Rates by parameter: 'REGEX: learning_rate=FACTOR, weight_decay=VALUE', either or both. "
+        "The expression is searched for in paths such as core/layers/layer_0/mlp/up; the first "
+        "group that matches counts. The factor multiplies the schedule, the value replaces "
+        "weight_decay.",
+    )
+    sgd: SgdConfig = section(SgdConfig, "Only for name='sgd'.")
+    adafactor: AdafactorConfig = section(AdafactorConfig, "Only for name='adafactor'.")
+    muon: MuonConfig = section(MuonConfig, "Only for name='muon'.")
+    grokfast: GrokfastConfig = section(GrokfastConfig, "Filter of gradients, after clipping.")
+
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def is_schedule_free(self) -> bool:
+        """Whether the optimiser averages the weights itself."""
+        return self.name in SCHEDULE_FREE
+
+    @rule("beta1", "beta2", "eps", "sgd", "adafactor", "muon")
+    def _options_go_with_their_optimizer(self) -> None:
+        """At its default unless `name` is one that reads it (beta1: adamw, lion, muon,
+        schedule_free_*; beta2: the same but schedule_free_sgd; eps: adamw, muon,
+        schedule_free_adamw)."""
+        for option_name, readers in _READERS.items():
+            if self.name not in readers:
+                fix = f"choose name={' or '.join(map(repr, readers))}"
+                require_defaults(self, (option_name,), f"with name={self.name!r}", fix)
+
+    @rule("schedule")
+    def _schedule_free_has_a_constant_rate(self) -> None:
+        """'constant' with name='schedule_free_*'."""
+        if self.is_schedule_free and self.schedule != "constant":
+            raise ConfigError(
+                "schedule",
+                f"{self.schedule!r} does not go with name={self.name!r}, which averages instead of "
+                "lowering the rate; set schedule='constant'.",
+            )
+
+    @rule("beta1")
+    def _schedule_free_needs_beta1(self) -> None:
+        """Above 0 with name='schedule_free_*'."""
+        if self.is_schedule_free and self.beta1 == 0:
+            raise ConfigError(
+                "beta1", f"0 is not allowed with name={self.name!r}; use 0.9, or at least above 0."
+            )
+
+    @rule("groups")
+    def _groups_can_be_read(self) -> None:
+        """Each 'REGEX: NAME=VALUE, ...'. That each decides for some parameter is checked once the
+        model is built."""
+        parse_groups(self.groups)
 
     @rule("final_fraction")
     def _final_fraction_needs_a_decay(self) -> None:
