@@ -30,6 +30,11 @@ class RecurrenceConfig:
     )
     injection_norm: bool = option(False, "Normalises the prelude's output before injection.")
     iteration_norm: bool = option(False, "Normalises the core's output after every iteration.")
+    output_norm: bool = option(
+        True,
+        "Normalises the core's last state before the coda, with the norm that stands before the "
+        "head (Huginn). False suits models made from plain ones (fine_tuning.retrofit).",
+    )
     state_init: str = option(
         "like_init",
         "First state. like_init: normal cut at 3 std with the embedding's std and scale. normal: "

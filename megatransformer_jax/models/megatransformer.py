@@ -29,8 +29,9 @@ from megatransformer_jax.types import DTypePolicy, ModelOutput
 class MegaTransformer(nn.Module):
     """A causal language model whose core is iterated `num_steps` times.
 
-    As in Huginn, one norm serves twice: on the core's final state and before the head. Without a
-    core (`core_layers=0`) it is a plain causal LM, and the norm stands before the head only.
+    As in Huginn, one norm serves twice: on the core's final state (`recurrence.output_norm`) and
+    before the head. Without a core (`core_layers=0`) it is a plain causal LM, and the norm stands
+    before the head only.
     """
 
     config: ModelConfig
@@ -83,7 +84,7 @@ class MegaTransformer(nn.Module):
           deterministic: no dropout. Otherwise the rng stream 'dropout' is needed.
 
         Returns:
-          Logits, and the latent: the core's state after the final norm.
+          Logits, and the latent: the core's state after `recurrence.output_norm`.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
@@ -121,7 +122,8 @@ class MegaTransformer(nn.Module):
         if self.config.is_recurrent:
             if self.config.core_width != self.config.width:
                 x = x @ self.core_out
-            x = self.final_norm(x)
+            if self.config.recurrence.output_norm:
+                x = self.final_norm(x)
         return x, self.coda(x, context)
 
     def run_head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

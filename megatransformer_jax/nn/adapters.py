@@ -114,8 +114,7 @@ class DiagonalAdapter(nn.Module):
 
     def prepare(self, embedding: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The input dt B e, or its exact form."""
-        rate, dt = jnp.exp(self.a_log), jax.nn.softplus(self.dt_bias)
-        gain = -jnp.expm1(-dt * rate) / rate if self.zero_order_hold else dt
+        gain = diagonal_gain(self.a_log, self.dt_bias, self.zero_order_hold)
         return (embedding @ self.b_matrix) * gain.astype(embedding.dtype)
 
     def __call__(
@@ -124,6 +123,14 @@ class DiagonalAdapter(nn.Module):
         """Decays the state and adds the input."""
         decay = jnp.exp(-jax.nn.softplus(self.dt_bias) * jnp.exp(self.a_log))
         return decay.astype(state.dtype) * state + prepared
+
+
+def diagonal_gain(
+    a_log: Float[Array, "D"], dt_bias: Float[Array, "D"], zero_order_hold: bool
+) -> Float[Array, "D"]:
+    """The factor of B e in `DiagonalAdapter`: dt, or (1 - exp(-dt A)) / A."""
+    rate, dt = jnp.exp(a_log), jax.nn.softplus(dt_bias)
+    return -jnp.expm1(-dt * rate) / rate if zero_order_hold else dt
 
 
 def build_adapter(
