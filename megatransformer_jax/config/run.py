@@ -96,37 +96,24 @@ class TrainConfig:
     z_loss: float = option(
         0.0, "Weight of the squared log-normaliser, keeps logits small (PaLM uses 1e-4).", minimum=0
     )
+    ema_decay: float | None = option(
+        None,
+        "Keeps an exponential average of the weights, which validation, samples, the summary and "
+        "experiments.generate use: average += (1 - d) (weights - average) with d the smaller of "
+        "this and (1 + t) / (10 + t) after t updates. None: no average.",
+        above=0,
+        below=1,
+    )
     max_bad_steps: int = option(
         20, "Stops with an error after this many non-finite steps in a row.", minimum=1
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
-    """What is kept and how often. A save has parameters, optimiser, step, data iterator, config."""
-
-    every_steps: int = option(100, "Steps between saves; the last step is always saved.", minimum=1)
-    keep_last: int = option(2, "Newest checkpoints kept.", minimum=1)
-    keep_best: int = option(1, "Best checkpoints kept, by validation loss; 0: none.", minimum=0)
-    keep_every_steps: int | None = option(
-        None, "Checkpoints at multiples of this are never deleted. None: no such rule.", minimum=1
+    exit_gate: ExitGateTrainingConfig = section(
+        ExitGateTrainingConfig, "The exit gate's term of the loss."
     )
+    stability: StabilityConfig = section(StabilityConfig, "Stability of the iterations.")
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    @rule("keep_every_steps")
-    def _kept_steps_are_saved_steps(self) -> None:
-        """A multiple of every_steps."""
-        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
-            raise ConfigError(
-                "keep_every_steps",
-                f"{self.keep_every_steps} is no multiple of every_steps={self.every_steps}, so "
-                "there would be nothing to keep; use a multiple.",
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,6 +308,41 @@ class RunConfig:
                 "optimizer.warmup_steps",
                 f"{self.optimizer.warmup_steps} + decay_steps {self.optimizer.decay_steps} exceed "
                 f"train.steps={self.train.steps}; shorten them.",
+            )
+
+    @rule("train.ema_decay")
+    def _weights_are_averaged_once(self) -> None:
+        """None with optimizer.name='schedule_free_*', which evaluates an average already."""
+        if self.optimizer.is_schedule_free and self.train.ema_decay is not None:
+            raise ConfigError(
+                "train.ema_decay",
+                f"{self.train.ema_decay} does not go with optimizer.name={self.optimizer.name!r}, "
+                "which evaluates an average already; leave it None.",
+            )
+
+    @rule("train.exit_gate")
+    def _gate_training_needs_a_gate(self) -> None:
+        """At its defaults unless model.exit_gate.enabled=True."""
+        if not self.model.exit_gate.enabled:
+            names = [field.name for field in dataclasses.fields(ExitGateTrainingConfig)]
+            try:
+                require_defaults(
+                    self.train.exit_gate,
+                    names,
+                    "with model.exit_gate.enabled=False",
+                    "set model.exit_gate.enabled=True",
+                )
+            except ConfigError as error:
+                raise error.below("train.exit_gate") from None
+
+    @rule("train.stability.jacobian_weight")
+    def _jacobian_needs_a_core(self) -> None:
+        """0 when model.core_layers=0."""
+        if self.train.stability.jacobian_weight and not self.model.is_recurrent:
+            raise ConfigError(
+                "train.stability.jacobian_weight",
+                f"{self.train.stability.jacobian_weight} needs a core, and model.core_layers=0; "
+                "set it to 0.",
             )
 
     @rule("samples.depth")
