@@ -3,6 +3,7 @@
 import dataclasses
 
 from megatransformer_jax.config.data import MIN_TRAINED_PIECES, DataConfig
+from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import (
@@ -220,6 +221,9 @@ class RunConfig:
     data: DataConfig = section(DataConfig, "Data.")
     optimizer: OptimizerConfig = section(OptimizerConfig, "Optimiser.")
     train: TrainConfig = section(TrainConfig, "Training loop.")
+    fine_tuning: FineTuningConfig = section(
+        FineTuningConfig, "Start from another model; which parameters are trained."
+    )
     mesh: MeshConfig = section(MeshConfig, "Device mesh.")
     distributed: DistributedConfig = section(DistributedConfig, "Multi-process start.")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
@@ -264,7 +268,8 @@ class RunConfig:
         """At most model.vocab_size for a tokenizer that the run trains; None needs a
         model.vocab_size of at least 300."""
         tokenizer = self.data.tokenizer
-        if self.data.source == "reasoning" or not tokenizer.is_trained:
+        is_given = not tokenizer.is_trained or self.fine_tuning.init_from is not None
+        if self.data.source == "reasoning" or is_given:
             return  # The size is known, and checked, once the vocabulary is loaded.
         if tokenizer.vocab_size is None:
             if self.model.vocab_size < MIN_TRAINED_PIECES:
@@ -279,6 +284,35 @@ class RunConfig:
                 f"{tokenizer.vocab_size} exceeds model.vocab_size={self.model.vocab_size}; "
                 "lower it or raise model.vocab_size.",
             )
+
+    @rule("fine_tuning.retrofit")
+    def _retrofit_makes_a_core(self) -> None:
+        """Needs model.core_layers >= 1 without model.recurrence.core_width and model.sharing, and
+        an adapter that can pass the injection on: linear, diagonal or sum."""
+        if not self.fine_tuning.retrofit:
+            return
+        recurrence = self.model.recurrence
+        for option_name, is_bad, value, wanted in (
+            ("core_layers", not self.model.is_recurrent, self.model.core_layers, "1 or more"),
+            (
+                "recurrence.core_width",
+                self.model.core_width != self.model.width,
+                recurrence.core_width,
+                "None",
+            ),
+            ("recurrence.adapter", recurrence.adapter == "gate", recurrence.adapter, "'linear'"),
+            (
+                "sharing.scheme",
+                self.model.sharing.scheme != "none",
+                self.model.sharing.scheme,
+                "'none'",
+            ),
+        ):
+            if is_bad:
+                raise ConfigError(
+                    f"model.{option_name}",
+                    f"{value!r} does not go with fine_tuning.retrofit=True; set it to {wanted}.",
+                )
 
     @rule("data.batch_size")
     def _batch_fits_processes(self) -> None:
