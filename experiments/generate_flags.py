@@ -38,7 +38,7 @@ class CommandOptions:
     )
     step: str = option(
         "latest",
-        "Checkpoint of a run: latest, best (by validation loss) or the number of its step.",
+        "Checkpoint of a run: latest, best (by checkpoint.best_metric) or the number of its step.",
     )
     precision: str | None = option(
         None,

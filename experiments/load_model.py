@@ -101,7 +101,7 @@ def load_model(
 
 
 def parse_step(value: str | int) -> Step:
-    """Which checkpoint: 'latest', 'best' (by validation loss), or the number of a step.
+    """Which checkpoint: 'latest', 'best' (by its checkpoint.best_metric), or the number of a step.
 
     Raises:
       UserError: for anything else.
@@ -229,8 +229,8 @@ def _find_step(checkpoints: CheckpointManager, step: Step) -> int:
         best = checkpoints.best_step()
         if best is None:
             raise UserError(
-                f"step='best': no checkpoint in {checkpoints.directory} has a validation loss; "
-                f"name one of the steps {known}."
+                f"step='best': no checkpoint in {checkpoints.directory} has a finite "
+                f"{checkpoints.ranking().metric}; name one of the steps {known}."
             )
         return best
     if step not in steps:

@@ -159,12 +159,12 @@ class _Run:
         return result
 
     def _hooks(self, writer: MultiWriter) -> list[Hook]:
-        """Validation comes before the checkpoint, which is saved with its loss."""
+        """Validation comes before the checkpoint, which is saved with its scores."""
         config = self.config
         run = resume.run_info(config, self.vocabulary)
 
-        def save(step: int, state: TrainState, validation_loss: float | None) -> None:
-            self.checkpoints.save(step, state, self.batches.get_state(), run, validation_loss)
+        def save(step: int, state: TrainState, scores: Mapping[str, float]) -> None:
+            self.checkpoints.save(step, state, self.batches.get_state(), run, scores)
 
         def sample(state: TrainState, step: int) -> Mapping[str, str]:
             return self.sampler(self.params_of(state), step)

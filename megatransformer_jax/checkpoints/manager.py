@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from megatransformer_jax.checkpoints import compatibility, retention
+from megatransformer_jax.config.checkpoint import CheckpointConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.run import CheckpointConfig
 
 _STATE, _DATA, _RUN = "state", "data", "run"
 
@@ -48,7 +48,7 @@ class CheckpointManager:
 
     def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig | None):
         self._directory = Path(directory).absolute()
-        self._is_read_only = config is None
+        self._config = config
         self._remove_trash()
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -73,11 +73,37 @@ class CheckpointManager:
         """Step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
+    def scores(self, step: int) -> dict[str, float]:
+        """The validation scalars saved with a checkpoint by their names; empty if there are none.
+
+        Checkpoints of earlier versions have 'validation_loss' alone.
+        """
+        return dict(self._manager.metrics(step) or {})
+
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the lowest validation loss, or None if none has one."""
-        losses = [(retention.validation_loss(self._manager.metrics(s)), s) for s in self.steps()]
-        finite = [(loss, step) for loss, step in losses if loss < float("inf")]
-        return min(finite)[1] if finite else None
+        """Step of the best checkpoint by `ranking()`, or None if none has a finite score."""
+        best = self.best_steps(self.ranking(), 1)
+        return best[0] if best else None
+
+    def best_steps(self, ranking: retention.Ranking, count: int) -> list[int]:
+        """Steps of the `count` best checkpoints, best first; fewer if fewer have a finite score."""
+        steps = self.steps()
+        return [steps[index] for index in ranking.best(map(self.scores, steps), count)]
+
+    def ranking(self) -> retention.Ranking:
+        """What makes a checkpoint the best: as the config says.
+
+        When opened for reading only it is the config saved with the newest checkpoint.
+        """
+        if self._config is not None:
+            return retention.Ranking.from_config(self._config)
+        step = self.latest_step()
+        saved = {} if step is None else self.run_info(step).get("config", {}).get("checkpoint", {})
+        # Checkpoints of earlier versions do not have these options.
+        names = ("best_metric", "best_mode")
+        return retention.Ranking.from_config(
+            CheckpointConfig(**{name: saved[name] for name in names if name in saved})
+        )
 
     def save(
         self,
@@ -85,7 +111,7 @@ class CheckpointManager:
         state: Any,
         iterator_state: Mapping[str, Any],
         run: Mapping[str, Any],
-        validation_loss: float | None = None,
+        scores: Mapping[str, float] | None = None,
     ) -> None:
         """Saves a train state; the arrays may be donated as soon as this returns.
 
@@ -94,17 +120,16 @@ class CheckpointManager:
           state: pytree of arrays.
           iterator_state: of the data, JSON-able and the same in every process.
           run: JSON-able: `config` (nested dicts) and what else identifies the run.
-          validation_loss: of exactly this state; what 'best' goes by.
+          scores: validation scalars of exactly this state; what 'best' goes by is among them.
 
         Raises:
           ValueError: if the manager is for reading only.
         """
-        if self._is_read_only:
+        if self._config is None:
             raise ValueError("opened for reading only; give a CheckpointConfig to save")
         if step in self._manager.all_steps():
             return
         self.wait()
-        metrics = {} if validation_loss is None else {retention.VALIDATION_LOSS: validation_loss}
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -114,7 +139,7 @@ class CheckpointManager:
                     _RUN: ocp.args.JsonSave(dict(run)),
                 }
             ),
-            metrics=metrics,
+            metrics=dict(scores or {}),
             force=True,
         )
 
@@ -182,6 +207,35 @@ class CheckpointManager:
             )
         return restored["params"]
 
+    def prune(self, config: CheckpointConfig, *, is_dry_run: bool = False) -> dict[int, int]:
+        """Deletes the checkpoints that no rule of `config` keeps; never the newest.
+
+        Args:
+          config: the rules: keep_last, keep_best, keep_every_steps, best_metric, best_mode.
+          is_dry_run: deletes nothing.
+
+        Returns:
+          Bytes on disk by step of each deleted checkpoint.
+
+        Raises:
+          ValueError: if the manager is for reading only and it is no dry run.
+        """
+        saved = [retention.SavedCheckpoint(step, self.scores(step)) for step in self.steps()]
+        kept = retention.kept_steps(config, saved)
+        sizes = {
+            one.step: _folder_bytes(self._directory / str(one.step))
+            for one in saved
+            if one.step not in kept
+        }
+        if is_dry_run:
+            return sizes
+        if self._config is None:
+            raise ValueError("opened for reading only; give a CheckpointConfig to delete")
+        for step in sizes:
+            self._manager.delete(step)
+        self.wait()
+        return sizes
+
     def wait(self) -> None:
         """Waits until every save is on disk and removes what is no longer kept.
 
@@ -217,7 +271,7 @@ class CheckpointManager:
             ) from error
 
     def _remove_trash(self) -> None:
-        if self._is_read_only:
+        if self._config is None:
             return
         trash = self._directory / _TRASH
         if jax.process_index() == 0 and trash.exists():
@@ -227,7 +281,7 @@ class CheckpointManager:
 
 def _options(config: CheckpointConfig | None) -> ocp.CheckpointManagerOptions:
     # Orbax stores and reads metrics only with `best_fn`; what is kept is up to the policy.
-    metrics = {"best_fn": retention.validation_loss, "best_mode": "min"}
+    metrics: dict[str, Any] = {"best_fn": _unused, "best_mode": "min"}
     if config is None:
         # Temporary folders may be of a run that is saving now. (Orbax's own `read_only` warns of
         # every option that it overrules.)
@@ -238,6 +292,14 @@ def _options(config: CheckpointConfig | None) -> ocp.CheckpointManagerOptions:
         todelete_subdir=_TRASH,
         **metrics,
     )
+
+
+def _unused(metrics: Mapping[str, Any]) -> float:
+    raise AssertionError("Orbax was not to choose by metrics")
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def tree_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

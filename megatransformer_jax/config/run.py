@@ -2,7 +2,9 @@
 
 import dataclasses
 
+from megatransformer_jax.config.checkpoint import TEXT_METRICS, CheckpointConfig
 from megatransformer_jax.config.data import MIN_TRAINED_PIECES, DataConfig
+from megatransformer_jax.config.exit_gate import ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
@@ -15,6 +17,7 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
+from megatransformer_jax.config.stability import StabilityConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -401,6 +404,17 @@ class RunConfig:
                 )
             except ConfigError as error:
                 raise error.below("samples") from None
+
+    @rule("checkpoint.best_metric")
+    def _best_metric_is_returned(self) -> None:
+        """validation/exact_accuracy only with data.source='reasoning'."""
+        metric = self.checkpoint.best_metric
+        if self.data.source != "reasoning" and metric not in TEXT_METRICS:
+            raise ConfigError(
+                "checkpoint.best_metric",
+                f"{metric!r} is returned by no validation on text; use one of "
+                f"{', '.join(TEXT_METRICS)}, or data.source='reasoning'.",
+            )
 
     @rule("checkpoint.every_steps")
     def _best_checkpoints_are_validated(self) -> None:

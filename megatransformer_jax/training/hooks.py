@@ -51,7 +51,7 @@ def is_due(hook: Hook, step: int, *, is_last: bool, is_stopping: bool) -> bool:
 
 
 class CheckpointHook:
-    """Saves the state, with the validation loss of the same step if there is one.
+    """Saves the state, with the validation scalars of the same step if there are any.
 
     While steps are skipped the parameters stay those of the last good step, so nothing is saved:
     the newest checkpoint remains one that a repaired run can go on from. At the end and at a stop
@@ -59,14 +59,16 @@ class CheckpointHook:
 
     Args:
       every_steps: steps between saves; the last step and an early stop are saved too.
-      save: called with (step, state, validation loss or None).
+      save: called with (step, state, validation scalars by name).
     """
 
     at_end = True
     at_stop = True
     skips_bad_steps = True
 
-    def __init__(self, every_steps: int, save: Callable[[int, TrainState, float | None], None]):
+    def __init__(
+        self, every_steps: int, save: Callable[[int, TrainState, Mapping[str, float]], None]
+    ):
         self.every_steps = every_steps
         self._save = save
 
@@ -74,7 +76,8 @@ class CheckpointHook:
         self, step: int, state: TrainState, scalars: Mapping[str, float]
     ) -> Mapping[str, float]:
         """Starts the save; it ends in the background."""
-        self._save(step, state, scalars.get("validation/loss"))
+        scores = {name: v for name, v in scalars.items() if name.startswith("validation/")}
+        self._save(step, state, scores)
         return {}
 
 

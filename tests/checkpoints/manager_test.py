@@ -3,7 +3,6 @@ import os
 import pathlib
 import re
 import shutil
-import types
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,6 @@ from megatransformer_jax.checkpoints.manager import (
     DamagedCheckpoint,
     tree_shapes,
 )
-from megatransformer_jax.checkpoints.retention import BestByLoss
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.model import AttentionConfig, ModelConfig, NormConfig
@@ -78,11 +76,15 @@ def assert_same_bits(left, right):
     jax.tree_util.tree_map_with_path(compare, left, right)
 
 
+def loss_scores(loss: float | None) -> dict[str, float] | None:
+    return None if loss is None else {"validation/loss": loss}
+
+
 def saved_steps(tmp_path, config, losses, steps=None) -> list[int]:
     manager = CheckpointManager(tmp_path, config)
     steps = steps or range(1, len(losses) + 1)
     for step, loss in zip(steps, losses, strict=True):
-        manager.save(step, make_state(), {}, {}, loss)
+        manager.save(step, make_state(), {}, {}, loss_scores(loss))
     manager.close()
     # A second look, as a resumed run has it: the rules must not depend on what is in memory.
     again = CheckpointManager(tmp_path, config)
@@ -97,7 +99,7 @@ def test_round_trip_is_exact_to_the_bit_with_iterator_state_and_run(tmp_path):
     manager = CheckpointManager(tmp_path, KEEP_ALL)
     state = make_state(3)
     assert manager.latest_step() is None
-    manager.save(7, state, {"epoch": 1, "row": 12}, {"config": {"a": 1}}, 0.5)
+    manager.save(7, state, {"epoch": 1, "row": 12}, {"config": {"a": 1}}, loss_scores(0.5))
     manager.wait()
     restored = manager.restore(abstract(state), 7)
     assert restored.step == 7
@@ -188,14 +190,9 @@ def test_best_step_survives_a_restart(tmp_path):
     manager = CheckpointManager(tmp_path, config)
     assert manager.best_step() == 2 and manager.latest_step() == 4
     # The next save must still know the loss of an earlier process's checkpoint.
-    manager.save(5, make_state(), {}, {}, 3.0)
+    manager.save(5, make_state(), {}, {}, loss_scores(3.0))
     manager.close()
     assert sorted(int(n) for n in os.listdir(tmp_path) if n.isdigit()) == [2, 5]
-
-
-def test_best_by_loss_ignores_what_has_no_loss():
-    infos = [types.SimpleNamespace(metrics=m) for m in (None, {}, {"validation_loss": 1.0})]
-    assert BestByLoss(2).should_preserve(infos, context=None) == [False, False, True]
 
 
 def test_half_written_and_half_deleted_checkpoints_are_ignored_and_removed(tmp_path):
@@ -219,7 +216,7 @@ def test_half_written_and_half_deleted_checkpoints_are_ignored_and_removed(tmp_p
 def test_for_reading_only_the_folder_stays_as_it_is(tmp_path):
     checkpoints = CheckpointManager(tmp_path, CheckpointConfig())
     state = make_state()
-    checkpoints.save(1, state, {}, {}, 0.5)
+    checkpoints.save(1, state, {}, {}, loss_scores(0.5))
     checkpoints.close()
     # A save and a deletion of another process.
     (tmp_path / "2.orbax-checkpoint-tmp-7").mkdir()

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from megatransformer_jax.config.data import DataConfig, ReasoningConfig, TokenizerConfig
+from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
 from megatransformer_jax.config.model import (
     AttentionConfig,
     InitConfig,
@@ -28,6 +29,7 @@ from megatransformer_jax.config.run import (
 )
 from megatransformer_jax.config.schema import sections_of
 from megatransformer_jax.config.sharing import SharingConfig
+from megatransformer_jax.config.stability import StabilityConfig
 
 JOINED = {"enabled": True, "coordinator": "host:1234", "num_processes": 2, "process_id": 0}
 
@@ -137,6 +139,23 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         "sharing.scheme",
     ),
     (
+        "_residual_fits_the_norms",
+        ModelConfig,
+        {"residual": "rezero", "norm": NormConfig(placement="sandwich")},
+        "norm.placement",
+    ),
+    ("_residual_fits_the_norms", ModelConfig, {"residual": "admin"}, "norm.placement"),
+    (
+        "_residual_fits_the_norms",
+        ModelConfig,
+        {
+            "residual": "admin",
+            "norm": NormConfig(placement="post"),
+            "sharing": SharingConfig(scheme="cycle", core_unique=1),
+        },
+        "sharing.scheme",
+    ),
+    (
         "_has_layers",
         ModelConfig,
         {"prelude_layers": 0, "core_layers": 0, "coda_layers": 0},
@@ -147,6 +166,51 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         ModelConfig,
         {"core_layers": 0, "recurrence": RecurrenceConfig(mean_steps=4)},
         "recurrence",
+    ),
+    (
+        "_gate_needs_a_core",
+        ModelConfig,
+        {"core_layers": 0, "exit_gate": ExitGateConfig(enabled=True)},
+        "exit_gate.enabled",
+    ),
+    (
+        "_prior_mean_goes_with_geometric",
+        ExitGateTrainingConfig,
+        {"prior_mean": 4.0},
+        "prior_mean",
+    ),
+    (
+        "_prior_mean_goes_with_geometric",
+        ExitGateTrainingConfig,
+        {"prior": "geometric"},
+        "prior_mean",
+    ),
+    (
+        "_prior_needs_a_weight",
+        ExitGateTrainingConfig,
+        {"kl_weight": 0.0, "prior": "geometric", "prior_mean": 4.0},
+        "prior",
+    ),
+    (
+        "_warmup_needs_a_weight",
+        StabilityConfig,
+        {"jacobian_warmup_steps": 5},
+        "jacobian_warmup_steps",
+    ),
+    (
+        "_gate_training_needs_a_gate",
+        RunConfig,
+        {"train": TrainConfig(exit_gate=ExitGateTrainingConfig(detach=True))},
+        "train.exit_gate.detach",
+    ),
+    (
+        "_jacobian_needs_a_core",
+        RunConfig,
+        {
+            "model": ModelConfig(core_layers=0),
+            "train": TrainConfig(stability=StabilityConfig(jacobian_weight=0.1)),
+        },
+        "train.stability.jacobian_weight",
     ),
     ("_head_bias_needs_its_own_head", ModelConfig, {"head_bias": True}, "head_bias"),
     (
@@ -321,6 +385,12 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         RunConfig,
         {"data": DataConfig(source="reasoning"), "samples": SampleConfig(temperature=0.1)},
         "samples.temperature",
+    ),
+    (
+        "_best_metric_is_returned",
+        RunConfig,
+        {"checkpoint": CheckpointConfig(best_metric="validation/exact_accuracy")},
+        "checkpoint.best_metric",
     ),
     (
         "_best_checkpoints_are_validated",

@@ -30,7 +30,8 @@ def write_run(config: RunConfig, losses: Mapping[int, float | None]) -> dict[int
     for step, loss in losses.items():
         params = init_params(model, jax.random.key(step))
         state = {"params": params, "optimizer": {"moment": jax.tree.map(jnp.zeros_like, params)}}
-        checkpoints.save(step, state, {}, run, loss)
+        scores = None if loss is None else {"validation/loss": loss}
+        checkpoints.save(step, state, {}, run, scores)
         saved[step] = jax.device_get(params)
     checkpoints.close()
     save_config(config, workdir / "config.json")

@@ -226,13 +226,13 @@ def test_a_signal_ends_the_run_after_the_step_and_saves(tmp_path, number):
         return jax.device_put(batch)
 
     placed = []
-    save = CheckpointHook(100, lambda step, state, loss: saved.append((step, loss)))
+    save = CheckpointHook(100, lambda step, state, scores: saved.append((step, scores)))
     run = Run(tmp_path, total_steps=6)
     before = signal.getsignal(number)
     with StopRequest() as stop:
         result = run([RecordingHook(100, at_end=True), save], stop=stop, place=place)
     assert not result.is_finished and result.step == 3
-    assert saved == [(3, None)]
+    assert saved == [(3, {})]
     assert len(read_metrics(run.path)) == 3
     assert signal.getsignal(number) is before
 
@@ -258,14 +258,15 @@ def test_a_finished_run_does_nothing(tmp_path):
     assert read_metrics(run.path) == []
 
 
-def test_last_step_is_saved_with_its_validation_loss(tmp_path):
+def test_last_step_is_saved_with_its_validation_scalars(tmp_path):
     saved = []
     hooks = [
-        RecordingHook(4, at_end=True, result={"validation/loss": 0.25}),
-        CheckpointHook(2, lambda step, state, loss: saved.append((step, loss))),
+        RecordingHook(4, at_end=True, result={"validation/loss": 0.25, "other/x": 1.0}),
+        CheckpointHook(2, lambda step, state, scores: saved.append((step, scores))),
     ]
     Run(tmp_path, total_steps=5)(hooks)
-    assert saved == [(2, None), (4, 0.25), (5, 0.25)]
+    scores = {"validation/loss": 0.25}
+    assert saved == [(2, {}), (4, scores), (5, scores)]
 
 
 def test_samples_are_logged_and_written(tmp_path, caplog):
