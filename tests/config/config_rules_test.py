@@ -7,6 +7,7 @@ import pytest
 
 from megatransformer_jax.config.data import DataConfig, ReasoningConfig, TokenizerConfig
 from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
+from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
 from megatransformer_jax.config.model import (
     AttentionConfig,
     InitConfig,
@@ -32,6 +33,7 @@ from megatransformer_jax.config.sharing import SharingConfig
 from megatransformer_jax.config.stability import StabilityConfig
 
 JOINED = {"enabled": True, "coordinator": "host:1234", "num_processes": 2, "process_id": 0}
+RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)
 
 # The rule, the class, what is given, the path in the error.
 BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
@@ -332,6 +334,62 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     ("_writers_are_different", LoggingConfig, {"writers": ("tensorboard",) * 2}, "writers"),
     ("_wandb_project_goes_with_wandb", LoggingConfig, {"writers": ("wandb",)}, "wandb_project"),
     ("_wandb_project_goes_with_wandb", LoggingConfig, {"wandb_project": "mine"}, "wandb_project"),
+    ("_lora_options_need_a_rank", LoraConfig, {"alpha": 8.0}, "alpha"),
+    ("_lora_options_need_a_rank", LoraConfig, {"targets": ("mlp",)}, "targets"),
+    ("_targets_are_patterns", LoraConfig, {"rank": 2, "targets": ()}, "targets"),
+    ("_targets_are_patterns", LoraConfig, {"rank": 2, "targets": ("mlp/(up",)}, "targets"),
+    ("_init_step_names_a_checkpoint", FineTuningConfig, {"init_step": "last"}, "init_step"),
+    ("_init_step_names_a_checkpoint", FineTuningConfig, {"init_step": "best"}, "init_step"),
+    ("_init_from_is_named", FineTuningConfig, {"init_from": ""}, "init_from"),
+    ("_parts_are_chosen_once", FineTuningConfig, {"freeze": ("(",)}, "freeze"),
+    (
+        "_parts_are_chosen_once",
+        FineTuningConfig,
+        {"freeze": ("a",), "train_only": ("b",)},
+        "train_only",
+    ),
+    (
+        "_parts_are_chosen_once",
+        FineTuningConfig,
+        {"train_only": ("a",), "lora": LoraConfig(rank=2)},
+        "train_only",
+    ),
+    ("_int8_needs_lora", FineTuningConfig, {"base_precision": "int8"}, "base_precision"),
+    ("_retrofit_needs_a_source", FineTuningConfig, {"retrofit": True}, "retrofit"),
+    ("_retrofit_needs_a_source", FineTuningConfig, {"core_start": 1}, "core_start"),
+    (
+        "_retrofit_makes_a_core",
+        RunConfig,
+        {"fine_tuning": RETROFIT, "model": ModelConfig(core_layers=0)},
+        "model.core_layers",
+    ),
+    (
+        "_retrofit_makes_a_core",
+        RunConfig,
+        {
+            "fine_tuning": RETROFIT,
+            "model": ModelConfig(recurrence=RecurrenceConfig(adapter="gate")),
+        },
+        "model.recurrence.adapter",
+    ),
+    (
+        "_retrofit_makes_a_core",
+        RunConfig,
+        {
+            "fine_tuning": RETROFIT,
+            "model": ModelConfig(recurrence=RecurrenceConfig(core_width=128)),
+        },
+        "model.recurrence.core_width",
+    ),
+    (
+        "_retrofit_makes_a_core",
+        RunConfig,
+        {
+            "fine_tuning": RETROFIT,
+            "model": ModelConfig(sharing=SharingConfig(scheme="cycle", core_unique=1)),
+        },
+        "model.sharing.scheme",
+    ),
     ("_workdir_is_named", RunConfig, {"workdir": ""}, "workdir"),
     ("_environment_has_pairs", RunConfig, {"environment": ("XLA_FLAGS",)}, "environment"),
     ("_environment_has_pairs", RunConfig, {"environment": ("A=1", "A=2")}, "environment"),
