@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from megatransformer_jax.config.exit_gate import ExitGateConfig
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,
@@ -110,8 +111,8 @@ class NormConfig:
     placement: str = option(
         "pre",
         "pre: x + f(norm(x)). post: norm(x + f(x)). sandwich: norm(x + f(norm(x))), Huginn's. "
-        "peri: x + norm(f(norm(x))), Gemma 2's.",
-        choices=("pre", "post", "sandwich", "peri"),
+        "peri: x + norm(f(norm(x))), Gemma 2's. none: x + f(x), which residual='rezero' is made for.",
+        choices=("pre", "post", "sandwich", "peri", "none"),
     )
     eps: float = option(1e-6, "Added to the variance.", above=0)
     bias: bool = option(False, "Adds a bias (layernorm only).")
@@ -197,6 +198,15 @@ class ModelConfig:
     logit_softcap: float | None = option(
         None, "Bounds output logits smoothly: cap * tanh(logit / cap); Gemma 2 uses 30.", above=0
     )
+    residual: str = option(
+        "plain",
+        "How a layer's update f joins the residual stream x, wherever norm.placement has x + f. "
+        "plain: x + f. rezero: x + alpha f with a learned number alpha per attention and "
+        "feed-forward layer that starts at 0 (arXiv 2003.04887). admin: omega x + f with a learned "
+        "vector omega that starts where a profiling pass over the first batch says "
+        "(arXiv 2004.08249).",
+        choices=("plain", "rezero", "admin"),
+    )
     remat: str = option(
         "none",
         "What is recomputed in the backward pass. none: nothing. full: each core iteration and "
@@ -210,6 +220,7 @@ class ModelConfig:
     init: InitConfig = section(InitConfig, "Initialisation.")
     sharing: SharingConfig = section(SharingConfig, "Layers that share weights.")
     recurrence: RecurrenceConfig = section(RecurrenceConfig, "Depth recurrence.")
+    exit_gate: ExitGateConfig = section(ExitGateConfig, "Learned depth.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -245,6 +256,30 @@ class ModelConfig:
         """At least one layer in all."""
         if self.prelude_layers + self.core_layers + self.coda_layers == 0:
             raise ConfigError("prelude_layers", "there are no layers at all; give at least one.")
+
+    @rule("residual", "norm.placement", "sharing.scheme")
+    def _residual_fits_the_norms(self) -> None:
+        """rezero needs norm.placement 'none', 'pre' or 'peri'; admin needs 'post', and
+        sharing.scheme='none'."""
+        placement = self.norm.placement
+        if self.residual == "rezero" and placement in ("post", "sandwich"):
+            raise ConfigError(
+                "norm.placement",
+                f"{placement!r} normalises the residual stream, so a layer would not start as the "
+                "identity as residual='rezero' promises; use 'none', 'pre' or 'peri'.",
+            )
+        if self.residual == "admin" and placement != "post":
+            raise ConfigError(
+                "norm.placement",
+                f"{placement!r} with residual='admin', which weighs the stream before it is "
+                "normalised; use 'post'.",
+            )
+        if self.residual == "admin" and self.sharing.scheme != "none":
+            raise ConfigError(
+                "sharing.scheme",
+                f"{self.sharing.scheme!r} with residual='admin': layers that share weights share "
+                "omega, which depends on the place; use 'none'.",
+            )
 
     @rule("recurrence")
     def _recurrence_needs_a_core(self) -> None:
@@ -287,6 +322,16 @@ class ModelConfig:
                 "sharing.scheme",
                 f"{self.sharing.scheme!r} shares nothing as long as all layers are unique; make "
                 "one of the unique counts smaller than its stack, or set scheme='none'.",
+            )
+
+    @rule("exit_gate.enabled")
+    def _gate_needs_a_core(self) -> None:
+        """False when core_layers=0."""
+        if self.exit_gate.enabled and not self.is_recurrent:
+            raise ConfigError(
+                "exit_gate.enabled",
+                "True needs a core to stop, and core_layers=0; set it to False, or give the core "
+                "at least one layer.",
             )
 
     @rule("head_bias")

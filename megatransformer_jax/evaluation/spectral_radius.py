@@ -29,8 +29,8 @@ def spectral_radius(
 ) -> Float[Array, "n"]:
     """The largest |eigenvalue| of J_i = d h_i / d h_{i-1}, mean over a batch's sequences.
 
-    J_i maps the whole state [T, D] of a sequence, without its padding, to itself. Several iterations
-    are judged at the states that the model reaches from its own first state.
+    J_i maps the whole state [T, D] of a sequence, without its padding, to itself, at the state that
+    the model has reached by then.
 
     The estimate is the mean growth per product with J_i over the second half of the products, which
     settles for complex eigenvalues too. Under causal attention J_i is block triangular over tokens
