@@ -6,6 +6,7 @@ import jax
 import optax
 from absl import logging
 
+from experiments.admin_start import admin_state, first_batch
 from experiments.assemble import Vocabulary, abstract_train_state
 from megatransformer_jax.checkpoints.compatibility import (
     CheckpointMismatch,
@@ -95,6 +96,10 @@ def start_state(
     step = checkpoints.latest_step()
     if step is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        if model.config.residual == "admin":
+            return admin_state(
+                config, model, optimizer, shardings, first_batch(batches, sharder)
+            ), 0
         initialise = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=shardings)
         return initialise(jax.random.key(config.train.seed)), 0
     if checkpoints.run_info(step)["vocabulary"] != vocabulary.digest:

@@ -111,7 +111,7 @@ class NormConfig:
     placement: str = option(
         "pre",
         "pre: x + f(norm(x)). post: norm(x + f(x)). sandwich: norm(x + f(norm(x))), Huginn's. "
-        "peri: x + norm(f(norm(x))), Gemma 2's. none: x + f(x), which residual='rezero' is made for.",
+        "peri: x + norm(f(norm(x))), Gemma 2's. none: x + f(x), as in ReZero.",
         choices=("pre", "post", "sandwich", "peri", "none"),
     )
     eps: float = option(1e-6, "Added to the variance.", above=0)

@@ -12,14 +12,19 @@ from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.initializers import WeightInit
 from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.norms import Norm
+from megatransformer_jax.nn.parameters import vector
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
+
+# Collection that blocks sow their updates into, and stacks their inputs, for `profile_admin`.
+RESIDUAL_UPDATES = "residual_updates"
 
 
 class Block(nn.Module):
     """Attention, then feed-forward, each added to the residual stream.
 
-    The norm's placement is `config.norm.placement`; `NormConfig` has the formulas.
+    The norm's placement is `config.norm.placement`; `NormConfig` has the formulas. How an update
+    joins the stream is `config.residual`.
     """
 
     config: ModelConfig
@@ -52,12 +57,26 @@ class Block(nn.Module):
         def norm(array: jax.Array, when: str) -> jax.Array:
             return Norm(self.config.norm, name=f"{name}_norm_{when}")(array)
 
-        update = layer(x if placement == "post" else norm(x, "in"))
+        update = layer(x if placement in ("post", "none") else norm(x, "in"))
         if placement == "peri":
             update = norm(update, "out")
         dropout = nn.Dropout(self.config.residual_dropout_rate)
-        x = x + dropout(update, deterministic=context.deterministic)
+        update = dropout(update, deterministic=context.deterministic)
+        self.sow(RESIDUAL_UPDATES, f"{name}_update", update)
+        x = self._join(x, update, f"{name}_residual_scale")
         return norm(x, "out") if placement in ("post", "sandwich") else x
+
+    def _join(self, x: jax.Array, update: jax.Array, scale_name: str) -> jax.Array:
+        match self.config.residual:
+            case "plain":
+                return x + update
+            case "rezero":
+                alpha = vector(self, scale_name, nn.initializers.zeros, ())
+                return x + alpha.astype(update.dtype) * update
+            case "admin":
+                omega = vector(self, scale_name, nn.initializers.ones, (x.shape[-1],))
+                return omega.astype(x.dtype) * x + update
+        raise ValueError(f"unknown residual {self.config.residual!r}; known: plain, rezero, admin")
 
 
 class Stack(nn.Module):
@@ -78,6 +97,7 @@ class Stack(nn.Module):
         if self.remat != "none":
             # `layer`, argument 3 after self, x and context, picks a parameterless row: static.
             block_class = nn.remat(Block, policy=remat_policy(self.remat), static_argnums=(3,))
+        self.sow(RESIDUAL_UPDATES, "stream", x)
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
         blocks = [block_class(*parts, name=f"layer_{owner}") for owner in sorted(set(self.owners))]
         for layer, owner in enumerate(self.owners):

@@ -1,5 +1,6 @@
 """Everything that a training step reads and writes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Key
 
 from megatransformer_jax.models.megatransformer import MegaTransformer, init_params, param_axes
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.optimizer_sharding import optimizer_shardings
 
 
 @struct.dataclass
@@ -34,11 +36,16 @@ class TrainState:
 
 
 def init_state(
-    model: MegaTransformer, optimizer: optax.GradientTransformation, key: Key[Array, ""]
+    model: MegaTransformer,
+    optimizer: optax.GradientTransformation,
+    key: Key[Array, ""],
+    adjust: Callable[[Any], Any] | None = None,
 ) -> TrainState:
-    """A state at step 0 with fresh parameters."""
+    """A state at step 0 with fresh parameters, which `adjust` may change before all else."""
     init_key, run_key = jax.random.split(key)
     params = init_params(model, init_key)
+    if adjust is not None:
+        params = adjust(params)
     # Each counter is an array of its own: a donated state may not hold one buffer twice.
     step, skipped_steps, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(
@@ -56,20 +63,14 @@ def state_shardings(
 ) -> TrainState:
     """The sharding of every array of the state, as a `TrainState`.
 
-    Parameters follow the rules table; optimiser arrays with the tree and shapes of the parameters
-    (moments) follow their parameter; everything else is on every device.
+    Parameters follow the rules table, optimiser arrays their parameter as `optimizer_shardings`
+    says; everything else is on every device.
     """
     abstract = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
     by_param = jax.tree.map(
         lambda _, axes: sharder.sharding(*axes), abstract.params, param_axes(model)
     )
     replicated = sharder.sharding()
-    opt_state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        abstract.opt_state,
-        by_param,
-        transform_non_params=lambda _: replicated,
-    )
+    opt_state = optimizer_shardings(abstract.opt_state, abstract.params, by_param)
     everywhere = jax.tree.map(lambda _: replicated, abstract)
     return everywhere.replace(params=by_param, opt_state=opt_state)

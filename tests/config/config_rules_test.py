@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatransformer_jax.config.augmentation import AugmentationConfig
 from megatransformer_jax.config.data import DataConfig, ReasoningConfig, TokenizerConfig
 from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
@@ -445,6 +446,12 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         "samples.temperature",
     ),
     (
+        "_budget_chooses_the_accumulation",
+        TrainConfig,
+        {"memory_budget_gib": 2.0, "accumulation": 2},
+        "accumulation",
+    ),
+    (
         "_best_metric_is_returned",
         RunConfig,
         {"checkpoint": CheckpointConfig(best_metric="validation/exact_accuracy")},
@@ -455,6 +462,37 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         RunConfig,
         {"checkpoint": CheckpointConfig(every_steps=30)},
         "checkpoint.every_steps",
+    ),
+    (
+        "_synonyms_need_file_and_rate",
+        AugmentationConfig,
+        {"synonyms_file": "words.tsv"},
+        "synonym_rate",
+    ),
+    ("_synonyms_need_file_and_rate", AugmentationConfig, {"synonym_rate": 0.1}, "synonym_rate"),
+    (
+        "_back_translation_needs_function_and_rate",
+        AugmentationConfig,
+        {"back_translation": "mine:f"},
+        "back_translation_rate",
+    ),
+    (
+        "_back_translation_needs_function_and_rate",
+        AugmentationConfig,
+        {"back_translation_rate": 0.1},
+        "back_translation_rate",
+    ),
+    (
+        "_function_has_module_and_name",
+        AugmentationConfig,
+        {"back_translation": "mine.f", "back_translation_rate": 0.1},
+        "back_translation",
+    ),
+    (
+        "_reasoning_brings_its_own",
+        DataConfig,
+        {"source": "reasoning", "augmentation": AugmentationConfig(token_dropout=0.1)},
+        "augmentation",
     ),
     (
         "_bad_records_need_records_of_others",
