@@ -11,6 +11,7 @@ from absl import logging
 from rich.console import Console
 
 from experiments import assemble, resume
+from experiments.memory_plan import MemoryPlan, plan_memory
 from experiments.samples import make_sampler
 from experiments.summary import summarize
 from experiments.workdir import log_file, make_folder, make_workdir
@@ -26,6 +27,7 @@ from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.hooks import CheckpointHook, Hook, SampleHook
 from megatransformer_jax.training.loop import LoopResult, train_loop
 from megatransformer_jax.training.metrics_file import MetricsFile
+from megatransformer_jax.training.micro_batch import CompiledStep
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.progress import build_progress
 from megatransformer_jax.training.recorder import MetricRecorder
@@ -50,8 +52,9 @@ def train(config: RunConfig) -> LoopResult:
             stack.enter_context(log_file(workdir / "train.log", config.logging.level))
         checkpoints = CheckpointManager(workdir / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
+        config, plan = plan_memory(config, checkpoints)
         resume.check_workdir(config, checkpoints)
-        return _Run(config, workdir, checkpoints, stack).train()
+        return _Run(config, workdir, checkpoints, stack, plan).train()
 
 
 class _Run:
@@ -63,6 +66,7 @@ class _Run:
         workdir: pathlib.Path,
         checkpoints: CheckpointManager,
         stack: contextlib.ExitStack,
+        plan: MemoryPlan | None,
     ):
         self.config = config
         self.workdir = workdir
@@ -76,7 +80,14 @@ class _Run:
         }
         self.vocabulary = assemble.build_vocabulary(config, workdir)
         self.model, self.sharder = assemble.build_sharded_model(config)
-        self.optimizer = build_optimizer(config.optimizer, config.train.steps)
+        self.optimizer = build_optimizer(
+            config.optimizer, config.train.steps, config.train.ema_decay
+        )
+        self.compiled_step: CompiledStep | None = None
+        if plan is not None:
+            self.config, self.compiled_step = plan.compile(
+                config, self.model, self.optimizer, self.sharder
+            )
         self.batches = self._open_pipeline()
         self.validation_set = self._build_validation_set()
         self.sampler = make_sampler(config, self.model, self.vocabulary, self.validation_set)
@@ -138,11 +149,13 @@ class _Run:
             learning_rate=build_schedule(config.optimizer, config.train.steps),
             max_bad_steps=config.train.max_bad_steps,
         )
-        step_function = make_train_step(self.model, self.optimizer, config)
+        step_function = self.compiled_step or jax.jit(
+            make_train_step(self.model, self.optimizer, config), donate_argnums=0
+        )
         with progress, StopRequest() as stop:
             result = train_loop(
                 state,
-                jax.jit(step_function, donate_argnums=0),
+                step_function,
                 self.batches,
                 lambda batch: make_global_batch(batch, self.sharder),
                 self._hooks(writer),

@@ -97,6 +97,12 @@ class TrainConfig:
     accumulation: int = option(
         1, "Micro-batches whose gradients make one step; divides data.batch_size.", minimum=1
     )
+    memory_budget_gib: float | None = option(
+        None,
+        "GiB that the compiled step may take on each device. accumulation is then the smallest "
+        "with which it fits, and config.json names it. None: accumulation as given.",
+        above=0,
+    )
     z_loss: float = option(
         0.0, "Weight of the squared log-normaliser, keeps logits small (PaLM uses 1e-4).", minimum=0
     )
@@ -118,6 +124,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("memory_budget_gib")
+    def _budget_chooses_the_accumulation(self) -> None:
+        """Not with an accumulation, which it chooses."""
+        if self.memory_budget_gib is not None and self.accumulation != 1:
+            raise ConfigError(
+                "accumulation",
+                f"{self.accumulation} would be overruled by memory_budget_gib="
+                f"{self.memory_budget_gib:g}, which chooses it; leave out one of them.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
