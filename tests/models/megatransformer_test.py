@@ -16,6 +16,7 @@ from megatransformer_jax.config.model import (
     PositionConfig,
 )
 from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.sharing import SharingConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
 from megatransformer_jax.ops.kernel_choice import UnsupportedKernelError
 from megatransformer_jax.sharding.rules import Sharder
@@ -66,6 +67,13 @@ VARIANTS = {
     "plain_lm": dataclasses.replace(BASE, core_layers=0, recurrence=RecurrenceConfig()),
     "core_only": variant(prelude_layers=0, coda_layers=0),
     "remat": variant(remat="full"),
+    "rezero_shared": variant(
+        residual="rezero",
+        norm={"placement": "none"},
+        prelude_layers=3,
+        sharing=SharingConfig(scheme="cycle_rev", prelude_unique=2),
+    ),
+    "admin": variant(residual="admin", norm={"placement": "post"}),
 }
 RANDOM = np.random.default_rng(0)
 TOKENS = jnp.asarray(RANDOM.integers(0, VOCAB, (2, LENGTH)), jnp.int32)
