@@ -1,6 +1,5 @@
 """Compares a checkpoint with the run that wants it, and explains what does not fit."""
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +7,7 @@ from megatransformer_jax.config.build import build, to_dict
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.schema import options_of
 
 # What a resumed run must keep: everything below these sections but for the options that follow.
 RESUME_SECTIONS = ("model", "data", "optimizer", "train")
@@ -19,6 +19,7 @@ FREE_ON_RESUME = (
     "data.prefetch_batches",
     "data.files",
     "data.validation_files",
+    "data.augmentation.synonyms_file",
     "data.tfds_data_dir",
     "data.tokenizer.model_file",
     "train.steps",
@@ -28,11 +29,20 @@ FREE_ON_RESUME = (
 # The same numbers in another order of additions.
 SAME_UP_TO_ROUNDING = ("model.remat", "model.attention.kernel", "model.recurrence.unroll")
 
+# Options of the optimiser that say which arrays its state has, or what those mean.
+STATE_SHAPING = (
+    "optimizer.name",
+    "optimizer.sgd.momentum",
+    "optimizer.adafactor.min_factored_size",
+    "optimizer.grokfast.filter",
+    "optimizer.grokfast.window",
+)
+
 # A run that diverged is saved by changing these; the state has the same arrays whatever they are.
 OPTIMIZER_OPTIONS = tuple(
-    f"optimizer.{field.name}"
-    for field in dataclasses.fields(OptimizerConfig)
-    if field.name != "name"
+    path
+    for path in (f"optimizer.{option.path}" for option in options_of(OptimizerConfig))
+    if path not in STATE_SHAPING
 )
 
 # Options of `model` that only training reads: the trained parameters make the same model.
@@ -152,7 +162,10 @@ def check_resumable(saved: Mapping[str, Any], current: RunConfig, where: str) ->
         `SAME_UP_TO_ROUNDING`, `OPTIMIZER_OPTIONS` and of other sections than `RESUME_SECTIONS` may.
     """
     check_model(saved, current, where)
-    ignored = (*FREE_ON_RESUME, *SAME_UP_TO_ROUNDING, *OPTIMIZER_OPTIONS)
+    ignored = [*FREE_ON_RESUME, *SAME_UP_TO_ROUNDING, *OPTIMIZER_OPTIONS]
+    if current.optimizer.is_schedule_free:
+        # The average is computed from the parameters with it.
+        ignored.remove("optimizer.beta1")
     lines = config_differences(_complete(saved, where), to_dict(current), RESUME_SECTIONS, ignored)
     if lines:
         raise CheckpointMismatch(

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from megatransformer_jax.config.augmentation import AugmentationConfig
 from megatransformer_jax.config.option import (
     MAX_SEED,
     ConfigError,
@@ -200,6 +201,7 @@ class DataConfig:
     prefetch_batches: int = option(2, "Batches made ahead of the step that uses them.", minimum=0)
     tokenizer: TokenizerConfig = section(TokenizerConfig, "Tokenizer.")
     reasoning: ReasoningConfig = section(ReasoningConfig, "Generated problems.")
+    augmentation: AugmentationConfig = section(AugmentationConfig, "Changes of training texts.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -259,13 +261,16 @@ class DataConfig:
         """At its defaults unless source='reasoning'."""
         self._only_for(("reasoning",), "reasoning")
 
-    @rule("tokenizer", "packing")
+    @rule("tokenizer", "packing", "augmentation")
     def _reasoning_brings_its_own(self) -> None:
         """At its default with source='reasoning', whose problems have a vocabulary of their own
         and fill one row each."""
         if self.source == "reasoning":
             require_defaults(
-                self, ("tokenizer", "packing"), "with source='reasoning'", "choose another source"
+                self,
+                ("tokenizer", "packing", "augmentation"),
+                "with source='reasoning'",
+                "choose another source",
             )
 
     @rule("bucket_lengths")

@@ -10,7 +10,11 @@ import grain
 import numpy as np
 from absl import flags
 
+from megatransformer_jax.config.augmentation import AugmentationConfig
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.data.augmentation.back_translation import FailedAugmentation
+from megatransformer_jax.data.augmentation.text import TextAugmentation
+from megatransformer_jax.data.augmentation.token_dropout import TokenDropout
 from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy, TextSource
 from megatransformer_jax.data.tokenizer import Tokenizer
 
@@ -21,13 +25,15 @@ SHARED_MEMORY_BYTES = 4 << 20
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeDocument(grain.transforms.Map):
-    """Text to token ids; a bad record passes as it is. Runs in the worker processes."""
+    """Text to token ids; what is no text passes as it is. Runs in the worker processes."""
 
     tokenizer: Tokenizer
 
-    def map(self, record: str | BadRecord) -> np.ndarray | BadRecord:
+    def map(
+        self, record: str | BadRecord | FailedAugmentation
+    ) -> np.ndarray | BadRecord | FailedAugmentation:
         """int32 [n]."""
-        if isinstance(record, BadRecord):
+        if not isinstance(record, str):
             return record
         return np.asarray(self.tokenizer.encode(record), np.int32)
 
@@ -79,7 +85,11 @@ def _die_with_parent(worker_index: int, worker_count: int) -> None:
 
 
 class Documents:
-    """Opens the stream of documents at any number. One is open at a time."""
+    """Opens the stream of documents at any number. One is open at a time.
+
+    With `augmentation` each document is changed as that says, anew in each epoch; hidden tokens
+    are as `token_dropout` describes them.
+    """
 
     def __init__(
         self,
@@ -91,12 +101,19 @@ class Documents:
         shuffle: bool,
         repeat: bool,
         num_workers: int,
+        augmentation: AugmentationConfig | None = None,
     ):
         self._size = len(source)
         ordered = in_order(
             grain.MapDataset.source(source), seed=seed, shuffle=shuffle, repeat=repeat
         )
+        if augmentation is not None and augmentation.changes_text:
+            ordered = ordered.map_with_index(TextAugmentation.from_config(augmentation, seed))
         self._dataset = ordered.map(TokenizeDocument(tokenizer))
+        if augmentation is not None and augmentation.token_dropout:
+            self._dataset = self._dataset.map_with_index(
+                TokenDropout(augmentation.token_dropout, seed)
+            )
         self._policy = policy
         self._num_workers = num_workers
         self._elements: grain.DatasetIterator | None = None
@@ -106,7 +123,7 @@ class Documents:
 
         Raises:
           BadRecordError: for a bad record, if the policy says so.
-          UserError: if a whole epoch holds no token.
+          UserError: if a whole epoch holds no token, or a document cannot be augmented.
         """
         self.close()
         if start >= len(self._dataset):
@@ -114,6 +131,8 @@ class Documents:
         self._elements = read(self._dataset, start, self._num_workers)
         empty_in_row = 0
         for document in self._elements:
+            if isinstance(document, FailedAugmentation):
+                raise UserError(document.message)
             if isinstance(document, BadRecord):
                 self._policy.handle(document)
                 document = np.zeros(0, np.int32)

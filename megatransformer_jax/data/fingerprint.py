@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatransformer_jax.config.data import FILE_SOURCES, DataConfig
+from megatransformer_jax.data.augmentation.synonyms import read_synonyms
 from megatransformer_jax.data.sources.build import open_records, source_files
 from megatransformer_jax.data.sources.record import open_file
 
@@ -22,7 +23,7 @@ SAMPLED_RECORDS = 256
 
 
 def data_fingerprint(config: DataConfig) -> str:
-    """The content of the training and validation data, in words that a message can show.
+    """The content of training and validation data and of the synonyms, in words for a message.
 
     The same content gives the same words wherever the files are. A corpus of files of more than
     64 MiB is sampled, and so is a TFDS data set: a change that keeps the size of each file (the
@@ -36,6 +37,10 @@ def data_fingerprint(config: DataConfig) -> str:
     words = split_fingerprint(config, "train")
     if config.validation_files or config.tfds_validation_split is not None:
         words += f"; validation: {split_fingerprint(config, 'validation')}"
+    synonyms_file = config.augmentation.synonyms_file
+    if synonyms_file is not None:
+        read_synonyms(synonyms_file)  # Its error names the option of this file.
+        words += f"; synonyms: {_of_files([os.path.expanduser(synonyms_file)])}"
     return words
 
 

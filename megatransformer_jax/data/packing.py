@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from absl import logging
 
+from megatransformer_jax.data.augmentation.token_dropout import ids_to_predict, ids_to_read
 from megatransformer_jax.types import Batch
 
 # The token ids of the documents from the n-th on; an empty document takes no place in any row.
@@ -195,7 +196,8 @@ def inputs_and_targets(document: np.ndarray, ids: SpecialIds) -> tuple[np.ndarra
     """What is read and what is predicted at each position, both [n + 1]; an empty one is [0]."""
     if not len(document):
         return document, document
-    return np.concatenate(([ids.bos], document)), np.concatenate((document, [ids.eos]))
+    read, predicted = ids_to_read(document, ids.pad), ids_to_predict(document)
+    return np.concatenate(([ids.bos], read)), np.concatenate((predicted, [ids.eos]))
 
 
 def stack(rows: list[Row]) -> Batch:

@@ -190,6 +190,7 @@ def _text_batches(
         tokenizer,
         bad_records,
         num_workers=config.num_workers,
+        augmentation=config.augmentation if split == "train" else None,
         **_order(config, split),
     )
     ids = SpecialIds(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
