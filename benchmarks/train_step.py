@@ -99,7 +99,7 @@ def make_batch(config: RunConfig) -> Batch:
 def measure(config: RunConfig, policy: DTypePolicy, rounds: int) -> Measurement:
     """Alternates matrix products and train steps, so that both meet the same load."""
     model = build_model(config.model, policy, Sharder(), jax.default_backend())
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, config.train.ema_decay)
     state = init_state(model, optimizer, jax.random.key(0))
     batch = make_batch(config)
     train_step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0)

@@ -144,7 +144,7 @@ def _depth_cost(
 
 
 def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -> TrainMemory:
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    optimizer = build_optimizer(config.optimizer, config.train.steps, config.train.ema_decay)
     state = abstract_train_state(model, optimizer, sharder)
     shape = cast(Mesh, sharder.mesh).shape
     rows = config.data.batch_size // config.train.accumulation // (shape["data"] * shape["fsdp"])

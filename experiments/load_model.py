@@ -22,8 +22,9 @@ from megatransformer_jax.data.hf_tokenizer import (
 from megatransformer_jax.data.reasoning import build_task
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_sentencepiece
-from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, init_params
+from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.restore_evaluation import restore_evaluation_params
 from megatransformer_jax.types import DTypePolicy
 
 # Which checkpoint of a run.
@@ -180,7 +181,7 @@ def _load_run(folder: pathlib.Path, step: Step, precision: str | None) -> Loaded
         config = _read_config(run["config"], checkpoints.directory / str(number))
         tokenizer = _run_tokenizer(config, folder, run["vocabulary"])
         model = _build(config.model, precision or config.train.precision)
-        params = checkpoints.restore_params(_abstract_params(model), number)
+        params = restore_evaluation_params(checkpoints, number, model, config)
     finally:
         checkpoints.close()
     which = f" ({step})" if isinstance(step, str) else ""
@@ -208,14 +209,6 @@ def _build(config: ModelConfig, precision: str) -> MegaTransformer:
         attention = dataclasses.replace(config.attention, kernel="auto")
         config = dataclasses.replace(config, attention=attention)
     return build_model(config, policy, Sharder(), platform)
-
-
-def _abstract_params(model: MegaTransformer) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-    )
 
 
 def _find_step(checkpoints: CheckpointManager, step: Step) -> int:

@@ -17,6 +17,9 @@ from megatransformer_jax.config.option import UserError
 
 _STATE, _DATA, _RUN = "state", "data", "run"
 
+# In place of an array that `restore_parts` is to leave out.
+UNREAD = ocp.PLACEHOLDER
+
 # A checkpoint to be deleted is renamed into here first, so that it is never seen half deleted.
 _TRASH = "deleted"
 
@@ -192,20 +195,30 @@ class CheckpointManager:
           CheckpointMismatch: if the saved parameters have other names or shapes.
           DamagedCheckpoint: if they cannot be read.
         """
-        path = self._directory / str(step)
         saved = {k: v for k, v in self._saved_shapes(step).items() if k.startswith("params/")}
         wanted = {"params": abstract_params}
-        compatibility.check_shapes(saved, tree_shapes(wanted), str(path))
-        with self._reading(step), ocp.PyTreeCheckpointer() as checkpointer:
-            restored = checkpointer.restore(
-                path / _STATE,
-                args=ocp.args.PyTreeRestore(
-                    item=wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                    partial_restore=True,
-                ),
-            )
-        return restored["params"]
+        compatibility.check_shapes(saved, tree_shapes(wanted), str(self._directory / str(step)))
+        return self._read_parts(wanted, step)["params"]
+
+    def restore_parts(self, abstract_state: Any, step: int) -> Any:
+        """Restores some arrays of the state; the others are not read.
+
+        Args:
+          abstract_state: the state as it was saved, with ShapeDtypeStructs with shardings for what
+            is wanted and `UNREAD` for everything else.
+          step: which checkpoint.
+
+        Returns:
+          The same tree with arrays, and `UNREAD` where it was.
+
+        Raises:
+          CheckpointMismatch: if wanted arrays have other names or shapes.
+          DamagedCheckpoint: if they cannot be read.
+        """
+        wanted = tree_shapes(jax.tree.map(lambda x: None if x is UNREAD else x, abstract_state))
+        saved = {name: shape for name, shape in self._saved_shapes(step).items() if name in wanted}
+        compatibility.check_shapes(saved, wanted, str(self._directory / str(step)))
+        return self._read_parts(abstract_state, step)
 
     def prune(self, config: CheckpointConfig, *, is_dry_run: bool = False) -> dict[int, int]:
         """Deletes the checkpoints that no rule of `config` keeps; never the newest.
@@ -249,6 +262,17 @@ class CheckpointManager:
         """Waits for saves and releases the manager."""
         self.wait()
         self._manager.close()
+
+    def _read_parts(self, wanted: Any, step: int) -> Any:
+        with self._reading(step), ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(
+                self._directory / str(step) / _STATE,
+                args=ocp.args.PyTreeRestore(
+                    item=wanted,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                    partial_restore=True,
+                ),
+            )
 
     def _saved_shapes(self, step: int) -> dict[str, tuple[int, ...]]:
         with self._reading(step):

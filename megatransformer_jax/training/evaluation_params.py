@@ -2,8 +2,19 @@
 
 from typing import Any
 
+import jax
+import optax
+
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.training.state import TrainState
+from megatransformer_jax.training.weight_average import WeightAverageState
+
+_AVERAGING = (WeightAverageState, optax.contrib.ScheduleFreeState)
+
+
+def evaluates_an_average(config: RunConfig) -> bool:
+    """Whether the parameters to judge by are others than those being trained."""
+    return config.train.ema_decay is not None or config.optimizer.is_schedule_free
 
 
 def evaluation_params(state: TrainState, config: RunConfig) -> Any:
@@ -11,6 +22,32 @@ def evaluation_params(state: TrainState, config: RunConfig) -> Any:
 
     Everything that looks at a state from outside the step asks here, so that what training keeps
     (averages of weights, adapters beside them) has one place where it becomes a model.
+
+    With `train.ema_decay` it is that average, with a schedule-free optimiser its sequence x, else
+    the trained parameters.
     """
-    del config
-    return state.params
+    if not evaluates_an_average(config):
+        return state.params
+    averaging = find_average(state.opt_state)
+    if isinstance(averaging, WeightAverageState):
+        return averaging.average
+    return _schedule_free_average(averaging.b1, averaging.z, state.params)
+
+
+def find_average(opt_state: Any) -> Any:
+    """The part of an optimiser's state that holds the average.
+
+    Raises:
+      ValueError: if there is none, or more than one.
+    """
+    nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, _AVERAGING))
+    found = [node for node in nodes if isinstance(node, _AVERAGING)]
+    if len(found) != 1:
+        raise ValueError(f"the optimiser's state has {len(found)} averages of weights, not 1")
+    return found[0]
+
+
+@jax.jit
+def _schedule_free_average(b1: jax.Array, z: Any, params: Any) -> Any:
+    """x from y = (1 - b1) z + b1 x, where y are the parameters that are trained."""
+    return jax.tree.map(lambda yi, zi: (yi - (1.0 - b1) * zi) / b1, params, z)

@@ -1,0 +1,63 @@
+"""Reads from a checkpoint what the run would be judged by, and no more."""
+
+from typing import Any
+
+import jax
+import optax
+
+from megatransformer_jax.checkpoints.manager import UNREAD, CheckpointManager
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.training.evaluation_params import evaluates_an_average, evaluation_params
+from megatransformer_jax.training.optimizers import build_optimizer
+from megatransformer_jax.training.state import TrainState, init_state
+from megatransformer_jax.training.weight_average import WeightAverageState
+
+
+def restore_evaluation_params(
+    checkpoints: CheckpointManager, step: int, model: MegaTransformer, config: RunConfig
+) -> Any:
+    """The parameters that `evaluation_params` gives for a saved state, on one device.
+
+    Args:
+      checkpoints: of the run.
+      step: which checkpoint.
+      model: of the run; its mesh does not matter.
+      config: saved with the checkpoint.
+
+    Raises:
+      CheckpointMismatch: if the saved arrays have other names or shapes.
+      DamagedCheckpoint: if they cannot be read.
+    """
+    optimizer = build_optimizer(config.optimizer, config.train.steps, config.train.ema_decay)
+    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes
+    )
+    if not evaluates_an_average(config):
+        return checkpoints.restore_params(abstract.params, step)
+    state = checkpoints.restore_parts(_without_the_rest(abstract, config), step)
+    return evaluation_params(state, config)
+
+
+def _without_the_rest(state: TrainState, config: RunConfig) -> TrainState:
+    """The state with `UNREAD` in place of all that `evaluation_params` does not look at."""
+
+    def unread(tree: Any) -> Any:
+        return jax.tree.map(lambda _: UNREAD, tree)
+
+    def keep_average(node: Any) -> Any:
+        match node:
+            case WeightAverageState():
+                return unread(node)._replace(average=node.average)
+            case optax.contrib.ScheduleFreeState():
+                return unread(node)._replace(z=node.z, b1=node.b1)
+        return UNREAD
+
+    kinds = (WeightAverageState, optax.contrib.ScheduleFreeState)
+    opt_state = jax.tree.map(
+        keep_average, state.opt_state, is_leaf=lambda node: isinstance(node, kinds)
+    )
+    kept = unread(state).replace(opt_state=opt_state)
+    return kept.replace(params=state.params) if config.optimizer.is_schedule_free else kept
