@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.fingerprint import training_text_identity
@@ -84,14 +85,19 @@ def build_sharded_model(config: RunConfig) -> tuple[MegaTransformer, Sharder]:
 
 
 def abstract_train_state(
-    model: MegaTransformer, optimizer: optax.GradientTransformation, sharder: Sharder
+    model: MegaTransformer,
+    optimizer: optax.GradientTransformation,
+    sharder: Sharder,
+    fine_tuning: FineTuningConfig,
 ) -> TrainState:
     """Shapes, types and shardings of the train state, without allocating it."""
-    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: init_state(model, optimizer, key, fine_tuning=fine_tuning), jax.random.key(0)
+    )
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
-        state_shardings(model, optimizer, sharder),
+        state_shardings(model, optimizer, sharder, fine_tuning=fine_tuning),
     )
 
 

@@ -25,6 +25,7 @@ from megatransformer_jax.models.megatransformer import MegaTransformer, build_mo
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, resolve_mesh_shape
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
+from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.types import DTypePolicy
 
 
@@ -145,13 +146,14 @@ def _depth_cost(
 
 def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -> TrainMemory:
     optimizer = build_optimizer(config.optimizer, config.train.steps, config.train.ema_decay)
-    state = abstract_train_state(model, optimizer, sharder)
+    state = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
     shape = cast(Mesh, sharder.mesh).shape
     rows = config.data.batch_size // config.train.accumulation // (shape["data"] * shape["fsdp"])
     activations = activation_memory(model, rows, config.data.sequence_length // shape["sequence"])
     parameters = tree_bytes(state.params)
     # Accumulation adds a micro-batch's gradients to a sum of the same size.
-    gradients = parameters * (1 if config.train.accumulation == 1 else 2)
+    trained, _ = split_params(state.params, config.fine_tuning)
+    gradients = tree_bytes(trained) * (1 if config.train.accumulation == 1 else 2)
     # Weights in another type than the parameters' are among the activations already.
     has_own_copies = model.policy.compute != model.policy.param
     is_cut = shape["fsdp"] > 1 and not has_own_copies

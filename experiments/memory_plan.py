@@ -56,7 +56,7 @@ class MemoryPlan:
             # Another number would not go on bit for bit.
             logging.info("accumulation=%d is that of the run that goes on", self.accumulation)
             candidates = [self.accumulation]
-        state = abstract_train_state(model, optimizer, sharder)
+        state = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
 
         def compile_for(accumulation: int, shape: Shape) -> StepProgram:
             step = make_train_step(model, optimizer, _resolved(config, accumulation))

@@ -92,7 +92,7 @@ def start_state(
     Raises:
       CheckpointMismatch: if the checkpoint's arrays or vocabulary are not this run's.
     """
-    abstract = abstract_train_state(model, optimizer, sharder)
+    abstract = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
     step = checkpoints.latest_step()
     if step is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)

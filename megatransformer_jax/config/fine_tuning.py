@@ -138,6 +138,10 @@ class FineTuningConfig:
             require_defaults(self, ("core_start",), "with retrofit=False", "set retrofit=True")
 
 
+# Nothing is frozen and nothing added: the parameters of a run are those of its model.
+TRAIN_ALL = FineTuningConfig()
+
+
 def check_patterns(name: str, patterns: tuple[str, ...]) -> None:
     """Checks that every item is a regular expression.
 

@@ -21,43 +21,40 @@ from megatransformer_jax.models.megatransformer import MegaTransformer, init_par
 BASE, LORA = "base", "lora"
 
 
-def init_kept_params(
-    model: MegaTransformer,
-    config: FineTuningConfig,
-    key: Key[Array, ""],
-    params: Any | None = None,
+def kept_params(
+    model: MegaTransformer, config: FineTuningConfig, params: Any, key: Key[Array, ""]
 ) -> Any:
     """What a run keeps at its start.
 
     Args:
       model: the model.
       config: decides the form.
-      key: randomness of fresh parameters.
-      params: the model's parameters, as `init_params`. None: fresh.
+      params: the model's parameters, as `init_params`.
+      key: randomness of LoRA's updates.
 
     Raises:
       ConfigError: if a target of LoRA does not fit the model.
     """
-    if params is None:
-        params = init_params(model, key)
     if not config.lora.rank:
         return params
     axes = param_axes(model)
-    lora = init_lora(params, axes, config.lora, jax.random.fold_in(key, 1))
+    lora = init_lora(params, axes, config.lora, key)
     if config.base_precision == "int8":
         params = quantize_params(params, axes)
     return {BASE: params, LORA: lora}
 
 
 def kept_axes(model: MegaTransformer, config: FineTuningConfig) -> Any:
-    """Logical axis names in the tree of `init_kept_params`."""
+    """Logical axis names in the tree of `kept_params`."""
     axes = param_axes(model)
     if not config.lora.rank:
         return axes
     updates = lora_axes(axes, config.lora)
     if config.base_precision == "int8":
-        kept = jax.eval_shape(lambda key: init_kept_params(model, config, key), jax.random.key(0))
-        axes = quantized_axes(axes, kept[BASE])
+        shapes = jax.eval_shape(
+            lambda key: quantize_params(init_params(model, key), axes), jax.random.key(0)
+        )
+        axes = quantized_axes(axes, shapes)
     return {BASE: axes, LORA: updates}
 
 

@@ -6,7 +6,9 @@ import jax
 import optax
 
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.models.fine_tuned import model_params
 from megatransformer_jax.training.state import TrainState
+from megatransformer_jax.training.trainable import join_params, split_params
 from megatransformer_jax.training.weight_average import WeightAverageState
 
 _AVERAGING = (WeightAverageState, optax.contrib.ScheduleFreeState)
@@ -24,14 +26,25 @@ def evaluation_params(state: TrainState, config: RunConfig) -> Any:
     (averages of weights, adapters beside them) has one place where it becomes a model.
 
     With `train.ema_decay` it is that average, with a schedule-free optimiser its sequence x, else
-    the trained parameters.
+    the trained parameters. Frozen parameters are what they are, LoRA's updates are added.
     """
     if not evaluates_an_average(config):
-        return state.params
+        return merged_params(state.params, config)
+    trained, frozen = split_params(state.params, config.fine_tuning)
     averaging = find_average(state.opt_state)
     if isinstance(averaging, WeightAverageState):
-        return averaging.average
-    return _schedule_free_average(averaging.b1, averaging.z, state.params)
+        trained = averaging.average
+    else:
+        trained = _schedule_free_average(averaging.b1, averaging.z, trained)
+    return merged_params(join_params(trained, frozen), config)
+
+
+def merged_params(kept: Any, config: RunConfig) -> Any:
+    """The model's parameters from those that a run keeps (`kept_params`)."""
+    return _merge(kept, config.fine_tuning) if config.fine_tuning.lora.rank else kept
+
+
+_merge = jax.jit(model_params, static_argnums=1)
 
 
 def find_average(opt_state: Any) -> Any:

@@ -8,9 +8,14 @@ import optax
 from megatransformer_jax.checkpoints.manager import UNREAD, CheckpointManager
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.training.evaluation_params import evaluates_an_average, evaluation_params
+from megatransformer_jax.training.evaluation_params import (
+    evaluates_an_average,
+    evaluation_params,
+    merged_params,
+)
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import TrainState, init_state
+from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.training.weight_average import WeightAverageState
 
 
@@ -30,13 +35,16 @@ def restore_evaluation_params(
       DamagedCheckpoint: if they cannot be read.
     """
     optimizer = build_optimizer(config.optimizer, config.train.steps, config.train.ema_decay)
-    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    shapes = jax.eval_shape(
+        lambda key: init_state(model, optimizer, key, fine_tuning=config.fine_tuning),
+        jax.random.key(0),
+    )
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes
     )
     if not evaluates_an_average(config):
-        return checkpoints.restore_params(abstract.params, step)
+        return merged_params(checkpoints.restore_params(abstract.params, step), config)
     state = checkpoints.restore_parts(_without_the_rest(abstract, config), step)
     return evaluation_params(state, config)
 
@@ -60,4 +68,7 @@ def _without_the_rest(state: TrainState, config: RunConfig) -> TrainState:
         keep_average, state.opt_state, is_leaf=lambda node: isinstance(node, kinds)
     )
     kept = unread(state).replace(opt_state=opt_state)
-    return kept.replace(params=state.params) if config.optimizer.is_schedule_free else kept
+    _, frozen = split_params(state.params, config.fine_tuning)
+    # An average is of the trained parameters; the others are read as they are.
+    needs_params = config.optimizer.is_schedule_free or jax.tree.leaves(frozen)
+    return kept.replace(params=state.params) if needs_params else kept

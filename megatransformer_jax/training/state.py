@@ -9,9 +9,12 @@ import optax
 from flax import struct
 from jaxtyping import Array, Key
 
-from megatransformer_jax.models.megatransformer import MegaTransformer, init_params, param_axes
+from megatransformer_jax.config.fine_tuning import TRAIN_ALL, FineTuningConfig
+from megatransformer_jax.models.fine_tuned import kept_axes, kept_params
+from megatransformer_jax.models.megatransformer import MegaTransformer, init_params
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizer_sharding import optimizer_shardings
+from megatransformer_jax.training.trainable import split_params
 
 
 @struct.dataclass
@@ -24,8 +27,8 @@ class TrainState:
 
     # Any, because shapes and shardings travel in the same structure.
     step: Any  # int32 []
-    params: Any  # tree of `init_params`
-    opt_state: Any
+    params: Any  # tree of `kept_params`: that of `init_params` but with LoRA
+    opt_state: Any  # for the trained ones of them
     key_data: Any  # uint32 [2]
     skipped_steps: Any  # int32 [], non-finite steps since the start
     skipped_in_row: Any  # int32 [], non-finite steps since the last good one
@@ -40,18 +43,27 @@ def init_state(
     optimizer: optax.GradientTransformation,
     key: Key[Array, ""],
     adjust: Callable[[Any], Any] | None = None,
+    *,
+    fine_tuning: FineTuningConfig = TRAIN_ALL,
 ) -> TrainState:
-    """A state at step 0 with fresh parameters, which `adjust` may change before all else."""
+    """A state at step 0 with fresh parameters, which `adjust` may change or replace before all
+    else.
+
+    Raises:
+      ConfigError: if a pattern of `fine_tuning` does not fit the model.
+    """
     init_key, run_key = jax.random.split(key)
     params = init_params(model, init_key)
     if adjust is not None:
         params = adjust(params)
+    params = kept_params(model, fine_tuning, params, jax.random.fold_in(init_key, 1))
+    trained, _ = split_params(params, fine_tuning)
     # Each counter is an array of its own: a donated state may not hold one buffer twice.
     step, skipped_steps, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return TrainState(
         step=step,
         params=params,
-        opt_state=optimizer.init(params),
+        opt_state=optimizer.init(trained),
         key_data=jax.random.key_data(run_key),
         skipped_steps=skipped_steps,
         skipped_in_row=skipped_in_row,
@@ -59,18 +71,26 @@ def init_state(
 
 
 def state_shardings(
-    model: MegaTransformer, optimizer: optax.GradientTransformation, sharder: Sharder
+    model: MegaTransformer,
+    optimizer: optax.GradientTransformation,
+    sharder: Sharder,
+    *,
+    fine_tuning: FineTuningConfig = TRAIN_ALL,
 ) -> TrainState:
     """The sharding of every array of the state, as a `TrainState`.
 
     Parameters follow the rules table, optimiser arrays their parameter as `optimizer_shardings`
     says; everything else is on every device.
     """
-    abstract = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    abstract = jax.eval_shape(
+        lambda key: init_state(model, optimizer, key, fine_tuning=fine_tuning), jax.random.key(0)
+    )
     by_param = jax.tree.map(
-        lambda _, axes: sharder.sharding(*axes), abstract.params, param_axes(model)
+        lambda _, axes: sharder.sharding(*axes), abstract.params, kept_axes(model, fine_tuning)
     )
     replicated = sharder.sharding()
-    opt_state = optimizer_shardings(abstract.opt_state, abstract.params, by_param)
+    trained, _ = split_params(abstract.params, fine_tuning)
+    places, _ = split_params(by_param, fine_tuning)
+    opt_state = optimizer_shardings(abstract.opt_state, trained, places)
     everywhere = jax.tree.map(lambda _: replicated, abstract)
     return everywhere.replace(params=by_param, opt_state=opt_state)

@@ -10,10 +10,12 @@ import optax
 
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.cross_entropy import TokenLoss
+from megatransformer_jax.models.fine_tuned import model_params
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.step_schedule import draw_num_steps
 from megatransformer_jax.training.objective import ObjectiveSums, Place, make_objective
 from megatransformer_jax.training.state import TrainState
+from megatransformer_jax.training.trainable import join_params, split_params
 from megatransformer_jax.types import Batch
 
 Metrics = dict[str, jax.Array]
@@ -28,6 +30,8 @@ def make_train_step(
     The step draws the depth, sums gradients over `train.accumulation` micro-batches, and updates.
     If the loss or any gradient is not finite, parameters and optimiser state stay as they were and
     the step is counted as skipped.
+
+    Only what `fine_tuning` trains has gradients; frozen parameters come out as they went in.
 
     Metrics are float32 scalars: loss, accuracy (of tokens), grad_norm (before clipping), num_steps
     (mean of the draws), tokens (that counted), skipped_steps, skipped_in_row,
@@ -45,12 +49,13 @@ def make_train_step(
         loss = _mean_loss(totals, config.train.z_loss)
         norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        trained, frozen = split_params(state.params, config.fine_tuning)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        new_trained = _choose(is_finite, optax.apply_updates(trained, updates), trained)
         skipped = jnp.where(is_finite, 0, 1).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,
-            params=_choose(is_finite, params, state.params),
+            params=join_params(new_trained, frozen),
             opt_state=_choose(is_finite, opt_state, state.opt_state),
             key_data=state.key_data,
             skipped_steps=state.skipped_steps + skipped,
@@ -80,29 +85,32 @@ def _gradients(
     key: jax.Array,
     step: jax.Array,
 ) -> tuple[Any, ObjectiveSums]:
-    """Gradients of the objective over the whole batch, and its sums."""
+    """Gradients of the objective over the whole batch for the trained ones of `params`, and its
+    sums."""
+    trained, frozen = split_params(params, config.fine_tuning)
     parts = config.train.accumulation
     place = Place(step, jnp.maximum(jnp.sum(batch.loss_mask), 1.0), 1 / parts)
     objective = make_objective(model, config)
 
     def loss_share(
-        params: Any, part: Batch, draws: jax.Array, key: jax.Array
+        trained: Any, part: Batch, draws: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, ObjectiveSums]:
+        params = model_params(join_params(trained, frozen), config.fine_tuning)
         return objective(params, part, draws, key, place)
 
     differentiate = jax.grad(loss_share, has_aux=True)
     if parts == 1:
-        return differentiate(params, batch, num_steps, key)
+        return differentiate(trained, batch, num_steps, key)
 
     def add_part(carry: Any, inputs: tuple[Any, ...]) -> tuple[Any, None]:
         part, draws, index = inputs
-        result = differentiate(params, part, draws, jax.random.fold_in(key, index))
+        result = differentiate(trained, part, draws, jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, carry, result), None
 
     split = functools.partial(_split_rows, parts=parts)
     draws = split(num_steps) if num_steps.ndim else jnp.broadcast_to(num_steps, (parts,))
     zeros = jax.tree.map(
-        jnp.zeros_like, jax.eval_shape(differentiate, params, batch, num_steps, key)
+        jnp.zeros_like, jax.eval_shape(differentiate, trained, batch, num_steps, key)
     )
     inputs = (jax.tree.map(split, batch), draws, jnp.arange(parts))
     return jax.lax.scan(add_part, zeros, inputs)[0]

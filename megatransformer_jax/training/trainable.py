@@ -13,10 +13,11 @@ import jax
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.models.fine_tuned import BASE, LORA
+from megatransformer_jax.training.parameter_paths import path_text
 
 
 def trained_mask(kept: Any, config: FineTuningConfig) -> Any:
-    """A tree of bools like `kept` (`init_kept_params`, arrays or shapes): True where trained.
+    """A tree of bools like `kept` (`kept_params`, arrays or shapes): True where trained.
 
     Raises:
       ConfigError: if a pattern matches no parameter, or all are frozen.
@@ -32,7 +33,7 @@ def trained_mask(kept: Any, config: FineTuningConfig) -> Any:
 
     def is_trained(path: tuple[Any, ...], leaf: Any) -> bool:
         del leaf
-        name = path_name(path)
+        name = path_text(path)
         hits = [pattern for pattern in patterns if re.search(pattern, name)]
         matched.update(hits)
         return bool(hits) == bool(config.train_only)
@@ -40,7 +41,7 @@ def trained_mask(kept: Any, config: FineTuningConfig) -> Any:
     mask = jax.tree_util.tree_map_with_path(is_trained, kept)
     for pattern in patterns:
         if pattern not in matched:
-            names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(kept)]
+            names = [path_text(path) for path, _ in jax.tree_util.tree_leaves_with_path(kept)]
             raise ConfigError(
                 f"fine_tuning.{option}",
                 f"{pattern!r} matches no parameter; their paths are {', '.join(names[:8])}"
@@ -72,8 +73,3 @@ def join_params(trained: Any, frozen: Any) -> Any:
         frozen,
         is_leaf=lambda node: node is None,
     )
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-    """A parameter's path as users write it: core/layers/layer_0/mlp/up."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
