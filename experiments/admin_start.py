@@ -12,6 +12,7 @@ from megatransformer_jax.models.admin_profile import profile_admin
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.distributed import make_global_batch
+from megatransformer_jax.training.parameter_paths import path_text
 from megatransformer_jax.training.state import TrainState, init_state
 from megatransformer_jax.types import Batch
 
@@ -49,11 +50,11 @@ def admin_state(
             inputs = (batch.tokens, batch.positions, batch.segment_ids)
             return profile_admin(model, params, *inputs, profile_key)
 
-        return init_state(model, optimizer, key, adjust)
+        return init_state(model, optimizer, key, adjust, fine_tuning=config.fine_tuning)
 
     state = jax.jit(initialise, out_shardings=shardings)(jax.random.key(config.train.seed), batch)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        if path[-1].key.endswith("_residual_scale"):
-            name = ".".join(entry.key for entry in path)
+        name = path_text(path)
+        if name.endswith("_residual_scale"):
             logging.info("admin: %s starts at %.4g", name, float(leaf[0]))
     return state
