@@ -54,7 +54,7 @@ def admin_state(
 
     state = jax.jit(initialise, out_shardings=shardings)(jax.random.key(config.train.seed), batch)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
-        name = path_text(path)
+        name = path_text(path).replace("/", ".")
         if name.endswith("_residual_scale"):
             logging.info("admin: %s starts at %.4g", name, float(leaf[0]))
     return state
