@@ -4,6 +4,7 @@ import dataclasses
 
 from megatransformer_jax.config.checkpoint import TEXT_METRICS, CheckpointConfig
 from megatransformer_jax.config.data import MIN_TRAINED_PIECES, DataConfig
+from megatransformer_jax.config.diagnostics import RECURRENT_KINDS, DiagnosticsConfig
 from megatransformer_jax.config.exit_gate import ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.model import ModelConfig
@@ -248,6 +249,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
     evaluation: EvaluationConfig = section(EvaluationConfig, "Validation.")
     samples: SampleConfig = section(SampleConfig, "Samples.")
+    diagnostics: DiagnosticsConfig = section(DiagnosticsConfig, "Looks into the model.")
     logging: LoggingConfig = section(LoggingConfig, "Logging.")
 
     def __post_init__(self) -> None:
@@ -396,6 +398,24 @@ class RunConfig:
                 "train.stability.jacobian_weight",
                 f"{self.train.stability.jacobian_weight} needs a core, and model.core_layers=0; "
                 "set it to 0.",
+            )
+
+    @rule("diagnostics.kinds", "diagnostics.num_steps")
+    def _diagnostics_fit_the_model(self) -> None:
+        """With model.core_layers=0 no recurrence, spectral_radius, depth_draws; num_steps=None."""
+        if self.model.is_recurrent:
+            return
+        wrong = [kind for kind in self.diagnostics.kinds if kind in RECURRENT_KINDS]
+        if wrong:
+            raise ConfigError(
+                "diagnostics.kinds",
+                f"{wrong[0]!r} has no meaning with model.core_layers=0; leave it out.",
+            )
+        if self.diagnostics.num_steps is not None:
+            raise ConfigError(
+                "diagnostics.num_steps",
+                f"{self.diagnostics.num_steps} has no meaning with model.core_layers=0; leave it "
+                "None.",
             )
 
     @rule("samples.depth")

@@ -51,6 +51,8 @@ class SelfAttention(nn.Module):
         query = self.sharder.constrain(query, "batch", "length", "heads", None)
         key = self.sharder.constrain(key, "batch", None, "kv_heads", None)
         value = self.sharder.constrain(value, "batch", None, "kv_heads", None)
+        # For diagnostics; costs nothing unless a caller makes the collection mutable.
+        self.sow("intermediates", "query_key_value", (query, key, value))
         if context.cached is not None:
             key, value = self._remember(key, value, context.cached, layer)
         if context.cached is not None and not context.cached.is_first:

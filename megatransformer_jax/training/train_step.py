@@ -15,6 +15,7 @@ from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.step_schedule import draw_num_steps
 from megatransformer_jax.training.objective import ObjectiveSums, Place, make_objective
 from megatransformer_jax.training.state import TrainState
+from megatransformer_jax.training.step_keys import step_keys
 from megatransformer_jax.training.trainable import join_params, split_params
 from megatransformer_jax.types import Batch
 
@@ -39,12 +40,12 @@ def make_train_step(
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        keys = jax.random.split(jax.random.fold_in(state.key(), state.step))
+        keys = step_keys(state.key(), state.step)
         num_steps = draw_num_steps(
-            config.model.recurrence, keys[0], state.step, *batch.tokens.shape
+            config.model.recurrence, keys.depth, state.step, *batch.tokens.shape
         )
         gradients, (totals, terms) = _gradients(
-            model, config, state.params, batch, num_steps, keys[1], state.step
+            model, config, state.params, batch, num_steps, keys.objective, state.step
         )
         loss = _mean_loss(totals, config.train.z_loss)
         norm = optax.tree.norm(gradients)

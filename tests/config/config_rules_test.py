@@ -9,6 +9,7 @@ from megatransformer_jax.config.augmentation import AugmentationConfig
 from megatransformer_jax.config.data import DataConfig, ReasoningConfig, TokenizerConfig
 from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
+from megatransformer_jax.config.diagnostics import DiagnosticsConfig
 from megatransformer_jax.config.model import (
     AttentionConfig,
     InitConfig,
@@ -462,6 +463,30 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         RunConfig,
         {"checkpoint": CheckpointConfig(every_steps=30)},
         "checkpoint.every_steps",
+    ),
+    (
+        "_kinds_are_different",
+        DiagnosticsConfig,
+        {"kinds": ("activations", "activations")},
+        "kinds",
+    ),
+    (
+        "_diagnostics_fit_the_model",
+        RunConfig,
+        {
+            "model": ModelConfig(core_layers=0),
+            "diagnostics": DiagnosticsConfig(kinds=("spectral_radius",)),
+        },
+        "diagnostics.kinds",
+    ),
+    (
+        "_diagnostics_fit_the_model",
+        RunConfig,
+        {
+            "model": ModelConfig(core_layers=0),
+            "diagnostics": DiagnosticsConfig(num_steps=4),
+        },
+        "diagnostics.num_steps",
     ),
     (
         "_synonyms_need_file_and_rate",
