@@ -138,10 +138,6 @@ class FineTuningConfig:
             require_defaults(self, ("core_start",), "with retrofit=False", "set retrofit=True")
 
 
-# Nothing is frozen and nothing added: the parameters of a run are those of its model.
-TRAIN_ALL = FineTuningConfig()
-
-
 def check_patterns(name: str, patterns: tuple[str, ...]) -> None:
     """Checks that every item is a regular expression.
 
@@ -155,3 +151,7 @@ def check_patterns(name: str, patterns: tuple[str, ...]) -> None:
             raise ConfigError(
                 name, f"{pattern!r} is no regular expression ({error}); correct it."
             ) from error
+
+
+# Nothing is frozen and nothing added: the parameters of a run are those of its model.
+TRAIN_ALL = FineTuningConfig()
