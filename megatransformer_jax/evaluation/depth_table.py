@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.evaluation.text_size import TextSize
 from megatransformer_jax.evaluation.validation import Scores, ValidationSet
 
 
@@ -28,14 +29,23 @@ def score_depths(
     return [validation_set.score(params, depth) for depth in depths]
 
 
-def make_table(scores: Sequence[Scores], trained_depth: int | None, *, is_reasoning: bool) -> Table:
+def make_table(
+    scores: Sequence[Scores],
+    trained_depth: int | None,
+    *,
+    is_reasoning: bool,
+    text_size: TextSize | None = None,
+) -> Table:
     """A table with one row per depth; the trained mean is marked with a star.
 
     Exact answers are a column for reasoning tasks only: no row of text is ever predicted whole.
+    If the size of the text is known, bits per byte and perplexity per word are columns too.
     """
     table = Table(title="Validation by depth" if trained_depth else "Validation")
     headings = ["depth", "loss", "perplexity", "token accuracy"]
-    for heading in headings + (["exact answers"] if is_reasoning else []):
+    headings += ["exact answers"] if is_reasoning else []
+    headings += ["bits per byte", "word perplexity"] if text_size is not None else []
+    for heading in headings:
         table.add_column(heading, justify="right")
     for row in scores:
         depth = "-" if row.depth is None else str(row.depth)
@@ -43,6 +53,9 @@ def make_table(scores: Sequence[Scores], trained_depth: int | None, *, is_reason
         cells = [f"{row.loss:.4f}", f"{row.perplexity:.3f}", f"{row.accuracy:.4f}"]
         if is_reasoning:
             cells.append(f"{row.exact_accuracy:.4f}")
+        if text_size is not None:
+            per_text = _scores_per_text(row, text_size)
+            cells += [f"{per_text['bits_per_byte']:.4f}", f"{per_text['word_perplexity']:.2f}"]
         table.add_row(depth + (" *" if is_trained else ""), *cells)
     if trained_depth is not None:
         table.caption = f"* mean depth in training ({trained_depth})"
@@ -55,6 +68,7 @@ def write_depth_table(
     trained_depth: int | None,
     *,
     is_reasoning: bool,
+    text_size: TextSize | None = None,
 ) -> tuple[Path, Path]:
     """Writes depth_table.json and depth_table.png.
 
@@ -63,20 +77,34 @@ def write_depth_table(
       scores: one entry per depth.
       trained_depth: mean depth in training, or None for a model without a core.
       is_reasoning: plots exact-answer accuracy next to the loss, rather than perplexity.
+      text_size: of the text that was predicted. If given, each row of the JSON file also has
+        `bits_per_byte` and `word_perplexity`.
 
     Returns:
       The paths of the JSON file and of the plot.
     """
     json_path = Path(directory, "depth_table.json")
+    values = [
+        dataclasses.asdict(row) | (_scores_per_text(row, text_size) if text_size else {})
+        for row in scores
+    ]
     rows = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        for row in map(dataclasses.asdict, scores)
+        for row in values
     ]
     content = {"trained_depth": trained_depth, "is_reasoning": is_reasoning, "rows": rows}
     json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     png_path = Path(directory, "depth_table.png")
     _plot(scores, trained_depth, is_reasoning).savefig(png_path, dpi=120)
     return json_path, png_path
+
+
+def _scores_per_text(row: Scores, text_size: TextSize) -> dict[str, float]:
+    nats = row.loss * row.tokens
+    return {
+        "bits_per_byte": text_size.bits_per_byte(nats),
+        "word_perplexity": text_size.word_perplexity(nats),
+    }
 
 
 def _plot(scores: Sequence[Scores], trained_depth: int | None, is_reasoning: bool) -> Figure:
