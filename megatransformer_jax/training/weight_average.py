@@ -16,7 +16,7 @@ class WeightAverageState(NamedTuple):
 
 
 def average_weights(
-    inner: optax.GradientTransformation, decay: float
+    inner: optax.GradientTransformation, decay: jax.typing.ArrayLike
 ) -> optax.GradientTransformationExtraArgs:
     """Runs `inner` and averages the weights that its updates lead to.
 
