@@ -179,7 +179,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     prompts = held_out_prompts(workdir, loaded, arguments.prompts, arguments.prompt_length)
     # Greedy is what the others are compared with.
     wanted = (GREEDY, *arguments.only.split(","))
-    cases = [case for case in make_cases(loaded.trained_depth) if case.name.startswith(wanted)]
+    has_exit_gate = loaded.model.config.exit_gate.enabled
+    cases = make_cases(loaded.trained_depth, has_exit_gate=has_exit_gate)
+    cases = [case for case in cases if case.name.startswith(wanted)]
     for case in cases:
         try_case(case, loaded, prompts, arguments.new, arguments.batch)
     alternate([case.phase for case in cases if case.phase is not None], arguments.rounds, 0)

@@ -43,14 +43,15 @@ class Case:
     completions: list[Completion] = dataclasses.field(default_factory=list)
 
 
-def make_cases(trained_depth: int) -> list[Case]:
+def make_cases(trained_depth: int, *, has_exit_gate: bool) -> list[Case]:
     """Greedy, draws and exits at both depths; the others at the trained one."""
+    criteria = [name for name in EXIT_CRITERIA[1:] if name != "learned_gate" or has_exit_gate]
     cases: list[Case] = []
     for depth in (trained_depth, DEEPER * trained_depth):
         add = functools.partial(_case, cases, depth)
         add(GREEDY)
         add("sample", strategy="sample", is_greedy=False)
-        for criterion in EXIT_CRITERIA[1:]:
+        for criterion in criteria:
             add(f"exit {criterion}", exit_criterion=criterion)
         add("warm start", warm_start=True)
         add("warm start with exit latent_diff", warm_start=True, exit_criterion="latent_diff")

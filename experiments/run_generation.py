@@ -36,7 +36,8 @@ def run(command: Command, prompts: Prompts) -> None:
         screen = Screen(Console(), depth=None)
 
         def make_generator(config: GenerationConfig) -> Generator:
-            config = for_model(config, loaded.trained_depth)
+            has_exit_gate = loaded.model.config.exit_gate.enabled
+            config = for_model(config, loaded.trained_depth, has_exit_gate=has_exit_gate)
             generator = Generator(
                 loaded.model,
                 loaded.params,

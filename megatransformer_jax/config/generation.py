@@ -283,16 +283,25 @@ class GenerationConfig:
             require_defaults(getattr(self, section_name), names, because, fix)
 
 
-def for_model(config: GenerationConfig, trained_depth: int | None) -> GenerationConfig:
+def for_model(
+    config: GenerationConfig, trained_depth: int | None, *, has_exit_gate: bool
+) -> GenerationConfig:
     """The same generation for a certain model: `depth.depth` is a number unless it has no core.
 
     Args:
       config: as the user gave it.
       trained_depth: mean number of iterations in training. None: a plain model without a core.
+      has_exit_gate: whether the model was given a gate that learns when to stop.
 
     Raises:
-      ConfigError: if an option does not fit the depth, or needs a core and there is none.
+      ConfigError: if an option does not fit the depth, or needs a core or a gate and there is none.
     """
+    if config.depth.exit_criterion == "learned_gate" and not has_exit_gate:
+        raise ConfigError(
+            "depth.exit_criterion",
+            "'learned_gate' needs a model with an exit gate (model.exit_gate.enabled in training), "
+            "and this one has none; choose another.",
+        )
     if trained_depth is not None:
         if config.depth.depth is not None:
             return config

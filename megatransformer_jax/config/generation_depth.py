@@ -20,6 +20,7 @@ EXIT_CRITERIA = (
     "kl",
     "minp_kl",
     "argmax_stability",
+    "learned_gate",
 )
 
 
@@ -38,7 +39,8 @@ class DepthConfig:
         "What ends a token's iterations before depth. fixed: nothing. The others measure how much "
         "an iteration changed: latent_diff and cosine the core's state; entropy_diff, kl and "
         "minp_kl the distribution of the next token; argmax_stability counts iterations in a row "
-        "that kept the likeliest token.",
+        "that kept the likeliest token. learned_gate: the model's trained exit gate, if it has one "
+        "(model.exit_gate.enabled).",
         choices=EXIT_CRITERIA,
     )
     exit_threshold: float | None = option(
@@ -66,6 +68,17 @@ class DepthConfig:
                 ("exit_threshold", "min_depth"),
                 "with exit_criterion='fixed'",
                 f"choose one of {', '.join(EXIT_CRITERIA[1:])}",
+            )
+
+    @rule("exit_threshold")
+    def _survival_is_a_probability(self) -> None:
+        """Below 1 with exit_criterion='learned_gate', where it is a probability."""
+        threshold = self.exit_threshold
+        if self.exit_criterion == "learned_gate" and threshold is not None and threshold >= 1:
+            raise ConfigError(
+                "exit_threshold",
+                f"{threshold} is not below 1, so that every token would leave at once; "
+                "learned_gate compares it with the probability of not having exited.",
             )
 
     @rule("min_depth")

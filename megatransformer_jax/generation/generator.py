@@ -116,7 +116,8 @@ class Generator:
         self._model = model
         self._params = params
         self._tokenizer = tokenizer
-        self._config = for_model(config, trained_depth)
+        has_exit_gate = model.config.exit_gate.enabled
+        self._config = for_model(config, trained_depth, has_exit_gate=has_exit_gate)
         self._trained_depth = trained_depth
         if end_ids is None:
             end_ids = _end_ids(tokenizer)

@@ -16,6 +16,14 @@ class TokenLoss(typing.NamedTuple):
     tokens: Float[Array, ""]  # that count
 
 
+def token_cross_entropy(
+    logits: Float[Array, "B T V"], targets: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Each position's cross-entropy in nats; targets are aligned as in `token_loss`."""
+    target_logit = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - target_logit
+
+
 def token_loss(
     logits: Float[Array, "B T V"], targets: Int[Array, "B T"], loss_mask: Float[Array, "B T"]
 ) -> TokenLoss:

@@ -75,7 +75,8 @@ def cached_forward(
       last_logits_only: static; computes logits of each sequence's last token only.
 
     Raises:
-      ValueError: if the state is drawn at random and there are no keys.
+      ValueError: if the state is drawn at random and there are no keys, or the rule's criterion
+        needs an exit gate that the model has not.
     """
     config = model.config
     params = gather_weights(model, params)
@@ -105,6 +106,9 @@ def cached_forward(
         def logits_of(state: jax.Array) -> jax.Array:
             return apply_head(model, params, run_coda(state)[0])
 
+        def gate_of(state: jax.Array) -> jax.Array:
+            return cast(jax.Array, model.apply({"params": params}, state, method="run_gate"))
+
         result = iterate_core(
             model.core(),
             core_params,
@@ -115,6 +119,7 @@ def cached_forward(
             positions,
             rule,
             logits_of,
+            gate_of,
             is_first=is_first,
         )
         x, core_rows, num_steps = result.state, result.rows, result.num_steps

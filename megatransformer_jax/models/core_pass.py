@@ -13,7 +13,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.models.megatransformer import MegaTransformer, layer_context
+from megatransformer_jax.models.recurrence import recur_observed
 from megatransformer_jax.models.state_init import initial_state
+from megatransformer_jax.nn.block import remat_policy
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.ops.masks import AttentionMask
 
@@ -72,13 +74,16 @@ def open_core(
 def core_step(
     model: MegaTransformer, core: CorePass
 ) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """One iteration as a pure function (core's params, state, prepared injection) -> state."""
-    module = model.core()
+    """One iteration as a pure function (core's params, state, prepared injection) -> state.
+
+    Rematerialised as `model.remat` says.
+    """
+    module, remat = model.core(), model.config.remat
 
     def step(params: Any, state: jax.Array, prepared: jax.Array) -> jax.Array:
         return cast(jax.Array, module.apply({"params": params}, state, prepared, core.context))
 
-    return step
+    return step if remat == "none" else jax.checkpoint(step, policy=remat_policy(remat))
 
 
 def first_state(
@@ -87,3 +92,32 @@ def first_state(
     """The state before the first iteration, as `recurrence.state_init` says."""
     state = initial_state(model.config, key, core.injected).astype(core.injected.dtype)
     return model.sharder.constrain(jnp.asarray(state), "batch", "length", None)
+
+
+def observe_iterations(
+    model: MegaTransformer,
+    core: CorePass,
+    state: Float[Array, "B T D"],
+    observe: Callable[[jax.Array], Any],
+    *,
+    num_steps: int,
+    backprop_depth: int,
+) -> Any:
+    """Iterates the core and looks at every state; arguments as in `recur_observed`."""
+    step = core_step(model, core)
+
+    def iterate(
+        params: Any, state: jax.Array, prepared: jax.Array, iteration: jax.Array
+    ) -> jax.Array:
+        del iteration  # Only dropout would need it.
+        return step(params, state, prepared)
+
+    return recur_observed(
+        iterate,
+        core.params,
+        core.prepared,
+        state,
+        observe,
+        num_steps=num_steps,
+        backprop_depth=backprop_depth,
+    )

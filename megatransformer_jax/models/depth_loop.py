@@ -84,6 +84,7 @@ def iterate_core(
     positions: Int[Array, "B T"],
     rule: DepthRule,
     logits_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
+    gate_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T"]],
     *,
     is_first: bool,
 ) -> DepthResult:
@@ -99,6 +100,7 @@ def iterate_core(
       positions: of the new tokens; -1 for padding.
       rule: how deep.
       logits_of: coda and head, for criteria that need logits.
+      gate_of: the exit gate's logits, for the criterion that needs it.
       is_first: the cache is empty.
     """
     differ = rule.lets_tokens_differ
@@ -131,7 +133,8 @@ def iterate_core(
         num_steps = carry.num_steps + is_active
         if criterion.name != _FIXED:
             logits = logits_of(new_state) if criterion.needs_logits else None
-            value, memory = criterion.measure(memory, Observation(new_state, logits))
+            gate = gate_of(new_state) if criterion.needs_gate else None
+            value, memory = criterion.measure(memory, Observation(new_state, logits, gate))
             may_leave = carry.iteration + 1 >= _per_sequence(rule.min_depth)
             is_active &= ~(criterion.is_settled(value, rule.threshold) & may_leave)
         is_active &= carry.iteration + 1 < _per_sequence(rule.depth)

@@ -1,9 +1,9 @@
 """When a token has iterated enough: exit criteria for adaptive depth.
 
 After every iteration a criterion gives each token one value from what the core and the output did
-in that iteration; the token is settled once its value passes a threshold. No training is needed
-(arXiv 2502.05171, section 6.1). h is the core's raw state, p the distribution that the logits
-give, H its entropy; a prime marks the iteration before.
+in that iteration; the token is settled once its value passes a threshold. All but the last need no
+training (arXiv 2502.05171, section 6.1). h is the core's raw state, p the distribution that the
+logits give, H its entropy; a prime marks the iteration before.
 
 | criterion        | value of a token                         | settled if     | default |
 |------------------|------------------------------------------|----------------|---------|
@@ -14,9 +14,12 @@ give, H its entropy; a prime marks the iteration before.
 | kl               | KL(p' || p), nats                        | < threshold    | 5e-4    |
 | minp_kl          | the same, on p reduced by min-p          | < threshold    | 1e-6    |
 | argmax_stability | iterations in a row that kept the argmax | >= threshold   | 5       |
+| learned_gate     | prod (1 - lambda), not having exited yet | < threshold    | 0.5     |
 
 The defaults are Huginn's. It has none for cosine: states of equal length that differ by 0.03 in
-latent_diff have a cosine distance of 0.03^2 / 2, about 5e-4.
+latent_diff have a cosine distance of 0.03^2 / 2, about 5e-4. lambda is what the model's trained
+exit gate says after an iteration (`nn.exit_gate`): a token leaves once it would have exited with
+probability 1 - threshold, so by default at the median of its exit distribution.
 
 The first iteration has none before it. Its h' is the initial state, p' is uniform, H(p') counts as
 100 nats and no argmax was kept. A value that is not a number never settles a token.
@@ -38,6 +41,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.nn.exit_gate import log_continue
 
 # More than any vocabulary's largest entropy, so that no first iteration settles a token.
 FIRST_ENTROPY = 100.0
@@ -55,10 +59,12 @@ class Observation:
     Attributes:
       latent: the core's raw state, before the final norm.
       logits: the next token's scores from that state. None if the criterion needs none.
+      gate: logits of the exit gate from that state. None if the criterion needs none.
     """
 
     latent: Float[Array, "B T D"]
     logits: Float[Array, "B T V"] | None = None
+    gate: Float[Array, "B T"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +77,10 @@ class ExitCriterion:
       default_threshold: used if the user gives none.
       init: (initial state [B, T, D], vocabulary size) -> memory before the first iteration.
       measure: (memory, observation) -> (value [B, T] float32, next memory). The memory keeps its
-        structure, shapes and types, so it can be the carry of a loop. ValueError if logits are
-        needed and missing.
+        structure, shapes and types, so it can be the carry of a loop. ValueError if logits or the
+        gate are needed and missing.
       is_settled: (value [B, T], threshold [] or [B]) -> bool [B, T]. The threshold is traced.
+      needs_gate: whether `measure` reads the exit gate, which not every model has.
     """
 
     name: str
@@ -82,6 +89,7 @@ class ExitCriterion:
     init: Callable[[jax.Array, int], Memory]
     measure: Callable[[Memory, Observation], tuple[jax.Array, Memory]]
     is_settled: Callable[[jax.Array, jax.Array | float], jax.Array]
+    needs_gate: bool = False
 
 
 def exit_criterion(name: str) -> ExitCriterion:
@@ -219,6 +227,24 @@ def _argmax_stability(
     return kept, (choice, kept)
 
 
+def _surely_there(state: Float[Array, "B T D"], vocab_size: int) -> Float[Array, "B T"]:
+    return jnp.zeros(state.shape[:2], jnp.float32)
+
+
+def _survival(
+    log_survival: Float[Array, "B T"], observation: Observation
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    if observation.gate is None:
+        raise ValueError(
+            "the observation has no exit gate, but this exit criterion reads it; evaluate the "
+            "model's gate in every iteration when the criterion's needs_gate is True."
+        )
+    gate = observation.gate.astype(jnp.float32)
+    # An infinite gate comes from a state that has run away; it is no wish to stop.
+    log_survival = log_survival + log_continue(jnp.where(jnp.isfinite(gate), gate, jnp.nan))
+    return jnp.exp(log_survival), log_survival
+
+
 def _logits(observation: Observation) -> Float[Array, "B T V"]:
     if observation.logits is None:
         raise ValueError(
@@ -238,5 +264,6 @@ EXIT_CRITERIA = {
         ExitCriterion("kl", True, 5e-4, _uniform, _kl, _is_below),
         ExitCriterion("minp_kl", True, 1e-6, _uniform, _minp_kl, _is_below),
         ExitCriterion("argmax_stability", True, 5.0, _no_argmax, _argmax_stability, _is_reached),
+        ExitCriterion("learned_gate", False, 0.5, _surely_there, _survival, _is_below, True),
     )
 }

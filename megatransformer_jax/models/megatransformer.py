@@ -16,6 +16,7 @@ from megatransformer_jax.models.state_init import initial_state
 from megatransformer_jax.nn.block import Stack, remat_policy
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import TextEmbedding
+from megatransformer_jax.nn.exit_gate import ExitGate
 from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
@@ -24,6 +25,9 @@ from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy, ModelOutput
+
+# Collection that a forward pass sows the core's last raw state into, [B, T, core width].
+LAST_STATE = "last_state"
 
 
 class MegaTransformer(nn.Module):
@@ -57,6 +61,8 @@ class MegaTransformer(nn.Module):
                 self.core_out = matrix(self, "core_out", core_init, shape[::-1], axes, self.policy)
             if config.recurrence.injection_norm:
                 self.injection_norm = Norm(config.norm)
+            if config.exit_gate.enabled:
+                self.exit_gate = ExitGate(config)
 
     def __call__(
         self,
@@ -96,6 +102,9 @@ class MegaTransformer(nn.Module):
             inner = self._context(positions, segment_ids, deterministic, config.core_width)
             inner = dataclasses.replace(inner, head_mask=masks[1])
             x = self._iterate_core(x, inner, jnp.asarray(num_steps), backprop_depth, state)
+            self.sow(LAST_STATE, "state", x)
+            if config.exit_gate.enabled and self.is_initializing():
+                self.run_gate(x)
         latent, x = self.run_coda(x, dataclasses.replace(outer, head_mask=masks[2]))
         return ModelOutput(self.run_head(x), latent)
 
@@ -125,6 +134,19 @@ class MegaTransformer(nn.Module):
             if self.config.recurrence.output_norm:
                 x = self.final_norm(x)
         return x, self.coda(x, context)
+
+    def run_gate(self, state: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        """Logits of stopping after the iteration that made the core's `state`.
+
+        Raises:
+          ValueError: if the model has no exit gate.
+        """
+        if not self.config.exit_gate.enabled:
+            raise ValueError(
+                "this model has no exit gate; train one with model.exit_gate.enabled=True, or "
+                "choose another exit criterion."
+            )
+        return self.exit_gate(state)
 
     def run_head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits from the coda's output."""

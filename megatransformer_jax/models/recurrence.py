@@ -73,6 +73,52 @@ def recur(
     return state
 
 
+def recur_observed(
+    iterate: Iterate,
+    params: Any,
+    prepared: Float[Array, "B T D"],
+    state: Float[Array, "B T D"],
+    observe: Callable[[jax.Array], Any],
+    *,
+    num_steps: int,
+    backprop_depth: int,
+) -> Any:
+    """Iterates a known number of times and looks at every state.
+
+    Gradients flow through iterations as in `recur`. They reach whatever `observe` captures from all
+    iterations, and the core from the last `backprop_depth`.
+
+    Args:
+      iterate: one iteration of the core; pure.
+      params: its parameters.
+      prepared: what is injected in every iteration.
+      state: the state to begin with.
+      observe: state -> pytree; recomputed in the backward pass, so that its inside is not stored.
+      num_steps: static, at least 1.
+      backprop_depth: static; more than `num_steps` counts as `num_steps`.
+
+    Returns:
+      The observations, stacked along a new first axis of length `num_steps`.
+    """
+    num_stopped = max(num_steps - backprop_depth, 0)
+    # What is observed is smaller than what it is computed from: logits of every iteration.
+    observe = jax.checkpoint(observe)
+
+    def advance(params: Any, prepared: jax.Array) -> Callable[[jax.Array, jax.Array], Any]:
+        def body(state: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+            state = iterate(params, state, prepared, step)
+            return state, observe(state)
+
+        return body
+
+    stopped = jax.lax.stop_gradient((params, prepared))
+    state = jax.lax.stop_gradient(state)
+    state, early = jax.lax.scan(advance(*stopped), state, jnp.arange(num_stopped))
+    steps = jnp.arange(num_stopped, num_steps)
+    _, late = jax.lax.scan(advance(params, prepared), state, steps)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), early, late)
+
+
 def _first_iteration(num_steps: jax.Array, total: jax.Array) -> jax.Array:
     """The iteration in which each row or token joins, shaped to broadcast over [B, T, D]."""
     begin = total - num_steps

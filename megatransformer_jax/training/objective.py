@@ -3,11 +3,17 @@
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.cross_entropy import TokenLoss, token_loss
-from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.core_jacobian import random_signs, squared_jacobian
+from megatransformer_jax.models.megatransformer import LAST_STATE, MegaTransformer
+from megatransformer_jax.training.gate_term import gate_term
 from megatransformer_jax.types import Batch
+
+# Keep these draws apart from each other's and from the first state's and dropout's.
+_GATE_STREAM, _PROBE_STREAM = 2, 3
 
 
 class ObjectiveSums(NamedTuple):
@@ -51,13 +57,18 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
     """The objective of a run: mean cross-entropy, z-loss, and the terms that the config asks for.
 
     Shares are divided by the whole batch's count, so that micro-batches simply add up.
+
+    Terms: with an exit gate exit_expected_loss, exit_kl, exit_entropy (nats) and exit_mean_steps;
+    with Jacobian regularisation jacobian_penalty, before its weight.
     """
+    jacobian_weight = config.train.stability.jacobian_weight
 
     def objective(
         params: Any, part: Batch, num_steps: jax.Array, key: jax.Array, place: Place
     ) -> tuple[jax.Array, ObjectiveSums]:
         state_key, dropout_key = jax.random.split(key)
-        output: Any = model.apply(
+        output: Any
+        output, sown = model.apply(
             {"params": params},
             part.tokens,
             positions=part.positions,
@@ -66,9 +77,70 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
             backprop_depth=config.model.recurrence.backprop_depth,
             deterministic=False,
             rngs={"state": state_key, "dropout": dropout_key},
+            mutable=[LAST_STATE] if jacobian_weight else [],
         )
         sums = token_loss(output.logits, part.targets, part.loss_mask)
         weighted = sums.cross_entropy + config.train.z_loss * sums.squared_log_normalizer
-        return weighted / place.num_tokens, ObjectiveSums(sums, {})
+        share = weighted / place.num_tokens
+        terms: dict[str, jax.Array] = {}
+        if config.model.exit_gate.enabled:
+            gate_share, gate_terms = _gate_share(model, config, params, part, key, place)
+            share, terms = share + gate_share, terms | gate_terms
+        if jacobian_weight:
+            state = sown[LAST_STATE]["state"][0]
+            penalty = _jacobian_share(model, params, part, state, key, place)
+            share = share + jacobian_weight * _warmup(config, place.step) * penalty
+            terms |= {"jacobian_penalty": penalty}
+        return share, ObjectiveSums(sums, terms)
 
     return objective
+
+
+def _gate_share(
+    model: MegaTransformer,
+    config: RunConfig,
+    params: Any,
+    part: Batch,
+    key: jax.Array,
+    place: Place,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The exit gate's share of the loss, and its metrics."""
+    options = config.train.exit_gate
+    sums = gate_term(model, config, params, part, jax.random.fold_in(key, _GATE_STREAM))
+    means = {
+        "exit_expected_loss": sums.expected_loss / place.num_tokens,
+        "exit_kl": sums.divergence / place.num_tokens,
+        "exit_entropy": sums.entropy / place.num_tokens,
+        "exit_mean_steps": sums.steps / place.num_tokens,
+    }
+    loss = means["exit_expected_loss"] + options.kl_weight * means["exit_kl"]
+    return options.weight * loss, means
+
+
+def _jacobian_share(
+    model: MegaTransformer,
+    params: Any,
+    part: Batch,
+    state: jax.Array,
+    key: jax.Array,
+    place: Place,
+) -> jax.Array:
+    """|J^T v|^2 / |v|^2, v being random signs at the tokens that count."""
+    width = state.shape[-1]
+    probe = random_signs(jax.random.fold_in(key, _PROBE_STREAM), part.loss_mask, width)
+    square = squared_jacobian(
+        model,
+        params,
+        part.tokens,
+        state,
+        probe,
+        positions=part.positions,
+        segment_ids=part.segment_ids,
+    )
+    return square / (place.num_tokens * width)
+
+
+def _warmup(config: RunConfig, step: jax.Array) -> jax.Array:
+    """From 0 to 1 over the warmup's steps."""
+    steps = config.train.stability.jacobian_warmup_steps
+    return jnp.minimum(step / steps, 1.0) if steps else jnp.float32(1.0)

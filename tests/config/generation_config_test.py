@@ -33,6 +33,12 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         {"exit_criterion": "kl", "depth": 3, "min_depth": 4},
         "min_depth",
     ),
+    (
+        "_survival_is_a_probability",
+        DepthConfig,
+        {"exit_criterion": "learned_gate", "exit_threshold": 1.0},
+        "exit_threshold",
+    ),
     ("_sharing_needs_slots", CacheConfig, {"sharing": "last"}, "sharing"),
     ("_anchor_needs_two_slots", CacheConfig, {"sharing": "anchor", "slots": 1}, "sharing"),
     *(
@@ -258,13 +264,18 @@ def test_short_names_are_unique() -> None:
 
 
 def test_the_depth_of_a_model_is_filled_in_and_checked() -> None:
-    assert for_model(GenerationConfig(), 8).depth.depth == 8
+    assert for_model(GenerationConfig(), 8, has_exit_gate=False).depth.depth == 8
     own = GenerationConfig(depth=DepthConfig(depth=3))
-    assert for_model(own, 8) == own
+    assert for_model(own, 8, has_exit_gate=False) == own
     with pytest.raises(ConfigError, match=r"cache\.slots: 9 exceeds depth=8"):
-        for_model(GenerationConfig(cache=CacheConfig(slots=9)), 8)
+        for_model(GenerationConfig(cache=CacheConfig(slots=9)), 8, has_exit_gate=False)
     with pytest.raises(ConfigError, match=r"depth\.min_depth: 9 exceeds depth=8"):
-        for_model(GenerationConfig(depth=DepthConfig(exit_criterion="kl", min_depth=9)), 8)
+        own = GenerationConfig(depth=DepthConfig(exit_criterion="kl", min_depth=9))
+        for_model(own, 8, has_exit_gate=False)
+    gated = GenerationConfig(depth=DepthConfig(exit_criterion="learned_gate"))
+    with pytest.raises(ConfigError, match=r"depth\.exit_criterion: 'learned_gate' needs a model"):
+        for_model(gated, 8, has_exit_gate=False)
+    assert for_model(gated, 8, has_exit_gate=True).depth.depth == 8
 
 
 @pytest.mark.parametrize(
@@ -279,7 +290,7 @@ def test_the_depth_of_a_model_is_filled_in_and_checked() -> None:
 def test_a_model_without_a_core_takes_no_options_of_the_core(
     values: dict[str, Any], path: str
 ) -> None:
-    assert for_model(GenerationConfig(), None) == GenerationConfig()
+    assert for_model(GenerationConfig(), None, has_exit_gate=False) == GenerationConfig()
     with pytest.raises(ConfigError) as caught:
-        for_model(GenerationConfig(**values), None)
+        for_model(GenerationConfig(**values), None, has_exit_gate=False)
     assert caught.value.path == path

@@ -32,7 +32,8 @@ BATCH, LENGTH, WIDTH, VOCAB = 2, 3, 8, 11
 LATENT = ("latent_diff", "cosine")
 DISTRIBUTION = ("entropy_diff", "kl", "minp_kl")
 OUTPUT = (*DISTRIBUTION, "argmax_stability")
-NAMES = ("fixed", *LATENT, *OUTPUT)
+UNTRAINED = ("fixed", *LATENT, *OUTPUT)
+NAMES = (*UNTRAINED, "learned_gate")
 # The same compiled functions for all examples.
 MEASURE = {name: jax.jit(EXIT_CRITERIA[name].measure) for name in NAMES}
 
@@ -40,7 +41,8 @@ MEASURE = {name: jax.jit(EXIT_CRITERIA[name].measure) for name in NAMES}
 def observation(seed=0, scale=3.0):
     latent_key, logits_key = jax.random.split(jax.random.key(seed))
     latent = jax.random.normal(latent_key, (BATCH, LENGTH, WIDTH))
-    return Observation(latent, scale * jax.random.normal(logits_key, (BATCH, LENGTH, VOCAB)))
+    logits = scale * jax.random.normal(logits_key, (BATCH, LENGTH, VOCAB))
+    return Observation(latent, logits, jnp.mean(logits, axis=-1))
 
 
 def values(name, *observations):
@@ -75,14 +77,15 @@ def iterated(model: MegaTransformer, tokens, state, num_steps):
     params = model.variables["params"]["core"]
     injected = model.prelude(model.embedding(tokens, positions, True), context)
     prepared = core.apply({"params": params}, injected, method="prepare")
-    memories = {n: c.init(state, config.vocab_size) for n, c in EXIT_CRITERIA.items()}
+    criteria = {name: EXIT_CRITERIA[name] for name in UNTRAINED}
+    memories = {n: c.init(state, config.vocab_size) for n, c in criteria.items()}
 
     def iterate(carry, _):
         state, memories = carry
         state = core.apply({"params": params}, state, prepared, context)
         output = model.final_norm(model.coda(model.final_norm(state), context))
         seen = Observation(state, model.embedding.logits(output))
-        measured = {n: c.measure(memories[n], seen) for n, c in EXIT_CRITERIA.items()}
+        measured = {n: c.measure(memories[n], seen) for n, c in criteria.items()}
         memories = {name: memory for name, (_, memory) in measured.items()}
         return (state, memories), {name: value for name, (value, _) in measured.items()}
 
@@ -100,7 +103,7 @@ def reference(huginn_fixture):
     return jax.device_get(run({"params": params})), expected
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "fixed"])
+@pytest.mark.parametrize("name", UNTRAINED[1:])
 def test_values_are_huginns(reference, name):
     ours, expected = reference
     theirs = expected[f"exit_values_{name.replace('_', '-')}"]
@@ -112,7 +115,7 @@ def test_values_are_huginns(reference, name):
 def test_every_criterion_of_the_reference_is_compared(reference):
     prefix = "exit_values_"
     theirs = {n.removeprefix(prefix) for n in reference[1].files if n.startswith(prefix)}
-    assert {name.replace("-", "_") for name in theirs} == set(NAMES) - {"fixed"}
+    assert {name.replace("-", "_") for name in theirs} == set(UNTRAINED) - {"fixed"}
 
 
 # Values by their definition
@@ -164,6 +167,19 @@ def test_argmax_stability_counts_and_starts_again():
     assert reached == [False, False, True, False, False]
 
 
+def test_the_learned_gate_is_the_probability_of_being_there_yet():
+    seen = [observation(seed) for seed in (1, 2, 3)]
+    stop = [1 / (1 + np.exp(-np.asarray(one.gate, np.float64))) for one in seen]
+    expected = np.cumprod([1 - one for one in stop], axis=0)
+    for ours, theirs in zip(values("learned_gate", *seen), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+        np.testing.assert_array_equal(settled("learned_gate", ours), theirs < 0.5)
+    without = changed(seen[0], gate=None)
+    criterion = exit_criterion("learned_gate")
+    with pytest.raises(ValueError, match="has no exit gate"):
+        criterion.measure(criterion.init(without.latent, VOCAB), without)
+
+
 # What holds for any state and output
 
 seeds = st.integers(0, 2**20)
@@ -208,8 +224,10 @@ def test_a_token_does_not_depend_on_the_others(name):
     first, second = observation(1), observation(2)
     other = observation(3)
     # All tokens but (1, 2) get other states and outputs.
-    is_kept = jnp.zeros((BATCH, LENGTH, 1), bool).at[1, 2].set(True)
-    mixed = [jax.tree.map(lambda a, b: jnp.where(is_kept, a, b), s, other) for s in (first, second)]
+    mixed = [
+        jax.tree.map(lambda kept, new: new.at[1, 2].set(kept[1, 2]), seen, other)
+        for seen in (first, second)
+    ]
     for alone, among in zip(values(name, first, second), values(name, *mixed), strict=True):
         assert alone[1, 2] == among[1, 2]
 
@@ -299,7 +317,7 @@ def test_an_argmax_after_none_was_not_kept():
         assert [value[0, 0] for value in counted] == [0, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", UNTRAINED)
 def test_the_first_iteration_settles_no_token_that_moved(name):
     assert not settled(name, values(name, observation())[0]).any()
 
@@ -335,7 +353,8 @@ def steps_until_settled(name, state, head, threshold):
         step, state, memory, done, steps = carry
         state = 0.5 * state + 0.5
         logits = state @ head if criterion.needs_logits else None
-        value, memory = criterion.measure(memory, Observation(state, logits))
+        gate = state[..., 0] - 3.0 if criterion.needs_gate else None
+        value, memory = criterion.measure(memory, Observation(state, logits, gate))
         steps = jnp.where(done, steps, step + 1)
         return step + 1, state, memory, done | criterion.is_settled(value, threshold), steps
 
@@ -386,6 +405,7 @@ def test_logits_are_needed_by_those_that_say_so(name):
     without = changed(observation(), logits=None)
     memory = criterion.init(without.latent, VOCAB)
     assert criterion.needs_logits == (name in OUTPUT)
+    assert criterion.needs_gate == (name == "learned_gate")
     if criterion.needs_logits:
         with pytest.raises(ValueError, match="has no logits"):
             criterion.measure(memory, without)

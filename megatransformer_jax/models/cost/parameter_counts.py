@@ -21,6 +21,7 @@ PARTS = (
     "core_in",
     *ITERATED_PARTS,
     "core_out",
+    "exit_gate",
     "coda",
     "final_norm",
     "head",
