@@ -20,8 +20,8 @@ TOKENIZER_FILE = "tokenizer.json"
 
 # Where the special tokens are named, in the order in which they are looked for: as text in the
 # first two, as ids in the others. A folder may have any of them.
-_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
-_ID_FILES = ("generation_config.json", "config.json")
+TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+ID_FILES = ("generation_config.json", "config.json")
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SENTENCEPIECE_BLANK = "\u2581"
@@ -126,7 +126,7 @@ class HuggingFaceTokenizer:
             if not 0 <= value < self.vocab_size:
                 raise UserError(
                     f"{self.name}: {name} is {value}, but the tokenizer has the ids 0 to "
-                    f"{self.vocab_size - 1}; correct it in {' or '.join(_ID_FILES)}."
+                    f"{self.vocab_size - 1}; correct it in {' or '.join(ID_FILES)}."
                 )
 
 
@@ -145,7 +145,7 @@ def load_huggingface_tokenizer(folder: str | os.PathLike[str]) -> HuggingFaceTok
     path = folder / TOKENIZER_FILE
     definition = read_text(path)
     vocabulary = _parse(definition, str(path)).get_vocab(with_added_tokens=True)
-    named = {file: _read(folder / file) for file in (*_TOKEN_FILES, *_ID_FILES)}
+    named = {file: _read(folder / file) for file in (*TOKEN_FILES, *ID_FILES)}
     found = {kind: list(_special_ids(kind, named, vocabulary)) for kind in ("bos", "eos", "pad")}
     for kind in ("bos", "eos"):
         if not found[kind]:
@@ -190,7 +190,7 @@ def _special_ids(
     vocabulary: Mapping[str, int],
 ) -> Iterator[int]:
     """The ids of a kind of special token, the files in their order."""
-    for file in _TOKEN_FILES:
+    for file in TOKEN_FILES:
         token = named[file].get(f"{kind}_token")
         token = token.get("content") if isinstance(token, Mapping) else token
         if token is None:
@@ -201,7 +201,7 @@ def _special_ids(
                 "either."
             )
         yield vocabulary[token]
-    for file in _ID_FILES:
+    for file in ID_FILES:
         value = named[file].get(f"{kind}_token_id")
         for token_id in value if isinstance(value, list) else [value]:
             if token_id is None:

@@ -228,8 +228,8 @@ def build_tokenizer(
         # The description first: a model without one can then not come from a crash in between.
         digest = hashlib.sha256(model).hexdigest()
         text = json.dumps(description | {MODEL_DIGEST: digest}, indent=2) + "\n"
-        _write_atomically(description_path, text.encode())
-        _write_atomically(path, model)
+        write_atomically(description_path, text.encode())
+        write_atomically(path, model)
         logging.info("Trained a tokenizer of %d pieces: %s", config.vocab_size, path)
     tokenizer = load_sentencepiece(path)
     _check_description(description | {MODEL_DIGEST: tokenizer.digest()}, description_path, path)
@@ -280,8 +280,9 @@ def load_sentencepiece(path: str | os.PathLike) -> SentencePieceTokenizer:
     return SentencePieceTokenizer(model, str(path))
 
 
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """A reader, or a start after a crash, sees the whole file or none."""
+def write_atomically(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file, and the folders above it, so that a reader, or a start after a crash, sees
+    the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
