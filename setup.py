@@ -37,6 +37,7 @@ setup(
     extras_require={
         "eval": ["lm-eval>=0.4.13,<0.5", "rouge-score>=0.1.2,<0.2", "sacrebleu>=2.6,<3"],
         "huginn": ["tokenizers>=0.20,<1"],
+        "qlora": ["qwix>=0.1.8,<0.2"],
         "tfds": ["tensorflow-datasets>=4.9.9,<5"],
         "wandb": ["wandb>=0.18"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],
@@ -52,6 +53,7 @@ setup(
             "pre-commit>=4",
             "pytest>=8",
             "pytest-xdist>=3",
+            "qwix>=0.1.8,<0.2",
             "rouge-score>=0.1.2,<0.2",
             "ruff>=0.9",
             "sacrebleu>=2.6,<3",

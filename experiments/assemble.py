@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import optax
 
+from experiments.inherited_tokenizer import inherited_tokenizer
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
@@ -40,22 +41,18 @@ class Vocabulary:
 
 
 def build_vocabulary(config: RunConfig, workdir: pathlib.Path) -> Vocabulary:
-    """The tokenizer of a text run (trained now if it must be), or a task's symbols.
+    """The tokenizer of a text run (trained now if it must be, or that of the model which the run
+    starts from), or a task's symbols.
 
     Raises:
-      ConfigError: if the model has fewer embeddings than there are ids.
+      ConfigError: if the model has fewer embeddings than there are ids, or the tokenizer of
+        `fine_tuning.init_from` is not what the options say.
     """
     if config.data.source == "reasoning":
         task = build_task(config.data.reasoning)
         vocabulary = Vocabulary(None, task.vocab_size, task.decode, " ".join(task.symbols))
     else:
-        texts = training_texts(config.data)
-        tokenizer = build_tokenizer(
-            config.data.tokenizer.with_vocab_size(config.model.vocab_size),
-            texts,
-            workdir / "tokenizer.model",
-            training_text_identity(config.data),
-        )
+        tokenizer = _build_tokenizer(config, workdir)
         vocabulary = Vocabulary(
             tokenizer, tokenizer.vocab_size, tokenizer.decode, tokenizer.digest()
         )
@@ -68,6 +65,18 @@ def build_vocabulary(config: RunConfig, workdir: pathlib.Path) -> Vocabulary:
             + (" or data.tokenizer.vocab_size lower." if vocabulary.tokenizer else "."),
         )
     return vocabulary
+
+
+def _build_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+    options = config.data.tokenizer
+    if options.is_trained and config.fine_tuning.init_from is not None:
+        return inherited_tokenizer(config, workdir)
+    return build_tokenizer(
+        options.with_vocab_size(config.model.vocab_size),
+        training_texts(config.data),
+        workdir / "tokenizer.model",
+        training_text_identity(config.data),
+    )
 
 
 def build_sharded_model(config: RunConfig) -> tuple[MegaTransformer, Sharder]:

@@ -5,6 +5,7 @@ import pathlib
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from absl import logging
 
 from megatransformer_jax.checkpoints.huginn import load_huginn
@@ -22,7 +23,7 @@ from megatransformer_jax.data.hf_tokenizer import (
 from megatransformer_jax.data.reasoning import build_task
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_sentencepiece
-from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
+from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, param_axes
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.restore_evaluation import restore_evaluation_params
 from megatransformer_jax.types import DTypePolicy
@@ -31,6 +32,8 @@ from megatransformer_jax.types import DTypePolicy
 Step = Literal["latest", "best"] | int
 
 SENTENCEPIECE_FILE = "tokenizer.model"
+# In a workdir: Hugging Face's files, if the run started from a model that came with them.
+HUGGINGFACE_FOLDER = "tokenizer"
 PRECISIONS = ("auto", "float32", "bfloat16")
 
 
@@ -41,7 +44,7 @@ class LoadedModel:
     Attributes:
       config: the architecture.
       model: the module, without a mesh.
-      params: its parameters, on the first local device.
+      params: its parameters, on the first local device or where `load_model` was told to.
       tokenizer: between text and ids; of a reasoning task its symbols. None: the folder has none,
         so that prompts must be ids.
       trained_depth: mean iterations in training, None without a core.
@@ -71,6 +74,7 @@ def load_model(
     step: Step | str = "latest",
     precision: str | None = None,
     param_dtype: Literal["float32", "stored"] = "float32",
+    sharder: Sharder | None = None,
 ) -> LoadedModel:
     """Reads the parameters of a run or of a Huginn folder; its files tell which it is.
 
@@ -83,6 +87,7 @@ def load_model(
       precision: type of activations, one of `PRECISIONS`. None: as the run was trained, and 'auto'
         for a Huginn folder.
       param_dtype: of a Huginn folder's parameters, see `load_huginn`. Those of runs are float32.
+      sharder: places the parameters on its mesh. None: on the first local device.
 
     Raises:
       UserError: if the folder is neither, or something in it is missing or damaged.
@@ -97,8 +102,8 @@ def load_model(
                 f"step={step!r} does not go with {folder}: a Huginn folder has one set of weights. "
                 "Leave step out."
             )
-        return _load_huginn_folder(folder, precision or "auto", param_dtype)
-    return _load_run(folder, step, precision)
+        return _load_huginn_folder(folder, precision or "auto", param_dtype, sharder)
+    return _load_run(folder, step, precision, sharder)
 
 
 def parse_step(value: str | int) -> Step:
@@ -147,12 +152,20 @@ def is_huginn_folder(folder: pathlib.Path) -> bool:
 
 
 def _load_huginn_folder(
-    folder: pathlib.Path, precision: str, param_dtype: Literal["float32", "stored"]
+    folder: pathlib.Path,
+    precision: str,
+    param_dtype: Literal["float32", "stored"],
+    sharder: Sharder | None,
 ) -> LoadedModel:
     device = jax.local_devices()[0]
-    config, params = load_huginn(
-        folder, param_dtype=param_dtype, place=lambda tensor: jax.device_put(tensor, device)
-    )
+
+    def place(tensor: Any) -> Any:
+        return jax.device_put(tensor, device) if sharder is None else np.asarray(tensor)
+
+    config, params = load_huginn(folder, param_dtype=param_dtype, place=place)
+    model = _build(config, precision)
+    if sharder is not None:
+        params = _distribute(params, param_axes(model), sharder)
     tokenizer: Tokenizer | None = None
     if (folder / TOKENIZER_FILE).is_file():
         tokenizer = load_huggingface_tokenizer(folder)
@@ -170,10 +183,23 @@ def _load_huginn_folder(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, but the model only "
             f"{config.vocab_size} (padded_vocab_size in config.json); they are not of one model."
         )
-    return _loaded(config, _build(config, precision), params, tokenizer, f"Huginn model {folder}")
+    return _loaded(config, model, params, tokenizer, f"Huginn model {folder}")
 
 
-def _load_run(folder: pathlib.Path, step: Step, precision: str | None) -> LoadedModel:
+def _distribute(params: Any, axes: Any, sharder: Sharder) -> Any:
+    """Arrays that every process has whole, cut over the mesh of all of them."""
+
+    def distribute(array: np.ndarray, names: tuple[str | None, ...]) -> jax.Array:
+        return jax.make_array_from_callback(
+            array.shape, sharder.sharding(*names), lambda index: array[index]
+        )
+
+    return jax.tree.map(distribute, params, axes)
+
+
+def _load_run(
+    folder: pathlib.Path, step: Step, precision: str | None, sharder: Sharder | None
+) -> LoadedModel:
     checkpoints = CheckpointManager(folder / "checkpoints", None)
     try:
         number = _find_step(checkpoints, step)
@@ -181,7 +207,7 @@ def _load_run(folder: pathlib.Path, step: Step, precision: str | None) -> Loaded
         config = _read_config(run["config"], checkpoints.directory / str(number))
         tokenizer = _run_tokenizer(config, folder, run["vocabulary"])
         model = _build(config.model, precision or config.train.precision)
-        params = restore_evaluation_params(checkpoints, number, model, config)
+        params = restore_evaluation_params(checkpoints, number, model, config, sharder)
     finally:
         checkpoints.close()
     which = f" ({step})" if isinstance(step, str) else ""
@@ -260,8 +286,11 @@ def _run_tokenizer(config: RunConfig, folder: pathlib.Path, digest: str) -> Toke
     if options.kind == "bytes":
         tokenizer: Tokenizer = BytesTokenizer()
         path = folder
+    elif (folder / HUGGINGFACE_FOLDER / TOKENIZER_FILE).is_file():
+        path = folder / HUGGINGFACE_FOLDER
+        tokenizer = load_huggingface_tokenizer(path)
     else:
-        path = _find_sentencepiece(folder, options.model_file)
+        path = find_sentencepiece(folder, options.model_file)
         tokenizer = load_sentencepiece(path)
     if tokenizer.digest() != digest:
         raise UserError(
@@ -271,7 +300,12 @@ def _run_tokenizer(config: RunConfig, folder: pathlib.Path, digest: str) -> Toke
     return tokenizer
 
 
-def _find_sentencepiece(folder: pathlib.Path, model_file: str | None) -> pathlib.Path:
+def find_sentencepiece(folder: pathlib.Path, model_file: str | None) -> pathlib.Path:
+    """The tokenizer's model of the run in `folder`; `model_file` is as in its config.
+
+    Raises:
+      UserError: if there is none.
+    """
     own = folder / SENTENCEPIECE_FILE
     if own.is_file():
         return own

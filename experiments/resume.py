@@ -1,4 +1,4 @@
-"""Where a run starts: afresh, or from the newest checkpoint of its workdir."""
+"""Where a run starts: afresh, from another model, or from the newest checkpoint of its workdir."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ from absl import logging
 
 from experiments.admin_start import admin_state, first_batch
 from experiments.assemble import Vocabulary, abstract_train_state
+from experiments.pretrained import pretrained_state
 from megatransformer_jax.checkpoints.compatibility import (
     CheckpointMismatch,
     check_resumable,
@@ -96,6 +97,8 @@ def start_state(
     step = checkpoints.latest_step()
     if step is None:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        if config.fine_tuning.init_from is not None:
+            return pretrained_state(config, model, optimizer, sharder, shardings, vocabulary), 0
         if model.config.residual == "admin":
             return admin_state(
                 config, model, optimizer, shardings, first_batch(batches, sharder)

@@ -8,27 +8,33 @@ import optax
 from megatransformer_jax.checkpoints.manager import UNREAD, CheckpointManager
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import (
     evaluates_an_average,
     evaluation_params,
     merged_params,
 )
 from megatransformer_jax.training.optimizers import build_optimizer
-from megatransformer_jax.training.state import TrainState, init_state
+from megatransformer_jax.training.state import TrainState, init_state, state_shardings
 from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.training.weight_average import WeightAverageState
 
 
 def restore_evaluation_params(
-    checkpoints: CheckpointManager, step: int, model: MegaTransformer, config: RunConfig
+    checkpoints: CheckpointManager,
+    step: int,
+    model: MegaTransformer,
+    config: RunConfig,
+    sharder: Sharder | None = None,
 ) -> Any:
-    """The parameters that `evaluation_params` gives for a saved state, on one device.
+    """The parameters that `evaluation_params` gives for a saved state.
 
     Args:
       checkpoints: of the run.
       step: which checkpoint.
       model: of the run; its mesh does not matter.
       config: saved with the checkpoint.
+      sharder: with a mesh, which the parameters are placed on. None: on the first local device.
 
     Raises:
       CheckpointMismatch: if the saved arrays have other names or shapes.
@@ -39,9 +45,15 @@ def restore_evaluation_params(
         lambda key: init_state(model, optimizer, key, fine_tuning=config.fine_tuning),
         jax.random.key(0),
     )
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if sharder is None:
+        here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        places = jax.tree.map(lambda _: here, shapes)
+    else:
+        places = state_shardings(model, optimizer, sharder, fine_tuning=config.fine_tuning)
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), shapes
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        places,
     )
     if not evaluates_an_average(config):
         return merged_params(checkpoints.restore_params(abstract.params, step), config)
