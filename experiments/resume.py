@@ -49,6 +49,12 @@ def check_workdir(config: RunConfig, checkpoints: CheckpointManager) -> None:
     where = str(checkpoints.directory / str(step))
     run = checkpoints.run_info(step)
     saved = run["config"]
+    if "averaged" in run:
+        raise CheckpointMismatch(
+            f"{where} is a mean of checkpoints and has no optimiser state, so no run goes on from "
+            "it. Choose another workdir; to start from its parameters, name it as "
+            "fine_tuning.init_from."
+        )
     check_resumable(saved, config, where)
     _check_data(run.get("data"), config, where)
     if step > config.train.steps:

@@ -15,11 +15,14 @@ from experiments.memory_plan import MemoryPlan, plan_memory
 from experiments.samples import make_sampler
 from experiments.summary import summarize
 from experiments.workdir import log_file, make_folder, make_workdir
+from experiments.workdir_lock import hold_workdir
 from megatransformer_jax.checkpoints.compatibility import flatten_config
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import save_config, to_dict
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.pipeline import Pipeline, build_pipeline, validation_batches
+from megatransformer_jax.evaluation.diagnostics.hook import DiagnosticsHook
+from megatransformer_jax.evaluation.diagnostics.subject import make_subject
 from megatransformer_jax.evaluation.eval_step import make_eval_step
 from megatransformer_jax.evaluation.validation import ValidationHook, ValidationSet
 from megatransformer_jax.training.distributed import make_global_batch, start_distributed
@@ -50,6 +53,7 @@ def train(config: RunConfig) -> LoopResult:
     with contextlib.ExitStack() as stack:
         if is_primary:
             stack.enter_context(log_file(workdir / "train.log", config.logging.level))
+            stack.enter_context(hold_workdir(workdir))
         checkpoints = CheckpointManager(workdir / "checkpoints", config.checkpoint)
         stack.callback(checkpoints.close)
         config, plan = plan_memory(config, checkpoints)
@@ -182,7 +186,7 @@ class _Run:
         def sample(state: TrainState, step: int) -> Mapping[str, str]:
             return self.sampler(self.params_of(state), step)
 
-        return [
+        hooks: list[Hook] = [
             ValidationHook(
                 config.evaluation.every_steps,
                 self.validation_set,
@@ -193,6 +197,12 @@ class _Run:
             CheckpointHook(config.checkpoint.every_steps, save),
             SampleHook(config.samples.every_steps, sample, writer.write_texts),
         ]
+        if config.diagnostics.every_steps:
+            batch = self.validation_set.batches[0]
+            subject = make_subject(config, self.model, batch, self.sharder)
+            folder = self.workdir / "diagnostics" if self.is_primary else None
+            hooks.append(DiagnosticsHook(subject, self.params_of, writer, folder))
+        return hooks
 
     def params_of(self, state: TrainState) -> Any:
         """The parameters that validation, samples and the summary use."""

@@ -14,8 +14,12 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import init_params
 
 
-def write_run(config: RunConfig, losses: Mapping[int, float | None]) -> dict[int, Any]:
-    """The workdir with a checkpoint per validation loss.
+def write_run(
+    config: RunConfig,
+    losses: Mapping[int, float | None],
+    accuracies: Mapping[int, float] | None = None,
+) -> dict[int, Any]:
+    """The workdir with a checkpoint per validation loss; some may have an accuracy too.
 
     Returns:
       The parameters by step, drawn at random.
@@ -30,7 +34,9 @@ def write_run(config: RunConfig, losses: Mapping[int, float | None]) -> dict[int
     for step, loss in losses.items():
         params = init_params(model, jax.random.key(step))
         state = {"params": params, "optimizer": {"moment": jax.tree.map(jnp.zeros_like, params)}}
-        scores = None if loss is None else {"validation/loss": loss}
+        scores = {} if loss is None else {"validation/loss": loss}
+        if accuracies is not None and step in accuracies:
+            scores["validation/accuracy"] = accuracies[step]
         checkpoints.save(step, state, {}, run, scores)
         saved[step] = jax.device_get(params)
     checkpoints.close()
