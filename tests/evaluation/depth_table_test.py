@@ -13,6 +13,7 @@ from megatransformer_jax.evaluation.depth_table import (
     make_table,
     write_depth_table,
 )
+from megatransformer_jax.evaluation.text_size import TextSize
 from megatransformer_jax.evaluation.validation import Scores
 
 SCORES = [Scores(d, 3.0 / d, math.exp(3.0 / d), 0.1 * d, 0.05 * d, 99) for d in (1, 2, 4, 8)]
@@ -76,3 +77,21 @@ def test_a_single_row_can_be_plotted(tmp_path):
     scores = [Scores(None, 1.0, 2.7, 0.5, 0.5, 9)]
     _, png_path = write_depth_table(tmp_path, scores, None, is_reasoning=False)
     assert png_path.stat().st_size > 1000
+
+
+def test_the_size_of_the_text_adds_columns(tmp_path):
+    size = TextSize(bytes=33, words=11)
+    output = io.StringIO()
+    table = make_table(SCORES, 4, is_reasoning=False, text_size=size)
+    Console(file=output, width=120).print(table)
+    bits = 3.0 / 4 * 99 / math.log(2) / 33
+    per_word = math.exp(3.0 / 4 * 99 / 11)
+    row = output.getvalue().splitlines()[6]
+    assert "4 *" in row and f"{bits:.4f}" in row and f"{per_word:.2f}" in row
+    assert "bits per byte" not in printed(SCORES, 4)
+    path, _ = write_depth_table(tmp_path, SCORES, 4, is_reasoning=False, text_size=size)
+    rows = json.loads(path.read_text())["rows"]
+    assert rows[2]["bits_per_byte"] == pytest.approx(bits)
+    assert rows[2]["word_perplexity"] == pytest.approx(per_word)
+    path, _ = write_depth_table(tmp_path, SCORES, 4, is_reasoning=False)
+    assert "bits_per_byte" not in json.loads(path.read_text())["rows"][2]

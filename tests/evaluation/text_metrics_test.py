@@ -1,0 +1,107 @@
+"""Scores of texts equal the libraries' own, and a hand-made BLEU."""
+
+import collections
+import math
+
+import pytest
+import sacrebleu
+from rouge_score import rouge_scorer
+
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.evaluation import text_metrics
+from megatransformer_jax.evaluation.text_metrics import (
+    bleu,
+    chrf,
+    exact_match,
+    rouge_f1,
+    score_texts,
+)
+
+PREDICTIONS = ["the cat sat on the mat", "it is raining, again", "yes"]
+REFERENCES = [
+    ["the cat sat on a mat", "a cat was sitting on the mat today"],
+    ["it rains again"],
+    ["no", "yes ", "perhaps"],
+]
+
+
+def ngrams(words, n):
+    return collections.Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
+
+
+def bleu_by_hand(prediction, reference):
+    """Geometric mean of the clipped precisions of 1 to 4 words, times the penalty for brevity."""
+    log_precisions = []
+    for n in range(1, 5):
+        found, wanted = ngrams(prediction, n), ngrams(reference, n)
+        hits = sum(min(count, wanted[gram]) for gram, count in found.items())
+        log_precisions.append(math.log(hits / found.total()))
+    brevity = min(1.0, math.exp(1 - len(reference) / len(prediction)))
+    return 100 * brevity * math.exp(sum(log_precisions) / 4)
+
+
+@pytest.mark.parametrize(
+    "target", ["the cat sat on a mat", "the cat sat on a mat as it rained today"]
+)
+def test_bleu_equals_the_formula(target):
+    text = "the cat sat on the mat the cat"
+    wanted = bleu_by_hand(text.split(), target.split())
+    assert 0 < wanted < 100
+    assert bleu([text], [[target]]) == pytest.approx(wanted)
+
+
+def test_scores_equal_the_libraries():
+    # sacrebleu takes the n-th references of all texts together.
+    streams = [
+        [REFERENCES[0][0], REFERENCES[1][0], REFERENCES[2][0]],
+        [REFERENCES[0][1], None, REFERENCES[2][1]],
+        [None, None, REFERENCES[2][2]],
+    ]
+    scores = score_texts(PREDICTIONS, REFERENCES)
+    assert scores.bleu == sacrebleu.corpus_bleu(PREDICTIONS, streams).score
+    assert scores.chrf == sacrebleu.corpus_chrf(PREDICTIONS, streams).score
+    scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for name, kind in (("rouge1", "rouge1"), ("rouge2", "rouge2"), ("rouge_l", "rougeL")):
+        best = [
+            max(scorer.score(target, text)[kind].fmeasure for target in targets)
+            for text, targets in zip(PREDICTIONS, REFERENCES, strict=True)
+        ]
+        assert getattr(scores, name) == pytest.approx(sum(best) / 3)
+    assert scores.exact_match == pytest.approx(1 / 3)
+    assert scores.texts == 3
+    # More than one reference counts.
+    first = [targets[:1] for targets in REFERENCES]
+    assert bleu(PREDICTIONS, first) == sacrebleu.corpus_bleu(PREDICTIONS, streams[:1]).score
+    assert bleu(PREDICTIONS, first) < scores.bleu
+
+
+def test_perfect_texts():
+    texts = [targets[0] for targets in REFERENCES[:2]]
+    scores = score_texts(texts, REFERENCES[:2])
+    assert scores.bleu == pytest.approx(100)
+    assert scores.chrf == pytest.approx(100)
+    assert (scores.rouge1, scores.rouge2, scores.rouge_l, scores.exact_match) == (1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("metric", [bleu, chrf, rouge_f1, exact_match, score_texts])
+@pytest.mark.parametrize(
+    ("predictions", "references", "problem"),
+    [
+        ([], [], "no text"),
+        (["a"], [["a"], ["b"]], "1 predictions do not go with 2"),
+        (["a"], [[]], "text 1 has the references"),
+        (["a"], ["a"], "text 1 has the references"),
+    ],
+)
+def test_wrong_input(metric, predictions, references, problem):
+    with pytest.raises(UserError, match=problem):
+        metric(predictions, references)
+
+
+def test_a_missing_library_names_the_extra(monkeypatch):
+    def absent(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(text_metrics.importlib, "import_module", absent)
+    with pytest.raises(UserError, match=r"sacrebleu.*\[eval\]"):
+        bleu(["a"], [["a"]])

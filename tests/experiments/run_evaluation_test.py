@@ -1,0 +1,148 @@
+"""experiments.evaluate on a small run's checkpoint, from the command line to the files."""
+
+import json
+import math
+
+import jax
+import numpy as np
+import pytest
+import sacrebleu
+from written_run import write_run
+
+from experiments import evaluate, generate
+from experiments.load_model import load_model
+from megatransformer_jax.config.build import build
+from megatransformer_jax.data.pipeline import validation_batches
+from megatransformer_jax.data.sources import build_source
+from megatransformer_jax.evaluation.eval_step import make_eval_step
+from megatransformer_jax.evaluation.validation import ValidationSet
+
+DEPTHS = (1, 3)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, small_run):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    # One shape for all tests, and little text.
+    config = build(small_run(folder, {"evaluation": {"final_depths": DEPTHS}}))
+    write_run(config, {4: 1.0, 8: 2.0})
+    return config
+
+
+@pytest.fixture
+def run(config, tmp_path, capfd):
+    """Runs the command; returns what it wrote to stdout and the folder of its files."""
+
+    def run(*words):
+        evaluate.main(["evaluate", f"--from={config.workdir}", f"--output={tmp_path}", *words])
+        return capfd.readouterr().out, tmp_path
+
+    return run
+
+
+def fails(run, capfd, *words):
+    """The last line of an error."""
+    with pytest.raises(SystemExit) as caught:
+        run(*words)
+    assert caught.value.code == 2
+    return capfd.readouterr().err.splitlines()[-1]
+
+
+def rows_of(folder, name="depth_table.json"):
+    return json.loads((folder / name).read_text())["rows"]
+
+
+def test_scores_are_those_of_validation_in_training(run, config):
+    out, folder = run("--step=best", "--num_batches=2")
+    rows = rows_of(folder)
+    assert [row["depth"] for row in rows] == list(DEPTHS)
+    loaded = load_model(config.workdir, step="best")
+    batches = validation_batches(config.data, loaded.tokenizer, num_batches=2)
+    key = jax.random.fold_in(jax.random.key(config.train.seed), 2**32 - 1)
+    validation = ValidationSet(batches, jax.jit(make_eval_step(loaded.model, key)))
+    for row, depth in zip(rows, DEPTHS, strict=True):
+        wanted = validation.score(loaded.params, depth)
+        assert row["loss"] == pytest.approx(wanted.loss, rel=1e-5)
+        assert row["accuracy"] == pytest.approx(wanted.accuracy)
+        assert row["tokens"] == wanted.tokens
+        assert f"{wanted.loss:.4f}" in out
+        # The tokenizer has a token per byte; end tokens are in the loss, but no text.
+        num_ends = sum(int((np.asarray(batch.targets) == 2).sum()) for batch in batches)
+        num_bytes = wanted.tokens - num_ends
+        bits = wanted.loss * wanted.tokens / math.log(2) / num_bytes
+        assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-3)
+    assert (folder / "depth_table.png").is_file()
+    assert "exact answers" not in out
+
+
+def test_files_are_scored(run, tmp_path, config):
+    documents = build_source(config.data, "validation")
+    text = "\n\n".join(documents[index] for index in range(2))[:300]
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"body": text}) + "\n")
+    run(f"--data={tmp_path}/b.jsonl", "--text_field=body", "--depths=1")
+    (row,) = rows_of(tmp_path)
+    assert row["depth"] == 1
+    assert row["tokens"] == len(text.encode()) + 1
+    run(f"--data={tmp_path}/a.txt", "--depths=1,3", "--seed=7")
+    assert [row["depth"] for row in rows_of(tmp_path)] == [1, 3]
+
+
+def test_wrong_use(run, capfd, tmp_path):
+    assert "no such file" in fails(run, capfd, "--data=absent.txt")
+    error = fails(run, capfd, "--sequence_length=100000")
+    assert error.startswith("error: --sequence_length: 100000 exceeds")
+    error = fails(run, capfd, "--param_dtype=stored")
+    assert error.startswith("error: --param_dtype: 'stored' is for Huginn")
+    assert "no such checkpoint" in fails(run, capfd, "--step=5")
+    (tmp_path / "file").touch()
+    error = fails(run, capfd, f"--output={tmp_path}/file", "--num_batches=1")
+    assert error.startswith("error: --output: ")
+
+
+def test_texts_are_generated_and_scored(run, config, tmp_path, capfd):
+    """The texts are those of experiments.generate, and the scores sacrebleu's."""
+    lines = [
+        # The longest first, as it is continued: first states are drawn by number.
+        {"prompt": "If the statement", "reference": ["a", "b c"]},
+        {"prompt": "The ", "reference": "end"},
+    ]
+    path = tmp_path / "references.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, folder = run(f"--references={path}", "--max_new_tokens=8")
+    found = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert [record["depth"] for record in found] == [1, 1, 3, 3]
+    generate.main(
+        [
+            "generate",
+            *(f"--workdir={config.workdir}", "--prompt=If the statement", "--prompt=The "),
+            *("--depth=3", "--strategy=greedy", "--max_new_tokens=8"),
+            f"--json={tmp_path}/texts.jsonl",
+        ]
+    )
+    capfd.readouterr()
+    texts = [json.loads(line)["text"] for line in (tmp_path / "texts.jsonl").open()]
+    assert [record["text"] for record in found[2:]] == texts
+    rows = rows_of(folder, "text_scores.json")
+    wanted = sacrebleu.corpus_chrf(texts, [["a", "end"], ["b c", None]]).score
+    assert rows[1]["chrf"] == pytest.approx(wanted)
+    assert f"{wanted:.2f}" in out
+    assert (folder / "text_scores.png").is_file()
+    # The same texts from the file, without a model.
+    evaluate.main(["evaluate", f"--references={path}", f"--predictions={tmp_path}/texts.jsonl"])
+    assert f"{wanted:.2f}" in capfd.readouterr().out
+
+
+def test_problems_have_exact_answers(tmp_path, small_run, capfd):
+    data = {"source": "reasoning", "tokenizer": {"kind": "sentencepiece"}, "sequence_length": 64}
+    values = small_run(tmp_path / "run", {"data": data, "model": {"vocab_size": 16}})
+    values["evaluation"]["final_depths"] = [2]
+    write_run(build(values), {4: 1.0})
+    evaluate.main(["evaluate", f"--from={tmp_path}/run", "--num_batches=1"])
+    out = capfd.readouterr().out
+    assert "exact answers" in out and "bits per byte" not in out
+    (row,) = rows_of(tmp_path / "run" / "evaluation")
+    assert 0 <= row["exact_accuracy"] <= 1
+    with pytest.raises(SystemExit):
+        evaluate.main(["evaluate", f"--from={tmp_path}/run", "--data=a.txt"])
+    assert "symbols of a reasoning task" in capfd.readouterr().err
