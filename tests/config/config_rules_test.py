@@ -7,17 +7,25 @@ import pytest
 
 from megatransformer_jax.config.augmentation import AugmentationConfig
 from megatransformer_jax.config.data import DataConfig, ReasoningConfig, TokenizerConfig
+from megatransformer_jax.config.diagnostics import DiagnosticsConfig
 from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
-from megatransformer_jax.config.diagnostics import DiagnosticsConfig
 from megatransformer_jax.config.model import (
     AttentionConfig,
     InitConfig,
+    MlpConfig,
     ModelConfig,
     NormConfig,
     PositionConfig,
 )
+from megatransformer_jax.config.optimizer_options import (
+    AdafactorConfig,
+    GrokfastConfig,
+    MuonConfig,
+    SgdConfig,
+)
 from megatransformer_jax.config.option import ConfigError, rules_of
+from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import (
     CheckpointConfig,
@@ -159,6 +167,23 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         },
         "sharing.scheme",
     ),
+    ("_experts_are_a_square", PeerConfig, {"num_experts": 1000}, "num_experts"),
+    ("_top_k_fits_the_half_keys", PeerConfig, {"num_experts": 225}, "top_k"),
+    ("_queries_have_halves", PeerConfig, {"key_dim": 3}, "key_dim"),
+    (
+        "_momentum_needs_batch_norm",
+        PeerConfig,
+        {"query_norm": "layer", "query_momentum": 0.5},
+        "query_momentum",
+    ),
+    ("_options_are_of_the_kind", MlpConfig, {"peer": PeerConfig(top_k=2)}, "peer"),
+    (
+        "_options_are_of_the_kind",
+        MlpConfig,
+        {"kind": "peer", "hidden_width": 100},
+        "hidden_width",
+    ),
+    ("_options_are_of_the_kind", MlpConfig, {"kind": "peer", "bias": True}, "bias"),
     (
         "_has_layers",
         ModelConfig,
@@ -312,6 +337,53 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         OptimizerConfig,
         {"schedule": "constant", "final_fraction": 0.5},
         "final_fraction",
+    ),
+    ("_nesterov_needs_momentum", SgdConfig, {"momentum": 0.0, "nesterov": True}, "nesterov"),
+    ("_options_go_with_their_filter", GrokfastConfig, {"lamb": 5.0}, "lamb"),
+    ("_options_go_with_their_filter", GrokfastConfig, {"filter": "ema", "window": 5}, "window"),
+    ("_options_go_with_their_filter", GrokfastConfig, {"filter": "ma", "alpha": 0.5}, "alpha"),
+    ("_options_go_with_their_optimizer", OptimizerConfig, {"name": "sgd", "beta1": 0.8}, "beta1"),
+    (
+        "_options_go_with_their_optimizer",
+        OptimizerConfig,
+        {"name": "schedule_free_sgd", "schedule": "constant", "beta2": 0.9},
+        "beta2",
+    ),
+    ("_options_go_with_their_optimizer", OptimizerConfig, {"name": "lion", "eps": 1e-6}, "eps"),
+    (
+        "_options_go_with_their_optimizer",
+        OptimizerConfig,
+        {"muon": MuonConfig(momentum=0.9)},
+        "muon",
+    ),
+    (
+        "_options_go_with_their_optimizer",
+        OptimizerConfig,
+        {"name": "muon", "adafactor": AdafactorConfig(decay_power=0.7)},
+        "adafactor",
+    ),
+    ("_options_go_with_their_optimizer", OptimizerConfig, {"sgd": SgdConfig(momentum=0.8)}, "sgd"),
+    (
+        "_schedule_free_has_a_constant_rate",
+        OptimizerConfig,
+        {"name": "schedule_free_adamw"},
+        "schedule",
+    ),
+    (
+        "_schedule_free_needs_beta1",
+        OptimizerConfig,
+        {"name": "schedule_free_sgd", "schedule": "constant", "beta1": 0.0},
+        "beta1",
+    ),
+    ("_groups_can_be_read", OptimizerConfig, {"groups": ("mlp",)}, "groups"),
+    (
+        "_weights_are_averaged_once",
+        RunConfig,
+        {
+            "optimizer": OptimizerConfig(name="schedule_free_sgd", schedule="constant"),
+            "train": TrainConfig(ema_decay=0.9),
+        },
+        "train.ema_decay",
     ),
     ("_decay_steps_go_with_wsd", OptimizerConfig, {"schedule": "wsd"}, "decay_steps"),
     ("_decay_steps_go_with_wsd", OptimizerConfig, {"decay_steps": 10}, "decay_steps"),
