@@ -1,4 +1,4 @@
-"""Reads from a checkpoint what the run would be judged by, and no more."""
+"""Reads from a checkpoint what the run would be judged by."""
 
 from typing import Any
 
@@ -16,7 +16,6 @@ from megatransformer_jax.training.evaluation_params import (
 )
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import TrainState, init_state, state_shardings
-from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.training.weight_average import WeightAverageState
 
 
@@ -57,11 +56,11 @@ def restore_evaluation_params(
     )
     if not evaluates_an_average(config):
         return merged_params(checkpoints.restore_params(abstract.params, step), config)
-    state = checkpoints.restore_parts(_without_the_rest(abstract, config), step)
+    state = checkpoints.restore_parts(_without_the_rest(abstract), step)
     return evaluation_params(state, config)
 
 
-def _without_the_rest(state: TrainState, config: RunConfig) -> TrainState:
+def _without_the_rest(state: TrainState) -> TrainState:
     """The state with `UNREAD` in place of all that `evaluation_params` does not look at."""
 
     def unread(tree: Any) -> Any:
@@ -79,8 +78,5 @@ def _without_the_rest(state: TrainState, config: RunConfig) -> TrainState:
     opt_state = jax.tree.map(
         keep_average, state.opt_state, is_leaf=lambda node: isinstance(node, kinds)
     )
-    kept = unread(state).replace(opt_state=opt_state)
-    _, frozen = split_params(state.params, config.fine_tuning)
-    # An average is of the trained parameters; the others are read as they are.
-    needs_params = config.optimizer.is_schedule_free or jax.tree.leaves(frozen)
-    return kept.replace(params=state.params) if needs_params else kept
+    # Frozen parameters and running statistics are taken from the parameters also beside an average.
+    return unread(state).replace(params=state.params, opt_state=opt_state)
