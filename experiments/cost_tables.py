@@ -11,7 +11,19 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.cost.parameter_counts import KINDS, total_parameters
 
 # In the order of a layer, then what stands outside of layers.
-PRODUCTS = ("qkv", "attention", "output", "up", "down", "adapter", "core_in", "core_out", "head")
+PRODUCTS = (
+    "qkv",
+    "attention",
+    "output",
+    "query",
+    "keys",
+    "up",
+    "down",
+    "adapter",
+    "core_in",
+    "core_out",
+    "head",
+)
 _UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 

@@ -11,6 +11,7 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
+from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.sharing import SharingConfig
 
@@ -135,16 +136,29 @@ class MlpConfig:
 
     kind: str = option(
         "gated",
-        "mlp: down(act(up(x))). gated: down(act(gate(x)) * up(x)) (arXiv 2002.05202).",
-        choices=("mlp", "gated"),
+        "mlp: down(act(up(x))). gated: down(act(gate(x)) * up(x)) (arXiv 2002.05202). peer: a few "
+        "of very many experts of one neuron, retrieved by product keys (arXiv 2407.04153).",
+        choices=("mlp", "gated", "peer"),
     )
-    hidden_width: int = option(704, "Hidden width (F).", minimum=1)
+    hidden_width: int = option(704, "Hidden width (F) of mlp and gated.", minimum=1)
     activation: str = option("silu", "Nonlinearity (of the gate, if gated).", choices=ACTIVATIONS)
     bias: bool = option(False, "Adds biases to its projections.")
     dropout_rate: float = option(0.0, "Dropout on the hidden layer.", minimum=0, below=1)
+    peer: PeerConfig = section(PeerConfig, "Experts of kind='peer'.")
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("peer", "hidden_width", "bias")
+    def _options_are_of_the_kind(self) -> None:
+        """peer is at its defaults unless kind='peer', which has no hidden_width and no bias."""
+        if self.kind == "peer":
+            fix = "use peer.num_heads and peer.top_k, or another kind"
+            require_defaults(self, ("hidden_width", "bias"), "with kind='peer'", fix)
+        elif self.peer != PeerConfig():
+            raise ConfigError(
+                "peer", f"its options would be ignored with kind={self.kind!r}; set kind='peer'."
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from megatransformer_jax.nn.initializers import WeightInit
 from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import vector
+from megatransformer_jax.nn.peer import Peer
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -40,10 +41,20 @@ class Block(nn.Module):
         """Runs the layer; `layer` is its place in its stack."""
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
         attend = SelfAttention(*parts, name="attention")
-        feed_forward = Mlp(self.config.mlp, self.inits, self.policy, name="mlp")
+        feed_forward = self._feed_forward(context)
         x = self._add(x, lambda h: attend(h, context, layer), "attention", context)
-        x = self._add(x, lambda h: feed_forward(h, context.deterministic), "mlp", context)
+        x = self._add(x, feed_forward, "mlp", context)
         return self.sharder.constrain(x, "batch", "length", None)
+
+    def _feed_forward(self, context: LayerContext) -> Callable[[jax.Array], jax.Array]:
+        config = self.config.mlp
+        if config.kind == "peer":
+            peer = Peer(config, self.inits, self.policy, self.sharder, name="mlp")
+            segment_ids = context.mask.query_segment_ids
+            is_token = None if segment_ids is None else segment_ids > 0
+            return lambda h: peer(h, context.deterministic, is_token)
+        mlp = Mlp(config, self.inits, self.policy, name="mlp")
+        return lambda h: mlp(h, context.deterministic)
 
     def _add(
         self,

@@ -34,6 +34,18 @@ def matrix(
     return _declare(module, name, init, shape, axes, policy.param).astype(policy.compute)
 
 
+def table(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    policy: DTypePolicy,
+) -> jax.Array:
+    """As `matrix`, but returned as stored: who looks up a few rows casts these alone."""
+    return _declare(module, name, init, shape, axes, policy.param)
+
+
 def vector(
     module: nn.Module,
     name: str,

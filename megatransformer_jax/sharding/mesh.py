@@ -75,7 +75,10 @@ def check_run_fits_mesh(config: RunConfig, mesh: Mesh) -> None:
 def _check_model(model: ModelConfig, shape: dict[str, int]) -> None:
     tensor, fsdp = shape["tensor"], shape["fsdp"]
     _check_divides("model.attention.num_kv_heads", model.attention.kv_heads, "tensor", tensor)
-    _check_divides("model.mlp.hidden_width", model.mlp.hidden_width, "tensor", tensor)
+    if model.mlp.kind == "peer":
+        _check_divides("model.mlp.peer.num_experts", model.mlp.peer.num_experts, "tensor", tensor)
+    else:
+        _check_divides("model.mlp.hidden_width", model.mlp.hidden_width, "tensor", tensor)
     _check_divides("model.vocab_size", model.vocab_size, "tensor", tensor)
     _check_divides("model.width", model.width, "fsdp", fsdp)
     if model.is_recurrent:

@@ -5,6 +5,7 @@ file says which mesh axis shards which meaning.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -24,6 +25,8 @@ class ShardingRules:
     kv_heads: MeshAxes = "tensor"
     heads: MeshAxes = "tensor"
     mlp: MeshAxes = "tensor"
+    # Rows of PEER's tables. A lookup sums what the devices find among their own rows.
+    experts: MeshAxes = "tensor"
     # Width of the core where a matrix maps it to itself: already cut along its other axis.
     core_out: MeshAxes = None
     # Activations.
@@ -68,6 +71,14 @@ class Sharder:
         if self.mesh is None:
             raise ValueError("a Sharder without a mesh has no shardings; construct it with one")
         return NamedSharding(self.mesh, self.rules.spec(*logical_axes))
+
+    def ways(self, logical_axis: str) -> int:
+        """Parts that the table cuts an axis of this name into; 1 without a mesh."""
+        if self.mesh is None:
+            return 1
+        axes = self.rules.spec(logical_axis)[0]
+        names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
+        return math.prod(self.mesh.shape[name] for name in names)
 
     def constrain(self, array: jax.Array, *logical_axes: str | None) -> jax.Array:
         """Asks the compiler to lay `array` out by the table (identity without a mesh)."""

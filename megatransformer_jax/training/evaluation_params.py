@@ -8,6 +8,7 @@ import optax
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.fine_tuned import model_params
 from megatransformer_jax.training.state import TrainState
+from megatransformer_jax.training.statistics import keep_statistics
 from megatransformer_jax.training.trainable import join_params, split_params
 from megatransformer_jax.training.weight_average import WeightAverageState
 
@@ -30,12 +31,13 @@ def evaluation_params(state: TrainState, config: RunConfig) -> Any:
     """
     if not evaluates_an_average(config):
         return merged_params(state.params, config)
-    trained, frozen = split_params(state.params, config.fine_tuning)
+    latest, frozen = split_params(state.params, config.fine_tuning)
     averaging = find_average(state.opt_state)
     if isinstance(averaging, WeightAverageState):
         trained = averaging.average
     else:
-        trained = _schedule_free_average(averaging.b1, averaging.z, trained)
+        trained = _schedule_free_average(averaging.b1, averaging.z, latest)
+    trained = keep_statistics(trained, latest)
     return merged_params(join_params(trained, frozen), config)
 
 

@@ -15,6 +15,7 @@ from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.step_schedule import draw_num_steps
 from megatransformer_jax.training.objective import ObjectiveSums, Place, make_objective
 from megatransformer_jax.training.state import TrainState
+from megatransformer_jax.training.statistics import update_statistics, without_statistics
 from megatransformer_jax.training.step_keys import step_keys
 from megatransformer_jax.training.trainable import join_params, split_params
 from megatransformer_jax.types import Batch
@@ -48,11 +49,15 @@ def make_train_step(
             model, config, state.params, batch, num_steps, keys.objective, state.step
         )
         loss = _mean_loss(totals, config.train.z_loss)
+        reports, gradients = gradients, without_statistics(gradients)
         norm = optax.tree.norm(gradients)
         is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         trained, frozen = split_params(state.params, config.fine_tuning)
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        new_trained = _choose(is_finite, optax.apply_updates(trained, updates), trained)
+        momentum = config.model.mlp.peer.query_momentum
+        new_trained = optax.apply_updates(trained, updates)
+        new_trained = update_statistics(new_trained, trained, reports, momentum)
+        new_trained = _choose(is_finite, new_trained, trained)
         skipped = jnp.where(is_finite, 0, 1).astype(jnp.int32)
         new_state = TrainState(
             step=state.step + 1,

@@ -114,14 +114,28 @@ def train_flops(config: ModelConfig, forward: ForwardFlops, num_steps: int) -> T
 def _layer(config: ModelConfig, width: int, keys: float) -> dict[str, float]:
     attention, head_dim = config.attention, config.head_dim(width)
     heads_width = attention.num_heads * head_dim
-    hidden_width, branches = config.mlp.hidden_width, 2 if config.mlp.kind == "gated" else 1
     return {
         "qkv": 2.0 * width * (heads_width + 2 * attention.kv_heads * head_dim),
         "attention": 2 * 2.0 * heads_width * keys,  # Logits, and the mixture of values.
         "output": 2.0 * heads_width * width,
-        "up": 2.0 * width * branches * hidden_width,
-        "down": 2.0 * hidden_width * width,
+        **_feed_forward(config, width),
     }
+
+
+def _feed_forward(config: ModelConfig, width: int) -> dict[str, float]:
+    """Of PEER, `up` and `down` are the experts that a token gets."""
+    if config.mlp.kind == "peer":
+        peer = config.mlp.peer
+        one_way = 2.0 * width * peer.num_heads * peer.top_k
+        queries = peer.num_heads * peer.key_dim
+        return {
+            "query": 2.0 * width * queries,
+            "keys": 2.0 * queries * peer.num_keys,
+            "up": one_way,
+            "down": one_way,
+        }
+    hidden_width, branches = config.mlp.hidden_width, 2 if config.mlp.kind == "gated" else 1
+    return {"up": 2.0 * width * branches * hidden_width, "down": 2.0 * hidden_width * width}
 
 
 def _times(count: int, products: Mapping[str, float]) -> dict[str, float]:
