@@ -6,7 +6,12 @@ import shutil
 
 from absl import logging
 
-from experiments.load_model import SENTENCEPIECE_FILE, is_huginn_folder, load_model
+from experiments.load_model import (
+    HUGGINGFACE_FOLDER,
+    SENTENCEPIECE_FILE,
+    is_huginn_folder,
+    load_model,
+)
 from experiments.workdir import make_folder
 from megatransformer_jax.checkpoints.averaging import average_trees
 from megatransformer_jax.checkpoints.compatibility import check_model
@@ -72,6 +77,10 @@ def average_checkpoints(
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if (source / HUGGINGFACE_FOLDER).is_dir():
+        shutil.copytree(
+            source / HUGGINGFACE_FOLDER, folder / HUGGINGFACE_FOLDER, dirs_exist_ok=True
+        )
     run = newest | {
         "config": to_dict(config),
         "averaged": {"from": str(source.absolute()), "steps": chosen},

@@ -137,6 +137,16 @@ class FineTuningConfig:
         if not self.retrofit:
             require_defaults(self, ("core_start",), "with retrofit=False", "set retrofit=True")
 
+    def trains(self, path: str) -> bool:
+        """Whether the parameter at a path is trained, itself or by an update of LoRA."""
+
+        def matches(patterns: tuple[str, ...]) -> bool:
+            return any(re.search(pattern, path) for pattern in patterns)
+
+        if self.lora.rank:
+            return matches(self.lora.targets)
+        return matches(self.train_only) if self.train_only else not matches(self.freeze)
+
 
 def check_patterns(name: str, patterns: tuple[str, ...]) -> None:
     """Checks that every item is a regular expression.

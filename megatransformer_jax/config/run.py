@@ -335,6 +335,22 @@ class RunConfig:
                     f"{value!r} does not go with fine_tuning.retrofit=True; set it to {wanted}.",
                 )
 
+    @rule("fine_tuning.retrofit", "fine_tuning.train_only", "fine_tuning.lora.targets")
+    def _retrofit_trains_its_adapter(self) -> None:
+        """With the linear adapter, core/adapter/state_kernel, which starts at zero, is trained."""
+        path = "core/adapter/state_kernel"
+        options = self.fine_tuning
+        is_linear = self.model.recurrence.adapter == "linear"
+        if options.retrofit and is_linear and not options.trains(path):
+            name = "lora.targets" if options.lora.rank else "train_only"
+            name = "freeze" if options.freeze else name
+            raise ConfigError(
+                f"fine_tuning.{name}",
+                f"{path} is not trained. With retrofit=True it starts at zero, so that iterations "
+                "would never depend on each other; "
+                + ("let freeze leave it out." if options.freeze else f"add {path!r}."),
+            )
+
     @rule("data.batch_size")
     def _batch_fits_processes(self) -> None:
         """Divisible by distributed.num_processes."""

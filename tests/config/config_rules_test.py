@@ -1,5 +1,6 @@
 """Every rule that ties options together: it fires, names the option, and nothing else fires."""
 
+import dataclasses
 import traceback
 from typing import Any
 
@@ -463,6 +464,24 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
             "model": ModelConfig(sharing=SharingConfig(scheme="cycle", core_unique=1)),
         },
         "model.sharing.scheme",
+    ),
+    (
+        "_retrofit_trains_its_adapter",
+        RunConfig,
+        {"fine_tuning": dataclasses.replace(RETROFIT, lora=LoraConfig(rank=2))},
+        "fine_tuning.lora.targets",
+    ),
+    (
+        "_retrofit_trains_its_adapter",
+        RunConfig,
+        {"fine_tuning": dataclasses.replace(RETROFIT, freeze=("^core/adapter",))},
+        "fine_tuning.freeze",
+    ),
+    (
+        "_retrofit_trains_its_adapter",
+        RunConfig,
+        {"fine_tuning": dataclasses.replace(RETROFIT, train_only=("mlp",))},
+        "fine_tuning.train_only",
     ),
     ("_workdir_is_named", RunConfig, {"workdir": ""}, "workdir"),
     ("_environment_has_pairs", RunConfig, {"environment": ("XLA_FLAGS",)}, "environment"),
