@@ -13,6 +13,7 @@ Arguments in --model_args:
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from experiments import launch
 from megatransformer_jax.config.option import UserError
@@ -41,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(_help(lm_eval_model.ModelArguments))
             return
         lm_eval_model.register()
-        _run_lm_eval(words)
+        parsed = parse(argv)
+        from lm_eval.utils import setup_logging  # noqa: PLC0415
+
+        setup_logging()
+        parsed.func(parsed)
 
 
 def _check_installed() -> None:
@@ -62,16 +67,31 @@ def _help(arguments: type) -> str:
     return "\n".join([(__doc__ or "").strip(), *(line.replace("  --", "  ", 1) for line in lines)])
 
 
-def _run_lm_eval(words: Sequence[str]) -> None:
-    from lm_eval.__main__ import cli_evaluate  # noqa: PLC0415
+def parse(argv: Sequence[str]) -> Any:
+    """What a command line asks for (argv[0] is the program), as lm-eval parses it.
+
+    Raises:
+      UserError: for model arguments that cannot be used. Other errors end the program, as they do
+        in lm-eval.
+    """
+    from lm_eval._cli import HarnessCLI  # noqa: PLC0415
+
+    from experiments import lm_eval_model  # noqa: PLC0415
 
     before = sys.argv
-    # lm-eval reads the command line nowhere else.
-    sys.argv = ["lm-eval", *words]
+    # lm-eval's parser reads it from here.
+    sys.argv = ["lm-eval", *(word for word in argv[1:] if word != ONLINE)]
     try:
-        cli_evaluate()
+        parsed = HarnessCLI().parse_args()
     finally:
         sys.argv = before
+    if getattr(parsed, "model", None) == lm_eval_model.NAME:
+        # Known before tasks are loaded.
+        lm_eval_model.parse_arguments(
+            parsed.model_args or {},
+            {"device": parsed.device, "max_batch_size": parsed.max_batch_size},
+        )
+    return parsed
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from megatransformer_jax.config.option import MAX_COUNT, MAX_SEED, UserError, ch
 from megatransformer_jax.evaluation.lm_eval_adapter import MAX_GEN_TOKS, MegaTransformerLM
 
 NAME = "megatransformer"
+# lm-eval's command line passes it on if the user names none.
+_DEFAULT_DEVICE = "cuda:0"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +129,7 @@ def parse_arguments(given: Mapping[str, Any], of_lm_eval: Mapping[str, Any]) -> 
     values = dict(given)
     for name in ("device", "max_batch_size"):
         value = of_lm_eval.get(name)
-        if value is not None:
+        if value not in (None, _DEFAULT_DEVICE):
             raise UserError(
                 f"--{name}={value}: JAX chooses the device, and the batch has the size that is "
                 f"given; leave --{name} out."

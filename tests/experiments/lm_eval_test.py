@@ -1,0 +1,134 @@
+"""lm-eval's own command line with a small run as its model."""
+
+import functools
+import json
+import os
+import socket
+
+import pytest
+from lm_eval.tasks import TaskManager
+from written_run import write_run
+
+from experiments import lm_eval as command
+from experiments import lm_eval_model
+from experiments.load_model import load_model
+from megatransformer_jax.config.build import build
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.evaluation.log_likelihood import Continuation, LogLikelihoodScorer
+
+TASK = """
+task: local_likelihood
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/texts.jsonl}, cache_dir: FOLDER/cache}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+target_delimiter: ""
+metric_list: [{metric: perplexity}, {metric: acc}]
+"""
+RECORD = {"prompt": "The", "answer": " end"}
+
+
+def no_network(self, address):
+    raise AssertionError(f"a connection to {address} was tried")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, small_run):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    write_run(build(small_run(folder)), {4: 1.0, 8: 2.0})
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs the command; what it does to the environment ends with the test."""
+    for name in command._OFFLINE:
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    return lambda *words: command.main(["lm_eval", *map(str, words)])
+
+
+def test_a_task_runs_at_the_depth_that_is_given(run, workdir, tmp_path, capfd, monkeypatch):
+    # Reading lm-eval's thousands of tasks takes eight seconds.
+    make = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", make)
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    (tmp_path / "texts.jsonl").write_text(json.dumps(RECORD) + "\n")
+    (tmp_path / "task.yaml").write_text(TASK.replace("FOLDER", str(tmp_path)))
+    run(
+        *("run", "--model", "megatransformer", "--tasks", "local_likelihood", "--batch_size", 2),
+        *("--model_args", f"path={workdir},step=4,depth=3", "--include_path", tmp_path),
+        *("--output_path", tmp_path / "results", "--log_samples"),
+    )
+    assert "local_likelihood" in capfd.readouterr().out
+    (path,) = (tmp_path / "results").rglob("samples_*.jsonl")
+    ((response,),) = json.loads(path.read_text())["resps"]
+    loaded = load_model(workdir, step=4)
+    scorer = LogLikelihoodScorer(
+        loaded.model,
+        loaded.params,
+        depth=3,
+        batch_size=2,
+        max_length=loaded.config.max_length,
+    )
+    encode = loaded.tokenizer.encode
+    (wanted,) = scorer.score(
+        [Continuation([loaded.tokenizer.bos_id, *encode("The")], encode(" end"))]
+    )
+    assert float(response[0]) == pytest.approx(wanted.log_prob, abs=1e-4)
+    assert os.environ["HF_DATASETS_OFFLINE"] == "1"
+
+
+def test_arguments_become_the_model(workdir):
+    make = lm_eval_model.LoadedMegaTransformerLM.create_from_arg_string
+    lm = make(f"path={workdir},max_length=20,add_bos_token=False", {"batch_size": "4"})
+    assert (lm.batch_size, lm.max_length, lm.tok_encode("a")) == (4, 20, [100])
+    # The trained mean, of the latest checkpoint.
+    assert lm._depth == 2
+    for text, problem in (
+        ("depth=0", "depth: 0 is not allowed"),
+        ("max_length=100000", "max_length=100000 exceeds"),
+        ("step=7", "no such checkpoint"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            make(f"path={workdir},{text}")
+
+
+@pytest.mark.parametrize(
+    ("given", "of_lm_eval", "problem"),
+    [
+        ({}, {}, "path is missing"),
+        ({"path": "a", "dpeth": 3}, {}, "dpeth=3 is not known; known: path, step"),
+        ({"path": "a"}, {"device": "cuda"}, "--device=cuda: JAX chooses"),
+        ({"path": "a"}, {"batch_size": "auto"}, "batch_size=auto: must be a number"),
+        ({"path": "a"}, {"max_batch_size": 4}, "--max_batch_size=4"),
+        ({"path": "a", "precision": "half"}, {}, "precision: 'half' is not allowed"),
+    ],
+)
+def test_wrong_arguments(given, of_lm_eval, problem):
+    with pytest.raises(UserError, match=problem):
+        lm_eval_model.parse_arguments(given, of_lm_eval)
+
+
+def test_bad_input_is_one_line(run, capfd):
+    with pytest.raises(SystemExit) as caught:
+        run("run", "--model", "megatransformer", "--model_args", "dpeth=3", "--tasks", "x")
+    assert caught.value.code == 2
+    assert capfd.readouterr().err.startswith("error: --model_args: dpeth=3 is not known")
+
+
+def test_help_has_every_argument(run, capfd):
+    run("--help")
+    text = capfd.readouterr().out
+    assert text.startswith("EleutherAI's lm-eval with one more model")
+    for name in ("path", "depth", "add_bos_token"):
+        assert f"\n  {name} (" in text
+
+
+def test_online_leaves_the_environment_alone(run, capfd, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    run("--online", "--help")
+    assert os.environ["HF_HUB_OFFLINE"] == "0"
+    run("--help")
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
