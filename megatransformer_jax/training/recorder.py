@@ -29,7 +29,7 @@ class MetricRecorder:
       metrics_file: gets every step, exact to the bit; None on processes that do not write.
       writer: gets means over the log interval.
       progress: shows them.
-      learning_rate: from the number of steps done before a step to its learning rate.
+      learning_rate: from the number of updates before a step to its learning rate.
       max_bad_steps: non-finite steps in a row that end the run.
     """
 
@@ -77,7 +77,7 @@ class MetricRecorder:
         rows = []
         for (step, _), metrics in zip(self._waiting, values, strict=True):
             row = {name: float(value) for name, value in metrics.items()}
-            row["learning_rate"] = float(self._learning_rate(step - 1))
+            row["learning_rate"] = float(self._learning_rate(_updates_before(step, row)))
             rows.append((step, row))
         self._waiting = []
         self._window += [row for _, row in rows]
@@ -113,3 +113,9 @@ class MetricRecorder:
                 f"{self._max_bad_steps}: it goes on from the newest checkpoint, whose parameters "
                 "are from before these steps, or from the start if there is none."
             )
+
+
+def _updates_before(step: int, row: Mapping[str, float]) -> int:
+    """Updates that the optimiser had made before a step: skipped steps are not counted by it."""
+    skipped_before = int(row["skipped_steps"]) - int(row["skipped_in_row"] > 0)
+    return step - 1 - skipped_before

@@ -121,6 +121,15 @@ def test_every_step_is_in_the_file_and_means_go_to_the_writer(tmp_path):
     assert points == [(2, 6.0, 0.1), (4, 1.5, pytest.approx(0.3)), (5, 0.5, 0.4)]
 
 
+def test_the_learning_rate_is_that_of_the_updates_made(tmp_path):
+    """A skipped step leaves the optimiser's count as it was."""
+    batches = [np.float32(value) for value in (0, np.nan, np.nan, 0, np.nan, 0)]
+    run = Run(tmp_path, batches)
+    run()
+    rates = [row["learning_rate"] for row in read_metrics(run.path)]
+    assert rates == pytest.approx([0, 0.1, 0.1, 0.1, 0.2, 0.2])
+
+
 def test_hooks_run_when_due_in_order_and_see_earlier_results(tmp_path):
     log = []
     hooks = [
