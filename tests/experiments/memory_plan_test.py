@@ -1,0 +1,54 @@
+"""A run with a memory budget and buckets is the run with the micro-batches that were chosen."""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import memory_plan, run_training
+from experiments.run_training import train
+from megatransformer_jax.config.build import build, load_config, merge
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.training.stop import StopRequest
+
+pytestmark = pytest.mark.slow
+
+CHANGES = {
+    "model": {"prelude_layers": 0, "coda_layers": 0, "recurrence": {"backprop_depth": 1}},
+    "data": {"batch_size": 16, "packing": "bucket", "bucket_lengths": [16]},
+    "train": {"steps": 5},
+    "checkpoint": {"every_steps": 100, "keep_best": 0},
+    "evaluation": {"every_steps": 100, "final_depths": [1]},
+}
+BUDGET = {"train": {"memory_budget_gib": 1.0}}
+
+
+def test_the_choice_is_kept_and_resumes_bit_for_bit(tmp_path, small_run, monkeypatch, caplog):
+    monkeypatch.setattr(run_training, "summarize", lambda *unused: [])
+
+    def values(name, changes):
+        return build(small_run(tmp_path / name, merge(CHANGES, changes)))
+
+    whole = train(values("whole", {"train": {"accumulation": 2}}))
+
+    # As if two micro-batches were the least that fits ...
+    with monkeypatch.context() as changed:
+        changed.setattr(memory_plan, "possible_accumulations", lambda rows, ways: [2])
+        changed.setattr(StopRequest, "is_due", lambda self, now: now == 3)
+        assert not train(values("budget", BUDGET)).is_finished
+    saved = load_config(tmp_path / "budget" / "config.json").train
+    assert (saved.accumulation, saved.memory_budget_gib) == (2, None)
+    with pytest.raises(ConfigError, match=r"1e-06 GiB do not suffice.*with accumulation=2"):
+        train(values("budget", {"train": {"memory_budget_gib": 1e-6}}))
+    # ... which the run keeps where a new one would take the whole batch.
+    with caplog.at_level("INFO", logger="absl"):
+        result = train(values("budget", BUDGET))
+    assert result.is_finished
+    assert "accumulation=2 is that of the run" in caplog.text
+
+    metrics = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "budget")]
+    assert metrics[0] == metrics[1]
+
+    def compare(path, a, b):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
+
+    jax.tree_util.tree_map_with_path(compare, result.state, whole.state)
