@@ -111,12 +111,15 @@ def recur_observed(
 
         return body
 
-    stopped = jax.lax.stop_gradient((params, prepared))
-    state = jax.lax.stop_gradient(state)
-    state, early = jax.lax.scan(advance(*stopped), state, jnp.arange(num_stopped))
+    stopped_params, stopped_prepared, state = jax.lax.stop_gradient((params, prepared, state))
+    parts = []
+    if num_stopped:  # Else a loop of no turns would be compiled for nothing.
+        body = advance(stopped_params, stopped_prepared)
+        state, early = jax.lax.scan(body, state, jnp.arange(num_stopped))
+        parts.append(early)
     steps = jnp.arange(num_stopped, num_steps)
     _, late = jax.lax.scan(advance(params, prepared), state, steps)
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), early, late)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts, late)
 
 
 def _first_iteration(num_steps: jax.Array, total: jax.Array) -> jax.Array:

@@ -21,6 +21,7 @@ from cached_passes import (
 )
 from cached_reference import ReferenceSequence
 
+from megatransformer_jax.config.exit_gate import ExitGateConfig
 from megatransformer_jax.ops.positions import alibi_slopes
 
 # No outer layers: what iterations read is in the core alone, and programs stay small.
@@ -184,3 +185,34 @@ def test_depth_may_change_between_passes(reads):
     wanted, _ = reference(CORE_ONLY, tokens[0], [3] * 3, settings, num_slots=4, reads=reads)
     np.testing.assert_allclose(np.concatenate(logits, 1)[0], wanted, atol=1e-4, rtol=1e-4)
     assert cache.num_steps[0, :10].tolist() == [2, 2, 2, 4, 4, 4, 1, 1, 1, 0]
+
+
+def test_a_learned_gate_ends_tokens_where_its_exits_add_up():
+    """Texts of one token: what the gate says of the states at fixed depths tells where to leave."""
+    config = tiny(prelude_layers=0, coda_layers=0, exit_gate=ExitGateConfig(enabled=True))
+    model, params = made(config)
+    weight = 2 * params["exit_gate"]["weight"]
+    params = {**params, "exit_gate": {**params["exit_gate"], "weight": weight}}
+    tokens, depth = some_tokens(8, 1), 9
+    is_token, cache = np.ones(tokens.shape, bool), empty_cache(config, 8, num_slots=depth)
+    run = functools.partial(step, model, params, tokens, is_token, cache)
+    states = [run(rule(count)).state for count in range(1, depth + 1)]
+    gates = [model.apply({"params": params}, state, method="run_gate") for state in states]
+    survival = np.cumprod([1 / (1 + np.exp(np.asarray(gate))) for gate in gates], axis=0)
+    for threshold in (0.5, 0.2):
+        out = run(rule(depth, "learned_gate", threshold))
+        is_settled = survival < threshold
+        is_settled[-1] = True
+        wanted = 1 + np.argmax(is_settled, axis=0)
+        assert len(np.unique(wanted)) >= 3
+        np.testing.assert_array_equal(out.num_steps, wanted)
+        for row, count in enumerate(wanted[:, 0]):
+            np.testing.assert_allclose(out.state[row], states[count - 1][row], atol=1e-5)
+
+
+def test_a_learned_gate_needs_a_model_that_has_one():
+    model, params = made(CORE_ONLY)
+    cache = empty_cache(CORE_ONLY, 1, num_slots=2)
+    leave = rule(2, "learned_gate")
+    with pytest.raises(ValueError, match="no exit gate"):
+        step(model, params, some_tokens(1, 1), np.ones((1, 1), bool), cache, leave)

@@ -15,7 +15,7 @@ from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models import megatransformer
 from megatransformer_jax.models.core import RecurrentCore
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.recurrence import recur
+from megatransformer_jax.models.recurrence import recur, recur_observed
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -204,3 +204,41 @@ def test_dropout_differs_between_iterations_and_is_repeatable(monkeypatch):
     first, second, again = caught[0]
     assert float(jnp.max(jnp.abs(first - second))) > 1e-3
     np.testing.assert_array_equal(second, again)
+
+
+@pytest.mark.parametrize("backprop_depth", [2, 9])
+def test_observed_iterations_are_those_of_a_python_loop(backprop_depth):
+    params, prepared, state = inputs(4)
+    count, factor = 5, jnp.float32(1.5)
+
+    def ours(params, prepared, factor):
+        return recur_observed(
+            iterate,
+            params,
+            prepared,
+            state,
+            lambda state: jnp.sum((factor * state) ** 2),
+            num_steps=count,
+            backprop_depth=backprop_depth,
+        )
+
+    def expected(params, prepared, factor):
+        seen, now = [], state
+        for step in range(count):
+            given = (params, prepared)
+            if step < count - backprop_depth:
+                given = jax.lax.stop_gradient(given)
+            now = iterate(given[0], now, given[1], step)
+            seen.append(jnp.sum((factor * now) ** 2))
+        return jnp.stack(seen)
+
+    arguments = params, prepared, factor
+    np.testing.assert_allclose(ours(*arguments), expected(*arguments), rtol=1e-5)
+    # Weights that differ: the gradient of each iteration is seen, early ones by `observe` alone.
+    weights = 1.0 + jnp.arange(count)
+    gradients, wanted = (
+        jax.grad(lambda *arguments, f=f: f(*arguments) @ weights, argnums=(0, 1, 2))(*arguments)
+        for f in (ours, expected)
+    )
+    for a, b in zip(gradients, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
