@@ -47,6 +47,8 @@ def normalize_by_running(
 ) -> Float[Array, "B T C"]:
     """(x - running mean) / sqrt(running variance + eps), float32."""
     x = x.astype(jnp.float32)
+    # No gradient: it would be taken for a report where a loss has passes of this kind too.
+    running = jax.lax.stop_gradient(running)
     return (x - running.mean) * jax.lax.rsqrt(running.variance + eps)
 
 
