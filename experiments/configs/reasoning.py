@@ -3,6 +3,8 @@
 Command:  python -m experiments.train --config=experiments/configs/reasoning.py
 Variants, separated by commas after the file's name and a colon:
   diagonal  the stable diagonal injection instead of the linear adapter
+  stable    Jacobian regularisation, so that iterations beyond the trained depth do not part
+  gate      trains only an exit gate, on the finished run of the other variants; minutes
   tiny      the same run in under a minute
 
 The model is trained on up to 16 bits and judged on 17 to 32: under each bit it must write the
@@ -15,18 +17,23 @@ Expected on 2 CPU cores, per variant: under 12 minutes. Exact-answer accuracy me
 1, 8, 16 (the trained mean), 32, 64: linear 0.00, 0.09, 0.89, 1.00, 1.00; diagonal 0.00, 0.16, 1.00,
 1.00, 1.00.
 To draw both in one picture:  python -m experiments.compare runs/reasoning runs/reasoning_diagonal
+Depths up to 8 times the trained one:  python -m benchmarks.stability runs/reasoning
+The gate against hand-set thresholds:
+  python -m benchmarks.reasoning_depth --workdir=runs/reasoning_gate --sections frontier
 """
+
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from megatransformer_jax.config.experiment import parse_variants
 
-VARIANTS = ("tiny", "diagonal")
+VARIANTS = ("tiny", "diagonal", "stable", "gate")
 
 
 def get_config(arg: str = "") -> ConfigDict:
     variants = parse_variants(arg, VARIANTS)
-    suffix = "".join(f"_{name}" for name in VARIANTS if name in variants)
+    suffix = "".join(f"_{name}" for name in VARIANTS[:-1] if name in variants)
     config = ConfigDict(
         {
             "preset": "tiny",
@@ -77,4 +84,22 @@ def get_config(arg: str = "") -> ConfigDict:
                 "logging": {"every_steps": 5},
             }
         )
+    if "stable" in variants:
+        jacobian = {"jacobian_weight": 0.1, "jacobian_warmup_steps": config.train.steps // 5}
+        config.update({"train": {"stability": jacobian}})
+    if "gate" in variants:
+        config.update(_gate_only(config))
     return config
+
+
+def _gate_only(config: ConfigDict) -> dict[str, Any]:
+    """What turns a run into one that starts from it and learns when to stop."""
+    # A geometric prior, because waiting costs no loss: once an answer is there, it stays.
+    prior = {"prior": "geometric", "prior_mean": 4.0, "kl_weight": 0.01}
+    return {
+        "workdir": f"{config.workdir}_gate",
+        "model": {"exit_gate": {"enabled": True}},
+        "optimizer": {"learning_rate": 5e-3, "warmup_steps": 10},
+        "train": {"steps": min(config.train.steps, 300), "exit_gate": {"detach": True, **prior}},
+        "fine_tuning": {"init_from": config.workdir, "train_only": ("^exit_gate/",)},
+    }

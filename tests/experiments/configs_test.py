@@ -55,6 +55,19 @@ def test_the_reasoning_run_is_judged_on_longer_problems_than_it_trains_on() -> N
         assert config.data.sequence_length > config.data.reasoning.eval_max_length
 
 
+def test_the_variants_of_stability_and_learned_depth_do_what_they_say() -> None:
+    stable = parse("reasoning.py:stable")
+    assert stable.train.stability.jacobian_weight > 0
+    assert not stable.model.exit_gate.enabled
+    gate = parse("reasoning.py:diagonal,stable,gate")
+    assert gate.model.exit_gate.enabled and gate.train.exit_gate.detach
+    assert gate.fine_tuning.init_from == parse("reasoning.py:diagonal,stable").workdir
+    assert gate.fine_tuning.trains("exit_gate/weight")
+    assert not gate.fine_tuning.trains("core/layers/layer_0/mlp/up")
+    plain = parse("reasoning.py")
+    assert plain.train.stability.jacobian_weight == 0 and not plain.model.exit_gate.enabled
+
+
 def test_each_config_states_its_command() -> None:
     for module in (recurrent, reasoning):
         name = pathlib.Path(module.__file__).name
