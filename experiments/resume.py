@@ -99,25 +99,36 @@ def start_state(
     Raises:
       CheckpointMismatch: if the checkpoint's arrays or vocabulary are not this run's.
     """
-    abstract = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
     step = checkpoints.latest_step()
     if step is None:
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        if config.fine_tuning.init_from is not None:
-            return pretrained_state(config, model, optimizer, sharder, shardings, vocabulary), 0
-        if model.config.residual == "admin":
-            return admin_state(
-                config, model, optimizer, shardings, first_batch(batches, sharder)
-            ), 0
-        initialise = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=shardings)
-        return initialise(jax.random.key(config.train.seed)), 0
+        return fresh_state(config, model, optimizer, sharder, vocabulary, batches), 0
     if checkpoints.run_info(step)["vocabulary"] != vocabulary.digest:
         raise CheckpointMismatch(
             f"the checkpoint {checkpoints.directory / str(step)} was trained with another "
             "vocabulary (tokenizer or task) than the one of this run. Put the workdir's "
             "tokenizer.model back, or choose another workdir."
         )
+    abstract = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
     restored = checkpoints.restore(abstract, step)
     batches.set_state(restored.iterator_state)
     logging.info("resuming from step %d of %s", step, checkpoints.directory)
     return restored.state, step
+
+
+def fresh_state(
+    config: RunConfig,
+    model: MegaTransformer,
+    optimizer: optax.GradientTransformation,
+    sharder: Sharder,
+    vocabulary: Vocabulary,
+    batches: Pipeline,
+) -> TrainState:
+    """The train state of a run that begins. `batches` may be looked at, and are put back."""
+    abstract = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    if config.fine_tuning.init_from is not None:
+        return pretrained_state(config, model, optimizer, sharder, shardings, vocabulary)
+    if model.config.residual == "admin":
+        return admin_state(config, model, optimizer, shardings, first_batch(batches, sharder))
+    initialise = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=shardings)
+    return initialise(jax.random.key(config.train.seed))
