@@ -1,6 +1,7 @@
 """A run or a Huginn folder as lm-eval's model 'megatransformer', made from its model arguments."""
 
 import dataclasses
+import pathlib
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,8 @@ from absl import logging
 from lm_eval.api.registry import model_registry
 from lm_eval.utils import simple_parse_args_string
 
-from experiments.load_model import load_model
+from experiments.evaluation_data import read_run_config
+from experiments.load_model import is_huginn_folder, load_model
 from megatransformer_jax.config.option import MAX_COUNT, MAX_SEED, UserError, check_options, option
 from megatransformer_jax.evaluation.lm_eval_adapter import MAX_GEN_TOKS, MegaTransformerLM
 
@@ -32,7 +34,10 @@ class ModelArguments:
     )
     batch_size: int = option(1, "Rows that are scored at once.", minimum=1, maximum=MAX_COUNT)
     max_length: int | None = option(
-        None, "Most tokens that the model reads at once. None: the model's max_length.", minimum=1
+        None,
+        "Most tokens that the model reads at once. None: data.sequence_length of the run, as in "
+        "training; of a Huginn folder the model's max_length.",
+        minimum=1,
     )
     max_gen_toks: int = option(
         MAX_GEN_TOKS, "Tokens per answer of tasks that do not say.", minimum=1, maximum=MAX_COUNT
@@ -113,11 +118,17 @@ class LoadedMegaTransformerLM(MegaTransformerLM):
             depth=loaded.trained_depth if arguments.depth is None else arguments.depth,
             end_ids=loaded.end_ids,
             batch_size=arguments.batch_size,
-            max_length=arguments.max_length,
+            max_length=arguments.max_length or _trained_length(pathlib.Path(arguments.path)),
             max_gen_toks=arguments.max_gen_toks,
             add_bos_token=arguments.add_bos_token,
             seed=arguments.seed,
         )
+
+
+def _trained_length(folder: pathlib.Path) -> int | None:
+    """Tokens per row in training; None where nothing says."""
+    folder = folder.expanduser()
+    return None if is_huginn_folder(folder) else read_run_config(folder).data.sequence_length
 
 
 def parse_arguments(given: Mapping[str, Any], of_lm_eval: Mapping[str, Any]) -> ModelArguments:

@@ -206,7 +206,8 @@ class MegaTransformerLM(TemplateLM):
         if config.max_new_tokens >= self._max_length:
             raise UserError(
                 f"max_gen_toks={config.max_new_tokens} leaves no room for a context, as the model "
-                f"reads {self._max_length} tokens; lower it in the task or with --gen_kwargs."
+                f"reads {self._max_length} tokens; lower it in the task or with --gen_kwargs, or "
+                "raise max_length."
             )
         return config
 

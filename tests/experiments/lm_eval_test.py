@@ -86,6 +86,8 @@ def test_arguments_become_the_model(workdir):
     assert (lm.batch_size, lm.max_length, lm.tok_encode("a")) == (4, 20, [100])
     # The trained mean, of the latest checkpoint.
     assert lm._depth == 2
+    # As long as the rows in training.
+    assert make(f"path={workdir}").max_length == 16
     for text, problem in (
         ("depth=0", "depth: 0 is not allowed"),
         ("max_length=100000", "max_length=100000 exceeds"),
