@@ -21,8 +21,11 @@ SECTIONS = {path for path, _, _ in sections_of(RunConfig)}
 def parse(command: list[str]):
     """The configuration of a command such as ['train', '--config=...']."""
     module = importlib.import_module(f"experiments.{command[0]}")
-    if hasattr(module, "generate_flags"):
-        return module.generate_flags.parse(command)
+    for flags_module in ("generate_flags", "evaluate_flags"):
+        if hasattr(module, flags_module):
+            return getattr(module, flags_module).parse(command)
+    if hasattr(module, "parse"):
+        return module.parse(command)
     if hasattr(module, "argparse"):
         return check_options_are_declared(module, command)
     own = flags.FLAGS.flags_by_module_dict().get(module.__name__, [])
@@ -61,6 +64,8 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
         ["inspect", "--config.preset=absent"],
         ["compare", "runs/a", "--absent=1"],
         ["generate", "--workdir=runs/a", "--prompt=a", "--absent=1"],
+        ["evaluate", "--from=runs/a", "--absent=1"],
+        ["lm_eval", "run", "--model", "megatransformer", "--model_args", "path=a,absent=1"],
     ],
 )
 def test_a_wrong_command_is_seen(command):
