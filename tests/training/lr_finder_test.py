@@ -39,7 +39,7 @@ def test_the_suggestion_is_a_tenth_of_the_rate_of_the_lowest_loss():
     result = suggest(rates.tolist(), losses)
     lowest = rates[np.argmin(losses)]
     # Many steps per decade make the lag of smoothing small.
-    assert result.minimum == pytest.approx(lowest, rel=0.3)
+    assert result.minimum == pytest.approx(lowest, rel=0.4)
     assert result.steepest == pytest.approx(1e-3, rel=0.3)
     assert result.suggestion == pytest.approx(result.minimum / 10)
     assert not result.is_still_falling
