@@ -33,10 +33,11 @@ def messages_from_info_upwards():
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory, small_run):
-    """A run that nothing interrupts, with samples."""
+    """A run that nothing interrupts, with samples and with diagnostics that compile fast."""
     workdir = tmp_path_factory.mktemp("whole")
     samples = {"every_steps": 8, "max_new_tokens": 4, "prompts": ["The "]}
-    config = build(small_run(workdir, {"samples": samples}))
+    diagnostics = {"every_steps": 8, "kinds": ["depth_draws", "recurrence"]}
+    config = build(small_run(workdir, {"samples": samples, "diagnostics": diagnostics}))
     return config, workdir, train(config)
 
 
@@ -48,8 +49,8 @@ def test_writes_everything_that_it_promises(whole_run):
     config, workdir, result = whole_run
     assert result.is_finished and result.step == 12
     assert {path.name for path in workdir.iterdir()} == {
-        "checkpoints", "config.json", "depth_table.json", "depth_table.png", "events",
-        "metrics.jsonl", "train.log",
+        "checkpoints", "config.json", "depth_table.json", "depth_table.png", "diagnostics",
+        "events", "metrics.jsonl", "train.log",
     }  # fmt: skip
     assert load_config(workdir / "config.json") == config
     assert [row["step"] for row in read_metrics(workdir / "metrics.jsonl")] == list(range(1, 13))
@@ -70,6 +71,18 @@ def test_tensorboard_shows_training_validation_and_samples(whole_run):
     assert [point.step for point in events.Scalars("validation/loss")] == [8, 12]
     assert "prompt_0/text_summary" in events.Tags()["tensors"]
     assert "train/learning_rate" in events.Tags()["scalars"]
+
+
+def test_diagnostics_know_what_was_drawn(whole_run):
+    _, workdir, _ = whole_run
+    folders = {path.name for path in (workdir / "diagnostics").iterdir()}
+    assert folders == {"step_000008", "step_000012"}
+    events = EventAccumulator(str(workdir / "events"))
+    events.Reload()
+    shown = [point.value for point in events.Scalars("diagnostics/mean_drawn_steps")]
+    drawn = [row["num_steps"] for row in read_metrics(workdir / "metrics.jsonl")]
+    np.testing.assert_allclose(shown, [np.mean(drawn[:8]), np.mean(drawn[8:])], rtol=1e-6)
+    assert events.Tags()["images"] == ["diagnostics/depth_draws", "diagnostics/recurrence"]
 
 
 def test_keeps_the_configured_checkpoints(whole_run):
