@@ -124,9 +124,8 @@ def plot(result: RangeTest) -> Figure:
     axes = figure.add_subplot()
     axes.plot(result.learning_rates, result.losses, color="0.75", label="loss")
     axes.plot(result.learning_rates, result.smoothed, label="smoothed")
-    for name in ("suggestion", "steepest", "minimum"):
+    for name, style in {"suggestion": "-", "steepest": "--", "minimum": ":"}.items():
         rate = getattr(result, name)
-        style = "-" if name == "suggestion" else ":"
         axes.axvline(rate, linestyle=style, color="0.4", label=f"{name} {rate:.1e}")
     axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
     axes.legend()
