@@ -19,6 +19,7 @@ from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.types import DTypePolicy
 
 LOSSES = {4: 2.0, 8: 1.0, 12: 3.0}
@@ -85,9 +86,14 @@ def test_a_run_is_read_without_its_data(sentencepiece_run, step, number):
 
 
 def test_what_training_has_written_is_read(tmp_path, small_run):
-    result = train(build(small_run(tmp_path)))
+    """With an average of the weights it is the average, as in validation and samples."""
+    config = build(small_run(tmp_path, {"train": {"ema_decay": 0.9}}))
+    result = train(config)
     loaded = load_model(tmp_path)
-    assert_same(loaded.params, jax.device_get(result.state.params))
+    average = jax.device_get(evaluation_params(result.state, config))
+    assert_same(loaded.params, average)
+    last = jax.device_get(result.state.params)
+    assert np.abs(average["embedding"]["embedding"] - last["embedding"]["embedding"]).max() > 1e-4
     assert isinstance(loaded.tokenizer, BytesTokenizer)
     assert loaded.description == f"run {tmp_path}, step 12 (latest)"
 
