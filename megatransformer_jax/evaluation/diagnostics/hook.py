@@ -4,24 +4,19 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from absl import logging
-from matplotlib.image import imsave
 
-from megatransformer_jax.evaluation.diagnostics.figures import to_image
-from megatransformer_jax.evaluation.diagnostics.kinds import (
-    Finding,
-    Moment,
-    build_measure,
-    kinds_of,
-    measurement_of,
-    present,
+from megatransformer_jax.evaluation.diagnostics.diagnoser import (
+    Diagnoser,
+    finite_scalars,
+    write_images,
 )
+from megatransformer_jax.evaluation.diagnostics.kinds import Finding, Moment, kinds_of
 from megatransformer_jax.evaluation.diagnostics.subject import Subject
 from megatransformer_jax.training.metric_interface import MetricWriter
 
-FOLDER = "diagnostics"
+PREFIX = "diagnostics"
 
 
 class DiagnosticsHook:
@@ -49,38 +44,30 @@ class DiagnosticsHook:
     ):
         self.every_steps = subject.config.diagnostics.every_steps
         self.at_end = self.every_steps > 0
-        self._subject = subject
+        self._diagnoser = Diagnoser(subject, kinds_of(subject))
         self._params_of = params_of
         self._writer = writer
         self._folder = folder
-        self._kinds = kinds_of(subject)
-        names = dict.fromkeys(map(measurement_of, self._kinds))
-        self._measures = {name: build_measure(name, subject) for name in names}
 
     def __call__(self, step: int, state: Any, scalars: Mapping[str, float]) -> dict[str, float]:
         """Returns the scalars that are finite."""
         previous = (step - 1) // self.every_steps * self.every_steps
         moment = Moment(self._params_of(state), state.key_data, step, previous)
-        measured = {name: measure(moment) for name, measure in self._measures.items()}
-        measured = jax.device_get(measured)
+        measured = self._diagnoser.measure(moment)
         if self._folder is None:
             return {}
+        findings = self._diagnoser.present(measured, moment)
         folder = self._folder / f"step_{step:06d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        found: dict[str, float] = {}
-        for kind in self._kinds:
-            finding = present(kind, measured[measurement_of(kind)], self._subject, moment)
-            self._write(step, kind, finding, folder)
-            found |= finding.scalars
+        self._write(step, findings, folder)
         logging.info("diagnostics after step %d: %s", step, folder)
-        return {f"{FOLDER}/{k}": float(v) for k, v in found.items() if np.isfinite(v)}
+        return {f"{PREFIX}/{name}": value for name, value in finite_scalars(findings).items()}
 
-    def _write(self, step: int, kind: str, finding: Finding, folder: pathlib.Path) -> None:
-        image = to_image(finding.figure)
-        imsave(folder / f"{kind}.png", image)
-        self._writer.write_images(step, {f"{FOLDER}/{kind}": image})
+    def _write(self, step: int, findings: Mapping[str, Finding], folder: pathlib.Path) -> None:
+        images = write_images(findings, folder)
+        self._writer.write_images(step, {f"{PREFIX}/{k}": image for k, image in images.items()})
         finite = {
-            f"{FOLDER}/{name}": values[np.isfinite(values)]
+            f"{PREFIX}/{name}": values[np.isfinite(values)]
+            for finding in findings.values()
             for name, values in finding.histograms.items()
         }
         self._writer.write_histograms(step, {k: v for k, v in finite.items() if v.size})

@@ -1,0 +1,89 @@
+"""Draws the diagnostics of a checkpoint."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+
+from experiments.evaluation_data import read_run_config
+from experiments.load_model import LoadedModel, is_huginn_folder, load_model
+from experiments.workdir import make_folder
+from megatransformer_jax.config.diagnostics import DIAGNOSTIC_KINDS, DiagnosticsConfig
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.pipeline import validation_batches
+from megatransformer_jax.evaluation.diagnostics.diagnoser import (
+    Diagnoser,
+    write_images,
+    write_scalars,
+)
+from megatransformer_jax.evaluation.diagnostics.kinds import Moment, kinds_of
+from megatransformer_jax.evaluation.diagnostics.subject import Subject, make_subject
+from megatransformer_jax.sharding.rules import Sharder
+
+_DRAWS = "depth_draws"
+
+
+def diagnose_run(
+    source: pathlib.Path,
+    *,
+    step: str,
+    kinds: Sequence[str],
+    num_rows: int,
+    num_steps: int | None,
+    out: pathlib.Path | None,
+) -> pathlib.Path:
+    """Writes figures and numbers of a run's checkpoint.
+
+    Args:
+      source: workdir of the run.
+      step: which checkpoint, see `load_model`.
+      kinds: which; empty: all that the model has.
+      num_rows: as `diagnostics.num_rows`.
+      num_steps: as `diagnostics.num_steps`.
+      out: folder. None: diagnostics/step_<step> in the workdir.
+
+    Returns:
+      The folder with the files.
+
+    Raises:
+      UserError: if the folder is no run, or an option does not fit it.
+    """
+    source = source.expanduser()
+    if is_huginn_folder(source):
+        raise UserError(f"--from={source}: a Huginn folder has no data to look at; name a run.")
+    config = _with_options(read_run_config(source), kinds, num_rows, num_steps)
+    loaded = load_model(source, step=step)
+    logging.info("%s", loaded.description)
+    subject = _subject(config, loaded)
+    chosen = [kind for kind in kinds_of(subject) if kind != _DRAWS]
+    diagnoser = Diagnoser(subject, chosen)
+    moment = Moment(loaded.params, key_data=None, step=config.train.steps, previous=0)
+    findings = diagnoser.present(diagnoser.measure(moment), moment)
+    folder = make_folder("out", str(out or source / "diagnostics" / f"step_{step}"))
+    write_images(findings, folder)
+    write_scalars(findings, folder / "diagnostics.json")
+    return folder
+
+
+def _with_options(
+    config: RunConfig, kinds: Sequence[str], num_rows: int, num_steps: int | None
+) -> RunConfig:
+    if _DRAWS in kinds:
+        others = ", ".join(kind for kind in DIAGNOSTIC_KINDS if kind != _DRAWS)
+        raise UserError(f"--kinds: {_DRAWS!r} is for a run that is going on; known: {others}.")
+    try:
+        options = DiagnosticsConfig(kinds=tuple(kinds), num_rows=num_rows, num_steps=num_steps)
+        return dataclasses.replace(config, diagnostics=options)
+    except ConfigError as error:
+        name = error.path.removeprefix("diagnostics.")
+        raise UserError(f"--{name}: {error.problem}") from None
+
+
+def _subject(config: RunConfig, loaded: LoadedModel) -> Subject:
+    tokenizer = None if config.data.source == "reasoning" else loaded.tokenizer
+    (batch,) = validation_batches(config.data, tokenizer, num_batches=1)
+    on_device = jax.device_put(batch, jax.local_devices()[0])
+    return make_subject(config, loaded.model, on_device, Sharder())

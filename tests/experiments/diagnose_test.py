@@ -1,0 +1,45 @@
+"""Figures of a run that is over, from the command line."""
+
+import json
+
+import pytest
+from written_run import write_run
+
+from experiments import diagnose
+from megatransformer_jax.config.build import build
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, small_run):
+    folder = tmp_path_factory.mktemp("diagnosed")
+    write_run(build(small_run(folder, {"model": {"core_layers": 1}})), {4: None})
+    return folder
+
+
+def test_figures_and_numbers_are_written(workdir, tmp_path, capsys):
+    options = ["--kinds=recurrence,attention_maps", "--num_steps=3", "--num_rows=1"]
+    diagnose.main([f"--from={workdir}", f"--out={tmp_path / 'out'}", *options])
+    assert f"figures and numbers: {tmp_path / 'out'}" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"recurrence.png", "attention_maps.png", "diagnostics.json"}
+    numbers = json.loads((tmp_path / "out" / "diagnostics.json").read_text())
+    assert set(numbers) == {"residual", "contraction", "state_norm"}
+    assert not (workdir / "diagnostics").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--kinds=depth_draws"], "--kinds: 'depth_draws' is for a run that is going on"),
+        (["--kinds=recurence"], "--kinds: ('recurence',) is not allowed"),
+        (["--num_rows=0"], "--num_rows: 0 is not allowed"),
+        (["--num_steps=0"], "--num_steps: 0 is not allowed"),
+        (["--step=5"], "has no such checkpoint"),
+        (["--from=/no/such/folder"], "no such folder"),
+    ],
+)
+def test_what_cannot_be_used_is_an_error(workdir, options, problem, capsys):
+    with pytest.raises(SystemExit) as caught:
+        diagnose.main([f"--from={workdir}", *options])
+    assert caught.value.code == 2
+    assert problem in capsys.readouterr().err
