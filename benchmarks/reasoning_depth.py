@@ -14,6 +14,9 @@ Sections:
   cache     budgets of slots and how iterations share them, at fixed depths
   exits     budgets together with an exit criterion, and what later tokens read of exited ones
   warm      a token's first state is the last one of the token before it
+  frontier  exit criteria at many thresholds, then the fewest iterations of each at equal accuracy
+
+A model with an exit gate has learned_gate among its criteria.
 """
 
 import argparse
@@ -50,7 +53,17 @@ THRESHOLDS = {
     "kl": (5e-3, 5e-4, 1e-5, 1e-7, 1e-9),
     "minp_kl": (1e-4, 1e-6, 1e-8, 1e-10),
     "argmax_stability": (3, 5, 8, 12),
+    "learned_gate": (0.9, 0.5, 0.2, 0.05),
 }
+FRONTIER = {
+    "latent_diff": (0.3, 0.2, 0.1, 0.07, 0.05, 0.03, 0.02, 0.01, 0.005),
+    "cosine": (5e-2, 2e-2, 5e-3, 2e-3, 1e-3, 5e-4, 2e-4, 5e-5, 1e-5),
+    "kl": (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9),
+    "argmax_stability": (1, 2, 3, 4, 5, 6, 8, 10, 12),
+    "learned_gate": (0.9, 0.7, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 1e-3, 1e-4),
+}
+# Exact answers that may be lost against the full depth.
+ALLOWED_LOSSES = (0.0, 0.01, 0.05)
 SLOTS = (1, 2, 4, 8)
 
 
@@ -82,6 +95,11 @@ class Problems:
         self._loaded, self._full_slots = loaded, full_slots
         self._batches = [jax.device_put(batch) for batch in batches]
         self._keys = jax.random.key(seed)
+
+    def supports(self, setting: Setting) -> bool:
+        """Whether the model has what the setting's criterion reads."""
+        has_gate = self._loaded.config.exit_gate.enabled
+        return has_gate or not exit_criterion(setting.criterion).needs_gate
 
     def score(self, setting: Setting) -> CachedScores:
         """Answers all problems in one way."""
@@ -169,12 +187,20 @@ def warm(depth: int) -> Iterator[Setting]:
             yield Setting(depth, "latent_diff", threshold, slots=slots, warm_start=True)
 
 
+def frontier(depth: int) -> Iterator[Setting]:
+    yield Setting(depth)
+    for name, thresholds in FRONTIER.items():
+        for threshold in thresholds:
+            yield Setting(depth, name, threshold)
+
+
 SECTIONS: dict[str, Callable[[int], Iterator[Setting]]] = {
     "fixed": fixed,
     "criteria": criteria,
     "cache": budgets,
     "exits": exits,
     "warm": warm,
+    "frontier": frontier,
 }
 
 
@@ -255,6 +281,25 @@ def print_row(setting: Setting, scores: CachedScores, depth: int) -> None:
     print(f"| {' | '.join(cells)} |", flush=True)
 
 
+def print_frontier(scored: list[tuple[Setting, CachedScores]]) -> None:
+    """Of each criterion, the threshold with the fewest iterations at equal accuracy."""
+    full = scored[0][1].exact_accuracy
+    heads = [f"exact answers >= {max(full - loss, 0):.3f}" for loss in ALLOWED_LOSSES]
+    print(f"\nmean iterations (threshold)\n\n| criterion | {' | '.join(heads)} |")
+    print("|---" * (1 + len(heads)) + "|")
+    for name in dict.fromkeys(setting.criterion for setting, _ in scored[1:]):
+        cells = []
+        for loss in ALLOWED_LOSSES:
+            enough = [
+                (scores.mean_steps, setting.threshold)
+                for setting, scores in scored
+                if setting.criterion == name and scores.exact_accuracy >= full - loss
+            ]
+            best = min(enough, default=None)
+            cells.append("none" if best is None else f"{best[0]:.2f} ({best[1]:g})")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
 def main() -> None:
     arguments = parse_arguments()
     try:
@@ -264,11 +309,15 @@ def main() -> None:
     rows = []
     for section in arguments.sections:
         print_head(section)
-        for setting in SECTIONS[section](depth):
+        scored = []
+        for setting in filter(problems.supports, SECTIONS[section](depth)):
             scores = problems.score(setting)
             print_row(setting, scores, depth)
             row = dataclasses.asdict(setting) | dataclasses.asdict(scores)
             rows.append({"section": section, **row})
+            scored.append((setting, scores))
+        if section == "frontier":
+            print_frontier(scored)
     if arguments.json:
         versions = {"jax": jax.__version__, "jaxlib": jaxlib.__version__}
         summary = {
