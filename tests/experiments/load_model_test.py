@@ -93,9 +93,12 @@ def test_what_training_has_written_is_read(tmp_path, small_run):
     average = jax.device_get(evaluation_params(result.state, config))
     assert_same(loaded.params, average)
     last = jax.device_get(result.state.params)
+    raw = load_model(tmp_path, weights="raw")
+    assert_same(raw.params, last)
+    assert raw.description.endswith("step 12 (latest), raw weights")
     assert np.abs(average["embedding"]["embedding"] - last["embedding"]["embedding"]).max() > 1e-4
     assert isinstance(loaded.tokenizer, BytesTokenizer)
-    assert loaded.description == f"run {tmp_path}, step 12 (latest)"
+    assert loaded.description == f"run {tmp_path}, step 12 (latest), average weights"
 
 
 def test_it_computes_on_one_device_without_a_mesh(sentencepiece_run):
@@ -151,7 +154,7 @@ def test_a_step_that_is_not_there_lists_those_that_are(sentencepiece_run):
 
 def test_the_best_of_none_validated_is_an_error(tmp_path, small_run):
     write_run(build(small_run(tmp_path)), {1: None})
-    with pytest.raises(UserError, match=r"has a validation loss; name one of the steps 1\."):
+    with pytest.raises(UserError, match=r"has a finite validation/loss; name one of the steps 1\."):
         load_model(tmp_path, step="best")
     assert isinstance(load_model(tmp_path).tokenizer, BytesTokenizer)
 
