@@ -51,6 +51,12 @@ class CommandOptions:
         "Type of a Huginn checkpoint's parameters in memory. stored: as they are in the file.",
         choices=("float32", "stored"),
     )
+    weights: str = option(
+        "average",
+        "Of a run that averages its weights (train.ema_decay, schedule-free): average, or raw for "
+        "the weights it trains.",
+        choices=("average", "raw"),
+    )
     prompt: tuple[str, ...] = option((), "Text to continue; may be given several times.")
     prompts_file: str | None = option(
         None,

@@ -25,6 +25,7 @@ from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_sentencepiece
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, param_axes
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.evaluation_params import evaluates_an_average
 from megatransformer_jax.training.restore_evaluation import restore_evaluation_params
 from megatransformer_jax.types import DTypePolicy
 
@@ -75,6 +76,7 @@ def load_model(
     precision: str | None = None,
     param_dtype: Literal["float32", "stored"] = "float32",
     sharder: Sharder | None = None,
+    weights: Literal["average", "raw"] = "average",
 ) -> LoadedModel:
     """Reads the parameters of a run or of a Huginn folder; its files tell which it is.
 
@@ -88,6 +90,8 @@ def load_model(
         for a Huginn folder.
       param_dtype: of a Huginn folder's parameters, see `load_huginn`. Those of runs are float32.
       sharder: places the parameters on its mesh. None: on the first local device.
+      weights: 'average' is what the run was judged by: the average of its weights, if it keeps one.
+        'raw' is what it trains then.
 
     Raises:
       UserError: if the folder is neither, or something in it is missing or damaged.
@@ -102,8 +106,10 @@ def load_model(
                 f"step={step!r} does not go with {folder}: a Huginn folder has one set of weights. "
                 "Leave step out."
             )
+        if weights != "average":
+            raise _no_average(weights, folder)
         return _load_huginn_folder(folder, precision or "auto", param_dtype, sharder)
-    return _load_run(folder, step, precision, sharder)
+    return _load_run(folder, step, precision, sharder, weights)
 
 
 def parse_step(value: str | int) -> Step:
@@ -198,20 +204,34 @@ def _distribute(params: Any, axes: Any, sharder: Sharder) -> Any:
 
 
 def _load_run(
-    folder: pathlib.Path, step: Step, precision: str | None, sharder: Sharder | None
+    folder: pathlib.Path,
+    step: Step,
+    precision: str | None,
+    sharder: Sharder | None,
+    weights: Literal["average", "raw"],
 ) -> LoadedModel:
     checkpoints = CheckpointManager(folder / "checkpoints", None)
     try:
         number = _find_step(checkpoints, step)
         run = checkpoints.run_info(number)
         config = _read_config(run["config"], checkpoints.directory / str(number))
+        if weights != "average" and not evaluates_an_average(config):
+            raise _no_average(weights, folder)
         tokenizer = _run_tokenizer(config, folder, run["vocabulary"])
         model = _build(config.model, precision or config.train.precision)
-        params = restore_evaluation_params(checkpoints, number, model, config, sharder)
+        params = restore_evaluation_params(checkpoints, number, model, config, sharder, weights)
     finally:
         checkpoints.close()
     which = f" ({step})" if isinstance(step, str) else ""
+    which += f", {weights} weights" if evaluates_an_average(config) else ""
     return _loaded(config.model, model, params, tokenizer, f"run {folder}, step {number}{which}")
+
+
+def _no_average(weights: str, folder: pathlib.Path) -> UserError:
+    return UserError(
+        f"weights={weights!r}: {folder} has one set of weights, no average beside them (as with "
+        "train.ema_decay or a schedule-free optimiser). Leave weights out."
+    )
 
 
 def _loaded(

@@ -72,6 +72,7 @@ def _load(command: Command) -> LoadedModel:
         step=options.step,
         precision=options.precision,
         param_dtype="stored" if options.param_dtype == "stored" else "float32",
+        weights="raw" if options.weights == "raw" else "average",
     )
     logging.info("%s", loaded.description)
     return loaded

@@ -1,6 +1,6 @@
 """Reads from a checkpoint what the run would be judged by."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import optax
@@ -25,6 +25,7 @@ def restore_evaluation_params(
     model: MegaTransformer,
     config: RunConfig,
     sharder: Sharder | None = None,
+    weights: Literal["average", "raw"] = "average",
 ) -> Any:
     """The parameters that `evaluation_params` gives for a saved state.
 
@@ -34,6 +35,7 @@ def restore_evaluation_params(
       model: of the run; its mesh does not matter.
       config: saved with the checkpoint.
       sharder: with a mesh, which the parameters are placed on. None: on the first local device.
+      weights: of a run that averages its weights, 'raw' gives those being trained instead.
 
     Raises:
       CheckpointMismatch: if the saved arrays have other names or shapes.
@@ -54,7 +56,7 @@ def restore_evaluation_params(
         shapes,
         places,
     )
-    if not evaluates_an_average(config):
+    if weights == "raw" or not evaluates_an_average(config):
         return merged_params(checkpoints.restore_params(abstract.params, step), config)
     state = checkpoints.restore_parts(_without_the_rest(abstract), step)
     return evaluation_params(state, config)
