@@ -187,10 +187,9 @@ def test_what_only_the_new_model_has_is_fresh():
     assert _adopt(fresh, both) == both
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8"])
-def test_a_run_with_lora_is_read_and_exported_merged(tmp_path, small_run, precision):
+def test_a_run_with_lora_is_read_and_exported_merged(tmp_path, small_run):
     """What generation, evaluation, export and further fine-tuning get."""
-    options = {"lora": {"rank": 2, "alpha": 4.0}, "base_precision": precision}
+    options = {"lora": {"rank": 2, "alpha": 4.0}}
     config = build(small_run(tmp_path / "run", {"model": HUGINN, "fine_tuning": options}))
     model, _ = assemble.build_sharded_model(config)
     (tmp_path / "run").mkdir()
@@ -209,9 +208,8 @@ def test_a_run_with_lora_is_read_and_exported_merged(tmp_path, small_run, precis
     )
     up, base = (tree["coda"]["layer_0"]["mlp"]["up"] for tree in (loaded.params, params))
     assert np.max(np.abs(up - base)) > 0.01
-    if precision == "float32":
-        export([f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
-        assert_same(load_model(tmp_path / "out").params, loaded.params)
+    export([f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
+    assert_same(load_model(tmp_path / "out").params, loaded.params)
 
 
 def test_the_log_says_where_layers_go(tmp_path, small_run, monkeypatch):

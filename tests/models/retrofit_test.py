@@ -10,6 +10,7 @@ import pytest
 from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.losses.cross_entropy import token_loss
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.retrofit import plan_retrofit, retrofit_params
 from megatransformer_jax.nn.adapters import build_adapter
@@ -145,3 +146,26 @@ def test_plans_that_cannot_be_are_refused():
         plan_retrofit(deep(5), recurrent(2, 3, 1), None)
     with pytest.raises(ConfigError, match=r"needs a plain model, .* core_layers=1"):
         plan_retrofit(recurrent(), recurrent(), None)
+
+
+def test_a_retrofitted_model_keeps_what_the_plain_one_has_learned(plain):
+    """Ahead of a fresh recurrent model, at a depth that the plain one does not have."""
+    params, _ = plain
+    targets = jnp.roll(TOKENS, -1, 1)
+
+    def loss(model, params, num_steps):
+        logits = model.apply({"params": params}, TOKENS, num_steps=num_steps).logits
+        return token_loss(logits, targets, jnp.ones(TOKENS.shape)).cross_entropy / TOKENS.size
+
+    model = build(PLAIN)
+    learn = jax.jit(
+        lambda params: jax.tree.map(
+            lambda p, g: p - 0.5 * g, params, jax.grad(lambda p: loss(model, p, 0))(params)
+        )
+    )
+    for _ in range(3):
+        params = learn(params)
+    model, ours = retrofitted(recurrent(), params)
+    recurrent_loss = jax.jit(lambda params: loss(model, params, 3))
+    fresh = recurrent_loss(init_params(model, jax.random.key(1)))
+    assert recurrent_loss(ours) < fresh - 0.3
