@@ -15,6 +15,7 @@ from megatransformer_jax.config.model import (
     NormConfig,
     PositionConfig,
 )
+from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.sharing import SharingConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
@@ -72,6 +73,9 @@ VARIANTS = {
         norm={"placement": "none"},
         prelude_layers=3,
         sharing=SharingConfig(scheme="cycle_rev", prelude_unique=2),
+    ),
+    "peer": variant(
+        mlp=MlpConfig(kind="peer", peer=PeerConfig(num_experts=16, num_heads=2, top_k=2, key_dim=4))
     ),
     "admin": variant(residual="admin", norm={"placement": "post"}),
 }
