@@ -55,6 +55,7 @@ def draw_norms(gradient: Mapping[str, float], weight: Mapping[str, float]) -> Fi
         if (values > 0).any():
             axes.set_xscale("log")
         axes.set_xlabel(label)
+        axes.tick_params(axis="x", which="both", labelsize=6)
         axes.grid(alpha=0.3, axis="x")
     panels[0].set_yticks(places, list(gradient), fontsize=7)
     panels[0].invert_yaxis()
@@ -107,6 +108,8 @@ def draw_maps(maps: Mapping[str, np.ndarray]) -> Figure:
     columns = min(MAX_HEADS, *(len(weights) for weights in shown.values()))
     figure = _figure(1.5 + 1.5 * columns, 0.6 + 1.6 * len(shown))
     panels = figure.subplots(len(shown), columns, squeeze=False)
+    for head, axes in enumerate(panels[0]):
+        axes.set_title(f"head {head}", fontsize=7)
     for row, (name, weights) in zip(panels, shown.items(), strict=True):
         row[0].set_ylabel(name.replace("/iteration", "\niteration"), fontsize=7)
         for head, axes in enumerate(row):
@@ -114,8 +117,6 @@ def draw_maps(maps: Mapping[str, np.ndarray]) -> Figure:
             axes.imshow(np.sqrt(_finite(weights[head])), vmin=0, vmax=1, cmap="magma")
             axes.set_xticks([])
             axes.set_yticks([])
-            if row is panels[0]:
-                axes.set_title(f"head {head}", fontsize=7)
     figure.suptitle("attention: query down, key across; square root of the weight", fontsize=8)
     return figure
 

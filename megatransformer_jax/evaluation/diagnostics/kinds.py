@@ -13,6 +13,7 @@ from megatransformer_jax.evaluation.diagnostics import figures
 from megatransformer_jax.evaluation.diagnostics.attention_maps import attention_maps
 from megatransformer_jax.evaluation.diagnostics.depth_draws import count_draws
 from megatransformer_jax.evaluation.diagnostics.gradient_norms import LayerNorms, gradient_norms
+from megatransformer_jax.evaluation.diagnostics.layer_order import in_model_order
 from megatransformer_jax.evaluation.diagnostics.layer_states import LayerStates, layer_states
 from megatransformer_jax.evaluation.diagnostics.subject import Subject
 from megatransformer_jax.evaluation.iteration_curves import IterationCurves, iteration_curves
@@ -150,7 +151,7 @@ def present(kind: str, measured: Any, subject: Subject, moment: Moment) -> Findi
         case "token_correlation":
             return _present_correlation(measured, mean_steps)
         case "attention_maps":
-            return Finding(figures.draw_maps(measured))
+            return Finding(figures.draw_maps(in_model_order(measured)))
         case "recurrence":
             return _present_curves(measured, mean_steps)
         case "spectral_radius":
@@ -163,8 +164,8 @@ def present(kind: str, measured: Any, subject: Subject, moment: Moment) -> Findi
 
 
 def _present_norms(norms: LayerNorms) -> Finding:
-    gradient = {name: float(value) for name, value in norms.gradient.items()}
-    weight = {name: float(value) for name, value in norms.weight.items()}
+    gradient = {name: float(value) for name, value in in_model_order(norms.gradient).items()}
+    weight = {name: float(norms.weight[name]) for name in gradient}
     scalars = {f"gradient_norm/{name}": value for name, value in gradient.items()}
     scalars |= {f"weight_norm/{name}": value for name, value in weight.items()}
     return Finding(figures.draw_norms(gradient, weight), scalars)
@@ -181,6 +182,7 @@ def _present_activations(states: LayerStates, mean_steps: int) -> Finding:
             samples[f"{name}/iteration_{number}"] = values[summary.is_token[number - 1]]
     for name, summary in states.core.items():
         scalars[f"activation_rms/{name}"] = _at(summary.rms, mean_steps)
+    samples = in_model_order(samples)
     histograms = {f"activations/{name}": values for name, values in samples.items()}
     return Finding(figures.draw_histograms(samples), scalars, histograms)
 
@@ -194,8 +196,9 @@ def _shown_iterations(states: LayerStates, mean_steps: int) -> list[int]:
 
 
 def _present_correlation(states: LayerStates, mean_steps: int) -> Finding:
-    outer = {name: float(summary.correlation) for name, summary in states.outer.items()}
-    core = {name: summary.correlation for name, summary in states.core.items()}
+    summaries = in_model_order(states.outer | states.core)
+    outer = {name: float(summaries[name].correlation) for name in summaries if name in states.outer}
+    core = {name: summaries[name].correlation for name in summaries if name in states.core}
     figure = figures.draw_by_layer(outer, core, "mean cosine between tokens", mean_steps)
     at_mean = {name: _at(values, mean_steps) for name, values in core.items()}
     return Finding(
