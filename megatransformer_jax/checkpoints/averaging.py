@@ -17,6 +17,9 @@ def average_trees(trees: Iterable[Any]) -> Any:
     the last bit of float32; a running mean in float32 would lose bits with every tree. That takes 8
     bytes per parameter beside the tree that is being added.
 
+    Running statistics are averaged as the weights are: close to those of the averaged model, which
+    only a pass over data would give exactly (arXiv 1803.05407).
+
     Leaves that are no floats (counters, int8 weights) have no mean: they must be equal in all.
 
     Args:

@@ -148,7 +148,7 @@ def parts():
 
 def test_the_compiled_step_is_measured_per_device_and_trains_the_same(parts):
     config, sharder, model, optimizer, batch = parts
-    abstract = abstract_train_state(model, optimizer, sharder)
+    abstract = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
 
     def step_of(accumulation: int):
         train = dataclasses.replace(config.train, accumulation=accumulation)
