@@ -27,7 +27,7 @@ class GrokfastMaState(NamedTuple):
 def grokfast_ema(
     alpha: jax.typing.ArrayLike = 0.98, lamb: jax.typing.ArrayLike = 2.0
 ) -> optax.GradientTransformation:
-    """h = alpha h + (1 - alpha) g from h = 0; the gradient becomes g + lamb h (algorithm 3).
+    """h = alpha h + (1 - alpha) g from h = 0; the gradient becomes g + lamb h.
 
     Args:
       alpha: decay of the average, in [0, 1).
@@ -56,7 +56,7 @@ def grokfast_ema(
 def grokfast_ma(
     window: int = 100, lamb: jax.typing.ArrayLike = 5.0, warmup: bool = True
 ) -> optax.GradientTransformation:
-    """The gradient becomes g + lamb times the mean of the last `window`, g included (algorithm 2).
+    """The gradient becomes g + lamb times the mean of the last `window`, g included.
 
     It keeps `window` copies of the gradients.
 

@@ -22,7 +22,7 @@ def average_weights(
 
     After update t: average += (1 - d) (weights - average) with d = min(decay, (1 + t) / (10 + t)).
     The average starts as the initial weights; the smaller decay of early steps makes it forget
-    them (after 10 updates they weigh 5e-6), so that it can be used at any time without a
+    them (after 10 updates they weigh 6e-5), so that it can be used at any time without a
     correction.
 
     Being part of the optimiser's state, the average is left alone where a step is skipped, and it
