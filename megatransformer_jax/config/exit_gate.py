@@ -34,8 +34,8 @@ class ExitGateTrainingConfig:
     weight: float = option(1.0, "Weight of the term beside the loss at the drawn depth.", above=0)
     kl_weight: float = option(
         0.05,
-        "Weight of KL(exit distribution || prior), in nats, within the term. Keeps the gate from "
-        "settling on one depth early.",
+        "Weight, within the term, of the KL divergence in nats of the exit distribution from the "
+        "prior. Keeps the gate from settling on one depth early.",
         minimum=0,
     )
     prior: str = option(
