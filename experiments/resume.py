@@ -130,5 +130,7 @@ def fresh_state(
         return pretrained_state(config, model, optimizer, sharder, shardings, vocabulary)
     if model.config.residual == "admin":
         return admin_state(config, model, optimizer, shardings, first_batch(batches, sharder))
-    initialise = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=shardings)
-    return initialise(jax.random.key(config.train.seed))
+    def initialise(key: jax.Array) -> TrainState:
+        return init_state(model, optimizer, key, fine_tuning=config.fine_tuning)
+
+    return jax.jit(initialise, out_shardings=shardings)(jax.random.key(config.train.seed))

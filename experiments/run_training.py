@@ -38,6 +38,7 @@ from megatransformer_jax.training.schedules import build_schedule
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.stop import StopRequest
 from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.training.writers import MultiWriter, build_writer
 
 
@@ -235,6 +236,10 @@ class _Run:
         assert self.sharder.mesh is not None  # `assemble` always makes one.
         mesh_shape = self.sharder.mesh.shape
         logging.info("parameters: %s (%s)", f"{sum(counts.values()):,}", parts)
+        trained, frozen = split_params(state.params, self.config.fine_tuning)
+        if jax.tree.leaves(frozen):
+            count = sum(leaf.size for leaf in jax.tree.leaves(trained))
+            logging.info("trained of these: %s", f"{count:,}")
         logging.info(
             "mesh: %s on %s; vocabulary: %d; workdir: %s",
             " x ".join(f"{axis} {size}" for axis, size in mesh_shape.items()),
