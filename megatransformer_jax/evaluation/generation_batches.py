@@ -19,9 +19,9 @@ def continue_in_batches(
 ) -> list[Completion]:
     """One completion per prompt, in the order of the prompts.
 
-    The longest prompts come first and stand beside others of their length, and the last batch is
-    filled up, so that few programs are compiled. If tokens are drawn, each batch has a seed of its
-    own.
+    The longest prompts come first and stand beside others of their length, and a batch that is not
+    full is filled up, so that few programs are compiled. If tokens are drawn, each batch has a seed
+    of its own.
 
     Args:
       make_generator: from a configuration to a generator of the model.
@@ -40,13 +40,12 @@ def continue_in_batches(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
     generator = make_generator(config)
     longest_first = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    size = min(batch_size, len(prompts))
     found: dict[int, Completion] = {}
     for first in range(0, len(prompts), batch_size):
         if first and not config.is_deterministic:
             generator = make_generator(_with_next_seed(config, first))
         numbers = longest_first[first : first + batch_size]
-        filled = [*numbers, *numbers[:1] * (size - len(numbers))]
+        filled = [*numbers, *numbers[:1] * (batch_size - len(numbers))]
         completions = generator.generate([prompts[number] for number in filled])
         found.update(zip(numbers, completions[: len(numbers)], strict=True))
         progress(len(numbers))

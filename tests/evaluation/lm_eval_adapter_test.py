@@ -7,7 +7,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-import lm_eval
+import lm_eval.evaluator
 import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
@@ -123,12 +123,16 @@ def results(lm, tmp_path_factory):
     for name, text in (("a", MULTIPLE_CHOICE), ("b", PERPLEXITY), ("c", GENERATION)):
         pathlib.Path(folder, f"{name}.yaml").write_text(text.replace("FOLDER", str(folder)))
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return lm_eval.simple_evaluate(
-        lm,
-        tasks=["local_choice", "local_perplexity", "local_generation"],
-        task_manager=manager,
-        bootstrap_iters=0,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # A report on the machine, for which torch is imported.
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda storage: None)
+        return lm_eval.evaluator.simple_evaluate(
+            lm,
+            tasks=["local_choice", "local_perplexity", "local_generation"],
+            task_manager=manager,
+            bootstrap_iters=0,
+            torch_random_seed=None,
+        )
 
 
 def answer(log_probs, context, continuation):
@@ -213,24 +217,26 @@ def test_the_likeliest_continuation_is_called_greedy(lm, log_probs):
     assert [is_greedy for _, is_greedy in got] == [True, False]
 
 
+def generate(lm, *pairs):
+    """Continuations for pairs of context and generation arguments."""
+    requests = [request("generate_until", *pair) for pair in pairs]
+    return lm.generate_until(requests, disable_tqdm=True)
+
+
 def test_order_and_stop_texts(lm):
     contexts = ["a", "much longer than a", "abc"]
-    arguments = {"until": [""], "max_gen_toks": 12}
-
-    def generate(*pairs):
-        requests = [request("generate_until", *pair) for pair in pairs]
-        return lm.generate_until(requests, disable_tqdm=True)
-
-    together = generate(*((text, arguments) for text in contexts))
+    # An empty text ends nothing, as in lm-eval's other models.
+    arguments = {"until": ["", "\n"], "max_gen_toks": 6}
+    together = generate(lm, *((text, arguments) for text in contexts))
     assert len(set(together)) == 3
     for text, got in zip(contexts, together, strict=True):
-        assert generate(*[(text, arguments)] * 3) == [got] * 3
+        assert generate(lm, (text, arguments)) == [got]
     # A stop text cuts the same continuation short; requests of both kinds may be mixed.
     whole = together[1]
     stop = next(letter for letter in whole[1:] if letter.isascii())
-    stopping = {"until": [stop], "max_gen_toks": 12}
-    mixed = generate(*[(contexts[1], stopping), (contexts[1], arguments)] * 3)
-    assert mixed == [whole[: whole.index(stop)], whole] * 3
+    stopping = {"until": [stop], "max_gen_toks": 6}
+    mixed = generate(lm, *[(contexts[1], stopping), (contexts[1], arguments)] * 2)
+    assert mixed == [whole[: whole.index(stop)], whole] * 2
 
 
 @pytest.mark.parametrize(
@@ -245,18 +251,16 @@ def test_order_and_stop_texts(lm):
 )
 def test_unknown_generation_arguments_are_errors(lm, arguments, problem):
     with pytest.raises(UserError, match=problem):
-        lm.generate_until([request("generate_until", "a", arguments)], disable_tqdm=True)
+        generate(lm, ("a", arguments))
 
 
 def test_samples_follow_the_temperature(lm):
-    def generate(**arguments):
-        return lm.generate_until(
-            [request("generate_until", "a", {"max_gen_toks": 5, **arguments})], disable_tqdm=True
-        )
+    def draw(**arguments):
+        return generate(lm, ("a", {"until": ["\n"], "max_gen_toks": 6, **arguments}))
 
-    drawn = generate(do_sample=True, temperature=0.001, top_p=1.0)
-    assert drawn == generate(do_sample=False)
-    assert generate(temperature=30.0) != drawn
+    drawn = draw(do_sample=True, temperature=0.001, top_p=1.0)
+    assert drawn == draw(do_sample=False)
+    assert draw(temperature=30.0) != drawn
 
 
 def test_contexts_begin_with_the_start_token(tiny, lm):
