@@ -14,7 +14,7 @@ from experiments.export import main as export
 from experiments.inherited_tokenizer import inherited_tokenizer
 from experiments.load_model import load_model
 from experiments.pretrained import _adopt, pretrained_state
-from experiments.resume import run_info
+from experiments.resume import fresh_state, run_info
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.checkpoints.huginn import save_huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager
@@ -210,6 +210,16 @@ def test_a_run_with_lora_is_read_and_exported_merged(tmp_path, small_run):
     assert np.max(np.abs(up - base)) > 0.01
     export([f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
     assert_same(load_model(tmp_path / "out").params, loaded.params)
+
+
+def test_lora_needs_no_source(tmp_path, small_run):
+    options = {"lora": {"rank": 1, "targets": ["mlp/down$"]}}
+    config = build(small_run(tmp_path, {"fine_tuning": options}))
+    vocabulary = assemble.build_vocabulary(config, tmp_path)
+    model, sharder = assemble.build_sharded_model(config)
+    state = fresh_state(config, model, OPTIMIZER, sharder, vocabulary, None)
+    assert set(state.params) == {"base", "lora"}
+    assert set(state.params["lora"]["core"]["layers"]["layer_0"]["mlp"]) == {"down"}
 
 
 def test_the_log_says_where_layers_go(tmp_path, small_run, monkeypatch):
