@@ -4,7 +4,7 @@ python -m experiments.diagnose --from=runs/recurrent
 python -m experiments.diagnose --from=runs/recurrent --kinds=recurrence,spectral_radius
 python -m experiments.diagnose --from=runs/recurrent --step=best --num_steps=64 --out=figures
 
-The figures (.png) and diagnostics.json with their numbers go to diagnostics/step_latest (or what
+The figures (.png) and scalars.json with their numbers go to diagnostics/step_latest (or what
 --step says) in the workdir of the run, or to --out. The kinds are those of diagnostics.kinds except
 for depth_draws, which only a run that is going on has.
 """

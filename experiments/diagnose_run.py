@@ -64,7 +64,7 @@ def diagnose_run(
     findings = diagnoser.present(diagnoser.measure(moment), moment)
     folder = make_folder("out", str(out or source / "diagnostics" / f"step_{step}"))
     write_images(findings, folder)
-    write_scalars(findings, folder / "diagnostics.json")
+    write_scalars(findings, folder / "scalars.json")
     return folder
 
 

@@ -21,8 +21,8 @@ def test_figures_and_numbers_are_written(workdir, tmp_path, capsys):
     diagnose.main([f"--from={workdir}", f"--out={tmp_path / 'out'}", *options])
     assert f"figures and numbers: {tmp_path / 'out'}" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"recurrence.png", "attention_maps.png", "diagnostics.json"}
-    numbers = json.loads((tmp_path / "out" / "diagnostics.json").read_text())
+    assert names == {"recurrence.png", "attention_maps.png", "scalars.json"}
+    numbers = json.loads((tmp_path / "out" / "scalars.json").read_text())
     assert set(numbers) == {"residual", "contraction", "state_norm"}
     assert not (workdir / "diagnostics").exists()
 
