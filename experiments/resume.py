@@ -130,6 +130,7 @@ def fresh_state(
         return pretrained_state(config, model, optimizer, sharder, shardings, vocabulary)
     if model.config.residual == "admin":
         return admin_state(config, model, optimizer, shardings, first_batch(batches, sharder))
+
     def initialise(key: jax.Array) -> TrainState:
         return init_state(model, optimizer, key, fine_tuning=config.fine_tuning)
 
