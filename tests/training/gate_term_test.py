@@ -97,12 +97,11 @@ def test_value_and_gradient_equal_an_explicit_loop_and_detached_train_the_gate_a
 
     by_part, parts = jax.jit(jax.jacrev(explicit, has_aux=True))(params)
     place = Place(jnp.int32(0), jnp.sum(batch.loss_mask), 1.0)
+    rest = jnp.int32(STEPS), jax.random.key(2), place
     for detach in (False, True):
         objective = make_objective(model, run_config(detach))
         differentiate = jax.jit(jax.value_and_grad(objective, has_aux=True))
-        (share, sums), gradients = differentiate(
-            params, batch, jnp.int32(STEPS), jax.random.key(2), place
-        )
+        (share, sums), gradients = differentiate(params, batch, *rest)
         np.testing.assert_allclose(share, jnp.sum(parts), rtol=1e-5)
         for (path, ours), wanted in zip(
             jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(by_part), strict=True
@@ -117,6 +116,19 @@ def test_value_and_gradient_equal_an_explicit_loop_and_detached_train_the_gate_a
     term = WEIGHT * (terms["exit_expected_loss"] + KL * terms["exit_kl"])
     np.testing.assert_allclose(term, parts[1], rtol=1e-5)
     assert 1 < terms["exit_mean_steps"] < STEPS
+    # Micro-batches add up, terms too.
+    by_row = jax.jit(objective)
+    shares, row_sums = zip(
+        *(
+            by_row(params, jax.tree.map(lambda a, row=row: a[row : row + 1], batch), *rest)
+            for row in range(ROWS)
+        ),
+        strict=True,
+    )
+    np.testing.assert_allclose(sum(shares), share, rtol=1e-5)
+    for name, value in terms.items():
+        added = sum(sums.terms[name] for sums in row_sums)
+        np.testing.assert_allclose(added, value, rtol=1e-5, err_msg=name)
 
 
 def test_twice_the_mean_depth_unless_told():
