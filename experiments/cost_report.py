@@ -4,9 +4,11 @@ import dataclasses
 from typing import Any, cast
 
 import jax
+import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from experiments.assemble import abstract_train_state, trained_depth
+from megatransformer_jax.config.fine_tuning import TRAIN_ALL
 from megatransformer_jax.config.run import MeshConfig, RunConfig
 from megatransformer_jax.evaluation.depth_table import evaluated_depths
 from megatransformer_jax.models.cost.flops import ForwardFlops, forward_flops, train_flops
@@ -33,14 +35,16 @@ from megatransformer_jax.types import DTypePolicy
 class TrainMemory:
     """Bytes on one device while it trains. What is from `activations` on is estimated.
 
-    `gathered` are whole copies of parameters that the axis fsdp cuts, beyond those in another type
-    that `activations` holds. `activations` sums all of `ActivationMemory`, of which
+    `merged` are the float32 weights that LoRA's updates are added to in every step. `gathered` are
+    whole copies of parameters that the axis fsdp cuts, beyond those in another type that
+    `activations` holds. `activations` sums all of `ActivationMemory`, of which
     `per_iteration` comes with every iteration that has gradients.
     """
 
     parameters: int
     optimizer: int
     gradients: int
+    merged: int
     gathered: int
     activations: int
     per_iteration: int
@@ -48,8 +52,8 @@ class TrainMemory:
     @property
     def total(self) -> int:
         """All together."""
-        parts = (self.parameters, self.optimizer, self.gradients, self.gathered, self.activations)
-        return sum(parts)
+        kept = self.parameters + self.optimizer + self.gradients
+        return kept + self.merged + self.gathered + self.activations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +159,18 @@ def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -
     trained, _ = split_params(state.params, config.fine_tuning)
     gradients = tree_bytes(trained) * (1 if config.train.accumulation == 1 else 2)
     # Weights in another type than the parameters' are among the activations already.
+    merged = 0
+    if config.fine_tuning.lora.rank:
+        plain = abstract_train_state(model, optax.identity(), sharder, TRAIN_ALL)
+        merged = tree_bytes(plain.params)
     has_own_copies = model.policy.compute != model.policy.param
     is_cut = shape["fsdp"] > 1 and not has_own_copies
     return TrainMemory(
         parameters=parameters,
         optimizer=tree_bytes(state.opt_state),
         gradients=gradients,
-        gathered=parameters * shape["fsdp"] if is_cut else 0,
+        merged=merged,
+        gathered=(merged or parameters) * shape["fsdp"] if is_cut else 0,
         activations=activations.total(config.model.recurrence.backprop_depth),
         per_iteration=activations.per_iteration,
     )

@@ -135,6 +135,8 @@ def _memory(report: CostReport, config: RunConfig) -> Table:
     table.add_row("parameters", format_bytes(memory.parameters))
     table.add_row("optimiser state", format_bytes(memory.optimizer))
     table.add_row("gradients", format_bytes(memory.gradients))
+    if memory.merged:
+        table.add_row("weights with LoRA's updates", format_bytes(memory.merged))
     if memory.gathered:
         table.add_row("parameters gathered over fsdp, about", format_bytes(memory.gathered))
     table.add_row("kept for the backward pass, about", format_bytes(memory.activations))
