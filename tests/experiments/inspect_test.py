@@ -122,6 +122,20 @@ def test_accumulation_halves_what_is_kept_and_adds_a_sum_of_gradients(
     assert parts.activations == pytest.approx(whole.activations / 2, rel=0.05)
 
 
+def test_what_is_frozen_has_no_gradients_and_no_moments(
+    small_run: Values, report: CostReport
+) -> None:
+    options = {"train_only": ["^final_norm"]}
+    part = make_report(build(small_run("unused", {"fine_tuning": options}))).memory
+    assert part.parameters == report.memory.parameters
+    assert (part.gradients, part.optimizer) == (4 * 16, pytest.approx(8 * 16, abs=16))
+    options = {"lora": {"rank": 2}, "base_precision": "int8"}
+    lora = make_report(build(small_run("unused", {"fine_tuning": options}))).memory
+    assert lora.merged == report.memory.parameters and report.memory.merged == 0
+    assert lora.parameters < report.memory.parameters
+    assert lora.gradients < report.memory.gradients / 2
+
+
 def test_depths_are_the_configured_ones(report: CostReport) -> None:
     one, two, four = report.depths
     assert [one.depth, two.depth, four.depth] == [1, 2, 4]
