@@ -26,10 +26,9 @@ _READERS = {
     "beta1": ("adamw", "lion", "muon", *SCHEDULE_FREE),
     "beta2": ("adamw", "lion", "muon", "schedule_free_adamw"),
     "eps": ("adamw", "muon", "schedule_free_adamw"),
-    "sgd": ("sgd",),
-    "adafactor": ("adafactor",),
-    "muon": ("muon",),
 }
+# Sections of one optimiser each, named as it is.
+_SECTIONS = ("sgd", "adafactor", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +101,16 @@ class OptimizerConfig:
             if self.name not in readers:
                 fix = f"choose name={' or '.join(map(repr, readers))}"
                 require_defaults(self, (option_name,), f"with name={self.name!r}", fix)
+        for name in _SECTIONS:
+            if self.name != name:
+                own = getattr(self, name)
+                names = [field.name for field in dataclasses.fields(own)]
+                try:
+                    require_defaults(
+                        own, names, f"with name={self.name!r}", f"choose name={name!r}"
+                    )
+                except ConfigError as error:
+                    raise error.below(name) from None
 
     @rule("schedule")
     def _schedule_free_has_a_constant_rate(self) -> None:

@@ -12,7 +12,7 @@ from megatransformer_jax.config.parameter_groups import ParameterGroup
 from megatransformer_jax.training.parameter_paths import map_named, path_text
 from megatransformer_jax.training.weight_decay import decay_mask
 
-_SHOWN = 6
+_SHOWN = 12
 
 
 def group_of(groups: Sequence[ParameterGroup], path: str) -> ParameterGroup | None:
@@ -100,6 +100,9 @@ def scale_by_learning_rate(
 
 
 def _some(paths: Sequence[str]) -> str:
-    """Paths from all over the list, so that they show what kinds there are."""
-    stride = max(1, -(-len(paths) // _SHOWN))
-    return ", ".join(paths[::stride])
+    """A path for each last name, so that they show what kinds there are."""
+    by_name: dict[str, str] = {}
+    for path in paths:
+        by_name.setdefault(path.rpartition("/")[2], path)
+    shown = list(by_name.values())[:_SHOWN]
+    return ", ".join(shown) + (" and others" if len(shown) < len(paths) else "")

@@ -16,6 +16,7 @@ from megatransformer_jax.models.step_schedule import draw_num_steps
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import init_state
 from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.weight_average import average_weights
 from megatransformer_jax.types import Batch, DTypePolicy
 
 ROWS, LENGTH, VOCAB = 4, 8, 16
@@ -157,7 +158,7 @@ def test_accumulated_micro_batches_equal_one_batch(draw_per):
 
 def test_a_non_finite_step_is_skipped_and_counted():
     config = run_config()
-    _, state, step = build(config, optax.adam(1e-2))
+    _, state, step = build(config, average_weights(optax.adam(1e-2), 0.9))
     state, _ = step(state, example_batch())
     params = state.params
     broken = params["final_norm"]["scale"].at[0].set(jnp.nan)
