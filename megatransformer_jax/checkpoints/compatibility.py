@@ -51,6 +51,8 @@ TRAINING_ONLY = (
     "model.residual_dropout_rate",
     "model.attention.dropout_rate",
     "model.mlp.dropout_rate",
+    # The same up to rounding in evaluation; in training other draws of dropout.
+    "model.scan_layers",
     "model.init.scheme",
     "model.init.std",
     "model.recurrence.mean_steps",

@@ -227,6 +227,12 @@ class ModelConfig:
         "each other layer. dots: the same, but products with weights are kept.",
         choices=("none", "full", "dots"),
     )
+    scan_layers: bool = option(
+        False,
+        "Runs the layers of a stack in a loop over their stacked weights: more layers take no "
+        "longer to compile, but the weights are copied in every pass and nothing is fused across "
+        "layers. Passes with a cache lay all layers out all the same.",
+    )
     attention: AttentionConfig = section(AttentionConfig, "Self-attention.")
     positions: PositionConfig = section(PositionConfig, "Position scheme.")
     norm: NormConfig = section(NormConfig, "Normalisation.")
@@ -293,6 +299,16 @@ class ModelConfig:
                 "sharing.scheme",
                 f"{self.sharing.scheme!r} with residual='admin': layers that share weights share "
                 "omega, which depends on the place; use 'none'.",
+            )
+
+    @rule("scan_layers")
+    def _scanned_stacks_have_layers(self) -> None:
+        """True only with a stack of at least two layers."""
+        if self.scan_layers and max(self.prelude_layers, self.core_layers, self.coda_layers) < 2:
+            raise ConfigError(
+                "scan_layers",
+                "True has nothing to loop over: prelude, core and coda have less than two layers "
+                "each; set scan_layers=False.",
             )
 
     @rule("recurrence")

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
@@ -36,7 +36,7 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: LayerContext, layer: int = 0
+        self, x: Float[Array, "B T D"], context: LayerContext, layer: int | Int[Array, ""] = 0
     ) -> Float[Array, "B T D"]:
         """Attends within `x`, and to the cache if the context has one.
 
@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
         key: jax.Array,
         value: jax.Array,
         context: LayerContext,
-        layer: int,
+        layer: int | jax.Array,
     ) -> jax.Array:
         config = self.config.attention
         dropout_rate = 0.0 if context.deterministic else config.dropout_rate
@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
         )
 
     def _remember(
-        self, key: jax.Array, value: jax.Array, cached: CachedPass, layer: int
+        self, key: jax.Array, value: jax.Array, cached: CachedPass, layer: int | jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Hands the new keys and values out; those of inactive tokens are the frozen ones."""
         if cached.frozen is not None and cached.is_active is not None:
@@ -105,7 +105,7 @@ class SelfAttention(nn.Module):
         value: jax.Array,
         context: LayerContext,
         cached: CachedPass,
-        layer: int,
+        layer: int | jax.Array,
     ) -> jax.Array:
         config = self.config.attention
         rows: Any = cached.rows

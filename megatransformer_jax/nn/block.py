@@ -1,15 +1,17 @@
 """One transformer layer, and stacks of them."""
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.attention import SelfAttention
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.initializers import WeightInit
+from megatransformer_jax.nn.layer_scan import scan_layers
 from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import vector
@@ -36,9 +38,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], context: LayerContext, layer: int
+        self, x: Float[Array, "B T D"], context: LayerContext, layer: int | Int[Array, ""]
     ) -> Float[Array, "B T D"]:
-        """Runs the layer; `layer` is its place in its stack."""
+        """Runs the layer; `layer` is its place in its stack, traced where layers are scanned."""
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
         attend = SelfAttention(*parts, name="attention")
         feed_forward = self._feed_forward(context)
@@ -104,6 +106,8 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
         """Runs the layers; `remat` as in `ModelConfig.remat`, applied to each."""
+        if self._can_scan(context):
+            return self._scan(x, context)
         block_class = Block
         if self.remat != "none":
             # `layer`, argument 3 after self, x and context, picks a parameterless row: static.
@@ -114,6 +118,30 @@ class Stack(nn.Module):
         for layer, owner in enumerate(self.owners):
             x = blocks[owner](x, context, layer)
         return x
+
+    def _can_scan(self, context: LayerContext) -> bool:
+        """Not to declare parameters, nor for what layers sow (new rows of a cache among it)."""
+        if not self.config.scan_layers or len(self.owners) < 2 or self.is_initializing():
+            return False
+        assert self.scope is not None  # It is bound, or could not be called.
+        return self.scope.mutable is False and context.cached is None
+
+    def _scan(self, x: jax.Array, context: LayerContext) -> jax.Array:
+        parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
+        block = Block(*parts, parent=None)
+        dropout_key = None if context.deterministic else self.make_rng("dropout")
+
+        def apply_layer(params: Any, x: jax.Array, layer: jax.Array) -> jax.Array:
+            rngs = {}
+            if dropout_key is not None:
+                rngs = {"dropout": jax.random.fold_in(dropout_key, layer)}
+            return cast(jax.Array, block.apply({"params": params}, x, context, layer, rngs=rngs))
+
+        if self.remat != "none":
+            # The loop keeps the two computations apart by itself.
+            policy = remat_policy(self.remat)
+            apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=False)
+        return scan_layers(apply_layer, self.variables["params"], self.owners, x)
 
 
 def remat_policy(remat: str) -> Callable[..., bool] | None:

@@ -68,6 +68,7 @@ VARIANTS = {
     "plain_lm": dataclasses.replace(BASE, core_layers=0, recurrence=RecurrenceConfig()),
     "core_only": variant(prelude_layers=0, coda_layers=0),
     "remat": variant(remat="full"),
+    "scanned": variant(scan_layers=True, core_layers=2, coda_layers=0, remat="full"),
     "rezero_shared": variant(
         residual="rezero",
         norm={"placement": "none"},
