@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.nn.running_statistics import is_statistic
 from megatransformer_jax.training.objective import Place, make_objective
 from megatransformer_jax.training.parameter_paths import path_text
 from megatransformer_jax.types import Batch, HostOrDeviceArray
@@ -26,9 +27,14 @@ class LayerNorms(NamedTuple):
 
 
 def norms_by_layer(tree: Any) -> dict[str, Float[Array, ""]]:
-    """Norms of the groups of arrays that belong together (`layer_of`), in the tree's order."""
+    """Norms of the groups of arrays that belong together (`layer_of`), in the tree's order.
+
+    Running statistics are no weights, and what takes the place of their gradients is none.
+    """
     squares: dict[str, jax.Array] = {}
     for path, array in jax.tree_util.tree_leaves_with_path(tree):
+        if is_statistic(path):
+            continue
         name = layer_of(path_text(path))
         square = jnp.sum(jnp.square(array.astype(jnp.float32)))
         squares[name] = squares[name] + square if name in squares else square

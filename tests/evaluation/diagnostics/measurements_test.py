@@ -114,7 +114,9 @@ def test_norms_by_layer_add_up_to_the_norm_of_the_tree():
             "layers": {"layer_0": {"a": random(2, 2), "b": {"c": random(3, seed=1)}}},
         },
     }
-    norms = norms_by_layer(tree)
+    # Running statistics have no gradient of their own.
+    with_statistics = {**tree, "coda": {"layer_0": {"mlp": {"query_mean": random(4)}}}}
+    norms = norms_by_layer(with_statistics)
     assert norms.keys() == {"embedding", "core/adapter", "core/layers/layer_0"}
     layer = tree["core"]["layers"]["layer_0"]
     np.testing.assert_allclose(norms["core/layers/layer_0"], optax.tree.norm(layer), rtol=1e-6)
