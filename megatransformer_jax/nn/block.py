@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.attention import SelfAttention
-from megatransformer_jax.nn.context import LayerContext
+from megatransformer_jax.nn.context import NEW_ROWS, LayerContext
 from megatransformer_jax.nn.initializers import WeightInit
 from megatransformer_jax.nn.layer_scan import scan_layers
 from megatransformer_jax.nn.mlp import Mlp
@@ -21,6 +21,8 @@ from megatransformer_jax.types import DTypePolicy
 
 # Collection that blocks sow their updates into, and stacks their inputs, for `profile_admin`.
 RESIDUAL_UPDATES = "residual_updates"
+# Everything that layers sow. A loop over layers would lose it.
+SOWN_BY_LAYERS = (NEW_ROWS, RESIDUAL_UPDATES, "intermediates")
 
 
 class Block(nn.Module):
@@ -106,7 +108,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
         """Runs the layers; `remat` as in `ModelConfig.remat`, applied to each."""
-        if self._can_scan(context):
+        if self._can_scan():
             return self._scan(x, context)
         block_class = Block
         if self.remat != "none":
@@ -119,12 +121,12 @@ class Stack(nn.Module):
             x = blocks[owner](x, context, layer)
         return x
 
-    def _can_scan(self, context: LayerContext) -> bool:
-        """Not to declare parameters, nor for what layers sow (new rows of a cache among it)."""
+    def _can_scan(self) -> bool:
+        """Not to declare parameters, nor when somebody asks for what layers sow."""
         if not self.config.scan_layers or len(self.owners) < 2 or self.is_initializing():
             return False
         assert self.scope is not None  # It is bound, or could not be called.
-        return self.scope.mutable is False and context.cached is None
+        return not any(self.scope.is_mutable_collection(name) for name in SOWN_BY_LAYERS)
 
     def _scan(self, x: jax.Array, context: LayerContext) -> jax.Array:
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)

@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
 from megatransformer_jax.models.megatransformer import layer_context
-from megatransformer_jax.nn.block import Stack
+from megatransformer_jax.nn.block import SOWN_BY_LAYERS, Stack
 from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.layer_scan import plan_loops
 from megatransformer_jax.nn.layer_sharing import layer_owners
@@ -87,15 +87,19 @@ def test_outputs_and_gradients_equal_those_of_layers_laid_out(scheme, num_unique
 
 
 def test_the_program_has_a_loop_and_does_not_grow_with_depth():
-    def text(config, num_layers):
+    def text(config, num_layers, mutable=False):
         owners = tuple(range(num_layers))
         stack, context = stack_of(config, owners), context_of(num_layers)
         shapes = jax.eval_shape(lambda: stack.init(jax.random.key(0), X, context))["params"]
-        run = jax.jit(lambda params: stack.apply({"params": params}, X, context))
+        run = jax.jit(lambda params: stack.apply({"params": params}, X, context, mutable=mutable))
         return run.lower(nn.meta.unbox(shapes)).as_text()
 
     shallow, deep = text(SCANNED, 3), text(SCANNED, 9)
     assert "stablehlo.while" in deep and "stablehlo.while" not in text(LAID_OUT, 3)
+    # What is sown outside of layers does not matter, what they sow does.
+    assert "stablehlo.while" in text(SCANNED, 3, ["last_state"])
+    for collection in SOWN_BY_LAYERS:
+        assert "stablehlo.while" not in text(SCANNED, 3, [collection])
     products = [program.count("stablehlo.dot_general") for program in (shallow, deep)]
     assert products[0] == products[1] > 0
     # The weights are still stacked one by one.
