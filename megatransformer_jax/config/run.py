@@ -346,6 +346,16 @@ class RunConfig:
             except ConfigError as error:
                 raise error.below("train.exit_gate") from None
 
+    @rule("train.exit_gate.detach")
+    def _a_detached_term_trains_something(self) -> None:
+        """True only if fine_tuning trains the gate."""
+        if self.train.exit_gate.detach and not self.fine_tuning.trains("exit_gate/weight"):
+            raise ConfigError(
+                "train.exit_gate.detach",
+                "True lets the term train the gate alone, and fine_tuning freezes it; set it to "
+                "False, or let fine_tuning train '^exit_gate/'.",
+            )
+
     @rule("train.stability.jacobian_weight")
     def _jacobian_needs_a_core(self) -> None:
         """0 when model.core_layers=0."""

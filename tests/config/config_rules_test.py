@@ -240,6 +240,16 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         "train.exit_gate.detach",
     ),
     (
+        "_a_detached_term_trains_something",
+        RunConfig,
+        {
+            "model": ModelConfig(exit_gate=ExitGateConfig(enabled=True)),
+            "train": TrainConfig(exit_gate=ExitGateTrainingConfig(detach=True)),
+            "fine_tuning": FineTuningConfig(freeze=("gate",)),
+        },
+        "train.exit_gate.detach",
+    ),
+    (
         "_jacobian_needs_a_core",
         RunConfig,
         {
