@@ -12,8 +12,8 @@ class StabilityConfig:
     jacobian_weight: float = option(
         0.0,
         "Weight of the mean squared singular value of the Jacobian of one more iteration by the "
-        "last state, estimated with one random vector (STARS, arXiv 2605.26733). 0: off, at no "
-        "cost.",
+        "last state, estimated with one random vector (after STARS, arXiv 2605.26733). 0: off, at "
+        "no cost.",
         minimum=0,
     )
     jacobian_warmup_steps: int = option(

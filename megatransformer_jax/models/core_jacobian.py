@@ -1,8 +1,8 @@
 """The Jacobian of one iteration of the core: the squared size that stability training pushes down.
 
 For a vector v of independent signs, E |J^T v|^2 = |J|_F^2 (Hutchinson's estimator). One product
-J^T v is one pullback, so the penalty of STARS (arXiv 2605.26733) costs one more iteration and its
-second-order gradient.
+J^T v is one pullback, so the penalty costs one more iteration and its second-order gradient. The
+aim is that of STARS (arXiv 2605.26733), a small spectral radius, which |J|_F bounds from above.
 """
 
 from typing import Any, cast
