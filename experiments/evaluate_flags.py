@@ -37,7 +37,7 @@ _OTHER_NAMES = {"workdir": "from", "depth": "depths", "prompts_file": "reference
 FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
 _OF_DATA = ("data", "text_field", "num_batches", "sequence_length")
-_OF_MODEL = ("step", "depths", "batch_size", "precision", "param_dtype", "seed")
+_OF_MODEL = ("step", "weights", "depths", "batch_size", "precision", "param_dtype", "seed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,13 @@ class EvaluateOptions:
     )
     step: str = option(
         "latest",
-        "Checkpoint of a run: latest, best (by validation loss) or the number of its step.",
+        "Checkpoint of a run: latest, best (by checkpoint.best_metric) or the number of its step.",
+    )
+    weights: str = option(
+        "average",
+        "Of a run that averages its weights (train.ema_decay, schedule-free): average, or raw for "
+        "the weights it trains.",
+        choices=("average", "raw"),
     )
     depths: tuple[int, ...] = option(
         (),

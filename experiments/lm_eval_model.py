@@ -26,6 +26,12 @@ class ModelArguments:
 
     path: str = option("", "Folder of a run of ours, or of a Huginn checkpoint.")
     step: str = option("latest", "Checkpoint of a run: latest, best or the number of its step.")
+    weights: str = option(
+        "average",
+        "Of a run that averages its weights (train.ema_decay, schedule-free): average, or raw for "
+        "the weights it trains.",
+        choices=("average", "raw"),
+    )
     depth: int | None = option(
         None,
         "Iterations of the core. None: the mean in training.",
@@ -96,6 +102,7 @@ class LoadedMegaTransformerLM(MegaTransformerLM):
             step=arguments.step,
             precision=arguments.precision,
             param_dtype="stored" if arguments.param_dtype == "stored" else "float32",
+            weights="raw" if arguments.weights == "raw" else "average",
         )
         if loaded.tokenizer is None:
             raise UserError(f"{loaded.description} has no tokenizer, so it cannot read tasks.")

@@ -84,6 +84,7 @@ def _load(options: EvaluateOptions, folder: pathlib.Path) -> tuple[LoadedModel, 
         step=options.step,
         precision=options.precision,
         param_dtype="stored" if options.param_dtype == "stored" else "float32",
+        weights="raw" if options.weights == "raw" else "average",
     )
     logging.info("%s", loaded.description)
     return loaded, None if is_huginn else read_run_config(folder)

@@ -95,6 +95,7 @@ def test_arguments_become_the_model(workdir):
         ("depth=0", "depth: 0 is not allowed"),
         ("max_length=100000", "max_length=100000 exceeds"),
         ("step=7", "no such checkpoint"),
+        ("weights=raw", "has one set of weights"),
     ):
         with pytest.raises(UserError, match=problem):
             make(f"path={workdir},{text}")

@@ -92,6 +92,7 @@ def test_wrong_use(run, capfd, tmp_path):
     error = fails(run, capfd, "--param_dtype=stored")
     assert error.startswith("error: --param_dtype: 'stored' is for Huginn")
     assert "no such checkpoint" in fails(run, capfd, "--step=5")
+    assert "has one set of weights" in fails(run, capfd, "--weights=raw")
     (tmp_path / "file").touch()
     error = fails(run, capfd, f"--output={tmp_path}/file", "--num_batches=1")
     assert error.startswith("error: --output: ")
