@@ -42,8 +42,15 @@ def plan_retrofit(source: ModelConfig, target: ModelConfig, core_start: int | No
       core_start: `fine_tuning.core_start`.
 
     Raises:
-      ConfigError: if the source has a core, or too few layers.
+      ConfigError: if the source has a core, or too few layers, or if layers share weights.
     """
+    for name, config in (("that of fine_tuning.init_from", source), ("this one", target)):
+        if config.sharing.scheme != "none":
+            raise ConfigError(
+                "fine_tuning.retrofit",
+                f"True needs models whose layers have weights of their own, but {name} has "
+                f"sharing.scheme={config.sharing.scheme!r}; use models with scheme='none'.",
+            )
     if source.is_recurrent:
         raise ConfigError(
             "fine_tuning.retrofit",

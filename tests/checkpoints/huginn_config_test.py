@@ -140,6 +140,13 @@ def test_missing_keys_are_listed():
             {"recurrence": {"state_init": "embed"}},
             ["model.recurrence.state_init: 'embed', Huginn's is 'like_init'"],
         ),
+        (
+            {"core_layers": 2, "sharing": {"scheme": "cycle", "core_unique": 1}},
+            [
+                "model.sharing.scheme: 'cycle', Huginn's is 'none'",
+                "model.sharing.core_unique: 1, Huginn's is None",
+            ],
+        ),
         ({"init": {"scheme": "scaled"}}, ["model.init.scheme: 'scaled', Huginn's is 'takase'"]),
         ({"core_layers": 0}, ["model.core_layers: 0, Huginn has a core"]),
         (

@@ -10,6 +10,7 @@ import pytest
 from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.sharing import SharingConfig
 from megatransformer_jax.losses.cross_entropy import token_loss
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.retrofit import plan_retrofit, retrofit_params
@@ -146,6 +147,14 @@ def test_plans_that_cannot_be_are_refused():
         plan_retrofit(deep(5), recurrent(2, 3, 1), None)
     with pytest.raises(ConfigError, match=r"needs a plain model, .* core_layers=1"):
         plan_retrofit(recurrent(), recurrent(), None)
+    shared = dataclasses.replace(deep(8), sharing=SharingConfig(scheme="cycle", prelude_unique=2))
+    with pytest.raises(ConfigError, match=r"init_from has sharing\.scheme='cycle'"):
+        plan_retrofit(shared, recurrent(2, 3, 1), None)
+    target = dataclasses.replace(
+        recurrent(2, 3, 1), sharing=SharingConfig(scheme="cycle", core_unique=2)
+    )
+    with pytest.raises(ConfigError, match=r"this one has sharing\.scheme='cycle'"):
+        plan_retrofit(deep(8), target, None)
 
 
 def test_a_retrofitted_model_keeps_what_the_plain_one_has_learned(plain):

@@ -53,7 +53,10 @@ def total_parameters(counts: Mapping[str, Mapping[str, int]]) -> int:
 
 
 def effective_parameters(counts: Mapping[str, Mapping[str, int]], depth: int) -> int:
-    """Parameters of the unrolled model: as if each of `depth` iterations had its own core."""
+    """Parameters of the unrolled model: as if each of `depth` iterations had its own core.
+
+    Layers of a stack that share weights still count once (once per iteration in the core).
+    """
     iterated = total_parameters({part: counts.get(part, {}) for part in ITERATED_PARTS})
     return total_parameters(counts) + (depth - 1) * iterated
 
