@@ -9,7 +9,7 @@ import pytest
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
 from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
-from megatransformer_jax.config.optimizer import OptimizerConfig
+from megatransformer_jax.config.optimizer import OPTIMIZERS, OptimizerConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig, TrainConfig
@@ -127,6 +127,18 @@ def test_the_norm_counts_trained_parameters_alone(trained):
     norm = optax.tree.norm(moments) / (1 - config.optimizer.beta1)
     np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
     assert norm > 0
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_every_optimizer_takes_a_tree_without_its_frozen_leaves(trained, name):
+    config, state, _, _, _ = trained
+    options = OptimizerConfig(name=name, warmup_steps=0, schedule="constant")
+    optimizer = build_optimizer(options, 10, None)
+    part, _ = split_params(state.params, config.fine_tuning)
+    updates, opt_state = jax.eval_shape(lambda p: optimizer.update(p, optimizer.init(p), p), part)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, part)
+    arrays = [leaf for leaf in jax.tree.leaves(opt_state) if leaf.ndim]
+    assert sum(leaf.size for leaf in arrays) <= 2 * sum(leaf.size for leaf in jax.tree.leaves(part))
 
 
 def test_an_average_of_weights_has_the_frozen_ones_as_they_are(trained):
