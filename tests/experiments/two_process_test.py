@@ -101,6 +101,7 @@ def test_two_processes_agree_with_one_and_one_can_go_on(tmp_path, small_run, rep
         "mesh": MESH,
         "optimizer": {"schedule": "constant", "warmup_steps": 1},
         "samples": SAMPLES,
+        "diagnostics": {"every_steps": 2, "kinds": ["recurrence"]},
     }
     first, more = ({**changes, "train": {"steps": steps}} for steps in (2, 4))
     finish(start_two(tmp_path, small_run(two, first), repository), tmp_path)
@@ -108,6 +109,7 @@ def test_two_processes_agree_with_one_and_one_can_go_on(tmp_path, small_run, rep
     assert_same_metrics(two, one, 2)
     samples = [sample_lines(tmp_path / f"{name}.log", 2) for name in ("process_0", "one")]
     assert len(samples[0]) == 3 and samples[0] == samples[1]
+    assert all((path / "diagnostics/step_000002/recurrence.png").is_file() for path in (two, one))
 
     # What two processes saved, one process on two devices goes on with.
     finish([start("two_more", tmp_path, small_run(two, more), repository, 2)], tmp_path)
