@@ -106,8 +106,8 @@ def train_flops(config: ModelConfig, forward: ForwardFlops, num_steps: int) -> T
     model = 3 * forward.once_total + (without + 3 * with_gradient) * forward.iteration_total
     masked = (backprop_depth - with_gradient) * 3 * forward.iteration_total
     layers = [forward.once["prelude"], forward.once["coda"]]
-    again = sum((_recomputed(config.remat, products) for products in layers), 0.0)
-    again += backprop_depth * _recomputed(config.remat, forward.iteration)
+    again = sum((_recomputed(config, products) for products in layers), 0.0)
+    again += backprop_depth * _recomputed(config, forward.iteration)
     return TrainFlops(model=model, hardware=model + masked + again)
 
 
@@ -142,13 +142,18 @@ def _times(count: int, products: Mapping[str, float]) -> dict[str, float]:
     return {name: count * flops for name, flops in products.items()}
 
 
-def _recomputed(remat: str, products: Mapping[str, float]) -> float:
-    """FLOPs that the backward pass computes a second time."""
-    match remat:
+def _recomputed(config: ModelConfig, products: Mapping[str, float]) -> float:
+    """FLOPs that the backward pass computes a second time; PEER's at most."""
+    # PEER gathers its experts again, and compares queries again if it does so in blocks.
+    always, without_weights = 0.0, products.get("attention", 0.0)  # Attention has no weights.
+    if config.mlp.kind == "peer" and products:
+        always = products["keys"] + products["up"]
+        without_weights += products["keys"] + products["up"] + products["down"]
+    match config.remat:
         case "none":
-            return 0.0
+            return always
         case "full":
-            return sum(products.values(), 0.0)
-        case "dots":  # Keeps products with weights; attention has none.
-            return products.get("attention", 0.0)
-    raise ValueError(f"unknown remat {remat!r}; known: none, full, dots")
+            return always + sum(products.values(), 0.0)
+        case "dots":  # Keeps products with weights that all tokens share.
+            return always + without_weights
+    raise ValueError(f"unknown remat {config.remat!r}; known: none, full, dots")

@@ -149,3 +149,17 @@ def test_remat_of_all_but_products_repeats_attention() -> None:
     per_layer = 4 * config.width * mean_keys(LENGTH, None)
     # Prelude, coda, and two core layers in each of the two gradient iterations.
     assert trained.hardware - trained.model == pytest.approx(6 * per_layer)
+
+
+def test_peer_retrieves_again_in_the_backward_pass() -> None:
+    config = VARIANTS["peer"]
+    flops = forward_flops(config, LENGTH)
+    peer, layers = (
+        config.mlp.peer,
+        1 + 2 * 2 + 1,
+    )  # Two iterations of two layers between two others.
+    keys = 2 * peer.num_heads * peer.key_dim * 64  # The root of 4096 experts.
+    up = 2 * config.width * 8 * 16
+    trained = train_flops(config, flops, 8)
+    assert trained.hardware - trained.model == pytest.approx(layers * (keys + up))
+    assert flops.once["prelude"]["query"] == 2 * config.width * 8 * 64
