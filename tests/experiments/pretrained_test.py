@@ -231,8 +231,8 @@ def test_the_log_says_where_layers_go(tmp_path, small_run, monkeypatch):
     values = merge(small_run(tmp_path / "plain"), plain)
     values["model"]["recurrence"] = {}
     params = write_run(build(values), {2: None})[2]
-    config = from_source(small_run, tmp_path, tmp_path / "plain", retrofit=True)
+    config = from_source(small_run, tmp_path, tmp_path / "plain", retrofit=True, core_start=1)
     state = start(config, tmp_path)
-    assert any("core of 2, coda of 3; dropped: 1" in line for line in lines)
-    assert_same(state.params["core"]["layers"]["layer_0"], params["prelude"]["layer_2"])
+    assert any("core of 1, coda of 3; dropped: 2" in line for line in lines)
+    assert_same(state.params["core"]["layers"]["layer_0"], params["prelude"]["layer_1"])
     assert isinstance(load_model(tmp_path / "plain").tokenizer, BytesTokenizer)

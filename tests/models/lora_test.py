@@ -22,6 +22,7 @@ CONFIG = ModelConfig(
     vocab_size=24,
     width=16,
     max_length=8,
+    prelude_layers=0,
     core_layers=1,
     coda_layers=0,
     attention=AttentionConfig(num_heads=4, num_kv_heads=2),
@@ -61,7 +62,7 @@ def test_updates_start_at_nothing_and_have_the_shapes_of_their_targets(parts):
     }
     assert names["attention"]["output"] == {"a": ("heads", None, None), "b": (None, "embed")}
     assert names["mlp"]["up"] == {"a": ("embed", None), "b": (None, None, "mlp")}
-    assert set(fresh) == {"prelude", "core"}
+    assert set(fresh) == {"core"}
     assert float(jnp.std(layer["mlp"]["down"]["a"])) > 0
 
 
