@@ -16,6 +16,8 @@ from megatransformer_jax.config.run import RunConfig, TrainConfig
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.nn.running_statistics import is_statistic
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.evaluation_params import evaluation_params
+from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import init_state
 from megatransformer_jax.training.statistics import keep_statistics, update_statistics
 from megatransformer_jax.training.train_step import make_train_step
@@ -152,6 +154,23 @@ def test_averages_of_weights_have_the_latest_statistics():
     average = jax.tree.map(lambda leaf: leaf / 2, latest)
     kept = keep_statistics(average, latest)
     assert kept["query_mean"] is latest["query_mean"] and kept["up"] is average["up"]
+
+
+def test_an_average_is_evaluated_with_the_latest_statistics():
+    config = RunConfig(
+        model=dataclasses.replace(MODEL, max_length=256),
+        data=DataConfig(source="reasoning"),
+        train=TrainConfig(ema_decay=0.9),
+    )
+    model = build_model(config.model, DTypePolicy(), Sharder(), "cpu")
+    optimizer = build_optimizer(config.optimizer, config.train.steps, config.train.ema_decay)
+    state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
+    latest = state.params["prelude"]["layer_0"]["mlp"]
+    latest["query_mean"] += 1.0
+    latest["query"] += 1.0
+    judged = evaluation_params(state, config)["prelude"]["layer_0"]["mlp"]
+    np.testing.assert_array_equal(judged["query_mean"], latest["query_mean"])
+    assert not np.allclose(judged["query"], latest["query"])
 
 
 def test_evaluation_uses_running_statistics():
