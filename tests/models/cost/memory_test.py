@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.cost.memory import (
@@ -119,3 +120,12 @@ def test_tree_bytes_counts_shards() -> None:
     }
     assert tree_bytes(tree) == tree_bytes(jax.eval_shape(lambda: tree)) == 8 * 6 * 4 + 5 * 2
     assert tree_bytes(jax.device_put(tree, shardings)) == 8 * 6 * 4 // 4 + 5 * 2
+
+
+def test_peers_tables_are_parameters_and_not_kept_for_the_backward_pass() -> None:
+    def kept(num_experts: int) -> int:
+        mlp = MlpConfig(kind="peer", peer=PeerConfig(num_experts=num_experts, key_dim=8))
+        return activation_memory(build(dataclasses.replace(SMALL, mlp=mlp)), 1, 32).total(3)
+
+    one_table = 256**2 * SMALL.width * 4
+    assert kept(256**2) - kept(32**2) < one_table / 10
