@@ -48,7 +48,7 @@ def init(module, *arguments):
     return nn.meta.unbox(variables)["params"]
 
 
-@pytest.mark.parametrize("placement", ["none", "pre", "peri"])
+@pytest.mark.parametrize("placement", ["none", "pre"])
 def test_rezero_starts_as_the_identity_and_only_its_alphas_learn_at_first(placement):
     config = config_of("rezero", placement)
     _, *rest = parts_of(config)

@@ -62,12 +62,15 @@ def test_loops_give_every_layer_its_weights_in_order(scheme):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "num_unique", "remat"),
-    [("none", 4, "none"), ("cycle", 2, "full"), ("cycle_rev", 2, "dots")],
+    ("scheme", "num_layers", "num_unique", "remat"),
+    # The second has two rounds in one loop, then a reversed one.
+    [("none", 2, 2, "full"), ("cycle_rev", 6, 2, "dots")],
 )
-def test_outputs_and_gradients_equal_those_of_layers_laid_out(scheme, num_unique, remat):
-    owners = layer_owners(scheme, 4, num_unique)
-    params, context = params_of(owners), context_of(4)
+def test_outputs_and_gradients_equal_those_of_layers_laid_out(
+    scheme, num_layers, num_unique, remat
+):
+    owners = layer_owners(scheme, num_layers, num_unique)
+    params, context = params_of(owners), context_of(num_layers)
 
     def value_and_gradients(config):
         stack = stack_of(config, owners, remat)
