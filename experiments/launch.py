@@ -183,15 +183,25 @@ def help_text(
     spec = getattr(module, "__spec__", None)
     program = f"-m {spec.name}" if spec is not None else sys.argv[0]
     own = "".join(f"\n  --{flag.name}: {flag.help} (default: {flag.default})" for flag in own_flags)
-    sections = [f"  config.{path}: {meaning}" for path, _, meaning in sections_of(RunConfig)]
     text = _HELP.format(
         doc=(module.__doc__ or "").strip() + "\n",
         program=program,
         presets=", ".join(preset_names()),
         own=f"\nOptions of this command:{own}\n" if own else "",
-        sections="\n".join(sections),
+        sections="\n".join(_section_lines()),
     )
     return text + "\n".join(_full_lines()) if full else text
+
+
+def _section_lines() -> list[str]:
+    """One line per section, with the names of those inside it."""
+    paths = [path for path, *_ in sections_of(RunConfig)]
+    lines = []
+    for path, _, meaning in sections_of(RunConfig):
+        if "." not in path:
+            inside = [p.removeprefix(f"{path}.") for p in paths if p.startswith(f"{path}.")]
+            lines.append(f"  config.{path}: {meaning}" + f" ({', '.join(inside)})" * bool(inside))
+    return lines
 
 
 def _full_lines() -> list[str]:

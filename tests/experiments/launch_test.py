@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import pytest
+from other_values import companions, new_value
 
 from experiments import launch
 from megatransformer_jax.config.build import build, save_config
@@ -98,90 +99,6 @@ def test_yaml_json_and_python_describe_the_same_run(
     assert parse(f"--config={tmp_path}/mine.yml") == config
 
 
-# What else must be said for the new value of an option to be allowed.
-COMPANIONS = {
-    "model.norm.bias": ["--config.model.norm.kind=layernorm"],
-    "model.head_bias": ["--config.model.tie_embeddings=false"],
-    "model.init.std": ["--config.model.init.scheme=scaled"],
-    "model.recurrence.zero_order_hold": ["--config.model.recurrence.adapter=diagonal"],
-    "model.recurrence.ramp": ["--config.model.recurrence.ramp_steps=9"],
-    "model.recurrence.ramp_steps": ["--config.model.recurrence.ramp=linear"],
-    "model.recurrence.ramp_from": [
-        "--config.model.recurrence.ramp=linear",
-        "--config.model.recurrence.ramp_steps=9",
-    ],
-    "data.source": ["--config.data.files=a.txt"],
-    "data.files": ["--config.data.source=text"],
-    "data.validation_files": ["--config.data.source=text", "--config.data.files=a.txt"],
-    "data.text_field": ["--config.data.source=jsonl", "--config.data.files=a.jsonl"],
-    "data.on_bad_record": ["--config.data.source=text", "--config.data.files=a.txt"],
-    "data.tfds_name": ["--config.data.source=tfds"],
-    "data.tfds_split": ["--config.data.source=tfds", "--config.data.tfds_name=x"],
-    "data.tfds_validation_split": ["--config.data.source=tfds", "--config.data.tfds_name=x"],
-    "data.tfds_data_dir": ["--config.data.source=tfds", "--config.data.tfds_name=x"],
-    "optimizer.schedule": ["--config.optimizer.decay_steps=9"],
-    "optimizer.decay_steps": ["--config.optimizer.schedule=wsd"],
-    "distributed.coordinator": [
-        "--config.distributed.enabled",
-        "--config.distributed.num_processes=2",
-        "--config.distributed.process_id=0",
-    ],
-    "distributed.num_processes": [
-        "--config.distributed.enabled",
-        "--config.distributed.coordinator=h:1",
-        "--config.distributed.process_id=0",
-    ],
-    "distributed.process_id": [
-        "--config.distributed.enabled",
-        "--config.distributed.coordinator=h:1",
-        "--config.distributed.num_processes=4",
-    ],
-    "logging.wandb_project": ["--config.logging.writers=wandb"],
-    "logging.writers": ["--config.logging.wandb_project=mine"],
-}
-REASONING = ["--config.data.source=reasoning"]
-# New values where the rule by type below would break another rule, or needs a special form.
-NEW_VALUES: dict[str, Any] = {
-    "preset": "tiny",
-    "environment": ("XLA_FLAGS=--a=b --c=d", "B="),
-    "workdir": "runs/with space, =\"quotes' ünïcode",
-    "model.attention.num_kv_heads": 2,
-    "model.attention.head_dim": 32,
-    "model.positions.rotary_base": 500.0,
-    "model.recurrence.core_width": 128,
-    "mesh.data": 2,
-    "model.recurrence.ramp_from": 3,
-    "model.recurrence.unroll": 2,
-    "data.tokenizer.vocab_size": 300,
-    "data.reasoning.min_length": 2,
-    "data.reasoning.eval_min_length": 18,
-    "data.batch_size": 16,
-    "train.accumulation": 2,
-    "checkpoint.keep_every_steps": 300,
-    "evaluation.final_depths": (1, 3),
-    "logging.writers": ("wandb",),
-}
-
-
-def new_value(option: Option) -> Any:
-    """Another allowed value than the default."""
-    if option.path in NEW_VALUES:
-        return NEW_VALUES[option.path]
-    if option.check.choices:
-        others = [choice for choice in option.check.choices if choice != option.default]
-        return others[0] if others else option.default
-    kinds = str(option.declared)
-    if option.declared is bool:
-        return not option.default
-    if "tuple" in kinds:
-        return ("first, with comma", "second")
-    if "str" in kinds:
-        return "other"
-    if "float" in kinds:
-        return 0.25 if option.default != 0.25 else 0.5
-    return (option.default or 1) * 2
-
-
 OPTIONS = list(options_of(RunConfig))
 
 
@@ -190,11 +107,7 @@ def test_every_option_can_be_overridden(option: Option, tmp_path: pathlib.Path) 
     (tmp_path / "empty.json").write_text("{}")
     value = new_value(option)
     assert value != option.default or option.check.choices == (value,)
-    more = COMPANIONS.get(option.path, [])
-    if option.path.startswith("data.reasoning."):
-        more = [*REASONING, "--config.data.reasoning.task=hop"]
-    if option.path == "data.reasoning.task":
-        more = REASONING
+    more = companions(option.path)
     config: Any = parse(f"--config={tmp_path}/empty.json", *more, f"--config.{option.path}={value}")
     for part in option.path.split("."):
         config = getattr(config, part)

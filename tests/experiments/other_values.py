@@ -1,0 +1,159 @@
+"""For every option a value other than its default, and what must be said with it."""
+
+from typing import Any
+
+from megatransformer_jax.config.schema import Option
+
+# What else must be said for the new value of an option to be allowed.
+COMPANIONS = {
+    "model.norm.bias": ["--config.model.norm.kind=layernorm"],
+    "model.head_bias": ["--config.model.tie_embeddings=false"],
+    "model.init.std": ["--config.model.init.scheme=scaled"],
+    "model.recurrence.zero_order_hold": ["--config.model.recurrence.adapter=diagonal"],
+    "model.recurrence.ramp": ["--config.model.recurrence.ramp_steps=9"],
+    "model.recurrence.ramp_steps": ["--config.model.recurrence.ramp=linear"],
+    "model.recurrence.ramp_from": [
+        "--config.model.recurrence.ramp=linear",
+        "--config.model.recurrence.ramp_steps=9",
+    ],
+    "data.source": ["--config.data.files=a.txt"],
+    "data.files": ["--config.data.source=text"],
+    "data.validation_files": ["--config.data.source=text", "--config.data.files=a.txt"],
+    "data.text_field": ["--config.data.source=jsonl", "--config.data.files=a.jsonl"],
+    "data.on_bad_record": ["--config.data.source=text", "--config.data.files=a.txt"],
+    "data.tfds_name": ["--config.data.source=tfds"],
+    "data.tfds_split": ["--config.data.source=tfds", "--config.data.tfds_name=x"],
+    "data.tfds_validation_split": ["--config.data.source=tfds", "--config.data.tfds_name=x"],
+    "data.tfds_data_dir": ["--config.data.source=tfds", "--config.data.tfds_name=x"],
+    "optimizer.schedule": ["--config.optimizer.decay_steps=9"],
+    "optimizer.decay_steps": ["--config.optimizer.schedule=wsd"],
+    "distributed.coordinator": [
+        "--config.distributed.enabled",
+        "--config.distributed.num_processes=2",
+        "--config.distributed.process_id=0",
+    ],
+    "distributed.num_processes": [
+        "--config.distributed.enabled",
+        "--config.distributed.coordinator=h:1",
+        "--config.distributed.process_id=0",
+    ],
+    "distributed.process_id": [
+        "--config.distributed.enabled",
+        "--config.distributed.coordinator=h:1",
+        "--config.distributed.num_processes=4",
+    ],
+    "logging.wandb_project": ["--config.logging.writers=wandb"],
+    "logging.writers": ["--config.logging.wandb_project=mine"],
+}
+_BUCKETS = ["--config.data.packing=bucket"]
+_GATE = ["--config.model.exit_gate.enabled"]
+_LORA = ["--config.fine_tuning.init_from=runs/a", "--config.fine_tuning.lora.rank=4"]
+_PEER = ["--config.model.mlp.kind=peer", "--config.model.mlp.hidden_width=704"]
+_RETROFIT = [
+    "--config.fine_tuning.init_from=runs/a",
+    "--config.fine_tuning.retrofit",
+    "--config.model.prelude_layers=1",
+]
+_SGD = ["--config.optimizer.name=sgd"]
+_SHARED = ["--config.model.sharing.scheme=cycle"]
+_DEEP = [*_SHARED, "--config.model.prelude_layers=2", "--config.model.coda_layers=2"]
+COMPANIONS |= {
+    "model.sharing.scheme": ["--config.model.sharing.core_unique=1"],
+    "model.sharing.prelude_unique": _DEEP,
+    "model.sharing.coda_unique": _DEEP,
+    "data.bucket_lengths": _BUCKETS,
+    "data.augmentation.synonyms_file": ["--config.data.augmentation.synonym_rate=0.1"],
+    "data.augmentation.synonym_rate": ["--config.data.augmentation.synonyms_file=a.tsv"],
+    "data.augmentation.back_translation": ["--config.data.augmentation.back_translation_rate=0.1"],
+    "data.augmentation.back_translation_rate": ["--config.data.augmentation.back_translation=a:b"],
+    "optimizer.grokfast.alpha": ["--config.optimizer.grokfast.filter=ema"],
+    "optimizer.grokfast.lamb": ["--config.optimizer.grokfast.filter=ema"],
+    "optimizer.grokfast.window": ["--config.optimizer.grokfast.filter=ma"],
+    "optimizer.grokfast.warmup": ["--config.optimizer.grokfast.filter=ma"],
+    "optimizer.sgd.nesterov": _SGD,
+    "train.exit_gate.prior": [*_GATE, "--config.train.exit_gate.prior_mean=4"],
+    "train.exit_gate.prior_mean": [*_GATE, "--config.train.exit_gate.prior=geometric"],
+    "train.stability.jacobian_warmup_steps": ["--config.train.stability.jacobian_weight=0.1"],
+    "fine_tuning.init_step": ["--config.fine_tuning.init_from=runs/a"],
+    "fine_tuning.base_precision": _LORA,
+    "fine_tuning.retrofit": [flag for flag in _RETROFIT if "retrofit" not in flag],
+    "fine_tuning.core_start": _RETROFIT,
+    "fine_tuning.lora.rank": _LORA[:1],
+    "diagnostics.kinds": ["--config.diagnostics.every_steps=5"],
+    "diagnostics.num_rows": ["--config.diagnostics.every_steps=5"],
+    "diagnostics.num_steps": ["--config.diagnostics.every_steps=5"],
+}
+# The same for every option of a section.
+SECTION_COMPANIONS = {
+    "model.mlp.peer.": _PEER,
+    "model.sharing.": _SHARED,
+    "data.reasoning.": ["--config.data.source=reasoning", "--config.data.reasoning.task=hop"],
+    "optimizer.adafactor.": ["--config.optimizer.name=adafactor"],
+    "optimizer.muon.": ["--config.optimizer.name=muon"],
+    "optimizer.sgd.": _SGD,
+    "train.exit_gate.": _GATE,
+    "fine_tuning.lora.": _LORA,
+}
+
+
+def companions(path: str) -> list[str]:
+    """The flags that the other value of the option at `path` needs beside it."""
+    if path == "data.reasoning.task":
+        return ["--config.data.source=reasoning"]
+    if path in COMPANIONS:
+        return COMPANIONS[path]
+    sections = [flags for start, flags in SECTION_COMPANIONS.items() if path.startswith(start)]
+    return sections[0] if sections else []
+
+
+# New values where the rule by type below would break another rule, or needs a special form.
+NEW_VALUES: dict[str, Any] = {
+    "preset": "tiny",
+    "environment": ("XLA_FLAGS=--a=b --c=d", "B="),
+    "workdir": "runs/with space, =\"quotes' ünïcode",
+    "model.attention.num_kv_heads": 2,
+    "model.attention.head_dim": 32,
+    "model.positions.rotary_base": 500.0,
+    "model.recurrence.core_width": 128,
+    "mesh.data": 2,
+    "model.mlp.peer.num_experts": 64**2,
+    "model.sharing.prelude_unique": 1,
+    "model.sharing.core_unique": 1,
+    "model.sharing.coda_unique": 1,
+    "data.bucket_lengths": (64, 256),
+    "data.augmentation.back_translation": "package.module:function",
+    "optimizer.groups": ("mlp/: learning_rate=0.5",),
+    "diagnostics.kinds": ("recurrence",),
+    "train.exit_gate.prior_mean": 3.0,
+    "fine_tuning.init_step": "best",
+    "fine_tuning.lora.targets": ("mlp/up",),
+    "model.recurrence.ramp_from": 3,
+    "model.recurrence.unroll": 2,
+    "data.tokenizer.vocab_size": 300,
+    "data.reasoning.min_length": 2,
+    "data.reasoning.eval_min_length": 18,
+    "data.batch_size": 16,
+    "train.accumulation": 2,
+    "checkpoint.keep_every_steps": 300,
+    "evaluation.final_depths": (1, 3),
+    "logging.writers": ("wandb",),
+}
+
+
+def new_value(option: Option) -> Any:
+    """Another allowed value than the default."""
+    if option.path in NEW_VALUES:
+        return NEW_VALUES[option.path]
+    if option.check.choices:
+        others = [choice for choice in option.check.choices if choice != option.default]
+        return others[0] if others else option.default
+    kinds = str(option.declared)
+    if option.declared is bool:
+        return not option.default
+    if "tuple" in kinds:
+        return ("first, with comma", "second")
+    if "str" in kinds:
+        return "other"
+    if "float" in kinds:
+        return 0.25 if option.default != 0.25 else 0.5
+    return (option.default or 1) * 2
