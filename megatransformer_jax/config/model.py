@@ -6,6 +6,7 @@ from megatransformer_jax.config.exit_gate import ExitGateConfig
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,
+    default_of,
     option,
     require_defaults,
     rule,
@@ -153,8 +154,16 @@ class MlpConfig:
     def _options_are_of_the_kind(self) -> None:
         """peer is at its defaults unless kind='peer', which has no hidden_width and no bias."""
         if self.kind == "peer":
-            fix = "use peer.num_heads and peer.top_k, or another kind"
-            require_defaults(self, ("hidden_width", "bias"), "with kind='peer'", fix)
+            for name in ("hidden_width", "bias"):
+                value, default = getattr(self, name), default_of(self.__dataclass_fields__[name])
+                if value != default:
+                    raise ConfigError(
+                        name,
+                        f"{value!r} (from the preset, the config file or a flag) would be ignored "
+                        f"with kind='peer', whose experts peer.num_heads and peer.top_k choose; "
+                        f"set its default with --config.model.mlp.{name}={default}, or use "
+                        "another kind.",
+                    )
         elif self.peer != PeerConfig():
             raise ConfigError(
                 "peer", f"its options would be ignored with kind={self.kind!r}; set kind='peer'."

@@ -127,16 +127,22 @@ def require_defaults(config: Any, names: Sequence[str], because: str, fix: str) 
     """Rejects options that would have no effect, so that none is accepted and ignored.
 
     Raises:
-      ConfigError: if one of the named options is not at its default.
+      ConfigError: if one of the named options is not at its default; of a section, naming the
+        option in it.
     """
     for name in names:
-        default = default_of(config.__dataclass_fields__[name])
-        if getattr(config, name) != default:
-            raise ConfigError(
-                name,
-                f"{getattr(config, name)!r} would be ignored {because}; "
-                f"{fix}, or leave it at {default!r}.",
-            )
+        value, default = getattr(config, name), default_of(config.__dataclass_fields__[name])
+        if value == default:
+            continue
+        if dataclasses.is_dataclass(value):
+            inner = [field.name for field in dataclasses.fields(value)]
+            try:
+                require_defaults(value, inner, because, fix)
+            except ConfigError as error:
+                raise error.below(name) from None
+        raise ConfigError(
+            name, f"{value!r} would be ignored {because}; {fix}, or leave it at {default!r}."
+        )
 
 
 def default_of(field: dataclasses.Field) -> Any:

@@ -8,6 +8,7 @@ import pytest
 from broken_models import BROKEN_MODELS
 
 from megatransformer_jax.config.augmentation import AugmentationConfig
+from megatransformer_jax.config.build import build, merge
 from megatransformer_jax.config.data import DataConfig, ReasoningConfig, TokenizerConfig
 from megatransformer_jax.config.diagnostics import DiagnosticsConfig
 from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
@@ -152,14 +153,14 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         "_reasoning_options_need_reasoning",
         DataConfig,
         {"reasoning": ReasoningConfig(task="hop")},
-        "reasoning",
+        "reasoning.task",
     ),
     ("_reasoning_brings_its_own", DataConfig, {"source": "reasoning", "packing": "pad"}, "packing"),
     (
         "_reasoning_brings_its_own",
         DataConfig,
         {"source": "reasoning", "tokenizer": TokenizerConfig(kind="bytes")},
-        "tokenizer",
+        "tokenizer.kind",
     ),
     (
         "_fraction_needs_a_split_to_make",
@@ -465,7 +466,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         "_reasoning_brings_its_own",
         DataConfig,
         {"source": "reasoning", "augmentation": AugmentationConfig(token_dropout=0.1)},
-        "augmentation",
+        "augmentation.token_dropout",
     ),
     (
         "_bad_records_need_records_of_others",
@@ -527,6 +528,23 @@ def test_recurrence_without_a_core_names_the_options_and_the_flags() -> None:
         "--config.model.recurrence.mean_steps=8 --config.model.recurrence.backprop_depth=4 "
         "--config.model.recurrence.unroll=1"
     ) in str(caught.value)
+
+
+def test_an_option_that_a_section_would_ignore_is_named_and_not_the_whole_section() -> None:
+    with pytest.raises(ConfigError) as caught:
+        DataConfig(source="reasoning", augmentation=AugmentationConfig(token_dropout=0.1))
+    assert str(caught.value) == (
+        "augmentation.token_dropout: 0.1 would be ignored with source='reasoning'; choose another "
+        "source, or leave it at 0.0."
+    )
+
+
+def test_experts_over_a_preset_are_told_what_to_type() -> None:
+    values = {"preset": "tiny", "model": {"mlp": {"kind": "peer"}}}
+    flag = r"hidden_width: 176 \(from the preset.* --config\.model\.mlp\.hidden_width=704,"
+    with pytest.raises(ConfigError, match=rf"^model\.mlp\.{flag}"):
+        build(values)
+    assert build(merge(values, {"model": {"mlp": {"hidden_width": 704}}})).model.mlp.kind == "peer"
 
 
 @pytest.mark.parametrize("config_class", [DataConfig, TrainConfig])
