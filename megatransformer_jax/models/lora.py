@@ -8,6 +8,7 @@ cost more than one addition to W, and fused kernels and every other reader of we
 
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Key
 
-from megatransformer_jax.config.fine_tuning import LoraConfig
+from megatransformer_jax.config.fine_tuning import ATTENTION_AND_MLP, LoraConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.models.weight_axes import num_input_axes
 
@@ -37,11 +38,14 @@ def init_lora(params: Any, axes: Any, config: LoraConfig, key: Key[Array, ""]) -
       Nested dicts as `params`, of the targets only, each with {'a', 'b'}, float32.
 
     Raises:
-      ConfigError: if a pattern matches no parameter, or one that is no matrix.
+      ConfigError: if a pattern matches no parameter, or one that is no matrix, or if the rank is
+        above the smaller side of a target.
     """
     shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
+    targets = _targets(axes, config)
+    _check_rank({path: shapes[path] for path in targets}, targets, config.rank)
     lora = {}
-    for index, (path, inputs) in enumerate(_targets(axes, config).items()):
+    for index, (path, inputs) in enumerate(targets.items()):
         shape = shapes[path]
         std = 1 / math.sqrt(math.prod(shape[:inputs]))
         a_key = jax.random.fold_in(key, index)
@@ -84,6 +88,22 @@ def _add(params: Any, lora: Any, factor: float) -> Any:
     return unflatten_dict(weights, sep="/")
 
 
+def _check_rank(shapes: dict[str, tuple[int, ...]], targets: dict[str, int], rank: int) -> None:
+    """Checks that no update has more parameters than its rank can use: W has no higher one."""
+    sides = {
+        path: (math.prod(shape[: targets[path]]), math.prod(shape[targets[path] :]))
+        for path, shape in shapes.items()
+    }
+    path = min(sides, key=lambda name: min(sides[name]))
+    inputs, outputs = sides[path]
+    if rank > min(inputs, outputs):
+        raise ConfigError(
+            "fine_tuning.lora.rank",
+            f"{rank} is above the smaller side of {path}, which maps {inputs} inputs to {outputs} "
+            f"outputs; use at most {min(inputs, outputs)}, or leave that target out of {_TARGETS}.",
+        )
+
+
 def _targets(axes: Any, config: LoraConfig) -> dict[str, int]:
     """Number of input axes by path."""
     flat: dict[str, tuple[str | None, ...]] = flatten_dict(axes, sep="/")
@@ -94,7 +114,7 @@ def _targets(axes: Any, config: LoraConfig) -> dict[str, int]:
             raise ConfigError(
                 _TARGETS,
                 f"{pattern!r} matches no parameter; their paths are like "
-                f"{', '.join(list(flat)[:6])}.",
+                f"{', '.join(list(flat)[:6])}.{_peer_hint(flat, config)}",
             )
         for path in matches:
             inputs = num_input_axes(flat[path])
@@ -106,3 +126,13 @@ def _targets(axes: Any, config: LoraConfig) -> dict[str, int]:
                 )
             found[path] = inputs
     return {path: found[path] for path in flat if path in found}
+
+
+def _peer_hint(paths: Iterable[str], config: LoraConfig) -> str:
+    """What to type when the default targets meet layers of experts, which have no up and down."""
+    if config.targets != ATTENTION_AND_MLP or not any(p.endswith("mlp/query") for p in paths):
+        return ""
+    return (
+        " Experts (model.mlp.kind='peer') have none of these matrices; adapt attention alone with "
+        f"--config.{_TARGETS}=\"('{ATTENTION_AND_MLP[0]}',)\"."
+    )

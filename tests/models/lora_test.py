@@ -1,5 +1,7 @@
 """Low-rank updates: nothing at the start, then the model with its updates computed separately."""
 
+import ast
+import re
 import types
 
 import jax
@@ -148,6 +150,35 @@ def test_targets_that_fit_nothing_or_no_matrix_are_refused(parts):
         with pytest.raises(ConfigError, match=rf"fine_tuning\.lora\.targets: .*{words}"):
             config = LoraConfig(rank=1, targets=(pattern,))
             init_lora(params, axes, config, jax.random.key(0))
+
+
+def test_a_rank_above_the_smaller_side_is_refused(parts):
+    """up maps 16 to 24, down 12 to 16."""
+    _, params, axes, _, _ = parts
+    words = (
+        r"fine_tuning\.lora\.rank: 13 .*layer_0/mlp/down, which maps 12 inputs to 16 outputs; .*12"
+    )
+    with pytest.raises(ConfigError, match=words):
+        init_lora(params, axes, LoraConfig(rank=13), jax.random.key(0))
+    lora = init_lora(params, axes, LoraConfig(rank=12), jax.random.key(0))
+    assert lora["core"]["layers"]["layer_0"]["mlp"]["down"]["a"].shape == (12, 12)
+
+
+def test_default_targets_on_experts_say_which_to_use():
+    axes = {
+        "attention": {"qkv": ("embed", "kv_heads", None, None), "output": ("heads", None, "embed")},
+        "mlp": {"query": ("embed", None, None)},
+    }
+    params = {
+        "attention": {"qkv": jnp.zeros((8, 2, 3, 4)), "output": jnp.zeros((2, 4, 8))},
+        "mlp": {"query": jnp.zeros((8, 2, 4))},
+    }
+    with pytest.raises(ConfigError, match=r"kind='peer'.*\(qkv\|output\)") as caught:
+        init_lora(params, axes, LoraConfig(rank=1), jax.random.key(0))
+    # What it says to type works.
+    targets = ast.literal_eval(re.search(r'targets="(.*)"', str(caught.value)).group(1))
+    lora = init_lora(params, axes, LoraConfig(rank=1, targets=targets), jax.random.key(0))
+    assert set(lora) == {"attention"}
 
 
 def test_only_targets_get_updates(parts):
