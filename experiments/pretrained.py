@@ -18,6 +18,7 @@ from megatransformer_jax.checkpoints.compatibility import (
     config_differences,
 )
 from megatransformer_jax.config.build import to_dict
+from megatransformer_jax.config.fine_tuning import EXIT_GATE
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
@@ -29,7 +30,7 @@ from megatransformer_jax.training.state import TrainState, init_state
 # Decided by the retrofit, not by the plain model.
 _NEW_IN_RETROFIT = ("prelude_layers", "core_layers", "coda_layers", "recurrence", "exit_gate")
 # Parameters that a model may have beyond those of the one it starts from.
-_FRESH_PARTS = ("exit_gate/",)
+_FRESH_PARTS = (EXIT_GATE,)
 
 
 def pretrained_state(
@@ -52,7 +53,8 @@ def pretrained_state(
 
     Raises:
       CheckpointMismatch: listing what the source has otherwise.
-      ConfigError: if the source cannot be retrofitted as asked.
+      ConfigError: if the source cannot be retrofitted as asked, or has no exit gate and this run
+        does not train its own.
       UserError: if the source cannot be read.
     """
     options = config.fine_tuning
@@ -60,6 +62,8 @@ def pretrained_state(
     source = load_model(options.init_from, step=options.init_step, sharder=sharder)
     _check_vocabulary(source, vocabulary)
     _check_model(source, config)
+    if not source.config.exit_gate.enabled:
+        config.check_fresh_gate()
     adopt = _retrofit(source, config) if options.retrofit else _adopt
     logging.info("starting from %s", source.description)
 

@@ -128,6 +128,12 @@ def fresh_state(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if config.fine_tuning.init_from is not None:
         return pretrained_state(config, model, optimizer, sharder, shardings, vocabulary)
+    if config.fine_tuning.freeze or config.fine_tuning.train_only:
+        logging.warning(
+            "fine_tuning.init_from is None, so what fine_tuning freezes stays as it is drawn, "
+            "before any training. Give --config.fine_tuning.init_from=WORKDIR to start from a "
+            "trained model."
+        )
     if model.config.residual == "admin":
         return admin_state(config, model, optimizer, shardings, first_batch(batches, sharder))
 

@@ -12,6 +12,8 @@ from megatransformer_jax.config.option import (
     section,
 )
 
+# Where the parameters of a model's exit gate are.
+EXIT_GATE = "exit_gate/"
 ATTENTION_AND_MLP = (r"attention/(qkv|output)$", r"mlp/(up|down)$")
 
 
@@ -104,7 +106,7 @@ class FineTuningConfig:
 
     @rule("freeze", "train_only")
     def _parts_are_chosen_once(self) -> None:
-        """Regular expressions; not both, and neither with LoRA, which trains its updates only."""
+        """Regular expressions; not both, and neither with LoRA, which chooses by its targets."""
         for name in ("freeze", "train_only"):
             patterns = getattr(self, name)
             check_patterns(name, patterns)
@@ -112,7 +114,8 @@ class FineTuningConfig:
                 raise ConfigError(
                     name,
                     f"{patterns!r} does not go with lora.rank={self.lora.rank}, which freezes "
-                    f"everything but its updates; leave {name} empty, or set lora.rank=0.",
+                    f"everything but its updates and the exit gate; leave {name} empty, or set "
+                    "lora.rank=0.",
                 )
         if self.freeze and self.train_only:
             raise ConfigError(
@@ -137,14 +140,28 @@ class FineTuningConfig:
         if not self.retrofit:
             require_defaults(self, ("core_start",), "with retrofit=False", "set retrofit=True")
 
+    @rule("lora.rank", "init_from")
+    def _lora_needs_a_source(self) -> None:
+        """init_from is given with lora.rank >= 1."""
+        if self.lora.rank and self.init_from is None:
+            raise ConfigError(
+                "init_from",
+                f"None with lora.rank={self.lora.rank} would freeze weights as they are drawn, "
+                "before any training; name the model to start from, or set lora.rank=0.",
+            )
+
     def trains(self, path: str) -> bool:
-        """Whether the parameter at a path is trained, itself or by an update of LoRA."""
+        """Whether the parameter at a path is trained, itself or by an update of LoRA.
+
+        LoRA trains the exit gate itself: it is vectors alone, which have no updates, and a fresh
+        one would stay at its start.
+        """
 
         def matches(patterns: tuple[str, ...]) -> bool:
             return any(re.search(pattern, path) for pattern in patterns)
 
         if self.lora.rank:
-            return matches(self.lora.targets)
+            return path.startswith(EXIT_GATE) or matches(self.lora.targets)
         return matches(self.train_only) if self.train_only else not matches(self.freeze)
 
 

@@ -321,6 +321,17 @@ class RunConfig:
                 f"train.steps={self.train.steps}; shorten them.",
             )
 
+    @rule("optimizer.name")
+    def _muon_has_matrices(self) -> None:
+        """Not 'muon' with fine_tuning.lora.rank >= 1."""
+        if self.optimizer.name == "muon" and self.fine_tuning.lora.rank:
+            raise ConfigError(
+                "optimizer.name",
+                "'muon' makes updates of whole matrices orthogonal, and fine_tuning.lora.rank="
+                f"{self.fine_tuning.lora.rank} trains the factors a and b, on which it does not "
+                "act; set it to 'adamw'.",
+            )
+
     @rule("train.ema_decay")
     def _weights_are_averaged_once(self) -> None:
         """None with optimizer.name='schedule_free_*', which evaluates an average already."""
@@ -345,6 +356,30 @@ class RunConfig:
                 )
             except ConfigError as error:
                 raise error.below("train.exit_gate") from None
+
+    @rule("fine_tuning.freeze", "fine_tuning.train_only")
+    def _a_fresh_gate_is_trained(self) -> None:
+        """With model.exit_gate.enabled=True, exit_gate/weight is trained, unless
+        fine_tuning.init_from has a gate."""
+        if self.fine_tuning.init_from is None or self.fine_tuning.retrofit:
+            self.check_fresh_gate()
+
+    def check_fresh_gate(self) -> None:
+        """Checks that the gate is trained if there is one, given that it starts fresh.
+
+        Raises:
+          ConfigError: otherwise.
+        """
+        path, options = "exit_gate/weight", self.fine_tuning
+        if self.model.exit_gate.enabled and not options.trains(path):
+            raise ConfigError(
+                "fine_tuning.freeze" if options.freeze else "fine_tuning.train_only",
+                f"{path} is not trained, and with model.exit_gate.enabled=True the gate starts "
+                "fresh, as no model to start from has one: it would say nothing, though "
+                "train.exit_gate costs passes; "
+                + ("let freeze leave it out" if options.freeze else "add '^exit_gate/'")
+                + ", or set model.exit_gate.enabled=False.",
+            )
 
     @rule("train.exit_gate.detach")
     def _a_detached_term_trains_something(self) -> None:

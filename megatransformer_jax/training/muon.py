@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.training.parameter_paths import map_named
 
 # Axes counted from the end, inputs and outputs of a matrix; what is left are separate matrices.
@@ -80,6 +81,20 @@ def scale_by_muon(
 def labels(params: Any) -> Any:
     """A tree of 'muon' and 'adamw', for `optax.partition`."""
     return map_named(lambda path, leaf: "muon" if _axes_of(path, leaf) else "adamw", params)
+
+
+def check_muon(params: Any) -> None:
+    """Checks that Muon has something to act on.
+
+    Raises:
+      ConfigError: if AdamW would get all parameters.
+    """
+    if "muon" not in jax.tree.leaves(labels(params)):
+        raise ConfigError(
+            "optimizer.name",
+            "'muon' acts on none of the parameters that are trained, only on matrices of layers "
+            f"({', '.join(_AXES)}); set it to 'adamw', or let fine_tuning train some of these.",
+        )
 
 
 def _axes_of(path: str, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:

@@ -15,7 +15,7 @@ from megatransformer_jax.config.optimizer import OPTIMIZERS, OptimizerConfig
 from megatransformer_jax.config.optimizer_options import AdafactorConfig, GrokfastConfig, MuonConfig
 from megatransformer_jax.config.parameter_groups import ParameterGroup, parse_groups
 from megatransformer_jax.training.grokfast import grokfast_ema, grokfast_ma
-from megatransformer_jax.training.muon import labels, scale_by_muon
+from megatransformer_jax.training.muon import check_muon, labels, scale_by_muon
 from megatransformer_jax.training.parameter_groups import (
     check_groups,
     decay_rates,
@@ -42,7 +42,8 @@ def build_optimizer(
 
     Raises:
       ValueError: if the optimiser's name is unknown.
-      ConfigError: from its `init`, if a parameter group decides for no parameter.
+      ConfigError: from its `init`, if a parameter group decides for no parameter, or Muon acts on
+        none.
 
     Example:
       >>> optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-3), total_steps=1000)
@@ -63,7 +64,7 @@ def optimizer_with_schedule(
         scale_by_learning_rate(
             schedule,
             functools.partial(_rate_factors, config, groups),
-            functools.partial(check_groups, groups),
+            functools.partial(_check, config, groups),
         ),
     )
     if config.is_schedule_free:
@@ -128,6 +129,12 @@ def _filter(config: GrokfastConfig) -> optax.GradientTransformation:
     if config.filter == "ema":
         return grokfast_ema(config.alpha, config.lamb)
     return grokfast_ma(config.window, config.lamb, config.warmup)
+
+
+def _check(config: OptimizerConfig, groups: tuple[ParameterGroup, ...], params: Any) -> None:
+    check_groups(groups, params)
+    if config.name == "muon":
+        check_muon(params)
 
 
 def _rate_factors(config: OptimizerConfig, groups: tuple[ParameterGroup, ...], params: Any) -> Any:

@@ -10,21 +10,23 @@ from typing import Any
 
 import jax
 
-from megatransformer_jax.config.fine_tuning import FineTuningConfig
+from megatransformer_jax.config.fine_tuning import EXIT_GATE, FineTuningConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.models.fine_tuned import BASE, LORA
-from megatransformer_jax.training.parameter_paths import path_text
+from megatransformer_jax.training.parameter_paths import map_named, path_text
 
 
 def trained_mask(kept: Any, config: FineTuningConfig) -> Any:
     """A tree of bools like `kept` (`kept_params`, arrays or shapes): True where trained.
+
+    With LoRA that is its updates and, itself, the exit gate.
 
     Raises:
       ConfigError: if a pattern matches no parameter, or all are frozen.
     """
     if config.lora.rank:
         return {
-            BASE: jax.tree.map(lambda _: False, kept[BASE]),
+            BASE: map_named(lambda path, _: path.startswith(EXIT_GATE), kept[BASE]),
             LORA: jax.tree.map(lambda _: True, kept[LORA]),
         }
     option = "train_only" if config.train_only else "freeze"

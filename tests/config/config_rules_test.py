@@ -83,9 +83,37 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         {
             "model": ModelConfig(exit_gate=ExitGateConfig(enabled=True)),
             "train": TrainConfig(exit_gate=ExitGateTrainingConfig(detach=True)),
-            "fine_tuning": FineTuningConfig(freeze=("gate",)),
+            "fine_tuning": FineTuningConfig(init_from="runs/gated", freeze=("gate",)),
         },
         "train.exit_gate.detach",
+    ),
+    (
+        "_a_fresh_gate_is_trained",
+        RunConfig,
+        {
+            "model": ModelConfig(exit_gate=ExitGateConfig(enabled=True)),
+            "fine_tuning": FineTuningConfig(freeze=("gate",)),
+        },
+        "fine_tuning.freeze",
+    ),
+    (
+        "_a_fresh_gate_is_trained",
+        RunConfig,
+        {
+            "model": ModelConfig(exit_gate=ExitGateConfig(enabled=True)),
+            "fine_tuning": dataclasses.replace(RETROFIT, train_only=("^core/",)),
+        },
+        "fine_tuning.train_only",
+    ),
+    ("_lora_needs_a_source", FineTuningConfig, {"lora": LoraConfig(rank=2)}, "init_from"),
+    (
+        "_muon_has_matrices",
+        RunConfig,
+        {
+            "optimizer": OptimizerConfig(name="muon"),
+            "fine_tuning": FineTuningConfig(init_from="runs/base", lora=LoraConfig(rank=2)),
+        },
+        "optimizer.name",
     ),
     (
         "_jacobian_needs_a_core",
@@ -537,6 +565,16 @@ def test_an_option_that_a_section_would_ignore_is_named_and_not_the_whole_sectio
         "augmentation.token_dropout: 0.1 would be ignored with source='reasoning'; choose another "
         "source, or leave it at 0.0."
     )
+
+
+def test_lora_trains_a_gate_itself_and_a_gate_of_the_source_may_stay_frozen() -> None:
+    gated = ModelConfig(exit_gate=ExitGateConfig(enabled=True))
+    lora = FineTuningConfig(init_from="runs/base", lora=LoraConfig(rank=2))
+    RunConfig(model=gated, fine_tuning=lora).check_fresh_gate()
+    frozen = FineTuningConfig(init_from="runs/gated", train_only=("^core/",))
+    run = RunConfig(model=gated, fine_tuning=frozen)
+    with pytest.raises(ConfigError, match=r"train_only: exit_gate/weight .* add '\^exit_gate/'"):
+        run.check_fresh_gate()
 
 
 def test_experts_over_a_preset_are_told_what_to_type() -> None:

@@ -129,7 +129,7 @@ def test_what_is_frozen_has_no_gradients_and_no_moments(
     part = make_report(build(small_run("unused", {"fine_tuning": options}))).memory
     assert part.parameters == report.memory.parameters
     assert (part.gradients, part.optimizer) == (4 * 16, pytest.approx(8 * 16, abs=16))
-    options = {"lora": {"rank": 2}, "base_precision": "int8"}
+    options = {"init_from": "runs/base", "lora": {"rank": 2}, "base_precision": "int8"}
     lora = make_report(build(small_run("unused", {"fine_tuning": options}))).memory
     assert lora.merged == report.memory.parameters and report.memory.merged == 0
     assert lora.parameters < report.memory.parameters

@@ -19,10 +19,12 @@ from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.checkpoints.huginn import save_huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import build, merge, save_config
+from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.models.fine_tuned import kept_params, model_params
 from megatransformer_jax.models.megatransformer import init_params
+from megatransformer_jax.training.trainable import split_params
 
 OPTIMIZER = optax.sgd(1.0)
 HUGINN = {
@@ -187,9 +189,9 @@ def test_what_only_the_new_model_has_is_fresh():
     assert _adopt(fresh, both) == both
 
 
-def test_a_run_with_lora_is_read_and_exported_merged(tmp_path, small_run):
+def test_a_run_with_lora_is_read_and_exported_merged(source, tmp_path, small_run):
     """What generation, evaluation, export and further fine-tuning get."""
-    options = {"lora": {"rank": 2, "alpha": 4.0}}
+    options = {"init_from": str(source[0]), "lora": {"rank": 2, "alpha": 4.0}}
     config = build(small_run(tmp_path / "run", {"model": HUGINN, "fine_tuning": options}))
     model, _ = assemble.build_sharded_model(config)
     (tmp_path / "run").mkdir()
@@ -212,14 +214,31 @@ def test_a_run_with_lora_is_read_and_exported_merged(tmp_path, small_run):
     assert_same(load_model(tmp_path / "out").params, loaded.params)
 
 
-def test_lora_needs_no_source(tmp_path, small_run):
-    options = {"lora": {"rank": 1, "targets": ["mlp/down$"]}}
-    config = build(small_run(tmp_path, {"fine_tuning": options}))
+def test_freezing_without_a_source_is_warned_of(tmp_path, small_run, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lines.append)
+    config = build(small_run(tmp_path, {"fine_tuning": {"train_only": ["^core/"]}}))
     vocabulary = assemble.build_vocabulary(config, tmp_path)
     model, sharder = assemble.build_sharded_model(config)
-    state = fresh_state(config, model, OPTIMIZER, sharder, vocabulary, None)
-    assert set(state.params) == {"base", "lora"}
-    assert set(state.params["lora"]["core"]["layers"]["layer_0"]["mlp"]) == {"down"}
+    fresh_state(config, model, OPTIMIZER, sharder, vocabulary, None)
+    assert any("fine_tuning.init_from is None" in line for line in lines)
+
+
+def test_a_frozen_gate_that_the_source_lacks_is_refused(source, tmp_path, small_run):
+    changes = {"model": {"exit_gate": {"enabled": True}}}
+    config = from_source(small_run, tmp_path, source[0], changes, train_only=["^core/"])
+    with pytest.raises(ConfigError, match=r"train_only: exit_gate/weight .*the gate starts fresh"):
+        start(config, tmp_path)
+
+
+def test_lora_trains_a_gate_that_the_source_lacks(source, tmp_path, small_run):
+    changes = {"model": {"exit_gate": {"enabled": True}}}
+    lora = {"rank": 1, "targets": ["core/.*mlp/down$"]}
+    state = start(from_source(small_run, tmp_path, source[0], changes, lora=lora), tmp_path)
+    trained, _ = split_params(state.params, FineTuningConfig(init_from="it", lora=LoraConfig(1)))
+    sizes = jax.tree.map(jax.numpy.size, trained)
+    assert sizes["base"]["exit_gate"] == {"bias": 1, "norm": {"scale": 16}, "weight": 16}
+    assert sum(jax.tree.leaves(sizes["lora"])) == 32
 
 
 def test_the_log_says_where_layers_go(tmp_path, small_run, monkeypatch):

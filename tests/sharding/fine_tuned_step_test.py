@@ -18,7 +18,7 @@ from megatransformer_jax.training.train_step import make_train_step
 from megatransformer_jax.types import DTypePolicy
 
 LORA = LoraConfig(rank=2, targets=("attention/qkv$", "mlp/down$"))
-FINE_TUNING = FineTuningConfig(lora=LORA, base_precision="int8")
+FINE_TUNING = FineTuningConfig(init_from="runs/base", lora=LORA, base_precision="int8")
 OPTIMIZER = optax.adamw(0.1, weight_decay=0.5)
 # A core alone: what is outside it shards in the same way and takes as long again to compile.
 MODEL = dataclasses.replace(run_config().model, prelude_layers=0, coda_layers=0)

@@ -24,6 +24,7 @@ from megatransformer_jax.training.trainable import join_params, split_params, tr
 from megatransformer_jax.types import Batch, DTypePolicy
 
 ROWS, LENGTH, VOCAB = 2, 8, 16
+LORA = FineTuningConfig(init_from="runs/base", lora=LoraConfig(rank=2, targets=("down$",)))
 TREE = {"core": {"mlp": {"up": 1.0, "down": 2.0}, "norm": {"scale": 3.0}}, "head": 4.0}
 
 
@@ -152,8 +153,28 @@ def test_an_average_of_weights_has_the_frozen_ones_as_they_are(trained):
     assert float(jnp.max(jnp.abs(ours - last))) > 1e-4
 
 
+def test_lora_trains_the_exit_gate_itself():
+    """It is vectors, which have no updates: a fresh one would stay as it starts."""
+    base = {"down": 1.0, "exit_gate": {"weight": 2.0, "norm": {"scale": 3.0}}}
+    kept = {"base": base, "lora": {"down": {"a": 4.0, "b": 5.0}}}
+    parts = split_params(kept, LORA)
+    assert set(jax.tree.leaves(parts[0])) == {2, 3, 4, 5}
+    assert join_params(*parts) == kept
+
+
+def test_muon_needs_a_matrix_that_is_trained():
+    optimizer = build_optimizer(OptimizerConfig(name="muon", warmup_steps=0), 10)
+    part, _ = split_params(
+        {"up": jnp.ones((4, 2, 4)), "norm": {"scale": jnp.ones(4)}},
+        FineTuningConfig(train_only=("scale",)),
+    )
+    with pytest.raises(ConfigError, match=r"optimizer\.name: 'muon' acts on none .* 'adamw'"):
+        optimizer.init(part)
+    optimizer.init({"up": jnp.ones((4, 2, 4)), "norm": {"scale": None}})
+
+
 def test_what_lora_adds_is_evaluated():
-    config = run_config(FineTuningConfig(lora=LoraConfig(rank=2, targets=("down$",))))
+    config = run_config(LORA)
     base = {"down": jnp.ones((6, 8)), "scale": jnp.ones(8)}
     update = {"a": jnp.arange(12.0).reshape(6, 2), "b": jnp.full((2, 8), 0.5)}
     kept = {"base": base, "lora": {"down": update}}
