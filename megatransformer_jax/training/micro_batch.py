@@ -128,7 +128,8 @@ def choose_accumulation(
       budget_gib: what one device may use for the step.
 
     Raises:
-      ConfigError: if no candidate fits, naming the least that is needed and what lowers it.
+      ConfigError: if no candidate fits, naming the least that is needed (or, where they alone
+        are too much, what state and batch take) and what lowers it.
     """
     least: tuple[float, str] = (float("inf"), "more memory than the device has")
     for parts in accumulations:
@@ -140,7 +141,14 @@ def choose_accumulation(
                 continue
             least = min(least, (error.memory.total, f"{error.memory} with accumulation={parts}"))
             if error.memory.arguments > budget_gib * GIB:
-                break  # The state is the same for every micro-batch.
+                # They are the same for every micro-batch, so the search ends.
+                raise ConfigError(
+                    OPTION,
+                    f"{budget_gib:g} GiB do not suffice; state and batch alone take "
+                    f"{error.memory.arguments / GIB:.4g} GiB on each device, whatever the "
+                    "accumulation. Raise the budget, or lower the model's size, take an optimiser "
+                    "with a smaller state, or share parameters over more devices (mesh.fsdp).",
+                ) from None
             continue
         logging.info(
             "accumulation=%d: the step takes %s on a device, of %s=%g",
