@@ -29,6 +29,9 @@ FREE_ON_RESUME = (
 # The same numbers in another order of additions.
 SAME_UP_TO_ROUNDING = ("model.remat", "model.attention.kernel", "model.recurrence.unroll")
 
+# A user's code, which is corrected where it fails; what a name stands for cannot be compared.
+USER_CODE = ("data.augmentation.back_translation",)
+
 # Options of the optimiser that say which arrays its state has, or what those mean.
 STATE_SHAPING = (
     "optimizer.name",
@@ -161,10 +164,11 @@ def check_resumable(saved: Mapping[str, Any], current: RunConfig, where: str) ->
 
     Raises:
       CheckpointMismatch: listing the options that differ; only those of `FREE_ON_RESUME`,
-        `SAME_UP_TO_ROUNDING`, `OPTIMIZER_OPTIONS` and of other sections than `RESUME_SECTIONS` may.
+        `SAME_UP_TO_ROUNDING`, `USER_CODE`, `OPTIMIZER_OPTIONS` and of other sections than
+        `RESUME_SECTIONS` may.
     """
     check_model(saved, current, where)
-    ignored = [*FREE_ON_RESUME, *SAME_UP_TO_ROUNDING, *OPTIMIZER_OPTIONS]
+    ignored = [*FREE_ON_RESUME, *SAME_UP_TO_ROUNDING, *USER_CODE, *OPTIMIZER_OPTIONS]
     if current.optimizer.is_schedule_free:
         # The average is computed from the parameters with it.
         ignored.remove("optimizer.beta1")
@@ -194,6 +198,11 @@ def resume_warnings(saved: Mapping[str, Any], current: RunConfig, where: str) ->
         warnings.append(
             f"optimizer options have changed ({'; '.join(lines)}): from here on this is no longer "
             "the run that was started."
+        )
+    if lines := config_differences(old, new, USER_CODE):
+        warnings.append(
+            f"another function ({'; '.join(lines)}): from here on the documents are those that it "
+            "makes, and this is no longer the run that was started unless it does the same."
         )
     if lines := config_differences(old, new, SAME_UP_TO_ROUNDING):
         warnings.append(

@@ -259,8 +259,11 @@ class CheckpointManager:
         self._remove_trash()
 
     def close(self) -> None:
-        """Waits for saves and releases the manager."""
+        """Waits for saves and for the removal of temporary folders, and releases the manager."""
         self.wait()
+        # Orbax waits for it when it saves but not here; where nothing was saved, the exit of Python
+        # would cut it off, with a traceback on stderr.
+        self._manager._maybe_await_cleanup_tmp_directory()
         self._manager.close()
 
     def _read_parts(self, wanted: Any, step: int) -> Any:

@@ -1,3 +1,4 @@
+import asyncio
 import dataclasses
 import os
 import pathlib
@@ -11,12 +12,14 @@ import optax
 import pytest
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.path import temporary_paths
 
 from megatransformer_jax.checkpoints.compatibility import (
     FREE_ON_RESUME,
     OPTIMIZER_OPTIONS,
     SAME_UP_TO_ROUNDING,
     TRAINING_ONLY,
+    USER_CODE,
     CheckpointMismatch,
     check_model,
     check_resumable,
@@ -28,6 +31,7 @@ from megatransformer_jax.checkpoints.manager import (
     DamagedCheckpoint,
     tree_shapes,
 )
+from megatransformer_jax.config.augmentation import AugmentationConfig
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.model import AttentionConfig, ModelConfig, NormConfig
@@ -74,6 +78,21 @@ def assert_same_bits(left, right):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
     jax.tree_util.tree_map_with_path(compare, left, right)
+
+
+def test_closing_waits_for_what_orbax_still_removes(tmp_path, monkeypatch):
+    """Otherwise it is cut off at the exit of Python, with a traceback."""
+    done = []
+
+    async def slow(*args, **kwargs):
+        await asyncio.sleep(0.3)
+        done.append(True)
+
+    monkeypatch.setattr(temporary_paths, "cleanup_temporary_paths", slow)
+    manager = CheckpointManager(tmp_path, KEEP_ALL)
+    assert not done
+    manager.close()
+    assert done == [True]
 
 
 def loss_scores(loss: float | None) -> dict[str, float] | None:
@@ -369,6 +388,22 @@ def test_moved_files_may_be_resumed():
     assert resume_warnings(to_dict(old), new, "x") == []
 
 
+def test_a_corrected_function_is_resumed_with_a_warning_but_another_rate_is_refused():
+    def augmented(name: str, rate: float) -> RunConfig:
+        augmentation = AugmentationConfig(back_translation=name, back_translation_rate=rate)
+        return dataclasses.replace(RUN, data=DataConfig(augmentation=augmentation))
+
+    old, new = augmented("hooks:broken", 0.5), augmented("hooks:corrected", 0.5)
+    check_resumable(to_dict(old), new, "x")
+    (message,) = resume_warnings(to_dict(old), new, "x")
+    assert re.search(r"saved 'hooks:broken', now 'hooks:corrected'.*no longer the run", message)
+    assert resume_warnings(to_dict(old), old, "x") == []
+    with pytest.raises(CheckpointMismatch, match="back_translation_rate: saved 0.5, now 0.25"):
+        check_resumable(to_dict(old), augmented("hooks:corrected", 0.25), "x")
+    with pytest.raises(CheckpointMismatch, match="back_translation_rate: saved 0.0, now 0.5"):
+        check_resumable(to_dict(RUN), new, "x")
+
+
 @pytest.mark.parametrize(
     ("change", "warning"),
     [
@@ -414,7 +449,7 @@ def test_options_of_training_alone_make_another_run_not_another_architecture(cha
 
 def test_every_listed_option_exists():
     known = flatten_config(to_dict(RUN)).keys()
-    listed = {*FREE_ON_RESUME, *SAME_UP_TO_ROUNDING, *OPTIMIZER_OPTIONS, *TRAINING_ONLY}
+    listed = {*FREE_ON_RESUME, *SAME_UP_TO_ROUNDING, *OPTIMIZER_OPTIONS, *TRAINING_ONLY, *USER_CODE}
     assert listed <= known
     assert "optimizer.name" not in listed
 
