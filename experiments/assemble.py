@@ -12,6 +12,7 @@ from experiments.inherited_tokenizer import inherited_tokenizer
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.augmentation.text import TextAugmentation
 from megatransformer_jax.data.fingerprint import training_text_identity
 from megatransformer_jax.data.reasoning import build_task
 from megatransformer_jax.data.sources import training_texts
@@ -38,6 +39,17 @@ class Vocabulary:
     size: int
     decode: Callable[[Sequence[int]], str]
     digest: str
+
+
+def check_augmentation(config: RunConfig) -> None:
+    """Reads the file of synonyms and imports the function that `data.augmentation` names.
+
+    Called before anything is built, so that the error comes at once.
+
+    Raises:
+      ConfigError: if either cannot be used.
+    """
+    TextAugmentation.from_config(config.data.augmentation, config.data.seed)
 
 
 def build_vocabulary(config: RunConfig, workdir: pathlib.Path) -> Vocabulary:

@@ -41,6 +41,7 @@ def find_learning_rate(config: RunConfig, start: float, end: float, steps: int) 
     """
     check_range(start, end, steps)
     start_distributed(config.distributed)
+    assemble.check_augmentation(config)
     workdir = make_workdir(config.workdir)
     schedule = exponential_schedule(start, end, steps)
     losses: list[float] = []

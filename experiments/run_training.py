@@ -49,6 +49,7 @@ def train(config: RunConfig) -> LoopResult:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     start_distributed(config.distributed)
+    assemble.check_augmentation(config)
     workdir = make_workdir(config.workdir)
     is_primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:

@@ -10,6 +10,7 @@ from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from experiments import run_training
+from experiments.run_find_lr import find_learning_rate
 from experiments.run_training import train
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.build import build, load_config
@@ -43,6 +44,26 @@ def whole_run(tmp_path_factory, small_run):
 
 def stop_after(monkeypatch, step: int) -> None:
     monkeypatch.setattr(StopRequest, "is_due", lambda self, now: now == step)
+
+
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        {"synonyms_file": "/no/such/file.tsv", "synonym_rate": 0.5},
+        {"back_translation": "no_such_module:function", "back_translation_rate": 0.5},
+    ],
+)
+def test_a_wrong_augmentation_is_an_error_before_anything_is_made(
+    augmentation, tmp_path, small_run
+):
+    workdir = tmp_path / "run"
+    changes = {"data": {"augmentation": augmentation}}
+    config = build(small_run(workdir, changes))
+    with pytest.raises(ConfigError, match=f"data.augmentation.{next(iter(augmentation))}"):
+        train(config)
+    with pytest.raises(ConfigError, match=f"data.augmentation.{next(iter(augmentation))}"):
+        find_learning_rate(config, 1e-4, 1e-1, 20)
+    assert not workdir.exists()
 
 
 def test_writes_everything_that_it_promises(whole_run):
