@@ -4,21 +4,28 @@
       --model_args path=runs/recurrent,depth=16 --batch_size 8 --tasks my_task \\
       --include_path my/tasks --output_path results
 
-Everything is lm-eval's own command line (`run --help`, `ls tasks`), but for one switch: data sets
+Everything is lm-eval's own command line (`run --help`, `ls tasks`), but for two switches. Data sets
 are read from files and from Hugging Face's cache only, unless --online lets lm-eval download them.
+What lm-eval cannot use (an unknown task, a file that is missing) is one line and exit code 2;
+--debug prints the traceback instead.
 
 Arguments in --model_args:
 """
 
+import contextlib
 import os
+import pathlib
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import megatransformer_jax
 from experiments import launch
 from megatransformer_jax.config.option import UserError
 
 ONLINE = "--online"
+DEBUG = "--debug"
 _OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
@@ -29,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
       argv: the command line with the program's name; None: `sys.argv`.
     """
     argv = list(sys.argv if argv is None else argv)
-    words = [word for word in argv[1:] if word != ONLINE]
+    words = _words(argv)
     with launch.errors_in_one_line(interrupted="interrupted."):
         # Hugging Face's libraries read this when they are imported.
         if ONLINE not in argv:
@@ -46,7 +53,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         from lm_eval.utils import setup_logging  # noqa: PLC0415
 
         setup_logging()
-        parsed.func(parsed)
+        with _bad_input(is_online=ONLINE in argv, is_debug=DEBUG in argv):
+            parsed.func(parsed)
+
+
+def _words(argv: Sequence[str]) -> list[str]:
+    """What is lm-eval's of a command line."""
+    return [word for word in argv[1:] if word not in (ONLINE, DEBUG)]
+
+
+@contextlib.contextmanager
+def _bad_input(*, is_online: bool, is_debug: bool) -> Iterator[None]:
+    """Turns what lm-eval raises about a user's input into one line.
+
+    Its types do not tell input from bugs. What passes through our package is a bug of ours and
+    keeps its traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, KeyError, FileNotFoundError, ConnectionError) as error:
+        if is_debug or _comes_from_us(error):
+            raise
+        # The text of a KeyError is the repr of its argument.
+        name = f"{type(error).__name__}: " if isinstance(error, KeyError) else ""
+        hint = f"{DEBUG} prints the traceback."
+        if isinstance(error, FileNotFoundError | ConnectionError) and not is_online:
+            hint = f"Nothing is downloaded without {ONLINE}; {hint}"
+        text = " ".join(str(error).split()).rstrip(".")
+        raise UserError(f"lm-eval: {name}{text}. {hint}") from error
+
+
+def _comes_from_us(error: Exception) -> bool:
+    package = pathlib.Path(megatransformer_jax.__path__[0])
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(pathlib.Path(frame.filename).is_relative_to(package) for frame in frames)
 
 
 def _check_installed() -> None:
@@ -71,8 +113,8 @@ def parse(argv: Sequence[str]) -> Any:
     """What a command line asks for (argv[0] is the program), as lm-eval parses it.
 
     Raises:
-      UserError: for model arguments that cannot be used. Other errors end the program, as they do
-        in lm-eval.
+      UserError: for model arguments that cannot be used, or a path that is no run and no Huginn
+        folder. Other errors end the program, as they do in lm-eval.
     """
     from lm_eval._cli import HarnessCLI  # noqa: PLC0415
 
@@ -80,17 +122,18 @@ def parse(argv: Sequence[str]) -> Any:
 
     before = sys.argv
     # lm-eval's parser reads it from here.
-    sys.argv = ["lm-eval", *(word for word in argv[1:] if word != ONLINE)]
+    sys.argv = ["lm-eval", *_words(argv)]
     try:
         parsed = HarnessCLI().parse_args()
     finally:
         sys.argv = before
     if getattr(parsed, "model", None) == lm_eval_model.NAME:
         # Known before tasks are loaded.
-        lm_eval_model.parse_arguments(
+        arguments = lm_eval_model.parse_arguments(
             parsed.model_args or {},
             {"device": parsed.device, "max_batch_size": parsed.max_batch_size},
         )
+        lm_eval_model.check_path(arguments)
     return parsed
 
 

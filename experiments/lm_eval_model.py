@@ -168,6 +168,18 @@ def parse_arguments(given: Mapping[str, Any], of_lm_eval: Mapping[str, Any]) -> 
     return ModelArguments(**values)
 
 
+def check_path(arguments: ModelArguments) -> None:
+    """Checks that the folder is there and is a run or Huginn's, without reading its weights.
+
+    Raises:
+      UserError: if it is not.
+    """
+    try:
+        is_huginn_folder(pathlib.Path(arguments.path).expanduser())
+    except UserError as error:
+        raise UserError(f"--model_args: path={error}") from error
+
+
 def _whole_number(value: Any) -> int:
     text = str(value)
     if not text.isdecimal():

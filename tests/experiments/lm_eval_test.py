@@ -4,8 +4,10 @@ import functools
 import json
 import os
 import socket
+import types
 
 import lm_eval.evaluator
+import lm_eval.utils
 import pytest
 from lm_eval.tasks import TaskManager
 from written_run import write_run
@@ -14,7 +16,9 @@ from experiments import lm_eval as command
 from experiments import lm_eval_model
 from experiments.load_model import load_model
 from megatransformer_jax.config.build import build
+from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.data.pipeline import build_pipeline
 from megatransformer_jax.evaluation.log_likelihood import Continuation, LogLikelihoodScorer
 
 TASK = """
@@ -122,6 +126,64 @@ def test_bad_input_is_one_line(run, capfd):
         run("run", "--model", "megatransformer", "--model_args", "dpeth=3", "--tasks", "x")
     assert caught.value.code == 2
     assert capfd.readouterr().err.startswith("error: --model_args: dpeth=3 is not known")
+
+
+def test_the_path_is_checked_before_tasks_are_loaded(run, capfd, monkeypatch):
+    monkeypatch.setattr(TaskManager, "__init__", lambda *args, **kwargs: pytest.fail("loaded"))
+    arguments = ("--model_args", "path=/nope,depth=2", "--tasks", "x")
+    with pytest.raises(SystemExit) as caught:
+        run("run", "--model", "megatransformer", *arguments)
+    assert caught.value.code == 2
+    assert capfd.readouterr().err.startswith("error: --model_args: path=/nope: no such folder")
+
+
+MISSING_DATA = """
+task: no_data
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/absent.jsonl}, cache_dir: FOLDER/cache}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{answer}}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("task", "problem"),
+    [
+        ("nope", "error: lm-eval: Tasks not found: nope. --debug prints the traceback."),
+        ("no_data", "Nothing is downloaded without --online; --debug prints the traceback."),
+    ],
+)
+def test_what_lm_eval_cannot_use_is_one_line(
+    task, problem, run, workdir, tmp_path, capfd, monkeypatch
+):
+    make = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", make)
+    # Its handler would write to the stderr of the test before.
+    monkeypatch.setattr(lm_eval.utils, "setup_logging", lambda: None)
+    (tmp_path / "task.yaml").write_text(MISSING_DATA.replace("FOLDER", str(tmp_path)))
+    words = (
+        *("run", "--model", "megatransformer", "--model_args", f"path={workdir}"),
+        *("--tasks", task, "--include_path", tmp_path, "--seed", "0,0,None,0"),
+    )
+    with pytest.raises(SystemExit) as caught:
+        run(*words)
+    assert caught.value.code == 2
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    assert problem in errors.splitlines()[-1]
+    with pytest.raises((ValueError, FileNotFoundError)):
+        run("--debug", *words)
+
+
+def test_an_error_of_our_own_code_keeps_its_traceback(run, monkeypatch):
+    parsed = types.SimpleNamespace(
+        func=lambda parsed: build_pipeline(DataConfig(), None, split="nope")
+    )
+    monkeypatch.setattr(command, "parse", lambda argv: parsed)
+    with pytest.raises(ValueError, match="no split 'nope'"):
+        run("run")
 
 
 def test_help_has_every_argument(run, capfd):
