@@ -398,9 +398,9 @@ def test_a_corrected_function_is_resumed_with_a_warning_but_another_rate_is_refu
     (message,) = resume_warnings(to_dict(old), new, "x")
     assert re.search(r"saved 'hooks:broken', now 'hooks:corrected'.*no longer the run", message)
     assert resume_warnings(to_dict(old), old, "x") == []
-    with pytest.raises(CheckpointMismatch, match="back_translation_rate: saved 0.5, now 0.25"):
+    with pytest.raises(CheckpointMismatch, match=r"back_translation_rate: saved 0\.5, now 0\.25"):
         check_resumable(to_dict(old), augmented("hooks:corrected", 0.25), "x")
-    with pytest.raises(CheckpointMismatch, match="back_translation_rate: saved 0.0, now 0.5"):
+    with pytest.raises(CheckpointMismatch, match=r"back_translation_rate: saved 0\.0, now 0\.5"):
         check_resumable(to_dict(RUN), new, "x")
 
 
