@@ -75,7 +75,8 @@ def _with_options(
         others = ", ".join(kind for kind in DIAGNOSTIC_KINDS if kind != _DRAWS)
         raise UserError(f"--kinds: {_DRAWS!r} is for a run that is going on; known: {others}.")
     try:
-        options = DiagnosticsConfig(kinds=tuple(kinds), num_rows=num_rows, num_steps=num_steps)
+        # Some interval, as the options mean nothing without one; it is not read here.
+        options = DiagnosticsConfig(1, tuple(kinds), num_rows, num_steps)
         return dataclasses.replace(config, diagnostics=options)
     except ConfigError as error:
         name = error.path.removeprefix("diagnostics.")

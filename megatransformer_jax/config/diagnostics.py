@@ -2,7 +2,13 @@
 
 import dataclasses
 
-from megatransformer_jax.config.option import ConfigError, check_options, option, rule
+from megatransformer_jax.config.option import (
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+)
 
 RECURRENT_KINDS = ("recurrence", "spectral_radius", "depth_draws")
 DIAGNOSTIC_KINDS = (
@@ -39,6 +45,17 @@ class DiagnosticsConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("kinds", "num_rows", "num_steps")
+    def _what_is_shown_goes_with_steps(self) -> None:
+        """At their defaults with every_steps=0 (`experiments.diagnose` has flags of its own)."""
+        if self.every_steps == 0:
+            require_defaults(
+                self,
+                ("kinds", "num_rows", "num_steps"),
+                "with every_steps=0",
+                "set every_steps above 0",
+            )
 
     @rule("kinds")
     def _kinds_are_different(self) -> None:

@@ -419,6 +419,17 @@ class RunConfig:
                 "None.",
             )
 
+    @rule("diagnostics.num_rows")
+    def _diagnosed_rows_are_in_the_batch(self) -> None:
+        """At most data.batch_size unless diagnostics.every_steps=0."""
+        num_rows, batch_size = self.diagnostics.num_rows, self.data.batch_size
+        if self.diagnostics.every_steps and num_rows > batch_size:
+            raise ConfigError(
+                "diagnostics.num_rows",
+                f"{num_rows} rows are more than a batch has, data.batch_size={batch_size}; use at "
+                f"most {batch_size}.",
+            )
+
     @rule("samples.depth")
     def _sample_depth_needs_a_core(self) -> None:
         """None when model.core_layers=0."""

@@ -47,6 +47,15 @@ RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)
 # The rule, the class, what is given, the path in the error.
 BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
+    ("_what_is_shown_goes_with_steps", DiagnosticsConfig, {"kinds": ("activations",)}, "kinds"),
+    ("_what_is_shown_goes_with_steps", DiagnosticsConfig, {"num_rows": 1}, "num_rows"),
+    ("_what_is_shown_goes_with_steps", DiagnosticsConfig, {"num_steps": 4}, "num_steps"),
+    (
+        "_diagnosed_rows_are_in_the_batch",
+        RunConfig,
+        {"diagnostics": DiagnosticsConfig(5, num_rows=9), "data": DataConfig(batch_size=8)},
+        "diagnostics.num_rows",
+    ),
     (
         "_prior_mean_goes_with_geometric",
         ExitGateTrainingConfig,
@@ -444,7 +453,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     (
         "_kinds_are_different",
         DiagnosticsConfig,
-        {"kinds": ("activations", "activations")},
+        {"every_steps": 5, "kinds": ("activations", "activations")},
         "kinds",
     ),
     (
@@ -452,7 +461,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         RunConfig,
         {
             "model": ModelConfig(core_layers=0),
-            "diagnostics": DiagnosticsConfig(kinds=("spectral_radius",)),
+            "diagnostics": DiagnosticsConfig(5, kinds=("spectral_radius",)),
         },
         "diagnostics.kinds",
     ),
@@ -461,7 +470,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         RunConfig,
         {
             "model": ModelConfig(core_layers=0),
-            "diagnostics": DiagnosticsConfig(num_steps=4),
+            "diagnostics": DiagnosticsConfig(5, num_steps=4),
         },
         "diagnostics.num_steps",
     ),

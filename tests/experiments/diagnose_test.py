@@ -33,6 +33,7 @@ def test_figures_and_numbers_are_written(workdir, tmp_path, capsys):
         (["--kinds=depth_draws"], "--kinds: 'depth_draws' is for a run that is going on"),
         (["--kinds=recurence"], "--kinds: ('recurence',) is not allowed"),
         (["--num_rows=0"], "--num_rows: 0 is not allowed"),
+        (["--num_rows=9"], "--num_rows: 9 rows are more than a batch has, data.batch_size=8; use"),
         (["--num_steps=0"], "--num_steps: 0 is not allowed"),
         (["--step=5"], "has no such checkpoint"),
         (["--from=/no/such/folder"], "no such folder"),
