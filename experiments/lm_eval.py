@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             return
         lm_eval_model.register()
         parsed = parse(argv)
+        if getattr(parsed, "model", None) == lm_eval_model.NAME:
+            lm_eval_model.check_path(parsed.model_args["path"])
         from lm_eval.utils import setup_logging  # noqa: PLC0415
 
         setup_logging()
@@ -113,8 +115,8 @@ def parse(argv: Sequence[str]) -> Any:
     """What a command line asks for (argv[0] is the program), as lm-eval parses it.
 
     Raises:
-      UserError: for model arguments that cannot be used, or a path that is no run and no Huginn
-        folder. Other errors end the program, as they do in lm-eval.
+      UserError: for model arguments that cannot be used. Other errors end the program, as they do
+        in lm-eval.
     """
     from lm_eval._cli import HarnessCLI  # noqa: PLC0415
 
@@ -129,11 +131,10 @@ def parse(argv: Sequence[str]) -> Any:
         sys.argv = before
     if getattr(parsed, "model", None) == lm_eval_model.NAME:
         # Known before tasks are loaded.
-        arguments = lm_eval_model.parse_arguments(
+        lm_eval_model.parse_arguments(
             parsed.model_args or {},
             {"device": parsed.device, "max_batch_size": parsed.max_batch_size},
         )
-        lm_eval_model.check_path(arguments)
     return parsed
 
 

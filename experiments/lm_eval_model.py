@@ -168,14 +168,14 @@ def parse_arguments(given: Mapping[str, Any], of_lm_eval: Mapping[str, Any]) -> 
     return ModelArguments(**values)
 
 
-def check_path(arguments: ModelArguments) -> None:
+def check_path(path: str) -> None:
     """Checks that the folder is there and is a run or Huginn's, without reading its weights.
 
     Raises:
       UserError: if it is not.
     """
     try:
-        is_huginn_folder(pathlib.Path(arguments.path).expanduser())
+        is_huginn_folder(pathlib.Path(path).expanduser())
     except UserError as error:
         raise UserError(f"--model_args: path={error}") from error
 

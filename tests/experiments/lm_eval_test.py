@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 import os
 import socket
 import types
@@ -161,6 +162,7 @@ def test_what_lm_eval_cannot_use_is_one_line(
     make = functools.partialmethod(TaskManager.__init__, include_defaults=False)
     monkeypatch.setattr(TaskManager, "__init__", make)
     # Its handler would write to the stderr of the test before.
+    monkeypatch.setattr(logging.getLogger("lm_eval"), "handlers", [])
     monkeypatch.setattr(lm_eval.utils, "setup_logging", lambda: None)
     (tmp_path / "task.yaml").write_text(MISSING_DATA.replace("FOLDER", str(tmp_path)))
     words = (
