@@ -5,12 +5,12 @@ import traceback
 from typing import Any
 
 import pytest
+from broken_diagnostics import BROKEN_DIAGNOSTICS
 from broken_models import BROKEN_MODELS
 
 from megatransformer_jax.config.augmentation import AugmentationConfig
 from megatransformer_jax.config.build import build, merge
 from megatransformer_jax.config.data import DataConfig, ReasoningConfig, TokenizerConfig
-from megatransformer_jax.config.diagnostics import DiagnosticsConfig
 from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
 from megatransformer_jax.config.model import (
@@ -47,15 +47,7 @@ RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)
 # The rule, the class, what is given, the path in the error.
 BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
-    ("_what_is_shown_goes_with_steps", DiagnosticsConfig, {"kinds": ("activations",)}, "kinds"),
-    ("_what_is_shown_goes_with_steps", DiagnosticsConfig, {"num_rows": 1}, "num_rows"),
-    ("_what_is_shown_goes_with_steps", DiagnosticsConfig, {"num_steps": 4}, "num_steps"),
-    (
-        "_diagnosed_rows_are_in_the_batch",
-        RunConfig,
-        {"diagnostics": DiagnosticsConfig(5, num_rows=9), "data": DataConfig(batch_size=8)},
-        "diagnostics.num_rows",
-    ),
+    *BROKEN_DIAGNOSTICS,
     (
         "_prior_mean_goes_with_geometric",
         ExitGateTrainingConfig,
@@ -449,30 +441,6 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         RunConfig,
         {"checkpoint": CheckpointConfig(every_steps=30)},
         "checkpoint.every_steps",
-    ),
-    (
-        "_kinds_are_different",
-        DiagnosticsConfig,
-        {"every_steps": 5, "kinds": ("activations", "activations")},
-        "kinds",
-    ),
-    (
-        "_diagnostics_fit_the_model",
-        RunConfig,
-        {
-            "model": ModelConfig(core_layers=0),
-            "diagnostics": DiagnosticsConfig(5, kinds=("spectral_radius",)),
-        },
-        "diagnostics.kinds",
-    ),
-    (
-        "_diagnostics_fit_the_model",
-        RunConfig,
-        {
-            "model": ModelConfig(core_layers=0),
-            "diagnostics": DiagnosticsConfig(5, num_steps=4),
-        },
-        "diagnostics.num_steps",
     ),
     (
         "_synonyms_need_file_and_rate",
