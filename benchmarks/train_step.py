@@ -25,8 +25,9 @@ import jaxlib
 import numpy as np
 
 from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.run import OptimizerConfig, RunConfig
+from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.cost.flops import forward_flops, train_flops
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder

@@ -14,14 +14,13 @@ from megatransformer_jax.checkpoints.compatibility import (
     TRAINING_ONLY,
     flatten_config,
 )
+from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.model import (
-    AttentionConfig,
     InitConfig,
     MlpConfig,
     ModelConfig,
     NormConfig,
-    PositionConfig,
     RecurrenceConfig,
 )
 from megatransformer_jax.config.option import ConfigError, UserError

@@ -4,6 +4,7 @@ import dataclasses
 
 from megatransformer_jax.config.checkpoint import TEXT_METRICS, CheckpointConfig
 from megatransformer_jax.config.data import MIN_TRAINED_PIECES, DataConfig
+from megatransformer_jax.config.devices import DistributedConfig, MeshConfig
 from megatransformer_jax.config.diagnostics import RECURRENT_KINDS, DiagnosticsConfig
 from megatransformer_jax.config.exit_gate import ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
@@ -17,151 +18,8 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
+from megatransformer_jax.config.reporting import EvaluationConfig, LoggingConfig, SampleConfig
 from megatransformer_jax.config.train import TrainConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices per mesh axis; their product must be the number of devices of all processes."""
-
-    data: int = option(-1, "Batch axis. -1: all devices that the other axes leave.", minimum=-1)
-    fsdp: int = option(1, "Batch axis over which parameters are sharded too.", minimum=1)
-    tensor: int = option(1, "Heads, feed-forward and vocabulary axis.", minimum=1)
-    sequence: int = option(1, "Sequence axis.", minimum=1)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    @rule("data")
-    def _data_axis_is_not_empty(self) -> None:
-        """Not 0. The product of all axes is the number of devices (checked when they are known)."""
-        if self.data == 0:
-            raise ConfigError("data", "0 is not allowed; use -1 (what is left) or at least 1.")
-
-
-@dataclasses.dataclass(frozen=True)
-class DistributedConfig:
-    """Start of `jax.distributed`. On TPU pods set enabled alone; the rest is found by JAX."""
-
-    enabled: bool = option(False, "Joins several processes into one run.")
-    coordinator: str | None = option(None, "host:port of process 0.")
-    num_processes: int | None = option(None, "How many processes.", minimum=1)
-    process_id: int | None = option(None, "Which one this is, from 0.", minimum=0)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    @rule("coordinator", "num_processes", "process_id")
-    def _process_options_go_together(self) -> None:
-        """All three or none, and only with enabled=True."""
-        given = [self.coordinator, self.num_processes, self.process_id]
-        if not self.enabled and any(value is not None for value in given):
-            raise ConfigError("enabled", "False, yet process options are given; set enabled=True.")
-        if len({value is None for value in given}) > 1:
-            raise ConfigError(
-                "coordinator",
-                f"coordinator={self.coordinator!r}, num_processes={self.num_processes!r}, "
-                f"process_id={self.process_id!r}: give all three, or none.",
-            )
-
-    @rule("process_id")
-    def _process_is_one_of_them(self) -> None:
-        """Below num_processes."""
-        if self.num_processes is None or self.process_id is None:
-            return
-        if self.process_id >= self.num_processes:
-            raise ConfigError(
-                "process_id",
-                f"{self.process_id} is not below num_processes={self.num_processes}; "
-                "processes count from 0.",
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """Validation during training and at its end."""
-
-    every_steps: int = option(100, "Steps between validations.", minimum=1)
-    num_batches: int = option(8, "Validation batches per depth.", minimum=1)
-    final_depths: tuple[int, ...] = option(
-        (1, 2, 4, 8, 16, 32), "Depths of the table and the plot at the end.", minimum=1
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    @rule("final_depths")
-    def _depths_are_increasing(self) -> None:
-        """At least one depth, in increasing order."""
-        if not self.final_depths:
-            raise ConfigError("final_depths", "is empty; give at least one depth.")
-        if list(self.final_depths) != sorted(set(self.final_depths)):
-            raise ConfigError(
-                "final_depths",
-                f"{self.final_depths!r} is not increasing; sort it, each depth once.",
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """Text written during training."""
-
-    every_steps: int = option(200, "Steps between samples; 0: never.", minimum=0)
-    prompts: tuple[str, ...] = option(("The ", "If the "), "What the samples start with.")
-    max_new_tokens: int = option(48, "Tokens per sample.", minimum=1)
-    temperature: float = option(0.7, "0: greedy.", minimum=0)
-    depth: int | None = option(None, "Iterations per token. None: the trained mean.", minimum=1)
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    @rule("prompts")
-    def _samples_need_prompts(self) -> None:
-        """At least one unless every_steps=0."""
-        if self.every_steps and not self.prompts:
-            raise ConfigError(
-                "prompts",
-                f"is empty with every_steps={self.every_steps}; give a prompt or set "
-                "every_steps=0.",
-            )
-
-
-@dataclasses.dataclass(frozen=True)
-class LoggingConfig:
-    """What is shown and written."""
-
-    every_steps: int = option(10, "Steps between log lines and metric points.", minimum=1)
-    writers: tuple[str, ...] = option(
-        ("tensorboard",), "Where metrics go besides the log.", choices=("tensorboard", "wandb")
-    )
-    wandb_project: str | None = option(None, "Project for the wandb writer (extra 'wandb').")
-    level: str = option(
-        "info", "Least severe message shown.", choices=("debug", "info", "warning", "error")
-    )
-    progress: str = option(
-        "auto",
-        "bar: a live bar. lines: one line per log point. auto: bar on a terminal.",
-        choices=("auto", "bar", "lines"),
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-
-    @rule("writers")
-    def _writers_are_different(self) -> None:
-        """Each at most once."""
-        if len(set(self.writers)) != len(self.writers):
-            raise ConfigError("writers", f"{self.writers!r} repeats a writer; name each once.")
-
-    @rule("wandb_project")
-    def _wandb_project_goes_with_wandb(self) -> None:
-        """Given if and only if writers has wandb."""
-        if ("wandb" in self.writers) != (self.wandb_project is not None):
-            raise ConfigError(
-                "wandb_project",
-                f"{self.wandb_project!r} does not go with writers={self.writers!r}; "
-                "the wandb writer needs a project, the others none.",
-            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import jax
 
+from megatransformer_jax.config.devices import DistributedConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.config.run import DistributedConfig
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch
 

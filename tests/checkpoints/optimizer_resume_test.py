@@ -24,7 +24,8 @@ from megatransformer_jax.config.optimizer_options import (
     MuonConfig,
     SgdConfig,
 )
-from megatransformer_jax.config.run import RunConfig, TrainConfig
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.train import TrainConfig
 
 
 def run_with(train=None, **optimizer):

@@ -2,15 +2,9 @@
 
 from typing import Any
 
+from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
 from megatransformer_jax.config.exit_gate import ExitGateConfig
-from megatransformer_jax.config.model import (
-    AttentionConfig,
-    InitConfig,
-    MlpConfig,
-    ModelConfig,
-    NormConfig,
-    PositionConfig,
-)
+from megatransformer_jax.config.model import InitConfig, MlpConfig, ModelConfig, NormConfig
 from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.sharing import SharingConfig

@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.run import EvaluationConfig, RunConfig
+from megatransformer_jax.config.reporting import EvaluationConfig
+from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.depth_table import (
     evaluated_depths,
     make_table,

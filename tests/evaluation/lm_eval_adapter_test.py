@@ -13,7 +13,8 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from megatransformer_jax.config.model import AttentionConfig, ModelConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer

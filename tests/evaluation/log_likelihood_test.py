@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.model import AttentionConfig, ModelConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.evaluation.log_likelihood import Continuation, LogLikelihoodScorer
 from megatransformer_jax.models.cached_forward import token_states

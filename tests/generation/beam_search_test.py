@@ -18,8 +18,8 @@ from tiny_model import (
     tiny,
 )
 
+from megatransformer_jax.config.devices import MeshConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.run import MeshConfig
 from megatransformer_jax.generation import beam_search as beam_search_module
 from megatransformer_jax.generation.beam_search import beam_search
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start

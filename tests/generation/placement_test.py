@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.model import AttentionConfig, ModelConfig
-from megatransformer_jax.config.run import MeshConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.generation.placement import (
     constrain_rows,
     fetch,

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig, NormConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import MlpConfig, ModelConfig, NormConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.admin_profile import profile_admin
 from megatransformer_jax.models.megatransformer import build_model, init_params, layer_context

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import hadamard
 
-from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.core_jacobian import random_signs, squared_jacobian
 from megatransformer_jax.models.megatransformer import build_model, init_params, layer_context

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models import megatransformer
 from megatransformer_jax.models.core import RecurrentCore

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.model import AttentionConfig, InitConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import InitConfig, MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.nn.initializers import weight_init

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.sharing import SHARING_SCHEMES, SharingConfig
 from megatransformer_jax.models.cost.flops import forward_flops

@@ -7,7 +7,8 @@ import pytest
 import scipy.special
 from flax import linen as nn
 
-from megatransformer_jax.config.model import ACTIVATIONS, AttentionConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import ACTIVATIONS, MlpConfig, ModelConfig
 from megatransformer_jax.nn.activations import get_activation
 from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.mlp import Mlp

@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.config.model import AttentionConfig, ModelConfig
-from megatransformer_jax.config.run import MeshConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.kv_cache import KeyValues, constrain_cache, init_cache
 from megatransformer_jax.nn.staggered_rows import write_staggered_rows
 from megatransformer_jax.sharding.mesh import make_mesh

@@ -10,14 +10,15 @@ import pytest
 from hlo import count_in_loops
 from jax.sharding import PartitionSpec
 
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.devices import MeshConfig
 from megatransformer_jax.config.generation import (
     GenerationConfig,
     ParallelConfig,
     SpeculativeConfig,
 )
-from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.run import MeshConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
 from megatransformer_jax.generation.ending import Ending
 from megatransformer_jax.generation.generator import Generator

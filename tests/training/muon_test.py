@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.optimizer_options import MuonConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig

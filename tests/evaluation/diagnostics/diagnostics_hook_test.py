@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.diagnostics import DIAGNOSTIC_KINDS
-from megatransformer_jax.config.run import LoggingConfig, RunConfig
+from megatransformer_jax.config.reporting import LoggingConfig
+from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.diagnostics.hook import DiagnosticsHook
 from megatransformer_jax.evaluation.diagnostics.kinds import (
     Moment,

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.config.model import AttentionConfig, MlpConfig, ModelConfig, NormConfig
+from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.model import MlpConfig, ModelConfig, NormConfig
 from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
