@@ -109,9 +109,19 @@ def _depths(report: CostReport, config: RunConfig) -> Table:
         table.caption = (
             f"* mean depth in training, with gradients through the last "
             f"{config.model.recurrence.backprop_depth} iterations. KV cache: full, a slot per "
-            f"layer and iteration, {report.compute_type}."
+            f"layer and iteration, {report.compute_type}.{_not_counted(config)}"
         )
     return table
+
+
+def _not_counted(config: RunConfig) -> str:
+    """Says which passes of training the FLOPs leave out; empty if none."""
+    extra = []
+    if config.model.exit_gate.enabled:
+        extra.append("the exit gate's own pass")
+    if config.train.stability.jacobian_weight:
+        extra.append("the probe of the core's Jacobian")
+    return f" Train FLOPs leave out {' and '.join(extra)}." if extra else ""
 
 
 def _depth_cells(

@@ -1,5 +1,6 @@
 """Costs of a run from its config: what is shown, and that nothing of the model's size is made."""
 
+import dataclasses
 import io
 import json
 import pathlib
@@ -15,8 +16,10 @@ from rich.console import Console
 from experiments.cost_report import CostReport, make_report
 from experiments.cost_tables import format_bytes, format_number, print_tables
 from megatransformer_jax.config.build import build
+from megatransformer_jax.config.exit_gate import ExitGateConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.stability import StabilityConfig
 from megatransformer_jax.models.cost.memory import tree_bytes
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
@@ -174,6 +177,20 @@ def shown(report: CostReport, config: RunConfig, *, is_terminal: bool) -> str:
     file = io.StringIO()
     print_tables(Console(file=file, force_terminal=is_terminal, width=140), report, config)
     return file.getvalue()
+
+
+def test_passes_that_are_not_counted_are_named(config: RunConfig, report: CostReport) -> None:
+    def shown(config: RunConfig) -> str:
+        text = io.StringIO()
+        print_tables(Console(file=text, width=200), report, config)
+        return text.getvalue()
+
+    assert "leave out" not in shown(config)
+    model = dataclasses.replace(config.model, exit_gate=ExitGateConfig(enabled=True))
+    stability = StabilityConfig(jacobian_weight=0.1)
+    train = dataclasses.replace(config.train, stability=stability)
+    text = shown(dataclasses.replace(config, model=model, train=train))
+    assert "leave out the exit gate's own pass and the probe of the core's Jacobian." in text
 
 
 def test_numbers_have_three_digits_and_a_prefix() -> None:
