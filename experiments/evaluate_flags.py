@@ -11,6 +11,12 @@ from absl import flags
 from experiments import launch
 from experiments.flags import define_flag
 from experiments.generate_flags import GENERATION_OPTIONS, generation_from
+from experiments.model_options import (
+    param_dtype_option,
+    precision_option,
+    step_option,
+    weights_option,
+)
 from megatransformer_jax.config.generation import GenerationConfig, flag_name
 from megatransformer_jax.config.option import (
     MAX_COUNT,
@@ -47,16 +53,8 @@ class EvaluateOptions:
     model: str | None = option(
         None, "Folder of a run of ours, or of a Huginn checkpoint (config.json, *.safetensors)."
     )
-    step: str = option(
-        "latest",
-        "Checkpoint of a run: latest, best (by checkpoint.best_metric) or the number of its step.",
-    )
-    weights: str = option(
-        "average",
-        "Of a run that averages its weights (train.ema_decay, schedule-free): average, or raw for "
-        "the weights it trains.",
-        choices=("average", "raw"),
-    )
+    step: str = step_option()
+    weights: str = weights_option()
     depths: tuple[int, ...] = option(
         (),
         "Iterations of the core, one row of the table for each. Empty: evaluation.final_depths of "
@@ -102,17 +100,8 @@ class EvaluateOptions:
         "Folder for tables and plots, made if absent. None: evaluation/ in the model's folder; "
         "with predictions nothing is written.",
     )
-    precision: str | None = option(
-        None,
-        "Type of activations. None: as in training. auto: bfloat16 on accelerators, float32 on "
-        "CPU.",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    param_dtype: str = option(
-        "float32",
-        "Type of a Huginn checkpoint's parameters in memory. stored: as they are in the file.",
-        choices=("float32", "stored"),
-    )
+    precision: str | None = precision_option()
+    param_dtype: str = param_dtype_option()
     seed: int | None = option(
         None,
         "Seed of the core's first states and of draws. None: what validation in training has; of a "

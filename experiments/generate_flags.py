@@ -10,6 +10,12 @@ from absl import flags
 
 from experiments import launch
 from experiments.flags import define_flag
+from experiments.model_options import (
+    param_dtype_option,
+    precision_option,
+    step_option,
+    weights_option,
+)
 from megatransformer_jax.config.build import construct, merge
 from megatransformer_jax.config.generation import GenerationConfig, flag_name
 from megatransformer_jax.config.generation_sampling import check_encodable
@@ -36,27 +42,10 @@ class CommandOptions:
     workdir: str | None = option(
         None, "Folder of a run of ours, or of a Huginn checkpoint (config.json, *.safetensors)."
     )
-    step: str = option(
-        "latest",
-        "Checkpoint of a run: latest, best (by checkpoint.best_metric) or the number of its step.",
-    )
-    precision: str | None = option(
-        None,
-        "Type of activations. None: as in training. auto: bfloat16 on accelerators, float32 on "
-        "CPU.",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    param_dtype: str = option(
-        "float32",
-        "Type of a Huginn checkpoint's parameters in memory. stored: as they are in the file.",
-        choices=("float32", "stored"),
-    )
-    weights: str = option(
-        "average",
-        "Of a run that averages its weights (train.ema_decay, schedule-free): average, or raw for "
-        "the weights it trains.",
-        choices=("average", "raw"),
-    )
+    step: str = step_option()
+    precision: str | None = precision_option()
+    param_dtype: str = param_dtype_option()
+    weights: str = weights_option()
     prompt: tuple[str, ...] = option((), "Text to continue; may be given several times.")
     prompts_file: str | None = option(
         None,

@@ -6,12 +6,18 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from absl import logging
 from lm_eval.api.registry import model_registry
 from lm_eval.utils import simple_parse_args_string
 
 from experiments.evaluation_data import read_run_config
-from experiments.load_model import is_huginn_folder, load_model
+from experiments.load_model import is_huginn_folder
+from experiments.model_choice import load_chosen_model
+from experiments.model_options import (
+    param_dtype_option,
+    precision_option,
+    step_option,
+    weights_option,
+)
 from megatransformer_jax.config.option import MAX_COUNT, MAX_SEED, UserError, check_options, option
 from megatransformer_jax.evaluation.lm_eval_adapter import MAX_GEN_TOKS, MegaTransformerLM
 
@@ -25,13 +31,8 @@ class ModelArguments:
     """What --model_args may hold; --batch_size may be given beside them as well."""
 
     path: str = option("", "Folder of a run of ours, or of a Huginn checkpoint.")
-    step: str = option("latest", "Checkpoint of a run: latest, best or the number of its step.")
-    weights: str = option(
-        "average",
-        "Of a run that averages its weights (train.ema_decay, schedule-free): average, or raw for "
-        "the weights it trains.",
-        choices=("average", "raw"),
-    )
+    step: str = step_option()
+    weights: str = weights_option()
     depth: int | None = option(
         None,
         "Iterations of the core. None: the mean in training.",
@@ -49,16 +50,8 @@ class ModelArguments:
         MAX_GEN_TOKS, "Tokens per answer of tasks that do not say.", minimum=1, maximum=MAX_COUNT
     )
     add_bos_token: bool = option(True, "Puts the start token before every context.")
-    precision: str | None = option(
-        None,
-        "Type of activations. None: as in training.",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    param_dtype: str = option(
-        "float32",
-        "Type of a Huginn checkpoint's parameters in memory.",
-        choices=("float32", "stored"),
-    )
+    precision: str | None = precision_option()
+    param_dtype: str = param_dtype_option()
     seed: int = option(
         0, "Seed of draws and of the core's first states.", minimum=0, maximum=MAX_SEED
     )
@@ -97,13 +90,7 @@ class LoadedMegaTransformerLM(MegaTransformerLM):
           UserError: for an argument that is not known or cannot be used.
         """
         arguments = parse_arguments(arg_dict, additional_config or {})
-        loaded = load_model(
-            arguments.path,
-            step=arguments.step,
-            precision=arguments.precision,
-            param_dtype="stored" if arguments.param_dtype == "stored" else "float32",
-            weights="raw" if arguments.weights == "raw" else "average",
-        )
+        loaded = load_chosen_model(pathlib.Path(arguments.path).expanduser(), arguments)
         if loaded.tokenizer is None:
             raise UserError(f"{loaded.description} has no tokenizer, so it cannot read tasks.")
         if loaded.trained_depth is None and arguments.depth is not None:
@@ -117,7 +104,6 @@ class LoadedMegaTransformerLM(MegaTransformerLM):
                 f"--model_args: max_length={arguments.max_length} exceeds the {limit} that the "
                 "model was built for; lower it."
             )
-        logging.info("%s", loaded.description)
         return cls(
             loaded.model,
             loaded.params,

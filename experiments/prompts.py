@@ -1,11 +1,11 @@
 """Reads the prompts that a command line names, and checks them before a model is loaded."""
 
 import codecs
-import json
 import pathlib
 from collections.abc import Sequence
 
 from experiments.generate_flags import CommandOptions
+from experiments.json_object import json_object
 from megatransformer_jax.config.generation_sampling import check_encodable
 from megatransformer_jax.config.option import UserError
 
@@ -67,12 +67,7 @@ def _decoded(raw: bytes, where: str) -> str:
 
 def _prompt_of(line: str, where: str) -> str:
     form = 'write it as {"prompt": "..."}.'
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); {form}") from error
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; {form}")
+    record = json_object(line, where, form)
     if "prompt" not in record:
         fields = ", ".join(map(repr, record)) or "none"
         raise UserError(f"{where}: no field 'prompt'; its fields: {fields}; {form}")

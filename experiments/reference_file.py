@@ -11,11 +11,11 @@ for each reference in the same order. Other fields are not read; blank lines are
 
 import codecs
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from experiments.json_object import json_object
 from megatransformer_jax.config.generation_sampling import check_encodable
 from megatransformer_jax.config.option import UserError
 
@@ -98,12 +98,7 @@ def _records(name: str, option: str, form: str) -> Iterator[tuple[str, dict[str,
         if not line.strip():
             continue
         where = f"{name}, line {number}"
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON ({error}); {form}") from error
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; {form}")
+        record = json_object(line, where, form)
         is_empty = False
         yield where, record
     if is_empty:

@@ -10,7 +10,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.evaluate_flags import Command, EvaluateOptions, as_written
 from experiments.evaluation_data import evaluation_batches, is_reasoning, read_run_config
-from experiments.load_model import LoadedModel, is_huginn_folder, load_model
+from experiments.load_model import LoadedModel, is_huginn_folder
+from experiments.model_choice import load_chosen_model
 from experiments.out_of_memory import out_of_memory_is_bad_input
 from experiments.reference_file import read_predictions, read_references
 from experiments.run_text_evaluation import evaluate_generation
@@ -62,32 +63,14 @@ def _evaluate_model(command: Command) -> Sequence[pathlib.Path]:
     if options.references is not None:
         # Bad input is known before the model is loaded.
         read_references(options.references, needs_prompts=True)
-    loaded, run_config = _load(options, folder)
+    loaded = load_chosen_model(folder, options)
+    run_config = None if is_huginn_folder(folder) else read_run_config(folder)
     depths = _depths(options, loaded, run_config)
     output = make_folder("output", options.output or str(folder / "evaluation"))
     with out_of_memory_is_bad_input():
         if options.references is not None:
             return evaluate_generation(command, loaded, depths, output, _progress())
         return _score_data(options, loaded, run_config, depths, output)
-
-
-def _load(options: EvaluateOptions, folder: pathlib.Path) -> tuple[LoadedModel, RunConfig | None]:
-    is_huginn = is_huginn_folder(folder)
-    if options.param_dtype != "float32" and not is_huginn:
-        raise ConfigError(
-            "param_dtype",
-            f"{options.param_dtype!r} is for Huginn checkpoints, and {folder} is a run of ours; "
-            "leave it out.",
-        )
-    loaded = load_model(
-        folder,
-        step=options.step,
-        precision=options.precision,
-        param_dtype="stored" if options.param_dtype == "stored" else "float32",
-        weights="raw" if options.weights == "raw" else "average",
-    )
-    logging.info("%s", loaded.description)
-    return loaded, None if is_huginn else read_run_config(folder)
 
 
 def _depths(

@@ -2,14 +2,14 @@
 
 import pathlib
 
-from absl import logging
 from rich.console import Console
 
 from experiments.continuations import check_json_path, continue_prompts
 from experiments.depth_colors import Screen
 from experiments.generate_flags import Command, named_as_written
 from experiments.interactive import Session
-from experiments.load_model import LoadedModel, is_huginn_folder, load_model
+from experiments.load_model import LoadedModel
+from experiments.model_choice import load_chosen_model
 from experiments.prompts import Prompts
 from experiments.stopwatch import Stopwatch
 from megatransformer_jax.config.generation import GenerationConfig, for_model
@@ -31,7 +31,8 @@ def run(command: Command, prompts: Prompts) -> None:
     if options.json is not None:
         check_json_path(options.json)
     with named_as_written("--"):
-        loaded = _load(command)
+        folder = pathlib.Path(options.workdir or "").expanduser()
+        loaded = load_chosen_model(folder, options)
         _check_fits(command, loaded)
         screen = Screen(Console(), depth=None)
 
@@ -56,26 +57,6 @@ def run(command: Command, prompts: Prompts) -> None:
             else:
                 generator = make_generator(command.config)
                 continue_prompts(generator, loaded.tokenizer, prompts, command, screen, stopwatch)
-
-
-def _load(command: Command) -> LoadedModel:
-    options = command.options
-    folder = pathlib.Path(options.workdir or "").expanduser()
-    if options.param_dtype != "float32" and not is_huginn_folder(folder):
-        raise ConfigError(
-            "param_dtype",
-            f"{options.param_dtype!r} is for Huginn checkpoints, and {folder} is a run of ours; "
-            "leave it out.",
-        )
-    loaded = load_model(
-        folder,
-        step=options.step,
-        precision=options.precision,
-        param_dtype="stored" if options.param_dtype == "stored" else "float32",
-        weights="raw" if options.weights == "raw" else "average",
-    )
-    logging.info("%s", loaded.description)
-    return loaded
 
 
 def _check_fits(command: Command, loaded: LoadedModel) -> None:
