@@ -5,12 +5,16 @@ The environment must be set before JAX is imported, so this file imports it nowh
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 import jaxtyping
 import pytest
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
+# Linux gives a process 65,530 memory maps and every compiled program takes some; without any left,
+# the next compilation ends the process with a segmentation fault.
+MAX_MEMORY_MAPS = 20_000
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: the cheapest machine code is three times as fast to make.
@@ -31,6 +35,17 @@ jaxtyping.install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_compiled_programs() -> Iterator[None]:
+    """Drops compiled programs after a file of tests if they have become too many."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MEMORY_MAPS:
+        import jax  # noqa: PLC0415
+
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
