@@ -11,6 +11,7 @@ from absl import logging
 from megatransformer_jax.checkpoints.huginn import load_huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import build
+from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
@@ -23,6 +24,7 @@ from megatransformer_jax.data.hf_tokenizer import (
 from megatransformer_jax.data.reasoning import build_task
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_sentencepiece
+from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, param_axes
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import evaluates_an_average
@@ -67,6 +69,12 @@ class LoadedModel:
         if isinstance(self.tokenizer, HuggingFaceTokenizer):
             return self.tokenizer.end_ids
         return (self.tokenizer.eos_id,)
+
+    def generator(self, config: GenerationConfig) -> Generator:
+        """Generates with this model as `config` says, which must have been checked against it."""
+        return Generator(
+            self.model, self.params, self.tokenizer, config, self.trained_depth, self.end_ids
+        )
 
 
 def load_model(

@@ -39,14 +39,7 @@ def run(command: Command, prompts: Prompts) -> None:
         def make_generator(config: GenerationConfig) -> Generator:
             has_exit_gate = loaded.model.config.exit_gate.enabled
             config = for_model(config, loaded.trained_depth, has_exit_gate=has_exit_gate)
-            generator = Generator(
-                loaded.model,
-                loaded.params,
-                loaded.tokenizer,
-                config,
-                loaded.trained_depth,
-                loaded.end_ids,
-            )
+            generator = loaded.generator(config)
             if options.show_depth:
                 screen.depth = config.depth.depth
             return generator

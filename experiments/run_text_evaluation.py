@@ -17,7 +17,6 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.evaluation.generation_batches import continue_in_batches
 from megatransformer_jax.evaluation.text_metrics import score_texts
 from megatransformer_jax.evaluation.text_table import make_text_table, write_text_scores
-from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.generation.prompt_encoding import encode_prompts
 
 
@@ -53,22 +52,12 @@ def evaluate_generation(
     )
     configs = {depth: _at_depth(command, depth) for depth in depths}
 
-    def make_generator(config: GenerationConfig) -> Generator:
-        return Generator(
-            loaded.model,
-            loaded.params,
-            loaded.tokenizer,
-            config,
-            loaded.trained_depth,
-            loaded.end_ids,
-        )
-
     texts: dict[int | None, list[str]] = {}
     with progress:
         task = progress.add_task("generating", total=len(prompts) * len(depths))
         for depth, config in configs.items():
             completions = continue_in_batches(
-                make_generator,
+                loaded.generator,
                 config,
                 prompts,
                 batch_size=options.batch_size or DEFAULT_BATCH_SIZE,

@@ -12,10 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from megatransformer_jax.models.megatransformer import MegaTransformer, layer_context
+from megatransformer_jax.models.megatransformer import MegaTransformer, pass_context
 from megatransformer_jax.models.state_init import initial_state
 from megatransformer_jax.nn.block import RESIDUAL_UPDATES
-from megatransformer_jax.ops.masks import AttentionMask
 
 
 def profile_admin(
@@ -78,15 +77,13 @@ def _updates(
 ) -> dict[str, Any]:
     """What the stacks sow in one pass with one iteration."""
     config = model.config
-    window = config.attention.window
-    mask = AttentionMask(True, window, 0, segment_ids, segment_ids)
     variables = {"params": params}
-    outer = layer_context(config, positions, mask, config.width)
+    outer = pass_context(config, positions, segment_ids, config.width)
     x, sown = _apply(model, variables, tokens, positions, outer, method="run_prelude")
     if config.is_recurrent:
         core_params, injected, prepared = cast(Any, model.apply(variables, x, method="enter_core"))
         state = initial_state(config, key, injected)
-        inner = layer_context(config, positions, mask, config.core_width)
+        inner = pass_context(config, positions, segment_ids, config.core_width)
         x, of_core = _apply(model.core(), {"params": core_params}, state, prepared, inner)
         sown |= {"core": of_core["layers"]}
     _, of_coda = _apply(model, variables, x, outer, method="run_coda")

@@ -12,12 +12,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from megatransformer_jax.models.megatransformer import MegaTransformer, layer_context
+from megatransformer_jax.models.megatransformer import MegaTransformer, pass_context
 from megatransformer_jax.models.recurrence import recur_observed
 from megatransformer_jax.models.state_init import initial_state
 from megatransformer_jax.nn.block import remat_policy
 from megatransformer_jax.nn.context import LayerContext
-from megatransformer_jax.ops.masks import AttentionMask
 
 
 @struct.dataclass
@@ -57,17 +56,11 @@ def open_core(
         raise ValueError(
             "this model has no core to iterate (model.core_layers=0); use a recurrent one."
         )
-    mask = AttentionMask(
-        is_causal=True,
-        window=config.attention.window,
-        query_segment_ids=segment_ids,
-        key_segment_ids=segment_ids,
-    )
-    outer = layer_context(config, positions, mask, config.width)
+    outer = pass_context(config, positions, segment_ids, config.width)
     variables = {"params": params}
     x = model.apply(variables, tokens, positions, outer, method="run_prelude")
     core_params, injected, prepared = cast(Any, model.apply(variables, x, method="enter_core"))
-    inner = layer_context(config, positions, mask, config.core_width)
+    inner = pass_context(config, positions, segment_ids, config.core_width)
     return CorePass(core_params, injected, prepared, inner, outer)
 
 

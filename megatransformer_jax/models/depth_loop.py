@@ -21,7 +21,7 @@ from megatransformer_jax.models.core import RecurrentCore
 from megatransformer_jax.models.exit_criteria import ExitCriterion, Observation
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for, visible_positions
-from megatransformer_jax.nn.layer_sharing import stack_owners
+from megatransformer_jax.nn.layer_sharing import earlier_uses, stack_owners
 from megatransformer_jax.ops.cached_attention import CachedRows
 
 _FIXED = "fixed"
@@ -166,10 +166,9 @@ def stack_rows(sown: Any, owners: tuple[int, ...]) -> KeyValues:
       owners: the weights of each layer (nn/layer_sharing.py).
     """
     # `sow` collects into tuples: weights that several layers share have one entry for each.
-    uses = [owners[:layer].count(owner) for layer, owner in enumerate(owners)]
     each = [
         sown[f"layer_{owner}"]["attention"]["key_values"][use]
-        for owner, use in zip(owners, uses, strict=True)
+        for owner, use in zip(owners, earlier_uses(owners), strict=True)
     ]
     return KeyValues(jnp.stack([rows.key for rows in each]), jnp.stack([r.value for r in each]))
 

@@ -95,11 +95,11 @@ class MegaTransformer(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         config = self.config
-        outer = self._context(positions, segment_ids, deterministic, config.width)
+        outer = pass_context(config, positions, segment_ids, config.width, deterministic)
         masks = self._split_head_mask(head_mask)
         x = self.run_prelude(tokens, positions, dataclasses.replace(outer, head_mask=masks[0]))
         if config.is_recurrent:
-            inner = self._context(positions, segment_ids, deterministic, config.core_width)
+            inner = pass_context(config, positions, segment_ids, config.core_width, deterministic)
             inner = dataclasses.replace(inner, head_mask=masks[1])
             x = self._iterate_core(x, inner, jnp.asarray(num_steps), backprop_depth, state)
             self.sow(LAST_STATE, "state", x)
@@ -151,23 +151,6 @@ class MegaTransformer(nn.Module):
     def run_head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits from the coda's output."""
         return self.embedding.logits(self.final_norm(x))
-
-    def _context(
-        self,
-        positions: jax.Array,
-        segment_ids: jax.Array | None,
-        deterministic: bool,
-        width: int,
-    ) -> LayerContext:
-        config = self.config
-        attention = config.attention
-        mask = AttentionMask(
-            is_causal=True,
-            window=attention.window,
-            query_segment_ids=segment_ids,
-            key_segment_ids=segment_ids,
-        )
-        return layer_context(config, positions, mask, width, deterministic)
 
     def _iterate_core(
         self,
@@ -225,7 +208,7 @@ class MegaTransformer(nn.Module):
     def _init_core(self, key: Key[Array, ""]) -> Any:
         state = jnp.zeros((1, 1, self.config.core_width), self.policy.compute)
         positions = jnp.zeros((1, 1), jnp.int32)
-        context = self._context(positions, None, True, self.config.core_width)
+        context = pass_context(self.config, positions, None, self.config.core_width)
         config = _with_xla_attention(self.config)
         core = RecurrentCore(config, self.policy, Sharder(), self.platform, parent=None)
         return core.init(key, state, state, context, method="prepare_and_call")["params"]
@@ -242,6 +225,23 @@ class MegaTransformer(nn.Module):
                 "of prelude, core and coda, one column per head"
             )
         return head_mask[:first], head_mask[first:last], head_mask[last:]
+
+
+def pass_context(
+    config: ModelConfig,
+    positions: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    width: int,
+    deterministic: bool = True,
+) -> LayerContext:
+    """What the layers of a stack of this width share in a pass over whole rows, without a cache."""
+    mask = AttentionMask(
+        is_causal=True,
+        window=config.attention.window,
+        query_segment_ids=segment_ids,
+        key_segment_ids=segment_ids,
+    )
+    return layer_context(config, positions, mask, width, deterministic)
 
 
 def layer_context(

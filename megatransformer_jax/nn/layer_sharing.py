@@ -50,3 +50,9 @@ def stack_owners(config: ModelConfig, stack: str) -> tuple[int, ...]:
     `layer_{owners[i]}`."""
     num_layers: int = getattr(config, f"{stack}_layers")
     return layer_owners(config.sharing.scheme, num_layers, config.unique_layers(stack))
+
+
+def earlier_uses(owners: tuple[int, ...]) -> tuple[int, ...]:
+    """How often each layer's weights were used by layers before it: where its call stands among
+    those that its module has recorded."""
+    return tuple(owners[:layer].count(owner) for layer, owner in enumerate(owners))

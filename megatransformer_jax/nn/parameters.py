@@ -31,7 +31,7 @@ def matrix(
       axes: logical name per axis (see sharding/rules.py), None where an axis is never cut.
       policy: types.
     """
-    return _declare(module, name, init, shape, axes, policy.param).astype(policy.compute)
+    return table(module, name, init, shape, axes, policy).astype(policy.compute)
 
 
 def table(

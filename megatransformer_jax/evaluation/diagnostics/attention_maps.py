@@ -13,11 +13,9 @@ from megatransformer_jax.evaluation.diagnostics.observed_layers import (
     observe_coda,
     observe_iteration,
     observe_prelude,
-    pass_context,
-    trained_state,
 )
-from megatransformer_jax.models.core_pass import first_state, open_core
-from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.core_pass import core_step, first_state, open_core
+from megatransformer_jax.models.megatransformer import MegaTransformer, pass_context
 from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, masked_softmax
 from megatransformer_jax.ops.masks import AttentionMask, dense_mask, row_distance
 from megatransformer_jax.ops.positions import alibi_slopes
@@ -80,7 +78,7 @@ def attention_maps(
         found |= observed
     coda = observe_coda(model, params, state, row)
     found |= dict(zip(layer_names(config, "coda"), coda, strict=True))
-    mask = pass_context(config, row, config.width).mask
+    mask = pass_context(config, row.positions, row.segment_ids, config.width).mask
     return {name: _weights(layer, config, mask)[0] for name, layer in found.items()}
 
 
@@ -92,12 +90,13 @@ def _core_layers(
         model, params, row.tokens, positions=row.positions, segment_ids=row.segment_ids
     )
     state = first_state(model, core, jax.random.key(seed))
+    step = core_step(model, core)
     names = layer_names(model.config, "core")
     found: dict[str, LayerOutput] = {}
     done = 0
     for number in sorted({1, mean_steps}):
-        state = trained_state(
-            model, core.params, state, core.prepared, core.context, number - 1 - done
+        state = jax.lax.fori_loop(
+            0, jnp.int32(number - 1 - done), lambda _, s: step(core.params, s, core.prepared), state
         )
         state, layers = observe_iteration(model, core.params, state, core.prepared, core.context)
         found |= {

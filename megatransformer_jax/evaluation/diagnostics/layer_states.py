@@ -12,7 +12,6 @@ from megatransformer_jax.evaluation.diagnostics.observed_layers import (
     observe_coda,
     observe_iteration,
     observe_prelude,
-    pass_context,
 )
 from megatransformer_jax.models.core_pass import first_state, open_core
 from megatransformer_jax.models.megatransformer import MegaTransformer
@@ -110,12 +109,13 @@ def layer_states(
         core = open_core(
             model, params, rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids
         )
-        context = pass_context(config, rows, config.core_width)
         start = first_state(model, core, jax.random.key(seed))
 
         def iterate(carry: tuple[jax.Array, jax.Array], number: jax.Array) -> Any:
             state, output = carry
-            state, layers = observe_iteration(model, core.params, state, core.prepared, context)
+            state, layers = observe_iteration(
+                model, core.params, state, core.prepared, core.context
+            )
             output = jnp.where(number == min(mean_steps, num_steps) - 1, state, output)
             return (state, output), [summarize(layer.states, is_token) for layer in layers]
 

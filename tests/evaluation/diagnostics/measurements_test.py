@@ -20,9 +20,13 @@ from megatransformer_jax.evaluation.diagnostics.layer_states import (
 from megatransformer_jax.evaluation.diagnostics.observed_layers import (
     observe_coda,
     observe_prelude,
+)
+from megatransformer_jax.models.megatransformer import (
+    build_model,
+    init_params,
+    off_mesh,
     pass_context,
 )
-from megatransformer_jax.models.megatransformer import build_model, init_params, off_mesh
 from megatransformer_jax.models.step_schedule import draw_num_steps
 from megatransformer_jax.nn.attention import SelfAttention
 from megatransformer_jax.ops.attention import attention
@@ -167,7 +171,7 @@ def test_observed_layers_are_the_models(model_and_rows):
     def observe(params):
         x, prelude = observe_prelude(model, params, rows)
         coda = observe_coda(model, params, x, rows)
-        context = pass_context(model.config, rows, 8)
+        context = pass_context(model.config, rows.positions, rows.segment_ids, 8)
         _, hidden = model.apply({"params": params}, x, context, method="run_coda")
         states = layer_states(model, params, rows, mean_steps=0, num_steps=0, seed=0)
         return x, prelude, coda, hidden, states
