@@ -16,12 +16,36 @@ import jax.numpy as jnp
 HostOrDeviceArray = typing.Any
 
 
+# Kinds of media, as `MediaBatch.follows` names them.
+NO_MEDIUM, IMAGE, AUDIO = 0, 1, 2
+
+
+class MediaBatch(typing.NamedTuple):
+    """Images and sound of a batch, in slots: the n-th image of a row is in its slot n.
+
+    Where media stand among the tokens is in `follows`: a medium's embeddings come right after the
+    token, which is an opening one such as <|IMAGE|>, and before the next, the closing one. Slots
+    that a row does not use hold zeros. A model without images gets None for theirs, and the same
+    with sound.
+    """
+
+    follows: HostOrDeviceArray  # int32 [B, T], NO_MEDIUM, IMAGE or AUDIO
+    images: HostOrDeviceArray = None  # float32 [B, I, height, width, C] in [-1, 1]
+    is_image: HostOrDeviceArray = None  # bool [B, I], False for unused slots
+    is_drawn: HostOrDeviceArray = None  # bool [B, I], images that the decoder learns to draw
+    mels: HostOrDeviceArray = None  # float32 [B, A, F, M], normalised log-mel; 0 beyond the clip
+    mel_lengths: HostOrDeviceArray = None  # int32 [B, A], frames; 0 for unused slots
+    is_spoken: HostOrDeviceArray = None  # bool [B, A], clips that the decoder learns to make
+
+
 class Batch(typing.NamedTuple):
-    """One batch for a text model. All arrays are [B, T]; targets are aligned, not shifted.
+    """One batch. Text arrays are [B, T]; targets are aligned, not shifted.
 
     `targets[b, t]` is what position t must predict. `segment_ids` are 1, 2, ... for the documents
     of a packed row and 0 for padding; attention never crosses segments. `positions` count from 0
-    in each document. `loss_mask` is 1.0 where the position counts in the loss, else 0.0.
+    in each document. `loss_mask` is 1.0 where the position counts in the loss, else 0.0. With
+    media, text arrays hold the text alone, opening and closing tokens included, and the model
+    works out where everything is in the sequence that has the media in it.
     """
 
     tokens: HostOrDeviceArray  # int32 [B, T]
@@ -29,6 +53,7 @@ class Batch(typing.NamedTuple):
     loss_mask: HostOrDeviceArray  # float32 [B, T]
     segment_ids: HostOrDeviceArray  # int32 [B, T]
     positions: HostOrDeviceArray  # int32 [B, T]
+    media: MediaBatch | None = None
 
 
 class ModelOutput(typing.NamedTuple):

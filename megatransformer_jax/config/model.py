@@ -3,7 +3,9 @@
 import dataclasses
 
 from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
+from megatransformer_jax.config.audio import AudioConfig
 from megatransformer_jax.config.exit_gate import ExitGateConfig
+from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,
@@ -165,6 +167,8 @@ class ModelConfig:
     sharing: SharingConfig = section(SharingConfig, "Layers that share weights.")
     recurrence: RecurrenceConfig = section(RecurrenceConfig, "Depth recurrence.")
     exit_gate: ExitGateConfig = section(ExitGateConfig, "Learned depth.")
+    image: ImageConfig = section(ImageConfig, "Images.")
+    audio: AudioConfig = section(AudioConfig, "Sound.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -293,6 +297,23 @@ class ModelConfig:
         """True only with tie_embeddings=False."""
         if self.tie_embeddings and self.head_bias:
             raise ConfigError("head_bias", "True needs tie_embeddings=False; set head_bias=False.")
+
+    @rule("image", "audio")
+    def _media_options_need_media(self) -> None:
+        """At their defaults unless image.enabled=True, audio.enabled=True."""
+        for name, default in (("image", ImageConfig()), ("audio", AudioConfig())):
+            own = getattr(self, name)
+            if not own.enabled and own != default:
+                raise ConfigError(
+                    name,
+                    f"its options would be ignored with {name}.enabled=False; set "
+                    f"{name}.enabled=True.",
+                )
+
+    @property
+    def has_media(self) -> bool:
+        """Whether the model reads and makes anything but text."""
+        return self.image.enabled or self.audio.enabled
 
     @property
     def is_recurrent(self) -> bool:
