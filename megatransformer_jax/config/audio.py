@@ -39,7 +39,7 @@ class AudioConfig:
         if self.downsampling & (self.downsampling - 1):
             raise ConfigError(
                 "downsampling",
-                f"{self.downsampling} is no power of two; convolutions of stride 2 make 1, 2, 4, 8.",
+                f"{self.downsampling} is no power of two; set it to 1, 2, 4 or 8.",
             )
 
     @property
