@@ -3,6 +3,7 @@
 import dataclasses
 
 from megatransformer_jax.config.augmentation import AugmentationConfig
+from megatransformer_jax.config.media_data import MediaDataConfig
 from megatransformer_jax.config.option import (
     MAX_SEED,
     ConfigError,
@@ -14,7 +15,7 @@ from megatransformer_jax.config.option import (
 )
 
 FILE_SOURCES = ("text", "jsonl", "parquet", "arrayrecord")
-SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "reasoning")
+SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "reasoning", "media")
 # Special tokens and 256 bytes take 260.
 MIN_TRAINED_PIECES = 300
 REASONING_TASKS = ("parity", "addition", "hop", "permutation")
@@ -151,7 +152,8 @@ class DataConfig:
     source: str = option(
         "embedded_text",
         "embedded_text: the documents of pydoc_data.topics, in every CPython. text, jsonl, "
-        "parquet, arrayrecord: files. tfds: a prepared TFDS data set. reasoning: generated.",
+        "parquet, arrayrecord: files. tfds: a prepared TFDS data set. reasoning: generated. "
+        "media: text with images and sound.",
         choices=SOURCES,
     )
     files: tuple[str, ...] = option((), "Training files or glob patterns (file sources).")
@@ -202,6 +204,7 @@ class DataConfig:
     tokenizer: TokenizerConfig = section(TokenizerConfig, "Tokenizer.")
     reasoning: ReasoningConfig = section(ReasoningConfig, "Generated problems.")
     augmentation: AugmentationConfig = section(AugmentationConfig, "Changes of training texts.")
+    media: MediaDataConfig = section(MediaDataConfig, "Images and sound.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -253,8 +256,8 @@ class DataConfig:
 
     @rule("on_bad_record")
     def _bad_records_need_records_of_others(self) -> None:
-        """Only for files and TFDS: our own text and problems have no bad records."""
-        self._only_for((*FILE_SOURCES, "tfds"), "on_bad_record")
+        """Only for files, TFDS and media: our own text and problems have no bad records."""
+        self._only_for((*FILE_SOURCES, "tfds", "media"), "on_bad_record")
 
     @rule("reasoning")
     def _reasoning_options_need_reasoning(self) -> None:
@@ -271,6 +274,30 @@ class DataConfig:
                 ("tokenizer", "packing", "augmentation"),
                 "with source='reasoning'",
                 "choose another source",
+            )
+
+    @rule("media")
+    def _media_options_need_media(self) -> None:
+        """At its defaults unless source='media'."""
+        self._only_for(("media",), "media")
+
+    @rule("packing", "augmentation")
+    def _media_samples_fill_a_row_each(self) -> None:
+        """At its default with source='media', which has one sample per row."""
+        if self.source == "media":
+            require_defaults(
+                self, ("packing", "augmentation"), "with source='media'", "choose another source"
+            )
+
+    @rule("tokenizer.kind")
+    def _media_need_a_tokenizer(self) -> None:
+        """With source='media' 'bytes', or a tokenizer.model_file: captions are too few to train
+        one on."""
+        if self.source == "media" and self.tokenizer.is_trained:
+            raise ConfigError(
+                "tokenizer.kind",
+                "'sentencepiece' without model_file trains a tokenizer, for which source='media' "
+                "has too little text; set it to 'bytes', or give tokenizer.model_file.",
             )
 
     @rule("bucket_lengths")

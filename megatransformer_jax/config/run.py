@@ -8,6 +8,7 @@ from megatransformer_jax.config.devices import DistributedConfig, MeshConfig
 from megatransformer_jax.config.diagnostics import RECURRENT_KINDS, DiagnosticsConfig
 from megatransformer_jax.config.exit_gate import ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
+from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import (
@@ -148,6 +149,23 @@ class RunConfig:
                 "would never depend on each other; "
                 + ("let freeze leave it out." if options.freeze else f"add {path!r}."),
             )
+
+    @rule("data.media.tasks")
+    def _tasks_fit_the_model(self) -> None:
+        """With data.source='media', tasks of images need model.image.enabled=True and those of
+        sound model.audio.enabled=True."""
+        media = self.data.media
+        for is_used, enabled, name, tasks in (
+            (media.has_images, self.model.image.enabled, "image", IMAGE_TASKS),
+            (media.has_audio, self.model.audio.enabled, "audio", AUDIO_TASKS),
+        ):
+            if self.data.source == "media" and is_used and not enabled:
+                task = next(task for task in tasks if task in media.task_weights)
+                raise ConfigError(
+                    "data.media.tasks",
+                    f"{task!r} needs a model with {name}, and model.{name}.enabled=False; set that "
+                    "to True, or leave the task out.",
+                )
 
     @rule("data.batch_size")
     def _batch_fits_processes(self) -> None:

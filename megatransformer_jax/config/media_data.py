@@ -1,0 +1,300 @@
+"""Data with images and sound: tasks, sources, slots, as frozen dataclasses."""
+
+import dataclasses
+
+from megatransformer_jax.config.media_augmentation import (
+    AudioAugmentationConfig,
+    ImageAugmentationConfig,
+)
+from megatransformer_jax.config.option import (
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+    section,
+)
+
+MEDIA_TASKS = ("draw", "caption", "speak", "transcribe", "text")
+IMAGE_TASKS = ("draw", "caption")
+AUDIO_TASKS = ("speak", "transcribe")
+ESPEAK_SOURCES = ("spoken_digits", "speech")
+TFDS_OPTIONS = ("tfds_name", "tfds_split", "tfds_validation_split", "tfds_data_dir")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataConfig:
+    """Where images and their captions come from."""
+
+    source: str = option(
+        "digits",
+        "digits: scikit-learn's 1797 handwritten digits, 8x8, grey. photographs: crops of its two "
+        "photographs. image_folder: files of your own. tfds: a prepared TFDS data set.",
+        choices=("digits", "photographs", "image_folder", "tfds"),
+    )
+    folder: str | None = option(
+        None,
+        "image_folder: a folder with captions.jsonl, lines of "
+        '{"image": file, "caption": text}, or with images each beside a .txt of its name.',
+    )
+    tfds_name: str | None = option(None, "TFDS name, for example 'coco_captions'.")
+    tfds_split: str = option("train", "TFDS split to train on.")
+    tfds_validation_split: str | None = option(
+        None, "TFDS split to validate on; None: data.validation_fraction is held out."
+    )
+    tfds_data_dir: str | None = option(None, "Where TFDS finds prepared sets. None: its default.")
+    image_field: str = option("image", "tfds: feature with the image.")
+    caption_field: str = option(
+        "captions/text", "tfds: feature with the caption or captions; / goes into nested features."
+    )
+    caption_style: str = option(
+        "varied",
+        "digits: what a drawing is asked for with. simple: 'three'. varied: also 'a handwritten "
+        "three', 'the number 3' and the like. The caption to predict is always the simple one.",
+        choices=("simple", "varied"),
+    )
+    num_crops: int = option(2000, "photographs: number of crops, each a record.", minimum=2)
+    on_wrong_size: str = option(
+        "error",
+        "An image of another size or number of channels than the model's: error; resize: made to "
+        "fit, its middle kept, which is counted and logged.",
+        choices=("error", "resize"),
+    )
+    augmentation: ImageAugmentationConfig = section(
+        ImageAugmentationConfig, "Changes of training images."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("folder")
+    def _folder_goes_with_its_source(self) -> None:
+        """Given with source='image_folder', and only then."""
+        check_folder(self, "image_folder")
+
+    @rule(*TFDS_OPTIONS, "image_field", "caption_field")
+    def _tfds_options_need_tfds(self) -> None:
+        """Only with source='tfds', which needs tfds_name."""
+        check_tfds(self, ("image_field", "caption_field"))
+
+    @rule("caption_style", "num_crops")
+    def _own_options_need_their_source(self) -> None:
+        """At their defaults unless source='digits', source='photographs'."""
+        check_only_for(self, ("digits",), "caption_style")
+        check_only_for(self, ("photographs",), "num_crops")
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioDataConfig:
+    """Where clips and their transcripts come from."""
+
+    source: str = option(
+        "auto",
+        "spoken_digits: words zero to nine by espeak-ng. speech: sentences of the embedded text "
+        "by espeak-ng. tones: tones, chirps and chords with captions, generated. audio_folder: "
+        "files of your own. tfds: a prepared TFDS data set. auto: spoken_digits where espeak-ng "
+        "is installed, otherwise tones; the log says which.",
+        choices=("auto", "spoken_digits", "speech", "tones", "audio_folder", "tfds"),
+    )
+    folder: str | None = option(
+        None,
+        "audio_folder: a folder with transcripts.jsonl, lines of "
+        '{"audio": file, "transcript": text}, or with WAV or FLAC files each beside a .txt of '
+        "its name.",
+    )
+    tfds_name: str | None = option(None, "TFDS name, for example 'librispeech'.")
+    tfds_split: str = option("train", "TFDS split to train on.")
+    tfds_validation_split: str | None = option(
+        None, "TFDS split to validate on; None: data.validation_fraction is held out."
+    )
+    tfds_data_dir: str | None = option(None, "Where TFDS finds prepared sets. None: its default.")
+    audio_field: str = option("speech", "tfds: feature with the samples.")
+    transcript_field: str = option("text", "tfds: feature with the transcript or caption.")
+    tfds_sample_rate_hz: int | None = option(
+        None, "tfds: samples per second, for a set that does not say it itself.", minimum=1
+    )
+    is_voice: bool = option(
+        True, "audio_folder, tfds: clips stand between <|VOICE|> tokens; False: <|AUDIO|>."
+    )
+    voices: tuple[str, ...] = option(
+        (
+            "en",
+            "en+f2",
+            "en+m3",
+            "en-us",
+            "en-us+f3",
+            "en-us+m1",
+            "en-gb-scotland",
+            "en-gb-scotland+f1",
+        ),
+        "espeak-ng: voices that speak, with +f1 and the like for variants.",
+    )
+    rates_wpm: tuple[int, ...] = option(
+        (130, 150, 170, 190), "espeak-ng: speeds, in words per minute.", minimum=80, maximum=450
+    )
+    pitches: tuple[int, ...] = option(
+        (35, 50, 65), "espeak-ng: pitches, 50 is the voice's own.", minimum=0, maximum=99
+    )
+    max_words: int = option(
+        8, "speech: most words of a sentence; longer ones are cut up.", minimum=1
+    )
+    num_tones: int = option(2000, "tones: number of clips, each a record.", minimum=2)
+    cache_dir: str | None = option(
+        None, "espeak-ng: folder that keeps what has been spoken. None: only in memory."
+    )
+    on_wrong_audio: str = option(
+        "error",
+        "audio_folder, tfds: a clip that is not mono or has another rate than the model's: error; "
+        "convert: mixed to mono and resampled, which is counted and logged.",
+        choices=("error", "convert"),
+    )
+    augmentation: AudioAugmentationConfig = section(
+        AudioAugmentationConfig, "Changes of training clips."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("folder")
+    def _folder_goes_with_its_source(self) -> None:
+        """Given with source='audio_folder', and only then."""
+        check_folder(self, "audio_folder")
+
+    @rule(*TFDS_OPTIONS, "audio_field", "transcript_field", "tfds_sample_rate_hz")
+    def _tfds_options_need_tfds(self) -> None:
+        """Only with source='tfds', which needs tfds_name."""
+        check_tfds(self, ("audio_field", "transcript_field", "tfds_sample_rate_hz"))
+
+    @rule("voices", "rates_wpm", "pitches")
+    def _voices_are_named(self) -> None:
+        """None is empty."""
+        for name in ("voices", "rates_wpm", "pitches"):
+            if not getattr(self, name):
+                raise ConfigError(name, "() leaves nothing to choose from; give at least one.")
+
+    @rule("voices", "rates_wpm", "pitches", "cache_dir", "max_words", "num_tones")
+    def _own_options_need_their_source(self) -> None:
+        """At their defaults with sources that have no use for them."""
+        speaking = ("auto", *ESPEAK_SOURCES)
+        check_only_for(self, speaking, "voices", "rates_wpm", "pitches", "cache_dir")
+        check_only_for(self, ("speech",), "max_words")
+        check_only_for(self, ("auto", "tones"), "num_tones")
+
+    @rule("is_voice", "on_wrong_audio")
+    def _clips_of_others_are_described(self) -> None:
+        """At their defaults unless source is audio_folder or tfds."""
+        check_only_for(self, ("audio_folder", "tfds"), "is_voice", "on_wrong_audio")
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaDataConfig:
+    """Rows of text with images and sound; used when data.source is 'media'. One sample per row."""
+
+    tasks: tuple[str, ...] = option(
+        ("draw=1", "caption=1"),
+        "What a row may be, as name=weight. draw: caption, then an image to draw. caption: an "
+        "image, then its caption. speak: transcript, then a clip to make. transcribe: a clip, "
+        "then its transcript. text: embedded English text.",
+    )
+    images_per_row: int = option(1, "Slots for images in each row (I).", minimum=1)
+    audio_per_row: int = option(1, "Slots for clips in each row (A).", minimum=1)
+    images: ImageDataConfig = section(ImageDataConfig, "Source of images.")
+    audio: AudioDataConfig = section(AudioDataConfig, "Source of sound.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def task_weights(self) -> dict[str, float]:
+        """Weight of each task that has one above 0, in the order of `tasks`."""
+        pairs = (item.partition("=") for item in self.tasks)
+        return {name: float(weight) for name, _, weight in pairs if float(weight)}
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a task uses images."""
+        return any(name in self.task_weights for name in IMAGE_TASKS)
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether a task uses sound."""
+        return any(name in self.task_weights for name in AUDIO_TASKS)
+
+    @rule("tasks")
+    def _tasks_have_names_and_weights(self) -> None:
+        """Each name=weight, each name once, no weight below 0, one above."""
+        names = [_task_of(item) for item in self.tasks]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError("tasks", f"names {name!r} twice; keep one of them.")
+        if not self.task_weights:
+            raise ConfigError(
+                "tasks", f"{self.tasks!r} has no weight above 0; give for example 'draw=1'."
+            )
+
+    @rule("images", "audio")
+    def _sources_need_tasks(self) -> None:
+        """At their defaults unless a task uses them."""
+        for name, used, tasks in (
+            ("images", self.has_images, IMAGE_TASKS),
+            ("audio", self.has_audio, AUDIO_TASKS),
+        ):
+            if not used:
+                require_defaults(
+                    self,
+                    (name,),
+                    f"because no task uses {name}",
+                    f"add {' or '.join(map(repr, tasks))} to tasks",
+                )
+
+
+def _task_of(item: str) -> str:
+    name, _, weight = item.partition("=")
+    if name not in MEDIA_TASKS:
+        raise ConfigError(
+            "tasks", f"{item!r} names no task; the tasks are {', '.join(MEDIA_TASKS)}."
+        )
+    try:
+        is_weight = 0 <= float(weight) < float("inf")
+    except ValueError:
+        is_weight = False
+    if not is_weight:
+        raise ConfigError(
+            "tasks", f"{item!r} has no weight of 0 or more; write for example '{name}=1'."
+        )
+    return name
+
+
+def check_folder(config: ImageDataConfig | AudioDataConfig, source: str) -> None:
+    """Raises:
+    ConfigError: if the folder is missing or would be ignored.
+    """
+    if config.source == source and config.folder is None:
+        raise ConfigError("folder", f"is None, but source={source!r} reads a folder; name one.")
+    check_only_for(config, (source,), "folder")
+
+
+def check_tfds(config: ImageDataConfig | AudioDataConfig, names: tuple[str, ...]) -> None:
+    """Raises:
+    ConfigError: if the name of the set is missing, or an option would be ignored.
+    """
+    if config.source == "tfds" and config.tfds_name is None:
+        raise ConfigError(
+            "tfds_name", "is None, but source='tfds' needs a data set; give its name."
+        )
+    check_only_for(config, ("tfds",), *TFDS_OPTIONS, *names)
+
+
+def check_only_for(
+    config: ImageDataConfig | AudioDataConfig, sources: tuple[str, ...], *names: str
+) -> None:
+    """Raises:
+    ConfigError: if an option is set that `config.source` ignores.
+    """
+    if config.source not in sources:
+        require_defaults(
+            config,
+            names,
+            f"with source={config.source!r}",
+            f"set source to {' or '.join(map(repr, sources))}",
+        )
