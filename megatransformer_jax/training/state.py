@@ -57,6 +57,17 @@ def init_state(
     if adjust is not None:
         params = adjust(params)
     params = kept_params(model, fine_tuning, params, jax.random.fold_in(init_key, 1))
+    return first_state(params, optimizer, run_key, fine_tuning=fine_tuning)
+
+
+def first_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    run_key: Key[Array, ""],
+    *,
+    fine_tuning: FineTuningConfig = TRAIN_ALL,
+) -> TrainState:
+    """The state at step 0 of parameters of any model."""
     trained, _ = split_params(params, fine_tuning)
     # Each counter is an array of its own: a donated state may not hold one buffer twice.
     step, skipped_steps, skipped_in_row = (jnp.zeros((), jnp.int32) for _ in range(3))
@@ -77,17 +88,32 @@ def state_shardings(
     *,
     fine_tuning: FineTuningConfig = TRAIN_ALL,
 ) -> TrainState:
-    """The sharding of every array of the state, as a `TrainState`.
-
-    Parameters follow the rules table, optimiser arrays their parameter as `optimizer_shardings`
-    says; everything else is on every device.
-    """
+    """The sharding of every array of the state, as a `TrainState`; see `place_state`."""
     abstract = jax.eval_shape(
         lambda key: init_state(model, optimizer, key, fine_tuning=fine_tuning), jax.random.key(0)
     )
-    by_param = jax.tree.map(
-        lambda _, axes: sharder.sharding(*axes), abstract.params, kept_axes(model, fine_tuning)
-    )
+    return place_state(abstract, kept_axes(model, fine_tuning), sharder, fine_tuning=fine_tuning)
+
+
+def place_state(
+    abstract: TrainState,
+    axes: Any,
+    sharder: Sharder,
+    *,
+    fine_tuning: FineTuningConfig = TRAIN_ALL,
+) -> TrainState:
+    """The sharding of every array of a state of any model, as a `TrainState`.
+
+    Parameters follow the rules table, optimiser arrays their parameter as `optimizer_shardings`
+    says; everything else is on every device.
+
+    Args:
+      abstract: shapes and types.
+      axes: logical axis names in the tree of its parameters.
+      sharder: with a mesh.
+      fine_tuning: which parameters the optimiser's state is for.
+    """
+    by_param = jax.tree.map(lambda _, names: sharder.sharding(*names), abstract.params, axes)
     replicated = sharder.sharding()
     trained, _ = split_params(abstract.params, fine_tuning)
     places, _ = split_params(by_param, fine_tuning)
