@@ -1,8 +1,15 @@
 """From waveform to log-mel spectrogram."""
 
 import dataclasses
+import math
 
 from megatransformer_jax.config.option import ConfigError, check_options, option, rule
+
+# Magnitudes below are raised to it before the logarithm.
+LOWEST_MAGNITUDE = 1e-5
+# Natural logarithms that normalisation maps to -1 and 1.
+LOWEST_LOG = math.log(LOWEST_MAGNITUDE)
+HIGHEST_LOG = 2.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,3 +62,41 @@ class MelConfig:
                 "min_hz",
                 f"{self.min_hz} is not below the upper edge {self.max_hz or nyquist}; lower it.",
             )
+
+    @rule("num_mels", "fft_samples")
+    def _every_bin_has_a_frequency(self) -> None:
+        """At least one frequency of the transform lies within each mel bin."""
+        edges = self.edges_hz()
+        spacing = self.sample_rate_hz / self.fft_samples
+        for lower, upper in zip(edges, edges[2:], strict=False):
+            if (math.floor(lower / spacing) + 1) * spacing >= upper:
+                raise ConfigError(
+                    "num_mels",
+                    f"{self.num_mels} bins are too narrow: none of the transform's frequencies, "
+                    f"{spacing:.4g} Hz apart, is between {lower:.4g} and {upper:.4g} Hz; lower "
+                    "num_mels or raise fft_samples.",
+                )
+
+    def edges_hz(self) -> list[float]:
+        """Frequencies at equal steps of Slaney's mel scale, num_mels + 2; bin m is a triangle over
+        the edges m to m + 2."""
+        low, high = (_to_mel(hz) for hz in (self.min_hz, self.max_hz or self.sample_rate_hz / 2))
+        step = (high - low) / (self.num_mels + 1)
+        return [_to_hz(low + step * edge) for edge in range(self.num_mels + 2)]
+
+
+# Slaney's scale (Auditory Toolbox, 1998) is linear up to 1000 Hz and logarithmic above.
+_HZ_PER_MEL = 200 / 3
+_BREAK_HZ = 1000.0
+_LOG_STEP = math.log(6.4) / 27
+
+
+def _to_mel(hz: float) -> float:
+    if hz < _BREAK_HZ:
+        return hz / _HZ_PER_MEL
+    return _BREAK_HZ / _HZ_PER_MEL + math.log(hz / _BREAK_HZ) / _LOG_STEP
+
+
+def _to_hz(mel: float) -> float:
+    above = mel - _BREAK_HZ / _HZ_PER_MEL
+    return mel * _HZ_PER_MEL if above < 0 else _BREAK_HZ * math.exp(above * _LOG_STEP)

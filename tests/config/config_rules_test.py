@@ -5,6 +5,7 @@ import traceback
 from typing import Any
 
 import pytest
+from broken_audio import BROKEN_AUDIO
 from broken_diagnostics import BROKEN_DIAGNOSTICS
 from broken_models import BROKEN_MODELS
 
@@ -40,6 +41,7 @@ RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)
 BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
     *BROKEN_DIAGNOSTICS,
+    *BROKEN_AUDIO,
     (
         "_prior_mean_goes_with_geometric",
         ExitGateTrainingConfig,

@@ -1,0 +1,120 @@
+"""Short-time Fourier transform and its inverse, equal to librosa's; differentiable.
+
+Conventions. Frame i is centred on sample `i * hop_samples`; what lies before the first and after
+the last sample is 0 (librosa's `center=True, pad_mode="constant"`). A waveform is filled up with
+zeros to a multiple of the hop, and there are exactly `samples / hop_samples` frames: librosa's
+last one, centred on the end, is dropped. So zeros after a clip never change the clip's frames.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Complex, Float
+
+# Below this a window holds no more than rounding errors to divide by.
+_LEAST_WINDOW_POWER = 1e-8
+
+
+def num_frames(num_samples: int, hop_samples: int) -> int:
+    """Frames of a waveform: its hops, a started one included."""
+    return -(-num_samples // hop_samples)
+
+
+def hann_window(window_samples: int, fft_samples: int) -> np.ndarray:
+    """Periodic Hann window, zeros on both sides up to `fft_samples`; float32.
+
+    Raises:
+      ValueError: if the window is longer than the transform.
+    """
+    if window_samples > fft_samples:
+        raise ValueError(
+            f"window_samples={window_samples} exceeds fft_samples={fft_samples}; lower it."
+        )
+    phase = 2 * np.pi * np.arange(window_samples) / window_samples
+    before = (fft_samples - window_samples) // 2
+    after = fft_samples - window_samples - before
+    return np.pad(0.5 - 0.5 * np.cos(phase), (before, after)).astype(np.float32)
+
+
+def stft(
+    waveform: Float[Array, "N samples"], fft_samples: int, window_samples: int, hop_samples: int
+) -> Complex[Array, "N F bins"]:
+    """The transform of every frame, `fft_samples // 2 + 1` frequencies each.
+
+    Args:
+      waveform: any number of samples.
+      fft_samples: length of the transform.
+      window_samples: length of the Hann window.
+      hop_samples: samples between frames.
+    """
+    window = jnp.asarray(hann_window(window_samples, fft_samples))
+    return jnp.fft.rfft(_frames(waveform, fft_samples, hop_samples) * window, axis=-1)
+
+
+def stft_magnitude(
+    waveform: Float[Array, "N samples"],
+    fft_samples: int,
+    window_samples: int,
+    hop_samples: int,
+    floor: float = 0.0,
+) -> Float[Array, "N F bins"]:
+    """|stft|, at least `floor`; its gradient is 0 where the magnitude is 0 or below the floor.
+
+    Args are those of `stft`.
+    """
+    spectrum = stft(waveform, fft_samples, window_samples, hop_samples)
+    power = jnp.square(spectrum.real) + jnp.square(spectrum.imag)
+    # The square root's slope is infinite at 0; a second `where` keeps it out of the gradient.
+    is_above = power > floor**2
+    return jnp.where(is_above, jnp.sqrt(jnp.where(is_above, power, 1.0)), floor)
+
+
+def inverse_stft(
+    spectrum: Complex[Array, "N F bins"], window_samples: int, hop_samples: int
+) -> Float[Array, "N samples"]:
+    """The waveform of exactly `F * hop_samples` samples whose transform is nearest to `spectrum`.
+
+    Windowed overlap-add, divided by the sum of the squared windows (Griffin and Lim, 1984).
+    Inverts `stft` but for the last half window, of which the frames beyond the end are missing,
+    and only if windows overlap (`hop_samples < window_samples`). The transform's length must be
+    even.
+    """
+    num_media, frames, bins = spectrum.shape
+    fft_samples = 2 * (bins - 1)
+    window = hann_window(window_samples, fft_samples)
+    pieces = jnp.fft.irfft(spectrum, fft_samples, axis=-1) * window
+    summed = _overlap_add(pieces, hop_samples)
+    squared = np.broadcast_to(np.square(window), (1, frames, fft_samples))
+    power = _overlap_add(jnp.asarray(squared), hop_samples)
+    start, length = fft_samples // 2, frames * hop_samples
+    missing = max(0, start + length - summed.shape[1])
+    summed, power = (jnp.pad(x, ((0, 0), (0, missing))) for x in (summed, power))
+    waveform = jnp.where(
+        power > _LEAST_WINDOW_POWER, summed / jnp.maximum(power, _LEAST_WINDOW_POWER), 0.0
+    )
+    return waveform[:, start : start + length].reshape(num_media, length)
+
+
+def _frames(waveform: jax.Array, fft_samples: int, hop_samples: int) -> jax.Array:
+    """[N, F, fft_samples], from slices: their gradient needs no scatter, as a gather's would."""
+    num_media, samples = waveform.shape
+    frames, blocks = num_frames(samples, hop_samples), num_frames(fft_samples, hop_samples)
+    length = (frames + blocks - 1) * hop_samples
+    before = fft_samples // 2
+    padded = jnp.pad(waveform, ((0, 0), (before, max(0, length - before - samples))))
+    hops = padded[:, :length].reshape(num_media, -1, hop_samples)
+    shifted = [hops[:, block : block + frames] for block in range(blocks)]
+    return jnp.concatenate(shifted, axis=-1)[..., :fft_samples]
+
+
+def _overlap_add(pieces: jax.Array, hop_samples: int) -> jax.Array:
+    """Sums [N, F, length] so that piece i begins at sample `i * hop_samples`."""
+    num_media, frames, length = pieces.shape
+    blocks = num_frames(length, hop_samples)
+    pieces = jnp.pad(pieces, ((0, 0), (0, 0), (0, blocks * hop_samples - length)))
+    pieces = pieces.reshape(num_media, frames, blocks, hop_samples)
+    hops = sum(
+        jnp.pad(pieces[:, :, block], ((0, 0), (block, blocks - 1 - block), (0, 0)))
+        for block in range(blocks)
+    )
+    return jnp.asarray(hops).reshape(num_media, -1)
