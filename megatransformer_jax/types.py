@@ -36,6 +36,7 @@ class MediaBatch(typing.NamedTuple):
     mels: HostOrDeviceArray = None  # float32 [B, A, F, M], normalised log-mel; 0 beyond the clip
     mel_lengths: HostOrDeviceArray = None  # int32 [B, A], frames; 0 for unused slots
     is_spoken: HostOrDeviceArray = None  # bool [B, A], clips that the decoder learns to make
+    task: HostOrDeviceArray = None  # int32 [B], number of the row's task, for metrics only
 
 
 class Batch(typing.NamedTuple):
@@ -60,7 +61,10 @@ class ModelOutput(typing.NamedTuple):
     """What a forward pass returns."""
 
     logits: jax.Array  # float32 [B, T, V]
-    latent: jax.Array  # [B, T, D] core output after the final norm (prelude output if no core)
+    # [B, T, D] core output after the final norm (prelude output if no core); with media, [B, S, D]
+    latent: jax.Array
+    # With media: 'image' and 'audio', what the decoders of the slots read (models/decoders).
+    conditions: typing.Any = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -169,6 +169,13 @@ class ModelConfig:
     exit_gate: ExitGateConfig = section(ExitGateConfig, "Learned depth.")
     image: ImageConfig = section(ImageConfig, "Images.")
     audio: AudioConfig = section(AudioConfig, "Sound.")
+    loss_weighting: str = option(
+        "fixed",
+        "How the losses of text, images and sound add up. fixed: by image.decoder.loss_weight and "
+        "audio.decoder.loss_weight, with 1 for text. learned: each is multiplied by exp(-s) and s "
+        "is added, with a learned s per kind (arXiv 1705.07115), after the fixed weights.",
+        choices=("fixed", "learned"),
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -309,6 +316,16 @@ class ModelConfig:
                     f"its options would be ignored with {name}.enabled=False; set "
                     f"{name}.enabled=True.",
                 )
+
+    @rule("loss_weighting")
+    def _learned_weights_need_several_losses(self) -> None:
+        """'learned' only with image.enabled=True or audio.enabled=True."""
+        if self.loss_weighting == "learned" and not self.has_media:
+            raise ConfigError(
+                "loss_weighting",
+                "'learned' has nothing to weigh against the text's loss; set it to 'fixed', or "
+                "enable image or audio.",
+            )
 
     @property
     def has_media(self) -> bool:

@@ -1,4 +1,4 @@
-"""The text model: embedding, prelude, recurrent core, coda, head."""
+"""The model: embedding, prelude, recurrent core, coda, head, and parts for images and sound."""
 
 import dataclasses
 from typing import Any, cast
@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.core import RecurrentCore
+from megatransformer_jax.models.media_parts import MediaParts
 from megatransformer_jax.models.recurrence import recur
 from megatransformer_jax.models.state_init import initial_state
 from megatransformer_jax.nn.block import Stack, remat_policy
@@ -21,10 +22,11 @@ from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import axes_of, matrix
+from megatransformer_jax.ops.interleave import Layout, interleave, take_places
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.types import DTypePolicy, ModelOutput
+from megatransformer_jax.types import DTypePolicy, MediaBatch, ModelOutput
 
 # Collection that a forward pass sows the core's last raw state into, [B, T, core width].
 LAST_STATE = "last_state"
@@ -63,6 +65,8 @@ class MegaTransformer(nn.Module):
                 self.injection_norm = Norm(config.norm)
             if config.exit_gate.enabled:
                 self.exit_gate = ExitGate(config)
+        if config.has_media:
+            self.media = MediaParts(config, self.policy, self.sharder, self.platform)
 
     def __call__(
         self,
@@ -75,11 +79,12 @@ class MegaTransformer(nn.Module):
         state: Float[Array, "B T D"] | None = None,
         head_mask: Float[Array, "L N"] | None = None,
         deterministic: bool = True,
+        media: MediaBatch | None = None,
     ) -> ModelOutput:
         """Scores the next token at every position.
 
         Args:
-          tokens: token ids.
+          tokens: token ids; with media, those of the text alone.
           positions: position of each token in its document. None: 0, 1, 2, ...
           segment_ids: document of each token, 0 for padding. None: one document per row.
           num_steps: iterations of the core: [], [B] or [B, T]; traced. Ignored without a core.
@@ -88,16 +93,31 @@ class MegaTransformer(nn.Module):
             the rng stream 'state'.
           head_mask: factor on the output of each head, one row per layer: prelude, core, coda.
           deterministic: no dropout. Otherwise the rng stream 'dropout' is needed.
+          media: images and sound between the tokens. `positions` are not used then, and
+            `num_steps` and `state` are those of the sequences with the media in them, S for T.
 
         Returns:
-          Logits, and the latent: the core's state after `recurrence.output_norm`.
+          Logits of the tokens; the latent, which is the core's state after
+          `recurrence.output_norm`, of the whole sequence; the conditions of media slots.
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         config = self.config
-        outer = pass_context(config, positions, segment_ids, config.width, deterministic)
         masks = self._split_head_mask(head_mask)
-        x = self.run_prelude(tokens, positions, dataclasses.replace(outer, head_mask=masks[0]))
+        layout = None
+        if media is None:
+            outer = pass_context(config, positions, segment_ids, config.width, deterministic)
+            context = dataclasses.replace(outer, head_mask=masks[0])
+            x = self.run_prelude(tokens, positions, context)
+            if config.has_media and self.is_initializing():
+                self.media.declare()
+        else:
+            if segment_ids is None:
+                segment_ids = jnp.ones(tokens.shape, jnp.int32)
+            layout = self.media.layout(media, segment_ids)
+            positions, segment_ids = layout.positions, layout.segment_ids
+            x = self._enter_sequence(tokens, media, layout, masks[0], deterministic)
+            outer = pass_context(config, positions, segment_ids, config.width, deterministic)
         if config.is_recurrent:
             inner = pass_context(config, positions, segment_ids, config.core_width, deterministic)
             inner = dataclasses.replace(inner, head_mask=masks[1])
@@ -106,7 +126,34 @@ class MegaTransformer(nn.Module):
             if config.exit_gate.enabled and self.is_initializing():
                 self.run_gate(x)
         latent, x = self.run_coda(x, dataclasses.replace(outer, head_mask=masks[2]))
-        return ModelOutput(self.run_head(x), latent)
+        if layout is None:
+            return ModelOutput(self.run_head(x), latent)
+        logits = self.run_head(take_places(x, layout.text_places))
+        return ModelOutput(logits, latent, self.media.conditions(layout, latent, deterministic))
+
+    def _enter_sequence(
+        self,
+        tokens: jax.Array,
+        media: MediaBatch,
+        layout: Layout,
+        head_mask: jax.Array | None,
+        deterministic: bool,
+    ) -> jax.Array:
+        """Text and media after their preludes, in one sequence [B, S, D].
+
+        The text's prelude runs at the text's places of the sequence, so that its positions are
+        those of the sequence, and sees no media.
+        """
+        config = self.config
+        text_segments = jnp.where(layout.is_medium, 0, layout.segment_ids)
+        context = pass_context(config, layout.positions, text_segments, config.width, deterministic)
+        context = dataclasses.replace(context, head_mask=head_mask)
+        x = self.run_prelude(interleave(layout, tokens), layout.positions, context)
+        images, clips = self.media.encode(media, deterministic)
+        nothing = jnp.zeros((*tokens.shape, x.shape[-1]), x.dtype)
+        inserted = interleave(layout, nothing, images, clips)
+        x = jnp.where(layout.is_medium[..., None], inserted, x)
+        return self.sharder.constrain(x, "batch", "length", None)
 
     def run_prelude(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], context: LayerContext
