@@ -11,7 +11,10 @@ import grain
 from megatransformer_jax.data.documents import Documents, in_order, read
 from megatransformer_jax.data.packing import PackedRows, PaddedRows, Row, stack
 from megatransformer_jax.data.reasoning import ProblemSet
+from megatransformer_jax.data.sources.combine import Records
 from megatransformer_jax.types import Batch
+
+Element = typing.TypeVar("Element")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,28 +93,16 @@ class TextBatches:
         self._documents.close()
 
 
-class ProblemBatches:
-    """Batches of reasoning problems. Each process generates its own share only."""
+class NumberedStream(typing.Generic[Element]):
+    """Elements of a source by random access, one after the other; the state is a number."""
 
-    def __init__(
-        self,
-        problems: ProblemSet,
-        share: Share,
-        *,
-        seed: int,
-        shuffle: bool,
-        repeat: bool,
-        num_workers: int,
-    ):
-        order = in_order(
-            grain.MapDataset.range(len(problems)), seed=seed, shuffle=shuffle, repeat=repeat
-        )
-        self._source = _NumberedBatches(problems, order, share)
+    def __init__(self, source: Records[Element], num_workers: int):
+        self._source = source
         self._num_workers = num_workers
         self._elements: grain.DatasetIterator | None = None
         self._batch = 0
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Element:
         if self._batch >= len(self._source):
             raise StopIteration
         if self._elements is None:
@@ -135,6 +126,25 @@ class ProblemBatches:
         if self._elements is not None:
             self._elements.close()
             self._elements = None
+
+
+class ProblemBatches(NumberedStream[Batch]):
+    """Batches of reasoning problems. Each process generates its own share only."""
+
+    def __init__(
+        self,
+        problems: ProblemSet,
+        share: Share,
+        *,
+        seed: int,
+        shuffle: bool,
+        repeat: bool,
+        num_workers: int,
+    ):
+        order = in_order(
+            grain.MapDataset.range(len(problems)), seed=seed, shuffle=shuffle, repeat=repeat
+        )
+        super().__init__(_NumberedBatches(problems, order, share), num_workers)
 
 
 @dataclasses.dataclass(frozen=True)

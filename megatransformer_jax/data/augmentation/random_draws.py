@@ -1,4 +1,4 @@
-"""Random numbers of one document, the same in every process, worker and resumed run."""
+"""Random numbers of one document or row, the same in every process, worker and resumed run."""
 
 import enum
 
@@ -14,6 +14,11 @@ class Purpose(enum.IntEnum):
     BACK_TRANSLATION = 1 << 61
     SYNONYMS = (1 << 61) + 1
     TOKEN_DROPOUT = (1 << 61) + 2
+    MEDIA_ROW = (1 << 61) + 3
+    IMAGE_AUGMENTATION = (1 << 61) + 4
+    AUDIO_AUGMENTATION = (1 << 61) + 5
+    TONES = (1 << 61) + 6
+    CROPS = (1 << 61) + 7
 
 
 def generator_of(seed: int, number: int, purpose: Purpose) -> np.random.Generator:

@@ -1,5 +1,7 @@
 """Sources made of sources."""
 
+import typing
+
 import numpy as np
 
 from megatransformer_jax.config.option import ConfigError
@@ -25,21 +27,34 @@ class Concatenated:
         return self._sources[number][int(index - start)]
 
 
-class Subset:
+Record = typing.TypeVar("Record", covariant=True)
+
+
+class Records(typing.Protocol[Record]):
+    """Records of any kind by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+
+class Subset(typing.Generic[Record]):
     """Some records of a source."""
 
-    def __init__(self, source: TextSource, indices: np.ndarray):
+    def __init__(self, source: Records[Record], indices: np.ndarray):
         self._source = source
         self._indices = indices
 
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> str | BadRecord:
+    def __getitem__(self, index: int) -> Record:
         return self._source[int(self._indices[index])]
 
 
-def hold_out(source: TextSource, fraction: float, seed: int) -> tuple[Subset, Subset]:
+def hold_out(
+    source: Records[Record], fraction: float, seed: int
+) -> tuple[Subset[Record], Subset[Record]]:
     """Training and validation records. Whole records are drawn at random from the seed.
 
     Raises:
