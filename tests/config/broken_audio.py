@@ -19,7 +19,7 @@ BROKEN_AUDIO: list[tuple[str, type, dict[str, Any], str]] = [
     (
         "_every_bin_has_a_frequency",
         MelConfig,
-        {"num_mels": 80, "fft_samples": 256, "window_samples": 256},
+        {"num_mels": 120, "fft_samples": 256, "window_samples": 256},
         "num_mels",
     ),
     ("_downsampling_is_a_power_of_two", AudioConfig, {"downsampling": 6}, "downsampling"),
