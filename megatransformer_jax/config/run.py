@@ -20,13 +20,25 @@ from megatransformer_jax.config.option import (
     section,
 )
 from megatransformer_jax.config.reporting import EvaluationConfig, LoggingConfig, SampleConfig
+from megatransformer_jax.config.run_kind import (
+    RUN_KINDS,
+    check_media_source,
+    check_no_transformer,
+    check_own_sections,
+)
 from megatransformer_jax.config.train import TrainConfig
+from megatransformer_jax.config.vocoder import VocoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Everything that defines a run."""
 
+    kind: str = option(
+        "transformer",
+        "What is trained. transformer: the model. vocoder: from mel spectrograms to waveforms.",
+        choices=RUN_KINDS,
+    )
     preset: str | None = option(None, "Named model size from gin/, applied before other values.")
     workdir: str = option("runs/recurrent", "Checkpoints, metrics, logs, samples and plots.")
     environment: tuple[str, ...] = option(
@@ -50,6 +62,7 @@ class RunConfig:
     samples: SampleConfig = section(SampleConfig, "Samples.")
     diagnostics: DiagnosticsConfig = section(DiagnosticsConfig, "Looks into the model.")
     logging: LoggingConfig = section(LoggingConfig, "Logging.")
+    vocoder: VocoderConfig = section(VocoderConfig, "The vocoder, with kind='vocoder'.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -59,6 +72,24 @@ class RunConfig:
         """Not empty."""
         if not self.workdir:
             raise ConfigError("workdir", "'' is not a folder; name one, such as 'runs/mine'.")
+
+    @rule("vocoder")
+    def _other_kinds_sections_are_not_set(self) -> None:
+        """At its defaults unless kind names it."""
+        check_own_sections(self)
+
+    @rule("kind")
+    def _other_kinds_are_no_transformers(self) -> None:
+        """With another kind than 'transformer' options that only transformers have are at their
+        defaults: preset, model, fine_tuning, diagnostics, terms of the loss, the memory budget,
+        text samples, final depths, the tensor and sequence axes of the mesh."""
+        check_no_transformer(self)
+
+    @rule("kind", "data.media.tasks")
+    def _other_kinds_read_one_medium(self) -> None:
+        """With kind='vocoder' data.source='media' and data.media.tasks=('speak=1',); no text,
+        so that data.tokenizer.kind='bytes', and no augmentation."""
+        check_media_source(self)
 
     @rule("environment")
     def _environment_has_pairs(self) -> None:
@@ -155,6 +186,8 @@ class RunConfig:
         """With data.source='media', tasks of images need model.image.enabled=True and those of
         sound model.audio.enabled=True."""
         media = self.data.media
+        if self.kind != "transformer":
+            return
         for is_used, enabled, name, tasks in (
             (media.has_images, self.model.image.enabled, "image", IMAGE_TASKS),
             (media.has_audio, self.model.audio.enabled, "audio", AUDIO_TASKS),
