@@ -18,6 +18,9 @@ from megatransformer_jax.data.batches import (
 )
 from megatransformer_jax.data.buckets import BucketBatches
 from megatransformer_jax.data.documents import Documents
+from megatransformer_jax.data.media.batches import MediaBatches
+from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.packing import PackedRows, PaddedRows, Row, SpecialIds
 from megatransformer_jax.data.reasoning import ProblemSet
 from megatransformer_jax.data.sources import BadRecordPolicy, build_source
@@ -109,6 +112,7 @@ def build_pipeline(
     tokenizer: Tokenizer | None,
     *,
     split: str,
+    media: MediaFormats | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Pipeline:
@@ -120,6 +124,7 @@ def build_pipeline(
       config: where the data comes from.
       tokenizer: None for source='reasoning', which needs none.
       split: 'train' is endless, 'validation' one pass.
+      media: the model's formats, for source='media', which needs a MediaTokenizer too.
       process_index: which process this is, from 0.
       process_count: how many share each global batch.
 
@@ -139,6 +144,10 @@ def build_pipeline(
     bad_records = BadRecordPolicy(config.on_bad_record)
     if config.source == "reasoning":
         stream: BatchStream = _problem_batches(config, split, share)
+    elif config.source == "media":
+        if media is None or not isinstance(tokenizer, MediaTokenizer):
+            raise ValueError("source='media' needs `media` formats and a MediaTokenizer")
+        stream = MediaBatches(config, tokenizer, media, split, share, bad_records)
     else:
         stream = _text_batches(config, tokenizer, split, share, bad_records)
     return Pipeline(stream, bad_records, config.prefetch_batches)
@@ -149,6 +158,7 @@ def validation_batches(
     tokenizer: Tokenizer | None,
     *,
     num_batches: int | None = None,
+    media: MediaFormats | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
@@ -160,6 +170,7 @@ def validation_batches(
         config,
         tokenizer,
         split="validation",
+        media=media,
         process_index=process_index,
         process_count=process_count,
     ) as batches:

@@ -13,13 +13,13 @@ from megatransformer_jax.data.sources.record import BadRecord
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
     "{word}",
-    "a {word}",
+    "{article} {word}",
     "the number {digit}",
     "a handwritten {word}",
     "the digit {digit}",
     "{digit}",
-    "draw a {word}",
-    "a picture of a {word}",
+    "draw {article} {word}",
+    "a picture of {article} {word}",
 )
 
 
@@ -39,7 +39,10 @@ class Digits:
         self._pixels = self._fitted(digits.images, image, on_wrong_size)
         templates = TEMPLATES if caption_style == "varied" else TEMPLATES[:1]
         self._prompts = [
-            tuple(template.format(word=word, digit=digit) for template in templates)
+            tuple(
+                template.format(article="an" if digit == 8 else "a", word=word, digit=digit)
+                for template in templates
+            )
             for digit, word in enumerate(WORDS)
         ]
 

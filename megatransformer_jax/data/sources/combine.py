@@ -27,15 +27,16 @@ class Concatenated:
         return self._sources[number][int(index - start)]
 
 
-Record = typing.TypeVar("Record", covariant=True)
+Record = typing.TypeVar("Record")
+Record_co = typing.TypeVar("Record_co", covariant=True)
 
 
-class Records(typing.Protocol[Record]):
+class Records(typing.Protocol[Record_co]):
     """Records of any kind by number."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Record: ...
+    def __getitem__(self, index: int) -> Record_co: ...
 
 
 class Subset(typing.Generic[Record]):

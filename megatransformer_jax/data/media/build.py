@@ -1,0 +1,57 @@
+"""From the configuration to sources of images, sound and text, each with its held-out part."""
+
+import typing
+
+from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.data.media.digits import Digits
+from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.records import ImageSource
+from megatransformer_jax.data.media.tasks import source_of, task_names
+from megatransformer_jax.data.media.text_pieces import TextPieces
+from megatransformer_jax.data.sources.combine import Records, hold_out
+from megatransformer_jax.data.sources.embedded import EmbeddedText
+from megatransformer_jax.data.tokenizer import Tokenizer
+
+
+def build_media_sources(
+    config: DataConfig, tokenizer: Tokenizer, formats: MediaFormats, split: str
+) -> dict[str, Records[typing.Any]]:
+    """The sources 'images', 'audio' and 'text' that the tasks need.
+
+    Raises:
+      UserError: if one cannot be read.
+    """
+    needed = {source_of(name) for name in task_names(config)}
+    sources: dict[str, Records[typing.Any]] = {}
+    if "images" in needed:
+        sources["images"] = build_image_source(config, formats.image, split)
+    if "text" in needed:
+        documents = _part(EmbeddedText(), config, split)
+        sources["text"] = TextPieces(documents, tokenizer, config.sequence_length)
+    return sources
+
+
+def build_image_source(config: DataConfig, image: ImageConfig, split: str) -> ImageSource:
+    """The images of a split, 'train' or 'validation', at the model's size.
+
+    Raises:
+      UserError: if they cannot be read, or there are too few to hold any out.
+    """
+    options = config.media.images
+    match options.source:
+        case "digits":
+            everything: ImageSource = Digits(image, options.caption_style, options.on_wrong_size)
+        case unknown:
+            raise ConfigError("data.media.images.source", f"{unknown!r} has no images.")
+    return _part(everything, config, split)
+
+
+Record = typing.TypeVar("Record")
+
+
+def _part(source: Records[Record], config: DataConfig, split: str) -> Records[Record]:
+    """What `data.validation_fraction` leaves to training, or holds out."""
+    train, validation = hold_out(source, config.validation_fraction, config.seed)
+    return train if split == "train" else validation
