@@ -38,8 +38,8 @@ else:
     MetricWriter = _load_interface().MetricWriter
 
 
-class MediaFreeWriter(MetricWriter):
-    """A writer that refuses what needs packages of its own, and says what to write instead."""
+class VideoFreeWriter(MetricWriter):
+    """A writer that refuses what it has no means for, and says what to write instead."""
 
     def write_summaries(
         self, step: int, values: Mapping[str, Any], metadata: Mapping[str, Any] | None = None
@@ -50,7 +50,3 @@ class MediaFreeWriter(MetricWriter):
     def write_videos(self, step: int, videos: Mapping[str, Any]) -> None:
         """Not supported: it would need moviepy."""
         raise NotImplementedError("videos; write their frames with write_images")
-
-    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Not supported: it would need soundfile."""
-        raise NotImplementedError("audio; write its spectrogram with write_images")

@@ -8,11 +8,12 @@ import numpy as np
 import tensorboardX
 from tensorboardX import summary
 
-from megatransformer_jax.training.metric_interface import MediaFreeWriter
+from megatransformer_jax.training.media_values import audio_batch, image_batch
+from megatransformer_jax.training.metric_interface import VideoFreeWriter
 
 
-class TensorBoardWriter(MediaFreeWriter):
-    """clu's interface over tensorboardX: scalars, images, texts, histograms, hyperparameters.
+class TensorBoardWriter(VideoFreeWriter):
+    """clu's interface over tensorboardX: numbers, images, sound, texts, histograms, options.
 
     Args:
       directory: where the event file goes.
@@ -37,12 +38,18 @@ class TensorBoardWriter(MediaFreeWriter):
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Writes images [H, W, C] or [N, H, W, C], uint8 or floats in [0, 1]."""
         for name, image in images.items():
-            image = np.asarray(image)
-            if image.ndim == 3:
-                self._writer.add_image(name, image, step, dataformats="HWC")
-                continue
-            for index, single in enumerate(image):
-                self._writer.add_image(f"{name}/{index}", single, step, dataformats="HWC")
+            batch = image_batch(name, image)
+            for tag, single in zip(
+                _tags(name, np.ndim(image) == 3, len(batch)), batch, strict=True
+            ):
+                self._writer.add_image(tag, single, step, dataformats="HWC")
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        """Writes sound [N, T, C] in [-1, 1], 1 or 2 channels."""
+        for name, clips in audios.items():
+            batch = audio_batch(name, clips)
+            for tag, clip in zip(_tags(name, len(batch) == 1, len(batch)), batch, strict=True):
+                self._writer.add_audio(tag, clip, step, sample_rate=sample_rate)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
         """Writes one Markdown text per name."""
@@ -73,3 +80,8 @@ class TensorBoardWriter(MediaFreeWriter):
     def close(self) -> None:
         """Flushes and closes the event file."""
         self._writer.close()
+
+
+def _tags(name: str, is_single: bool, count: int) -> list[str]:
+    """A tag is one picture or clip."""
+    return [name] if is_single else [f"{name}/{index}" for index in range(count)]

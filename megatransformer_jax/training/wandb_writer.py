@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.training.metric_interface import MediaFreeWriter
+from megatransformer_jax.training.media_values import audio_batch, image_batch
+from megatransformer_jax.training.metric_interface import VideoFreeWriter
 
 
-class WandbWriter(MediaFreeWriter):
+class WandbWriter(VideoFreeWriter):
     """clu's interface over one W&B run; a resumed workdir continues its W&B run.
 
     Args:
@@ -41,11 +42,21 @@ class WandbWriter(MediaFreeWriter):
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
         """Writes images [H, W, C] or [N, H, W, C], uint8 or floats in [0, 1]."""
-        entries = {}
-        for name, image in images.items():
-            image = np.asarray(image)
-            batch = image[None] if image.ndim == 3 else image
-            entries[name] = [self._wandb.Image(single) for single in batch]
+        entries = {
+            name: [self._wandb.Image(single) for single in image_batch(name, image)]
+            for name, image in images.items()
+        }
+        self._run.log(entries, step=step)
+
+    def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
+        """Writes sound [N, T, C] in [-1, 1], 1 or 2 channels."""
+        entries = {
+            name: [
+                self._wandb.Audio(clip, sample_rate=sample_rate)
+                for clip in audio_batch(name, clips)
+            ]
+            for name, clips in audios.items()
+        }
         self._run.log(entries, step=step)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:

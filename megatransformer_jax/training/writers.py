@@ -56,7 +56,7 @@ class MultiWriter(MetricWriter):
             writer.write_scalars(step, scalars)
 
     def write_images(self, step: int, images: Mapping[str, Any]) -> None:
-        """Writes images [H, W, C] or [N, H, W, C]."""
+        """Writes images [H, W, C] or [N, H, W, C], uint8 or floats in [0, 1]."""
         for writer in self._writers:
             writer.write_images(step, images)
 
@@ -90,7 +90,7 @@ class MultiWriter(MetricWriter):
             writer.write_videos(step, videos)
 
     def write_audios(self, step: int, audios: Mapping[str, Any], *, sample_rate: int) -> None:
-        """Writes audio [N, T, C]."""
+        """Writes sound [N, T, C] in [-1, 1]."""
         for writer in self._writers:
             writer.write_audios(step, audios, sample_rate=sample_rate)
 

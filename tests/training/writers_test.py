@@ -1,8 +1,10 @@
+import io
 import sys
 import types
 
 import numpy as np
 import pytest
+import soundfile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatransformer_jax.config.option import ConfigError
@@ -56,10 +58,44 @@ def test_a_resumed_run_hides_the_steps_it_runs_again(tmp_path):
     assert points == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
-def test_what_tensorboardx_cannot_write_is_an_error(tmp_path):
+def test_tensorboard_reads_back_the_sound_that_was_written(tmp_path):
+    writer = build_writer(LoggingConfig(), tmp_path, is_primary=True)
+    wave = np.sin(np.arange(400.0) / 8)[None, :, None]
+    writer.write_audios(7, {"one": wave, "two": np.concatenate([wave, -wave])}, sample_rate=8000)
+    writer.close()
+    read = events(tmp_path / "events")
+    assert set(read.Tags()["audio"]) == {"one", "two/0", "two/1"}
+    (event,) = read.Audio("one")
+    assert (event.step, event.sample_rate, event.length_frames) == (7, 8000, 400)
+    samples, rate = soundfile.read(io.BytesIO(event.encoded_audio_string))
+    assert rate == 8000
+    np.testing.assert_allclose(samples, wave[0, :, 0], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "problem"),
+    [
+        ("write_images", np.full((4, 4, 3), -0.1), r"m: images .* from -0.1 to -0.1.*\[0, 1\]"),
+        ("write_images", np.full((4, 4, 3), np.nan), "from nan to nan"),
+        ("write_images", np.zeros((4, 4)), r"shape \(4, 4\)"),
+        ("write_images", np.zeros((4, 4, 2)), "1 channel, grey, or 3"),
+        ("write_images", np.zeros((4, 4, 3), int), "type int64"),
+        ("write_audios", np.full((1, 8, 1), 1.5), r"m: sound .*1.5.*\[-1, 1\]; divide"),
+        ("write_audios", np.zeros((1, 8)), r"shape \(1, 8\)"),
+        ("write_audios", np.zeros((1, 0, 1)), "at least one sample"),
+        ("write_audios", np.zeros((1, 8, 1), np.int16), "type int16"),
+    ],
+)
+def test_what_is_no_image_or_sound_is_an_error(tmp_path, method, values, problem):
+    writer = build_writer(LoggingConfig(), tmp_path, is_primary=True)
+    options = {"sample_rate": 8000} if method == "write_audios" else {}
+    with pytest.raises(ValueError, match=problem):
+        getattr(writer, method)(1, {"m": values}, **options)
+
+
+def test_what_no_back_end_has_means_for_is_an_error(tmp_path):
     writer = build_writer(LoggingConfig(), tmp_path, is_primary=True)
     for call in (
-        lambda: writer.write_audios(1, {"a": np.zeros((1, 8, 1))}, sample_rate=8000),
         lambda: writer.write_videos(1, {"a": np.zeros((1, 2, 4, 4, 3))}),
         lambda: writer.write_summaries(1, {"a": np.zeros(2)}),
     ):
@@ -104,6 +140,7 @@ def test_wandb_run_is_continued_after_resume(tmp_path, monkeypatch):
         init=init,
         util=types.SimpleNamespace(generate_id=lambda: "abc"),
         Image=lambda array: ("image", array.shape),
+        Audio=lambda array, sample_rate: ("audio", array.shape, sample_rate),
         Histogram=lambda array, num_bins: ("histogram", num_bins),
         Html=lambda text: ("html", text),
     )
@@ -114,6 +151,7 @@ def test_wandb_run_is_continued_after_resume(tmp_path, monkeypatch):
         writer.write_texts(2, {"sample": "<b>"})
         writer.write_images(2, {"image": np.zeros((2, 4, 4, 3))})
         writer.write_histograms(2, {"h": np.arange(3.0)})
+        writer.write_audios(2, {"clip": np.zeros((2, 8, 1))}, sample_rate=8000)
         writer.write_hparams({"width": 3})
         writer.close()
     assert [call["id"] for call in calls] == ["abc", "abc"]
@@ -121,6 +159,7 @@ def test_wandb_run_is_continued_after_resume(tmp_path, monkeypatch):
     logged = writer._run.logged
     assert logged[0] == (2, {"loss": 0.5})
     assert logged[2][1]["image"] == [("image", (4, 4, 3))] * 2
+    assert logged[4][1]["clip"] == [("audio", (8, 1), 8000)] * 2
     assert writer._run.is_finished
     # Samples are text, not markup.
     assert logged[1][1]["sample"] == ("html", "<pre>&lt;b&gt;</pre>")
