@@ -90,7 +90,7 @@ def measure(
     problems = ValidationSet(
         [jax.device_put(batch) for batch in batches], jax.jit(make_eval_step(model, key))
     )
-    few = jax.device_put(Batch(*(array[: arguments.rows] for array in batches[0])))
+    few = jax.device_put(jax.tree.map(lambda array: array[: arguments.rows], batches[0]))
     radius = np.asarray(spectral_radius(model, params, few, depths[-1], key, arguments.products))
     curves = jax.device_get(iteration_curves(model, params, few, depths[-1], key))
     return [

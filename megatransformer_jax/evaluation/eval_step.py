@@ -45,6 +45,7 @@ def make_eval_step(model: nn.Module, key: Key[Array, ""]) -> EvalStep:
             backprop_depth=0,
             deterministic=True,
             rngs={"state": key},
+            media=batch.media,
         )
         totals = token_loss(output.logits, batch.targets, batch.loss_mask)
         predictions = jnp.argmax(output.logits, axis=-1).astype(jnp.int32)

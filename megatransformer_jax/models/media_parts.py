@@ -177,3 +177,13 @@ class MediaParts(nn.Module):
                     f"the batch's {name} slots have shape {array.shape[2:]}, and the model takes "
                     f"{shape}; make the batch with the formats of the model's config."
                 )
+
+
+def sequence_room(config: ModelConfig, media: MediaBatch) -> int:
+    """Places that the media slots of a batch add to its sequences: I * P + A * Q."""
+    room = 0
+    if media.images is not None:
+        room += media.images.shape[1] * config.image.num_tokens
+    if media.mels is not None:
+        room += media.mels.shape[1] * config.audio.num_tokens
+    return room

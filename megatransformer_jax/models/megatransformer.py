@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.core import RecurrentCore
+from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.media_parts import MediaParts
 from megatransformer_jax.models.recurrence import recur
 from megatransformer_jax.models.state_init import initial_state
@@ -130,6 +131,38 @@ class MegaTransformer(nn.Module):
             return ModelOutput(self.run_head(x), latent)
         logits = self.run_head(take_places(x, layout.text_places))
         return ModelOutput(logits, latent, self.media.conditions(layout, latent, deterministic))
+
+    def image_loss(
+        self, images: Float[Array, "N H W C"], condition: Condition, key: Key[Array, ""]
+    ) -> dict[str, Float[Array, "N"]]:
+        """Loss terms of drawing images, see `MediaDecoder.loss`."""
+        return self.media.image_loss(images, condition, key)
+
+    def audio_loss(
+        self,
+        mels: Float[Array, "N F M"],
+        lengths: Int[Array, "N"],
+        condition: Condition,
+        key: Key[Array, ""],
+    ) -> dict[str, Float[Array, "N"]]:
+        """Loss terms of making clips, see `MediaDecoder.loss`."""
+        return self.media.audio_loss(mels, lengths, condition, key)
+
+    def sample_images(
+        self, condition: Condition, key: Key[Array, ""], settings: Any = None
+    ) -> Float[Array, "N H W C"]:
+        """Images in [-1, 1], see `MediaDecoder.sample`."""
+        return self.media.sample_images(condition, key, settings)
+
+    def sample_audio(
+        self,
+        condition: Condition,
+        key: Key[Array, ""],
+        lengths: Int[Array, "N"] | None = None,
+        settings: Any = None,
+    ) -> tuple[Float[Array, "N F M"], Int[Array, "N"]]:
+        """Normalised mel spectrograms and their frames, see `MediaDecoder.sample`."""
+        return self.media.sample_audio(condition, key, lengths, settings)
 
     def _enter_sequence(
         self,

@@ -1,5 +1,7 @@
 """Joins several processes into one run, and makes global arrays of what each one read."""
 
+from typing import Any
+
 import jax
 
 from megatransformer_jax.config.devices import DistributedConfig
@@ -41,11 +43,17 @@ def make_global_batch(batch: Batch, sharder: Sharder) -> Batch:
     """Puts the rows that this process read onto the mesh, as its part of the global batch.
 
     Args:
-      batch: NumPy arrays [B / number of processes, T].
-      sharder: names the mesh; the arrays are cut as axes ('batch', 'length').
+      batch: NumPy arrays, [B / number of processes, T] of text, and [B / number of processes, ...]
+        of media.
+      sharder: names the mesh; the arrays are cut as axes ('batch', 'length') and ('batch', ...).
 
     Returns:
-      Global arrays [B, T].
+      Global arrays, [B, ...].
     """
-    sharding = sharder.sharding("batch", "length")
-    return Batch(*(jax.make_array_from_process_local_data(sharding, array) for array in batch))
+
+    def put(array: Any, *axes: str | None) -> jax.Array:
+        return jax.make_array_from_process_local_data(sharder.sharding(*axes), array)
+
+    text = [put(array, "batch", "length") for array in batch[:-1]]
+    media = jax.tree.map(lambda array: put(array, "batch"), batch.media)
+    return Batch._make([*text, media])

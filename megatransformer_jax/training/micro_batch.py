@@ -98,13 +98,12 @@ def compile_step(
       sharder: places the batch.
     """
     sharding = sharder.sharding("batch", "length")
-    types = {name: jnp.int32 for name in Batch._fields} | {"loss_mask": jnp.float32}
-    batch = Batch(
-        **{
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-            for name, dtype in types.items()
-        }
-    )
+
+    def array(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    whole = array(jnp.int32)
+    batch = Batch(whole, whole, array(jnp.float32), whole, whole)
     out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
     return step.lower(state, batch).compile()

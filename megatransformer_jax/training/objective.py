@@ -10,10 +10,16 @@ from megatransformer_jax.losses.cross_entropy import TokenLoss, token_loss
 from megatransformer_jax.models.core_jacobian import random_signs, squared_jacobian
 from megatransformer_jax.models.megatransformer import LAST_STATE, MegaTransformer
 from megatransformer_jax.training.gate_term import gate_term
+from megatransformer_jax.training.media_term import (
+    MediaCounts,
+    MediaTerm,
+    media_term,
+    weigh_losses,
+)
 from megatransformer_jax.types import Batch
 
 # Keep these draws apart from each other's and from the first state's and dropout's.
-_GATE_STREAM, _PROBE_STREAM = 2, 3
+_GATE_STREAM, _PROBE_STREAM, _MEDIA_STREAM = 2, 3, 4
 
 
 class ObjectiveSums(NamedTuple):
@@ -36,11 +42,13 @@ class Place(NamedTuple):
       step: optimiser steps done, int32 []; for terms that warm up.
       num_tokens: tokens of the whole batch that count in the loss, float32 [].
       share: the micro-batch's share of the batch, 1 / `train.accumulation`.
+      media: images and clips of the whole batch; None for text.
     """
 
     step: jax.Array
     num_tokens: jax.Array
     share: float
+    media: MediaCounts | None = None
 
 
 @runtime_checkable
@@ -59,7 +67,9 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
     Shares are divided by the whole batch's count, so that micro-batches simply add up.
 
     Terms: with an exit gate exit_expected_loss, exit_kl, exit_entropy (nats) and exit_mean_steps;
-    with Jacobian regularisation jacobian_penalty, before its weight.
+    with Jacobian regularisation jacobian_penalty, before its weight; with media text_loss,
+    image_loss and audio_loss before their weights, the decoders' parts of them, and media_loss,
+    which is what the latter two add to the loss.
     """
     jacobian_weight = config.train.stability.jacobian_weight
 
@@ -78,11 +88,20 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
             deterministic=False,
             rngs={"state": state_key, "dropout": dropout_key},
             mutable=[LAST_STATE] if jacobian_weight else [],
+            media=part.media,
         )
         sums = token_loss(output.logits, part.targets, part.loss_mask)
         weighted = sums.cross_entropy + config.train.z_loss * sums.squared_log_normalizer
         share = weighted / place.num_tokens
         terms: dict[str, jax.Array] = {}
+        if place.media is not None:
+            media_key = jax.random.fold_in(key, _MEDIA_STREAM)
+            term = media_term(model, params, part, output, place.media, media_key)
+            terms = {"text_loss": share, **term.metrics, "media_loss": _added(config, term)}
+            share, weights = weigh_losses(
+                config.model, params, share, term, place.media, place.share
+            )
+            terms |= weights
         if config.model.exit_gate.enabled:
             gate_share, gate_terms = _gate_share(model, config, params, part, key, place)
             share, terms = share + gate_share, terms | gate_terms
@@ -94,6 +113,16 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
         return share, ObjectiveSums(sums, terms)
 
     return objective
+
+
+def _added(config: RunConfig, term: MediaTerm) -> jax.Array:
+    """What media add to the loss at the fixed weights."""
+    model, added = config.model, jnp.float32(0)
+    if term.images is not None:
+        added = added + model.image.decoder.loss_weight * term.images
+    if term.clips is not None:
+        added = added + model.audio.decoder.loss_weight * term.clips
+    return added
 
 
 def _gate_share(

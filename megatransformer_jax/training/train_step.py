@@ -10,9 +10,11 @@ import optax
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.cross_entropy import TokenLoss
 from megatransformer_jax.models.fine_tuned import model_params
+from megatransformer_jax.models.media_parts import sequence_room
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.step_schedule import draw_num_steps
 from megatransformer_jax.training.accumulation import sum_micro_batches
+from megatransformer_jax.training.media_term import count_media
 from megatransformer_jax.training.objective import ObjectiveSums, Place, make_objective
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.step_keys import step_keys
@@ -36,13 +38,13 @@ def make_train_step(
 
     Metrics are float32 scalars: loss, accuracy (of tokens), grad_norm (before clipping), num_steps
     (mean of the draws), tokens (that counted), skipped_steps, skipped_in_row,
-    and the objective's other terms.
+    the objective's other terms, and with media the batch's counts of them (`MediaCounts`).
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         keys = step_keys(state.key(), state.step)
         num_steps = draw_num_steps(
-            config.model.recurrence, keys.depth, state.step, *batch.tokens.shape
+            config.model.recurrence, keys.depth, state.step, *_sequence_shape(config, batch)
         )
         gradients, (totals, terms) = _gradients(
             model, config, state.params, batch, num_steps, keys.objective, state.step
@@ -50,7 +52,7 @@ def make_train_step(
         new_state, metrics = update_state(
             state,
             gradients,
-            _mean_loss(totals, config.train.z_loss),
+            _mean_loss(totals, config.train.z_loss) + terms.get("media_loss", 0.0),
             optimizer,
             fine_tuning=config.fine_tuning,
             statistics_momentum=config.model.mlp.peer.query_momentum,
@@ -61,6 +63,8 @@ def make_train_step(
             "tokens": totals.tokens,
             **terms,
         }
+        if batch.media is not None:
+            metrics |= count_media(batch.media)._asdict()
         return new_state, metrics
 
     return train_step
@@ -79,7 +83,8 @@ def _gradients(
     sums."""
     trained, frozen = split_params(params, config.fine_tuning)
     parts = config.train.accumulation
-    place = Place(step, jnp.maximum(jnp.sum(batch.loss_mask), 1.0), 1 / parts)
+    media = None if batch.media is None else count_media(batch.media)
+    place = Place(step, jnp.maximum(jnp.sum(batch.loss_mask), 1.0), 1 / parts, media)
     objective = make_objective(model, config)
 
     def loss_share(
@@ -99,3 +104,11 @@ def _gradients(
 def _mean_loss(totals: TokenLoss, z_loss: float) -> jax.Array:
     weighted = totals.cross_entropy + z_loss * totals.squared_log_normalizer
     return weighted / jnp.maximum(totals.tokens, 1.0)
+
+
+def _sequence_shape(config: RunConfig, batch: Batch) -> tuple[int, int]:
+    """Rows and places of the sequences that the core reads."""
+    num_rows, length = batch.tokens.shape
+    if batch.media is not None:
+        length += sequence_room(config.model, batch.media)
+    return num_rows, length

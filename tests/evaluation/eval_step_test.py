@@ -29,7 +29,7 @@ class FakeModel(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, *, positions, segment_ids, num_steps, **options):
-        assert options == {"deterministic": True, "backprop_depth": 0}
+        assert options == {"deterministic": True, "backprop_depth": 0, "media": None}
         self.traces.count += 1
         scale = self.param("scale", nn.initializers.ones, ())
         logits = scale * 4.0 * jax.nn.one_hot((tokens + num_steps) % VOCAB, VOCAB)

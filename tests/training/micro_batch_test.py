@@ -160,7 +160,7 @@ def test_the_compiled_step_is_measured_per_device_and_trains_the_same(parts):
         count: compile_step(step_of(count), abstract, (16, 16), sharder) for count in (1, 2)
     }
     memories = {count: step_memory(program) for count, program in programs.items()}
-    batch_bytes = sum(array.nbytes for array in batch) // 8
+    batch_bytes = sum(array.nbytes for array in jax.tree.leaves(batch)) // 8
     assert memories[1].arguments == tree_bytes(abstract) + batch_bytes
     assert memories[1].outputs < 1024
     # Half the rows; the rest of the temporaries is of the parameters.

@@ -70,7 +70,7 @@ def attention_maps(
       By the layer's name. What is cut off does not matter: no token sees a later one.
     """
     config = model.config
-    row = Batch(*(part[:1, :MAX_TOKENS] for part in rows))
+    row = jax.tree.map(lambda part: part[:1, :MAX_TOKENS], rows)
     state, layers = observe_prelude(model, params, row)
     found = dict(zip(layer_names(config, "prelude"), layers, strict=True))
     if config.is_recurrent:

@@ -73,7 +73,8 @@ def run():
         segments,
         np.broadcast_to(np.arange(8, dtype=np.int32), (4, 8)),
     )
-    batch = Batch(*(jax.device_put(part, sharder.sharding("batch", "length")) for part in batch))
+    rows = sharder.sharding("batch", "length")
+    batch = jax.tree.map(lambda part: jax.device_put(part, rows), batch)
     key_data = jax.device_put(jax.random.key_data(jax.random.key(1)), sharder.sharding())
     state = types.SimpleNamespace(params=params, key_data=key_data)
     return config, make_subject(config, model, batch, sharder), state
