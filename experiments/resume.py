@@ -9,6 +9,7 @@ from absl import logging
 from experiments.admin_start import admin_state, first_batch
 from experiments.assemble import Vocabulary, abstract_train_state
 from experiments.pretrained import pretrained_state
+from experiments.run_kinds.run_kind import Identified, RunKind
 from megatransformer_jax.checkpoints.compatibility import (
     CheckpointMismatch,
     check_resumable,
@@ -25,7 +26,7 @@ from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import TrainState, init_state
 
 
-def run_info(config: RunConfig, vocabulary: Vocabulary) -> dict[str, Any]:
+def run_info(config: RunConfig, vocabulary: Identified) -> dict[str, Any]:
     """What a checkpoint says about the run that wrote it."""
     return {
         "config": to_dict(config),
@@ -85,32 +86,23 @@ def _check_data(saved: str | None, config: RunConfig, where: str) -> None:
         )
 
 
-def start_state(
-    config: RunConfig,
-    checkpoints: CheckpointManager,
-    model: MegaTransformer,
-    optimizer: optax.GradientTransformation,
-    sharder: Sharder,
-    vocabulary: Vocabulary,
-    batches: Pipeline,
-) -> tuple[TrainState, int]:
-    """The train state and the steps done. Sets `batches` to where they go on.
+def start_state(run: RunKind, checkpoints: CheckpointManager) -> tuple[TrainState, int]:
+    """The train state and the steps done. Sets the batches of `run` to where they go on.
 
     Raises:
       CheckpointMismatch: if the checkpoint's arrays or vocabulary are not this run's.
     """
     step = checkpoints.latest_step()
     if step is None:
-        return fresh_state(config, model, optimizer, sharder, vocabulary, batches), 0
-    if checkpoints.run_info(step)["vocabulary"] != vocabulary.digest:
+        return run.fresh_state(), 0
+    if checkpoints.run_info(step)["vocabulary"] != run.vocabulary.digest:
         raise CheckpointMismatch(
             f"the checkpoint {checkpoints.directory / str(step)} was trained with another "
             "vocabulary (tokenizer or task) than the one of this run. Put the workdir's "
             "tokenizer.model back, or choose another workdir."
         )
-    abstract = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
-    restored = checkpoints.restore(abstract, step)
-    batches.set_state(restored.iterator_state)
+    restored = checkpoints.restore(run.abstract_state(), step)
+    run.batches.set_state(restored.iterator_state)
     logging.info("resuming from step %d of %s", step, checkpoints.directory)
     return restored.state, step
 

@@ -11,33 +11,25 @@ from absl import logging
 from rich.console import Console
 
 from experiments import assemble, resume
-from experiments.memory_plan import MemoryPlan, plan_memory
-from experiments.samples import make_sampler
-from experiments.summary import summarize
+from experiments.memory_plan import plan_memory
+from experiments.run_kinds.build import build_run
+from experiments.run_kinds.run_kind import RunKind
 from experiments.workdir import log_file, make_folder, make_workdir
 from experiments.workdir_lock import hold_workdir
 from megatransformer_jax.checkpoints.compatibility import flatten_config
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import save_config, to_dict
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.data.pipeline import Pipeline, build_pipeline, validation_batches
-from megatransformer_jax.evaluation.diagnostics.hook import DiagnosticsHook
-from megatransformer_jax.evaluation.diagnostics.subject import make_subject
-from megatransformer_jax.evaluation.eval_step import make_eval_step
-from megatransformer_jax.evaluation.validation import ValidationHook, ValidationSet
-from megatransformer_jax.training.distributed import make_global_batch, start_distributed
+from megatransformer_jax.training.distributed import start_distributed
 from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.hooks import CheckpointHook, Hook, SampleHook
 from megatransformer_jax.training.loop import LoopResult, train_loop
 from megatransformer_jax.training.metrics_file import MetricsFile
-from megatransformer_jax.training.micro_batch import CompiledStep
-from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.progress import build_progress
 from megatransformer_jax.training.recorder import MetricRecorder
 from megatransformer_jax.training.schedules import build_schedule
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.stop import StopRequest
-from megatransformer_jax.training.train_step import make_train_step
 from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.training.writers import MultiWriter, build_writer
 
@@ -60,54 +52,30 @@ def train(config: RunConfig) -> LoopResult:
         stack.callback(checkpoints.close)
         config, plan = plan_memory(config, checkpoints)
         resume.check_workdir(config, checkpoints)
-        return _Run(config, workdir, checkpoints, stack, plan).train()
+        kind = build_run(config, workdir, stack, plan)
+        return _Run(kind, workdir, checkpoints, stack).train()
 
 
 class _Run:
-    """The parts of one run, and what it does with them."""
+    """One run of any kind: starts it, or goes on with it, and ends it."""
 
     def __init__(
         self,
-        config: RunConfig,
+        kind: RunKind,
         workdir: pathlib.Path,
         checkpoints: CheckpointManager,
         stack: contextlib.ExitStack,
-        plan: MemoryPlan | None,
     ):
-        self.config = config
+        self.kind = kind
+        self.config = kind.config
         self.workdir = workdir
         self.checkpoints = checkpoints
         self.stack = stack
         self.console = Console()
         self.is_primary = jax.process_index() == 0
-        self.processes = {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
-        self.vocabulary = assemble.build_vocabulary(config, workdir)
-        self.model, self.sharder = assemble.build_sharded_model(config)
-        self.optimizer = build_optimizer(
-            config.optimizer, config.train.steps, config.train.ema_decay
-        )
-        self.compiled_step: CompiledStep | None = None
-        if plan is not None:
-            self.config, self.compiled_step = plan.compile(
-                config, self.model, self.optimizer, self.sharder
-            )
-        self.batches = self._open_pipeline()
-        self.validation_set = self._build_validation_set()
-        self.sampler = make_sampler(config, self.model, self.vocabulary, self.validation_set)
 
     def train(self) -> LoopResult:
-        state, start_step = resume.start_state(
-            self.config,
-            self.checkpoints,
-            self.model,
-            self.optimizer,
-            self.sharder,
-            self.vocabulary,
-            self.batches,
-        )
+        state, start_step = resume.start_state(self.kind, self.checkpoints)
         self._log_overview(state)
         writer = build_writer(
             self.config.logging,
@@ -126,14 +94,8 @@ class _Run:
                 self.config.train.steps,
             )
             return result
-        summarize(
-            self.config,
-            self.workdir,
-            self.params_of(result.state),
-            self.validation_set,
-            self.vocabulary,
-            self.console if self.is_primary else None,
-        )
+        console = self.console if self.is_primary else None
+        self.kind.summarize(self.params_of(result.state), console)
         return result
 
     def _loop(self, state: TrainState, start_step: int, writer: MultiWriter) -> LoopResult:
@@ -155,15 +117,12 @@ class _Run:
             learning_rate=build_schedule(config.optimizer, config.train.steps),
             max_bad_steps=config.train.max_bad_steps,
         )
-        step_function = self.compiled_step or jax.jit(
-            make_train_step(self.model, self.optimizer, config), donate_argnums=0
-        )
         with progress, StopRequest() as stop:
             result = train_loop(
                 state,
-                step_function,
-                self.batches,
-                lambda batch: make_global_batch(batch, self.sharder),
+                self.kind.step_function(),
+                self.kind.batches,
+                self.kind.place_batch,
                 self._hooks(writer),
                 recorder=recorder,
                 writer=writer,
@@ -180,72 +139,40 @@ class _Run:
     def _hooks(self, writer: MultiWriter) -> list[Hook]:
         """Validation comes before the checkpoint, which is saved with its scores."""
         config = self.config
-        run = resume.run_info(config, self.vocabulary)
+        run = resume.run_info(config, self.kind.vocabulary)
 
         def save(step: int, state: TrainState, scores: Mapping[str, float]) -> None:
-            self.checkpoints.save(step, state, self.batches.get_state(), run, scores)
+            self.checkpoints.save(step, state, self.kind.batches.get_state(), run, scores)
 
         def sample(state: TrainState, step: int) -> Mapping[str, str]:
-            return self.sampler(self.params_of(state), step)
+            return self.kind.sample(self.params_of(state), step)
 
-        hooks: list[Hook] = [
-            ValidationHook(
-                config.evaluation.every_steps,
-                self.validation_set,
-                assemble.trained_depth(config),
-                self.params_of,
-                is_reasoning=self.vocabulary.tokenizer is None,
-            ),
+        return [
+            *self.kind.judges(self.params_of),
             CheckpointHook(config.checkpoint.every_steps, save),
             SampleHook(config.samples.every_steps, sample, writer.write_texts),
+            *self.kind.observers(self.params_of, writer),
         ]
-        if config.diagnostics.every_steps:
-            batch = self.validation_set.batches[0]
-            subject = make_subject(config, self.model, batch, self.sharder)
-            folder = self.workdir / "diagnostics" if self.is_primary else None
-            hooks.append(DiagnosticsHook(subject, self.params_of, writer, folder))
-        return hooks
 
     def params_of(self, state: TrainState) -> Any:
         """The parameters that validation, samples and the summary use."""
         return evaluation_params(state, self.config)
 
-    def _open_pipeline(self) -> Pipeline:
-        batches = build_pipeline(
-            self.config.data, self.vocabulary.tokenizer, split="train", **self.processes
-        )
-        self.stack.callback(batches.close)
-        return batches
-
-    def _build_validation_set(self) -> ValidationSet:
-        batches = validation_batches(
-            self.config.data,
-            self.vocabulary.tokenizer,
-            num_batches=self.config.evaluation.num_batches,
-            **self.processes,
-        )
-        # A key of its own: folding in the largest step keeps clear of every training step.
-        key = jax.random.fold_in(jax.random.key(self.config.train.seed), 2**32 - 1)
-        eval_step = jax.jit(make_eval_step(self.model, key))
-        return ValidationSet(
-            [make_global_batch(batch, self.sharder) for batch in batches], eval_step
-        )
-
     def _log_overview(self, state: TrainState) -> None:
         counts = assemble.count_parameters(state.params)
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        assert self.sharder.mesh is not None  # `assemble` always makes one.
-        mesh_shape = self.sharder.mesh.shape
+        assert self.kind.sharder.mesh is not None  # `assemble` always makes one.
+        mesh_shape = self.kind.sharder.mesh.shape
         logging.info("parameters: %s (%s)", f"{sum(counts.values()):,}", parts)
         trained, frozen = split_params(state.params, self.config.fine_tuning)
         if jax.tree.leaves(frozen):
             count = sum(leaf.size for leaf in jax.tree.leaves(trained))
             logging.info("trained of these: %s", f"{count:,}")
         logging.info(
-            "mesh: %s on %s; vocabulary: %d; workdir: %s",
+            "mesh: %s on %s; %s; workdir: %s",
             " x ".join(f"{axis} {size}" for axis, size in mesh_shape.items()),
             jax.devices()[0].device_kind,
-            self.vocabulary.size,
+            self.kind.facts,
             self.workdir,
         )
 

@@ -13,13 +13,6 @@ from megatransformer_jax.config.build import build
 from megatransformer_jax.data.pipeline import build_pipeline
 
 
-class NoneSaved:
-    """Stands in for a checkpoint manager without checkpoints."""
-
-    def latest_step(self) -> None:
-        return None
-
-
 def test_a_fresh_run_starts_from_its_first_batch(tmp_path, small_run, monkeypatch):
     model_options = {
         "residual": "admin",
@@ -35,10 +28,8 @@ def test_a_fresh_run_starts_from_its_first_batch(tmp_path, small_run, monkeypatc
     monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
     with build_pipeline(config.data, vocabulary.tokenizer, split="train") as batches:
         before = batches.get_state()
-        state, step = resume.start_state(
-            config, NoneSaved(), model, optimizer, sharder, vocabulary, batches
-        )
-        assert step == 0 and batches.get_state() == before
+        state = resume.fresh_state(config, model, optimizer, sharder, vocabulary, batches)
+        assert batches.get_state() == before
         batch = first_batch(batches, sharder)
         np.testing.assert_array_equal(next(batches).tokens, batch.tokens)
 

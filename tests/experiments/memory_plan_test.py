@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import memory_plan, run_training
+from experiments import memory_plan
+from experiments.run_kinds import transformer
 from experiments.run_training import train
 from megatransformer_jax.config.build import build, load_config, merge
 from megatransformer_jax.config.option import ConfigError
@@ -23,7 +24,7 @@ BUDGET = {"train": {"memory_budget_gib": 1.0}}
 
 
 def test_the_choice_is_kept_and_resumes_bit_for_bit(tmp_path, small_run, monkeypatch, caplog):
-    monkeypatch.setattr(run_training, "summarize", lambda *unused: [])
+    monkeypatch.setattr(transformer, "summarize", lambda *unused: [])
 
     def values(name, changes):
         return build(small_run(tmp_path / name, merge(CHANGES, changes)))

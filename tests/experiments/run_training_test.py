@@ -9,8 +9,8 @@ import pytest
 from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiments import run_training
 from experiments.run_find_lr import find_learning_rate
+from experiments.run_kinds import transformer
 from experiments.run_training import train
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.build import build, load_config
@@ -211,7 +211,7 @@ def spoil_steps(monkeypatch, first: int, last: int) -> None:
 
         return spoiled
 
-    monkeypatch.setattr(run_training, "make_train_step", make)
+    monkeypatch.setattr(transformer, "make_train_step", make)
 
 
 def test_a_run_that_diverges_goes_on_with_a_lower_learning_rate(

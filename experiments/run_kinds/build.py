@@ -1,0 +1,31 @@
+"""From the config to the kind of run that it names."""
+
+import contextlib
+import pathlib
+
+from experiments.memory_plan import MemoryPlan
+from experiments.run_kinds.run_kind import RunKind
+from experiments.run_kinds.transformer import TransformerRun
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kind import RUN_KINDS
+
+
+def build_run(
+    config: RunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack, plan: MemoryPlan | None
+) -> RunKind:
+    """Builds model, data and judges.
+
+    Args:
+      config: of the run.
+      workdir: exists.
+      stack: closes the data when the run ends.
+      plan: of `train.memory_budget_gib`, which transformers alone have.
+
+    Raises:
+      UserError: if model, data and devices do not fit each other.
+      ValueError: if the kind is unknown.
+    """
+    match config.kind:
+        case "transformer":
+            return TransformerRun(config, workdir, stack, plan)
+    raise ValueError(f"unknown kind of run {config.kind!r}; known: {', '.join(RUN_KINDS)}")
