@@ -9,7 +9,7 @@ last one, centred on the end, is dropped. So zeros after a clip never change the
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Complex, Float
+from jaxtyping import Array, Complex, Float, Int
 
 # Below this a window holds no more than rounding errors to divide by.
 _LEAST_WINDOW_POWER = 1e-8
@@ -70,7 +70,10 @@ def stft_magnitude(
 
 
 def inverse_stft(
-    spectrum: Complex[Array, "N F bins"], window_samples: int, hop_samples: int
+    spectrum: Complex[Array, "N F bins"],
+    window_samples: int,
+    hop_samples: int,
+    lengths: Int[Array, "N"] | None = None,
 ) -> Float[Array, "N samples"]:
     """The waveform of exactly `F * hop_samples` samples whose transform is nearest to `spectrum`.
 
@@ -78,21 +81,32 @@ def inverse_stft(
     Inverts `stft` but for the last half window, of which the frames beyond the end are missing,
     and only if windows overlap (`hop_samples < window_samples`). The transform's length must be
     even.
+
+    Args:
+      spectrum: of every frame.
+      window_samples: length of the Hann window.
+      hop_samples: samples between frames.
+      lengths: frames of each clip; what is beyond is not read, and its samples are 0. None: all.
     """
     num_media, frames, bins = spectrum.shape
     fft_samples = 2 * (bins - 1)
     window = hann_window(window_samples, fft_samples)
     pieces = jnp.fft.irfft(spectrum, fft_samples, axis=-1) * window
-    summed = _overlap_add(pieces, hop_samples)
-    squared = np.broadcast_to(np.square(window), (1, frames, fft_samples))
-    power = _overlap_add(jnp.asarray(squared), hop_samples)
+    squared = jnp.asarray(np.broadcast_to(np.square(window), (1, frames, fft_samples)))
+    if lengths is not None:
+        is_frame = (jnp.arange(frames) < lengths[:, None])[..., None]
+        pieces, squared = (jnp.where(is_frame, x, 0.0) for x in (pieces, squared))
+    summed, power = (_overlap_add(x, hop_samples) for x in (pieces, squared))
     start, length = fft_samples // 2, frames * hop_samples
     missing = max(0, start + length - summed.shape[1])
     summed, power = (jnp.pad(x, ((0, 0), (0, missing))) for x in (summed, power))
     waveform = jnp.where(
         power > _LEAST_WINDOW_POWER, summed / jnp.maximum(power, _LEAST_WINDOW_POWER), 0.0
     )
-    return waveform[:, start : start + length].reshape(num_media, length)
+    waveform = waveform[:, start : start + length].reshape(num_media, length)
+    if lengths is None:
+        return waveform
+    return jnp.where(jnp.arange(length) < lengths[:, None] * hop_samples, waveform, 0.0)
 
 
 def _frames(waveform: jax.Array, fft_samples: int, hop_samples: int) -> jax.Array:

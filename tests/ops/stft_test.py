@@ -61,3 +61,13 @@ def test_silence_has_a_finite_gradient_and_a_floor():
 def test_a_window_longer_than_the_transform_is_an_error():
     with pytest.raises(ValueError, match="window_samples=9 exceeds fft_samples=8"):
         hann_window(9, 8)
+
+
+def test_frames_beyond_a_clip_do_not_reach_the_inverse():
+    spectrum = stft(jnp.asarray(noise(160)), 64, 64, 16)
+    alone = inverse_stft(spectrum[:1, :6], 64, 16)
+    together = inverse_stft(spectrum, 64, 16, jnp.asarray([6, 10]))
+    assert together.shape == (2, 160)
+    np.testing.assert_allclose(together[0, :96], alone[0], atol=1e-6)
+    np.testing.assert_array_equal(together[0, 96:], 0.0)
+    np.testing.assert_allclose(together[1], inverse_stft(spectrum, 64, 16)[1], atol=1e-6)
