@@ -52,7 +52,11 @@ class ImageAugmentationConfig:
     @property
     def changes_images(self) -> bool:
         """Whether any image changes."""
-        return dataclasses.replace(self, targets=False) != ImageAugmentationConfig()
+        return any(
+            getattr(self, field.name) != field.default
+            for field in dataclasses.fields(self)
+            if field.name != "targets"
+        )
 
     @rule("targets")
     def _targets_need_changes(self) -> None:

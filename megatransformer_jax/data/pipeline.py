@@ -18,7 +18,6 @@ from megatransformer_jax.data.batches import (
 )
 from megatransformer_jax.data.buckets import BucketBatches
 from megatransformer_jax.data.documents import Documents
-from megatransformer_jax.data.media.batches import MediaBatches
 from megatransformer_jax.data.media.formats import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.packing import PackedRows, PaddedRows, Row, SpecialIds
@@ -147,6 +146,9 @@ def build_pipeline(
     elif config.source == "media":
         if media is None or not isinstance(tokenizer, MediaTokenizer):
             raise ValueError("source='media' needs `media` formats and a MediaTokenizer")
+        # scikit-learn and the like take a second to import, which text needs not pay.
+        from megatransformer_jax.data.media.batches import MediaBatches  # noqa: PLC0415
+
         stream = MediaBatches(config, tokenizer, media, split, share, bad_records)
     else:
         stream = _text_batches(config, tokenizer, split, share, bad_records)

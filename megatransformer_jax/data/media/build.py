@@ -2,14 +2,20 @@
 
 import typing
 
+from absl import logging
+
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.data.media import espeak
 from megatransformer_jax.data.media.digits import Digits
 from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.records import ImageSource
+from megatransformer_jax.data.media.records import AudioSource, ImageSource
+from megatransformer_jax.data.media.speech import speech, spoken_digits
 from megatransformer_jax.data.media.tasks import source_of, task_names
 from megatransformer_jax.data.media.text_pieces import TextPieces
+from megatransformer_jax.data.media.tones import Tones
 from megatransformer_jax.data.sources.combine import Records, hold_out
 from megatransformer_jax.data.sources.embedded import EmbeddedText
 from megatransformer_jax.data.tokenizer import Tokenizer
@@ -27,6 +33,8 @@ def build_media_sources(
     sources: dict[str, Records[typing.Any]] = {}
     if "images" in needed:
         sources["images"] = build_image_source(config, formats.image, split)
+    if "audio" in needed:
+        sources["audio"] = build_audio_source(config, formats.audio.mel, split)
     if "text" in needed:
         documents = _part(EmbeddedText(), config, split)
         sources["text"] = TextPieces(documents, tokenizer, config.sequence_length)
@@ -45,6 +53,41 @@ def build_image_source(config: DataConfig, image: ImageConfig, split: str) -> Im
             everything: ImageSource = Digits(image, options.caption_style, options.on_wrong_size)
         case unknown:
             raise ConfigError("data.media.images.source", f"{unknown!r} has no images.")
+    return _part(everything, config, split)
+
+
+def audio_source_name(config: DataConfig) -> str:
+    """`data.media.audio.source`, with what 'auto' means on this machine."""
+    chosen = config.media.audio.source
+    if chosen != "auto":
+        return chosen
+    return "spoken_digits" if espeak.is_installed() else "tones"
+
+
+def build_audio_source(config: DataConfig, mel: MelConfig, split: str) -> AudioSource:
+    """The clips of a split, 'train' or 'validation', mono at the rate of `mel`.
+
+    Raises:
+      UserError: if they cannot be read, there are too few to hold any out, or espeak-ng is needed
+        and missing.
+    """
+    options, rate = config.media.audio, mel.sample_rate_hz
+    name = audio_source_name(config)
+    if options.source == "auto":
+        logging.info(
+            "data.media.audio.source='auto' is %r: espeak-ng is %sinstalled",
+            name,
+            "" if espeak.is_installed() else "not ",
+        )
+    match name:
+        case "spoken_digits":
+            everything: AudioSource = spoken_digits(options, rate)
+        case "speech":
+            everything = speech(options, rate)
+        case "tones":
+            everything = Tones(options.num_tones, rate, config.seed)
+        case unknown:
+            raise ConfigError("data.media.audio.source", f"{unknown!r} has no clips.")
     return _part(everything, config, split)
 
 

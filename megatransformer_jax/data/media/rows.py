@@ -72,7 +72,7 @@ class RowMaker:
         self._formats = formats
         self._images = config.media.images.augmentation
         self._audio = config.media.audio.augmentation
-        self._augments = augments
+        self._changed_tasks = _changed_tasks(config) if augments else ()
         self.shape = RowShape(
             config.sequence_length, config.media.images_per_row, config.media.audio_per_row
         )
@@ -111,21 +111,17 @@ class RowMaker:
         record: ImageRecord | BadRecord = self.sources["images"][index]
         if isinstance(record, BadRecord):
             return record
-        pixels, options = record.pixels, self._images
-        if (
-            self._augments
-            and options.changes_images
-            and (task == "caption" or self._images.targets)
-        ):
+        pixels = record.pixels
+        if task in self._changed_tasks:
             draws = generator_of(self._seed, number, Purpose.IMAGE_AUGMENTATION)
-            pixels = augment_image(pixels, options, draws)
+            pixels = augment_image(pixels, self._images, draws)
         return image_sample(task, record, pixels, rng)
 
     def _audio_sample(
         self, task: str, index: int, number: int, rng: np.random.Generator
     ) -> typing.Any:
         del rng  # A clip has one transcript.
-        changes = self._augments and self._audio.changes_clips and task == "transcribe"
+        changes = task in self._changed_tasks
         if not (changes and self._audio.changes_waveforms):
             found = self._record_and_mel(index)
             if isinstance(found, BadRecord):
@@ -164,6 +160,15 @@ class RowMaker:
         if len(self._mels) > MAX_CACHED_MELS:
             self._mels.popitem(last=False)
         return self._mels[index]
+
+
+def _changed_tasks(config: DataConfig) -> tuple[str, ...]:
+    """Tasks whose media are augmented."""
+    images, audio = config.media.images.augmentation, config.media.audio.augmentation
+    tasks = ("transcribe",) if audio.changes_clips else ()
+    if images.changes_images:
+        tasks += ("caption", "draw") if images.targets else ("caption",)
+    return tasks
 
 
 class TrainingRows:
