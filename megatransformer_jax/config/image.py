@@ -42,6 +42,19 @@ class ImageConfig:
                     "change either.",
                 )
 
+    @rule("height", "width", "decoder.unet.width_multipliers")
+    def _unet_halves_the_image(self) -> None:
+        """With decoder.kind='unet', multiples of 2^(number of width_multipliers - 1)."""
+        times = self.decoder.unet.shrinkage
+        for name in ("height", "width"):
+            if self.decoder.kind == "unet" and getattr(self, name) % times:
+                raise ConfigError(
+                    name,
+                    f"{getattr(self, name)} is not divisible by {times}, as "
+                    f"decoder.unet.width_multipliers={self.decoder.unet.width_multipliers} needs; "
+                    "change it or take fewer resolutions.",
+                )
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width, channels."""

@@ -2,10 +2,40 @@
 
 from typing import Any
 
+from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.models.decoders.diffusion_decoder import DiffusionDecoder
+from megatransformer_jax.nn.unet import UNet
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
 
-def build_image_decoder(*parts: Any) -> Any:
-    """Being written by IMG: (config.image, context width, policy, sharder, platform)."""
-    raise ValueError(f"no image decoder yet for {parts[0]}")
+
+def build_image_decoder(
+    config: ImageConfig, context_width: int, policy: DTypePolicy, sharder: Sharder, platform: str
+) -> Any:
+    """The `MediaDecoder` of images that `config.decoder` asks for.
+
+    Args:
+      config: the images' format, and the decoder.
+      context_width: width of the conditions. Networks learn it from their first input.
+      policy: types.
+      sharder: places what is cut over devices.
+      platform: of the devices: 'cpu', 'gpu' or 'tpu'.
+
+    Raises:
+      ValueError: for an unknown kind.
+    """
+    del context_width
+    decoder = config.decoder
+    match decoder.kind:
+        case "unet":
+            return DiffusionDecoder(
+                UNet(decoder.unet, policy, parent=None),
+                config.shape,
+                decoder.diffusion,
+                decoder.sampler,
+                decoder.condition_dropout_rate,
+            )
+    raise ValueError(f"unknown kind of image decoder {decoder.kind!r}; known: unet, dit")
 
 
 def build_audio_decoder(*parts: Any) -> Any:
