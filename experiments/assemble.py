@@ -14,6 +14,8 @@ from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.augmentation.text import TextAugmentation
 from megatransformer_jax.data.fingerprint import training_text_identity
+from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.reasoning import build_task
 from megatransformer_jax.data.sources import training_texts
 from megatransformer_jax.data.tokenizer import Tokenizer, build_tokenizer
@@ -83,12 +85,20 @@ def _build_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
     options = config.data.tokenizer
     if options.is_trained and config.fine_tuning.init_from is not None:
         return inherited_tokenizer(config, workdir)
+    if config.data.source == "media":
+        # Bytes or a given model: captions are too few to train one on.
+        return MediaTokenizer(build_tokenizer(options, [], workdir / "tokenizer.model", {}))
     return build_tokenizer(
         options.with_vocab_size(config.model.vocab_size),
         training_texts(config.data),
         workdir / "tokenizer.model",
         training_text_identity(config.data),
     )
+
+
+def media_formats(config: RunConfig) -> MediaFormats | None:
+    """What media of the run's data must look like; None for a run without."""
+    return MediaFormats.of_model(config.model) if config.data.source == "media" else None
 
 
 def build_sharded_model(config: RunConfig) -> tuple[MegaTransformer, Sharder]:

@@ -79,6 +79,7 @@ def _start(
         config.data,
         vocabulary.tokenizer,
         split="train",
+        media=assemble.media_formats(config),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -115,7 +115,11 @@ class TransformerRun:
 
     def _open_pipeline(self) -> Pipeline:
         return build_pipeline(
-            self.config.data, self.vocabulary.tokenizer, split="train", **self._processes
+            self.config.data,
+            self.vocabulary.tokenizer,
+            split="train",
+            media=assemble.media_formats(self.config),
+            **self._processes,
         )
 
     def _build_validation_set(self) -> ValidationSet:
@@ -123,6 +127,7 @@ class TransformerRun:
             self.config.data,
             self.vocabulary.tokenizer,
             num_batches=self.config.evaluation.num_batches,
+            media=assemble.media_formats(self.config),
             **self._processes,
         )
         # A key of its own: folding in the largest step keeps clear of every training step.

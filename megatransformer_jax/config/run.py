@@ -9,6 +9,11 @@ from megatransformer_jax.config.diagnostics import RECURRENT_KINDS, DiagnosticsC
 from megatransformer_jax.config.exit_gate import ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
+from megatransformer_jax.config.media_run import (
+    check_media_model,
+    check_sequence_room,
+    check_text_only_options,
+)
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import (
@@ -199,6 +204,22 @@ class RunConfig:
                     f"{task!r} needs a model with {name}, and model.{name}.enabled=False; set that "
                     "to True, or leave the task out.",
                 )
+
+    @rule("model.image.enabled", "model.audio.enabled")
+    def _media_models_have_media(self) -> None:
+        """True only with data.source='media' and a task that uses it."""
+        check_media_model(self)
+
+    @rule("model.image", "model.audio")
+    def _media_go_without_text_only_options(self) -> None:
+        """With media no train.memory_budget_gib, train.stability.jacobian_weight, diagnostics,
+        samples.prompts, model.exit_gate and model.residual='admin'."""
+        check_text_only_options(self)
+
+    @rule("model.max_length")
+    def _sequences_with_media_fit(self) -> None:
+        """At least data.sequence_length and the places of all media slots of a row."""
+        check_sequence_room(self)
 
     @rule("data.batch_size")
     def _batch_fits_processes(self) -> None:

@@ -1,0 +1,73 @@
+"""A model that draws handwritten digits from their names, and names them.
+
+Command:  python -m experiments.train --config=experiments/configs/image.py
+Variants: `:tiny` after the file's name is the same run, far too short to learn, in a minute.
+
+The images are scikit-learn's 1797 digits, 8 x 8 grey pixels. No network.
+"""
+
+from ml_collections import ConfigDict
+
+from megatransformer_jax.config.experiment import parse_variants
+
+VARIANTS = ("tiny",)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    variants = parse_variants(arg, VARIANTS)
+    config = ConfigDict(
+        {
+            "workdir": "runs/image",
+            "model": {
+                # Bytes, three special tokens and six around media.
+                "vocab_size": 272,
+                "width": 96,
+                "max_length": 64,
+                "prelude_layers": 1,
+                "core_layers": 1,
+                "coda_layers": 1,
+                "attention": {"num_heads": 4},
+                "mlp": {"hidden_width": 256},
+                "recurrence": {"mean_steps": 4, "backprop_depth": 4, "state_init": "zero"},
+                "image": {
+                    "enabled": True,
+                    "height": 8,
+                    "width": 8,
+                    "channels": 1,
+                    "patch_size": 2,
+                    "prelude_layers": 2,
+                    "coda_layers": 1,
+                    "context_length": 24,
+                },
+            },
+            "data": {
+                "source": "media",
+                "batch_size": 64,
+                "sequence_length": 40,
+                "validation_fraction": 0.2,
+                "tokenizer": {"kind": "bytes"},
+                "media": {"tasks": ("draw=1", "caption=1")},
+            },
+            "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50},
+            "train": {"steps": 2000},
+            "checkpoint": {"every_steps": 250},
+            "evaluation": {"every_steps": 250, "final_depths": (1, 2, 4, 8)},
+            "samples": {"every_steps": 500},
+            "logging": {"every_steps": 25},
+        }
+    )
+    if "tiny" in variants:
+        config.update(
+            {
+                "workdir": "runs/image_tiny",
+                "model": {"width": 32, "mlp": {"hidden_width": 64}},
+                "data": {"batch_size": 16},
+                "optimizer": {"warmup_steps": 10},
+                "train": {"steps": 40},
+                "checkpoint": {"every_steps": 20},
+                "evaluation": {"every_steps": 20, "num_batches": 2, "final_depths": (1, 4)},
+                "samples": {"every_steps": 20},
+                "logging": {"every_steps": 5},
+            }
+        )
+    return config

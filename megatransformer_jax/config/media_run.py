@@ -1,0 +1,83 @@
+"""What runs with images and sound need, and what does not go with them."""
+
+import typing
+
+from megatransformer_jax.config.option import ConfigError, require_defaults
+
+if typing.TYPE_CHECKING:
+    from megatransformer_jax.config.run import RunConfig
+
+# Terms and looks that run the model on text alone, by section.
+_OF_TEXT = {
+    "train": ("memory_budget_gib",),
+    "train.stability": ("jacobian_weight",),
+    "diagnostics": ("every_steps",),
+    "samples": ("prompts",),
+}
+
+
+def check_media_model(run: "RunConfig") -> None:
+    """Checks that the model reads media exactly if the data has them, and each kind that it reads.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    if run.kind != "transformer":
+        return
+    media, is_media = run.data.media, run.data.source == "media"
+    for name, is_used in (("image", media.has_images), ("audio", media.has_audio)):
+        if getattr(run.model, name).enabled and not (is_media and is_used):
+            raise ConfigError(
+                f"model.{name}.enabled",
+                f"True, and the data has nothing of the kind (data.source={run.data.source!r}"
+                + (f", data.media.tasks={media.tasks!r}" if is_media else "")
+                + "); set it to False, or choose data.source='media' with a task that uses it.",
+            )
+
+
+def check_text_only_options(run: "RunConfig") -> None:
+    """Checks that what runs the model on text alone is off in runs with media.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    if run.kind != "transformer" or not run.model.has_media:
+        return
+    reason = "with media, which it cannot take"
+    for name, options in _OF_TEXT.items():
+        section: typing.Any = run
+        for part in name.split("."):
+            section = getattr(section, part)
+        try:
+            require_defaults(section, options, reason, "train on text alone")
+        except ConfigError as error:
+            raise error.below(name) from None
+    for option, is_bad, value, wanted in (
+        ("exit_gate.enabled", run.model.exit_gate.enabled, True, "False"),
+        ("residual", run.model.residual == "admin", "admin", "'plain'"),
+    ):
+        if is_bad:
+            raise ConfigError(
+                f"model.{option}",
+                f"{value!r} is trained on text alone so far; with media set it to {wanted}.",
+            )
+
+
+def check_sequence_room(run: "RunConfig") -> None:
+    """Checks that text and media together are no longer than the model's longest sequence.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    if run.kind != "transformer" or not run.model.has_media:
+        return
+    media, model = run.data.media, run.model
+    images = media.images_per_row * model.image.num_tokens if model.image.enabled else 0
+    clips = media.audio_per_row * model.audio.num_tokens if model.audio.enabled else 0
+    total = run.data.sequence_length + images + clips
+    if total > model.max_length:
+        raise ConfigError(
+            "model.max_length",
+            f"{model.max_length} is less than {total}: data.sequence_length="
+            f"{run.data.sequence_length}, {images} places of images, {clips} of sound; raise it.",
+        )
