@@ -13,6 +13,7 @@ from experiments.workdir import make_folder
 from megatransformer_jax.config.diagnostics import DIAGNOSTIC_KINDS, DiagnosticsConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.media.formats import MediaFormats
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.evaluation.diagnostics.diagnoser import (
     Diagnoser,
@@ -85,6 +86,7 @@ def _with_options(
 
 def _subject(config: RunConfig, loaded: LoadedModel) -> Subject:
     tokenizer = None if config.data.source == "reasoning" else loaded.tokenizer
-    (batch,) = validation_batches(config.data, tokenizer, num_batches=1)
+    media = MediaFormats.of_model(config.model)
+    (batch,) = validation_batches(config.data, tokenizer, num_batches=1, media=media)
     on_device = jax.device_put(batch, jax.local_devices()[0])
     return make_subject(config, loaded.model, on_device, Sharder())

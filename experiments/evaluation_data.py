@@ -10,6 +10,7 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.value_files import read_values
+from megatransformer_jax.data.media.formats import MediaFormats
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.types import Batch
 
@@ -58,7 +59,12 @@ def evaluation_batches(
         )
     tokenizer = None if config.source == "reasoning" else loaded.tokenizer
     try:
-        batches = validation_batches(config, tokenizer, num_batches=options.num_batches)
+        batches = validation_batches(
+            config,
+            tokenizer,
+            num_batches=options.num_batches,
+            media=MediaFormats.of_model(loaded.config),
+        )
     except ConfigError as error:
         if error.path in ("data.files", "data.validation_files") and options.data:
             raise ConfigError("data", error.problem) from error

@@ -21,6 +21,7 @@ from megatransformer_jax.data.hf_tokenizer import (
     HuggingFaceTokenizer,
     load_huggingface_tokenizer,
 )
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.reasoning import build_task
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_sentencepiece
@@ -320,6 +321,8 @@ def _run_tokenizer(config: RunConfig, folder: pathlib.Path, digest: str) -> Toke
     else:
         path = find_sentencepiece(folder, options.model_file)
         tokenizer = load_sentencepiece(path)
+    if config.data.source == "media":
+        tokenizer = MediaTokenizer(tokenizer)
     if tokenizer.digest() != digest:
         raise UserError(
             f"{path} is not the tokenizer that the run was trained with; put the original file "

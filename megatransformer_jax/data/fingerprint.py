@@ -34,6 +34,11 @@ def data_fingerprint(config: DataConfig) -> str:
     """
     if config.source == "reasoning":
         return "generated problems"
+    if config.source == "media":
+        # scikit-learn and the like take a second to import, which text needs not pay.
+        from megatransformer_jax.data.media.fingerprint import media_fingerprint  # noqa: PLC0415
+
+        return media_fingerprint(config, _of_files)
     words = split_fingerprint(config, "train")
     if config.validation_files or config.tfds_validation_split is not None:
         words += f"; validation: {split_fingerprint(config, 'validation')}"

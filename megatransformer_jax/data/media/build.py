@@ -6,16 +6,23 @@ from absl import logging
 
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.media_data import AudioDataConfig, ImageDataConfig
 from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.media import espeak
+from megatransformer_jax.data.media.audio_folder import AudioFolder
 from megatransformer_jax.data.media.digits import Digits
 from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.image_fitting import ImageFitter
+from megatransformer_jax.data.media.image_folder import ImageFolder
+from megatransformer_jax.data.media.photographs import Photographs
 from megatransformer_jax.data.media.records import AudioSource, ImageSource
 from megatransformer_jax.data.media.speech import speech, spoken_digits
 from megatransformer_jax.data.media.tasks import source_of, task_names
 from megatransformer_jax.data.media.text_pieces import TextPieces
+from megatransformer_jax.data.media.tfds import TfdsAudio, TfdsImages
 from megatransformer_jax.data.media.tones import Tones
+from megatransformer_jax.data.media.waveform_fitting import WaveformFitter
 from megatransformer_jax.data.sources.combine import Records, hold_out
 from megatransformer_jax.data.sources.embedded import EmbeddedText
 from megatransformer_jax.data.tokenizer import Tokenizer
@@ -51,6 +58,17 @@ def build_image_source(config: DataConfig, image: ImageConfig, split: str) -> Im
     match options.source:
         case "digits":
             everything: ImageSource = Digits(image, options.caption_style, options.on_wrong_size)
+        case "photographs":
+            everything = Photographs(image, options.num_crops, config.seed)
+        case "image_folder":
+            assert options.folder is not None  # A rule of the configuration.
+            everything = ImageFolder(options.folder, ImageFitter(image, options.on_wrong_size))
+        case "tfds":
+            everything = TfdsImages(
+                options, _tfds_split(options, split), ImageFitter(image, options.on_wrong_size)
+            )
+            if options.tfds_validation_split is not None:
+                return everything
         case unknown:
             raise ConfigError("data.media.images.source", f"{unknown!r} has no images.")
     return _part(everything, config, split)
@@ -86,9 +104,24 @@ def build_audio_source(config: DataConfig, mel: MelConfig, split: str) -> AudioS
             everything = speech(options, rate)
         case "tones":
             everything = Tones(options.num_tones, rate, config.seed)
+        case "audio_folder":
+            assert options.folder is not None  # A rule of the configuration.
+            fitter = WaveformFitter(rate, options.on_wrong_audio)
+            everything = AudioFolder(options.folder, fitter, rate, options.is_voice)
+        case "tfds":
+            fitter = WaveformFitter(rate, options.on_wrong_audio)
+            everything = TfdsAudio(options, _tfds_split(options, split), fitter, rate)
+            if options.tfds_validation_split is not None:
+                return everything
         case unknown:
             raise ConfigError("data.media.audio.source", f"{unknown!r} has no clips.")
     return _part(everything, config, split)
+
+
+def _tfds_split(options: ImageDataConfig | AudioDataConfig, split: str) -> str:
+    if split == "train":
+        return options.tfds_split
+    return options.tfds_validation_split or options.tfds_split
 
 
 Record = typing.TypeVar("Record")

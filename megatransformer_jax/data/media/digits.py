@@ -65,7 +65,8 @@ class Digits:
         fitted = []
         for pixels in images:
             grey = Image.fromarray(np.clip(pixels * 16, 0, 255).astype(np.uint8))
-            fitted.append(fitter.fit(grey, "digits"))
-            if isinstance(fitted[-1], BadRecord):
-                raise ConfigError("model.image", f"{fitted[-1].problem}")
+            result = fitter.fit(grey, "digits")
+            if isinstance(result, BadRecord):
+                raise ConfigError("model.image", result.problem)
+            fitted.append(result)
         return np.stack(fitted)

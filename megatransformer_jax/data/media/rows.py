@@ -165,7 +165,7 @@ class RowMaker:
 def _changed_tasks(config: DataConfig) -> tuple[str, ...]:
     """Tasks whose media are augmented."""
     images, audio = config.media.images.augmentation, config.media.audio.augmentation
-    tasks = ("transcribe",) if audio.changes_clips else ()
+    tasks: tuple[str, ...] = ("transcribe",) if audio.changes_clips else ()
     if images.changes_images:
         tasks += ("caption", "draw") if images.targets else ("caption",)
     return tasks

@@ -27,20 +27,45 @@ def build_tfds(config: DataConfig, split: str) -> TfdsText:
     """The split `split` of `config.tfds_name`.
 
     Raises:
+      UserError: see `open_tfds`, or if the set has no such text feature.
+    """
+    records, features, name = open_tfds(
+        config.tfds_name, config.tfds_data_dir, split, "data.source"
+    )
+    if config.text_field not in features:
+        raise UserError(
+            f"{name}: no feature {config.text_field!r}; its features: "
+            f"{', '.join(map(repr, features))}. Name one with data.text_field."
+        )
+    return TfdsText(records, name, config.text_field)
+
+
+def open_tfds(
+    set_name: str | None, data_dir: str | None, split: str, option: str
+) -> tuple[typing.Sequence[dict], typing.Any, str]:
+    """Records and features of a split, and its name for messages.
+
+    Args:
+      set_name: of the data set, with its version if need be.
+      data_dir: where prepared sets are; None: TFDS's default.
+      split: as TFDS writes it.
+      option: which asked for TFDS, for messages.
+
+    Raises:
       UserError: if tensorflow-datasets is not installed, the set is unknown or not prepared in a
-        random-access format, or has no such split or text feature.
+        random-access format, or has no such split.
     """
     try:
         # The package is an extra, so it is imported where it is used.
         import tensorflow_datasets as tfds  # noqa: PLC0415
     except ImportError as error:
         raise UserError(
-            f"data.source='tfds' needs tensorflow-datasets, which is not installed ({error}). "
+            f"{option}='tfds' needs tensorflow-datasets, which is not installed ({error}). "
             "Install it with `pip install -e .[tfds]` in the checkout."
         ) from error
-    name = f"{config.tfds_name}[{split}]"
+    name = f"{set_name}[{split}]"
     try:
-        builder = tfds.builder(config.tfds_name, data_dir=config.tfds_data_dir)
+        builder = tfds.builder(set_name, data_dir=data_dir)
         features = builder.info.features
         records = builder.as_data_source(split=split)
     except Exception as error:
@@ -48,15 +73,10 @@ def build_tfds(config: DataConfig, split: str) -> TfdsText:
         reason = _reason(error)
         raise UserError(
             f"{name}: TFDS cannot read it ({type(error).__name__}: {reason}). It must be prepared "
-            f"beforehand in data_dir={config.tfds_data_dir!r} with file_format='array_record'; "
-            f"`tfds build {config.tfds_name} --file_format=array_record` does that."
+            f"beforehand in data_dir={data_dir!r} with file_format='array_record'; "
+            f"`tfds build {set_name} --file_format=array_record` does that."
         ) from error
-    if config.text_field not in features:
-        raise UserError(
-            f"{name}: no feature {config.text_field!r}; its features: "
-            f"{', '.join(map(repr, features))}. Name one with data.text_field."
-        )
-    return TfdsText(records, name, config.text_field)
+    return records, features, name
 
 
 def _reason(error: Exception) -> str:
