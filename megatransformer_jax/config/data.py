@@ -277,7 +277,7 @@ class DataConfig:
             )
 
     @rule("media")
-    def _media_options_need_media(self) -> None:
+    def _media_section_needs_its_source(self) -> None:
         """At its defaults unless source='media'."""
         self._only_for(("media",), "media")
 

@@ -202,4 +202,4 @@ def inputs_and_targets(document: np.ndarray, ids: SpecialIds) -> tuple[np.ndarra
 
 def stack(rows: list[Row]) -> Batch:
     """Rows as the arrays of a batch."""
-    return Batch(*(np.stack(parts) for parts in zip(*rows, strict=True)))
+    return Batch._make([*(np.stack(parts) for parts in zip(*rows, strict=True)), None])

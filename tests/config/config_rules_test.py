@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from broken_audio import BROKEN_AUDIO
 from broken_diagnostics import BROKEN_DIAGNOSTICS
+from broken_media_data import BROKEN_MEDIA_DATA
 from broken_media_runs import BROKEN_MEDIA_RUNS
 from broken_models import BROKEN_MODELS
 
@@ -43,6 +44,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
     *BROKEN_DIAGNOSTICS,
     *BROKEN_AUDIO,
+    *BROKEN_MEDIA_DATA,
     *BROKEN_MEDIA_RUNS,
     (
         "_prior_mean_goes_with_geometric",
