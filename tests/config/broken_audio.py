@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatransformer_jax.config.audio import AudioConfig
+from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
 from megatransformer_jax.config.mel import MelConfig
 
 # The rule, the class, what is given, the path in the error.
@@ -23,4 +24,7 @@ BROKEN_AUDIO: list[tuple[str, type, dict[str, Any], str]] = [
         "num_mels",
     ),
     ("_downsampling_is_a_power_of_two", AudioConfig, {"downsampling": 6}, "downsampling"),
+    ("_heads_divide_the_width", AudioDecoderConfig, {"width": 48}, "width"),
+    ("_heads_divide_the_width", AudioDecoderConfig, {"width": 6, "head_width": 3}, "head_width"),
+    ("_has_blocks", AudioDecoderConfig, {"dilations": ()}, "dilations"),
 ]

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from megatransformer_jax.config.audio import AudioConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.models.decoders.diffusion_decoder import DiffusionDecoder
+from megatransformer_jax.models.decoders.mel_diffusion import MelDiffusionDecoder
 from megatransformer_jax.nn.unet import UNet
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -38,6 +40,9 @@ def build_image_decoder(
     raise ValueError(f"unknown kind of image decoder {decoder.kind!r}; known: unet, dit")
 
 
-def build_audio_decoder(*parts: Any) -> Any:
-    """Being written by AUD: (config.audio, context width, policy, sharder, platform)."""
-    raise ValueError(f"no audio decoder yet for {parts[0]}")
+def build_audio_decoder(
+    config: AudioConfig, context_width: int, policy: DTypePolicy, sharder: Sharder, platform: str
+) -> Any:
+    """The `MediaDecoder` of sound. Arguments as in `build_image_decoder`."""
+    del context_width, sharder, platform
+    return MelDiffusionDecoder(config, policy)

@@ -1,0 +1,125 @@
+"""The decoder of sound: the contract of all decoders, and what concerns lengths and time."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from decoder_contract import CHECKS, DecoderCase, check_gradients_reach_all_parameters
+
+from megatransformer_jax.config.audio import AudioConfig
+from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
+from megatransformer_jax.config.diffusion import SamplerConfig
+from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.models.decoders.build import build_audio_decoder
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+CONTEXT_WIDTH, FRAMES, BINS = 6, 7, 5
+CONFIG = AudioConfig(
+    mel=MelConfig(num_mels=BINS),
+    max_frames=FRAMES,
+    decoder=AudioDecoderConfig(width=8, head_width=4, dilations=(2,), condition_dropout_rate=0.0),
+)
+SETTINGS = SamplerConfig(num_steps=2, threshold="none")
+LENGTHS = jnp.asarray([FRAMES, 3, 5])
+
+
+def build(config=CONFIG):
+    return build_audio_decoder(config, CONTEXT_WIDTH, DTypePolicy(), Sharder(), "cpu")
+
+
+@pytest.fixture(scope="module")
+def case():
+    mels = jax.random.uniform(jax.random.key(0), (3, FRAMES, BINS), minval=-1)
+    mels = jnp.where((jnp.arange(FRAMES) < LENGTHS[:, None])[..., None], mels, 0)
+    return DecoderCase(build(), mels, LENGTHS, CONTEXT_WIDTH, SETTINGS)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_contract(case, check):
+    check(case)
+
+
+def test_gradients_reach_all_parameters(case):
+    check_gradients_reach_all_parameters(case)
+
+
+def test_padding_changes_no_term_and_no_frame(case):
+    key, condition = jax.random.key(1), case.condition
+    terms = case.loss(case.media, LENGTHS, condition, key)
+    padding = (jnp.arange(FRAMES) >= LENGTHS[:, None])[..., None]
+    filled = case.loss(jnp.where(padding, 9.0, case.media), LENGTHS, condition, key)
+    # A batch whose longest clip is shorter has fewer frames.
+    short = case.loss(case.media[:, :5], jnp.minimum(LENGTHS, 5), condition, key)
+    for name, values in terms.items():
+        np.testing.assert_allclose(filled[name], values, rtol=1e-5)
+        np.testing.assert_allclose(short[name][1:], values[1:], rtol=1e-4)
+    # An unused slot costs nothing, and no gradient comes of it.
+    unused = case.loss(case.media, LENGTHS.at[1].set(0), condition, key)
+    assert all(values[1] == 0 for values in unused.values())
+
+
+def test_the_loss_adds_duration_by_its_weight(case):
+    key = jax.random.key(1)
+    terms = case.loss(case.media, LENGTHS, case.condition, key)
+    decoder = dataclasses.replace(CONFIG.decoder, duration_weight=2.0)
+    heavy_decoder = build(dataclasses.replace(CONFIG, decoder=decoder))
+    compute = jax.jit(lambda *arguments: heavy_decoder.apply(*arguments, method="loss"))
+    heavy = compute(case.variables, case.media, LENGTHS, case.condition, key)
+    np.testing.assert_allclose(
+        heavy["loss"] - terms["loss"], 1.9 * terms["duration"], rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(heavy["duration"], terms["duration"], rtol=1e-5)
+    assert len(np.unique(terms["duration"].round(5))) == 3
+
+
+def test_without_lengths_the_condition_tells_them(case):
+    decoder = case.decoder.bind(case.variables)
+    mels, lengths = decoder.sample(case.condition, jax.random.key(2), None, SETTINGS)
+    wanted = np.clip(np.round(np.exp(decoder.duration(case.condition))), 1, FRAMES)
+    np.testing.assert_array_equal(lengths, wanted)
+    assert lengths.dtype == jnp.int32
+    # The same as when these lengths are asked for, and zero beyond.
+    given, _ = case.sample(case.condition, jax.random.key(2), lengths)
+    np.testing.assert_allclose(mels, given, rtol=1e-4, atol=1e-4)
+    beyond = np.arange(FRAMES) >= np.asarray(lengths)[:, None]
+    np.testing.assert_array_equal(np.asarray(mels)[beyond], 0)
+
+
+def test_guidance_and_the_configured_sampler_are_used(case):
+    decoder, key = case.decoder.bind(case.variables), jax.random.key(2)
+    plain, _ = case.sample(case.condition, key, LENGTHS)
+    scale = jnp.asarray(1.0)
+    same, _ = decoder.sample(case.condition, key, LENGTHS, SETTINGS, scale)
+    np.testing.assert_allclose(same, plain, rtol=1e-3, atol=1e-3)
+    beyond, _ = decoder.sample(case.condition, key, LENGTHS, SETTINGS, 3 * scale)
+    assert np.abs(beyond - plain).max() > 1e-3
+    own = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, sampler=SETTINGS))
+    of_config, _ = build(own).apply(case.variables, case.condition, key, LENGTHS, method="sample")
+    np.testing.assert_allclose(of_config, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mels", "lengths", "message"),
+    [
+        ((2, FRAMES, BINS), None, "lengths are None, but clips need them"),
+        ((2, FRAMES + 1, BINS), [1, 1], "8 frames of 5 bins, but the decoder makes up to 7"),
+        ((2, FRAMES, BINS - 1), [1, 1], "7 frames of 4 bins"),
+    ],
+)
+def test_wrong_media_are_an_error(case, mels, lengths, message):
+    lengths = None if lengths is None else jnp.asarray(lengths)
+    condition = jax.tree.map(lambda leaf: leaf[:2], case.condition)
+    with pytest.raises(ValueError, match=message):
+        case.decoder.bind(case.variables).loss(
+            jnp.zeros(mels), lengths, condition, jax.random.key(0)
+        )
+
+
+def test_lengths_out_of_range_are_an_error(case):
+    with pytest.raises(ValueError, match=r"lengths of \[8\] frames; each must be from 0 to 7"):
+        case.decoder.bind(case.variables).sample(
+            case.condition, jax.random.key(0), jnp.asarray([1, 8, 7]), SETTINGS
+        )
