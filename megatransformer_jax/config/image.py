@@ -42,23 +42,30 @@ class ImageConfig:
                     "change either.",
                 )
 
-    @rule("height", "width", "decoder.unet.width_multipliers")
-    def _unet_halves_the_image(self) -> None:
-        """With decoder.kind='unet', multiples of 2^(number of width_multipliers - 1)."""
-        times = self.decoder.unet.shrinkage
+    @rule("height", "width", "decoder.unet.width_multipliers", "decoder.dit.patch_size")
+    def _decoder_divides_the_image(self) -> None:
+        """Sides are multiples of what the decoder needs: 2^(number of width_multipliers - 1), or
+        patch_size; with decoder.vae, times the same of decoder.vae_model."""
+        times, reason = self.decoder.side_multiple
         for name in ("height", "width"):
-            if self.decoder.kind == "unet" and getattr(self, name) % times:
+            if getattr(self, name) % times:
                 raise ConfigError(
                     name,
-                    f"{getattr(self, name)} is not divisible by {times}, as "
-                    f"decoder.unet.width_multipliers={self.decoder.unet.width_multipliers} needs; "
-                    "change it or take fewer resolutions.",
+                    f"{getattr(self, name)} is not divisible by {times}, as {reason} needs; change "
+                    "either.",
                 )
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Height, width, channels."""
         return self.height, self.width, self.channels
+
+    @property
+    def drawn_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels of what the decoder's network draws: the image or its latent."""
+        if self.decoder.vae is None:
+            return self.shape
+        return self.decoder.vae_model.latent_shape(self.height, self.width)
 
     @property
     def num_tokens(self) -> int:

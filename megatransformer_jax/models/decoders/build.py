@@ -5,7 +5,11 @@ from typing import Any
 from megatransformer_jax.config.audio import AudioConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.models.decoders.diffusion_decoder import DiffusionDecoder
+from megatransformer_jax.models.decoders.flow_decoder import FlowDecoder
+from megatransformer_jax.models.decoders.latent import LatentDecoder
 from megatransformer_jax.models.decoders.mel_diffusion import MelDiffusionDecoder
+from megatransformer_jax.models.image_vae import ImageVae
+from megatransformer_jax.nn.dit import Dit
 from megatransformer_jax.nn.unet import UNet
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -27,17 +31,34 @@ def build_image_decoder(
       ValueError: for an unknown kind.
     """
     del context_width
-    decoder = config.decoder
+    decoder, shape = config.decoder, config.drawn_shape
+    inner: DiffusionDecoder | FlowDecoder
+    # Modules get no parent here: each becomes part of what it is given to.
     match decoder.kind:
         case "unet":
-            return DiffusionDecoder(
+            inner = DiffusionDecoder(
                 UNet(decoder.unet, policy, parent=None),
-                config.shape,
+                shape,
                 decoder.diffusion,
                 decoder.sampler,
                 decoder.condition_dropout_rate,
+                parent=None,
             )
-    raise ValueError(f"unknown kind of image decoder {decoder.kind!r}; known: unet, dit")
+        case "dit":
+            inner = FlowDecoder(
+                Dit(decoder.dit, policy, sharder, platform, parent=None),
+                shape,
+                decoder.flow,
+                decoder.flow_sampler,
+                decoder.condition_dropout_rate,
+                parent=None,
+            )
+        case _:
+            raise ValueError(f"unknown kind of image decoder {decoder.kind!r}; known: unet, dit")
+    if decoder.vae is None:
+        return inner
+    vae = ImageVae(decoder.vae_model, config.channels, policy, parent=None)
+    return LatentDecoder(vae, inner, config.shape, parent=None)
 
 
 def build_audio_decoder(

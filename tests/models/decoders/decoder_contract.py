@@ -1,7 +1,7 @@
 """What every decoder of media must do, for tests that give it a decoder.
 
-A case has a decoder, media that it takes and their lengths (None for images). Its network is made
-to do something by random weights where they start at zero.
+A case has a decoder, media that it takes and their lengths (None for images). All its weights are
+random, because some start at zero and would hide what comes before them.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from megatransformer_jax.models.decoders.decoder import Condition, MediaDecoder
+from megatransformer_jax.models.decoders.decoder import Condition
 
 CONTEXT_LENGTH = 3
 
@@ -76,7 +76,6 @@ def random_condition(count, width):
 
 
 def check_protocol_and_shapes(case):
-    assert isinstance(case.decoder, MediaDecoder)
     terms = case.loss(case.media, case.lengths, case.condition, jax.random.key(2))
     for name, values in terms.items():
         assert values.shape == (len(case.media),), name
