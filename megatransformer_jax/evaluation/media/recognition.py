@@ -78,5 +78,5 @@ def _class_count(
 ) -> ClassCount:
     of_class = seen[wanted == label]
     wrong = of_class[of_class != label]
-    mistaken_for = names[np.bincount(wrong).argmax()] if len(wrong) else None
+    mistaken_for = names[int(np.bincount(wrong).argmax())] if len(wrong) else None
     return ClassCount(names[label], len(of_class), int(np.sum(of_class == label)), mistaken_for)
