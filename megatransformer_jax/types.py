@@ -57,6 +57,19 @@ class Batch(typing.NamedTuple):
     media: MediaBatch | None = None
 
 
+class WaveformBatch(typing.NamedTuple):
+    """Pieces of clips, for a vocoder. Samples beyond a piece's frames are 0."""
+
+    waveforms: HostOrDeviceArray  # float32 [B, F * hop_samples] in [-1, 1]
+    lengths: HostOrDeviceArray  # int32 [B], frames; 0 for a row of padding
+
+
+class ImageBatch(typing.NamedTuple):
+    """Images, for an autoencoder."""
+
+    images: HostOrDeviceArray  # float32 [B, height, width, C] in [-1, 1]
+
+
 class ModelOutput(typing.NamedTuple):
     """What a forward pass returns."""
 

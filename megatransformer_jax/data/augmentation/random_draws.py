@@ -19,6 +19,7 @@ class Purpose(enum.IntEnum):
     AUDIO_AUGMENTATION = (1 << 61) + 5
     TONES = (1 << 61) + 6
     CROPS = (1 << 61) + 7
+    SEGMENTS = (1 << 61) + 8
 
 
 def generator_of(seed: int, number: int, purpose: Purpose) -> np.random.Generator:
