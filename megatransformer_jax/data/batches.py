@@ -37,9 +37,12 @@ class Share:
 
 
 class BatchStream(typing.Protocol):
-    """Batches with a state, which is a JSON-able dict: where the next batch starts."""
+    """Batches with a state, which is a JSON-able dict: where the next batch starts.
 
-    def __next__(self) -> Batch: ...
+    They are a `Batch`, a `WaveformBatch` or an `ImageBatch`.
+    """
+
+    def __next__(self) -> Any: ...
 
     def get_state(self) -> dict[str, Any]:
         """Where the next batch starts; the same in every process."""

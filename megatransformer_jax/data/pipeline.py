@@ -46,10 +46,10 @@ class Pipeline:
         self._finalizer = weakref.finalize(self, _close, self._iterators, stream)
         self.bad_records = bad_records
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Any]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:

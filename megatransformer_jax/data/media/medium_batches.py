@@ -16,28 +16,28 @@ from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy
 # A row whose record is bad tries others this often.
 MAX_ATTEMPTS = 10
 
-Made = typing.TypeVar("Made", covariant=True)
+Made_co = typing.TypeVar("Made_co", covariant=True)
 
 
-class RowFormat(typing.Protocol[Made]):
+class RowFormat(typing.Protocol[Made_co]):
     """From records to rows and from rows to a batch. Pickles, for worker processes."""
 
     def row(self, record: typing.Any, rng: np.random.Generator) -> np.ndarray | BadRecord:
         """What one row has of a record; `rng` draws which part."""
         ...
 
-    def batch(self, rows: list[np.ndarray], size: int) -> Made:
+    def batch(self, rows: list[np.ndarray], size: int) -> Made_co:
         """`size` rows; those that are missing are padding."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
-class _NumberedBatches(typing.Generic[Made]):
+class _NumberedBatches(typing.Generic[Made_co]):
     """One process's share of batch n, and the bad records that were met on the way."""
 
     records: Records[typing.Any]
     order: grain.MapDataset
-    row_format: RowFormat[Made]
+    row_format: RowFormat[Made_co]
     share: Share
     seed: int
 
@@ -45,7 +45,7 @@ class _NumberedBatches(typing.Generic[Made]):
         # Endless orders have sys.maxsize elements.
         return min(-(-len(self.order) // self.share.batch_size), sys.maxsize)
 
-    def __getitem__(self, number: int) -> tuple[Made, tuple[BadRecord, ...]]:
+    def __getitem__(self, number: int) -> tuple[Made_co, tuple[BadRecord, ...]]:
         first = number * self.share.batch_size
         mine = range(first, first + self.share.batch_size)[self.share.rows]
         bad: list[BadRecord] = []
@@ -66,7 +66,7 @@ class _NumberedBatches(typing.Generic[Made]):
         return None
 
 
-class MediumBatches(typing.Generic[Made]):
+class MediumBatches(typing.Generic[Made_co]):
     """A `BatchStream`; each process makes its share only. The state is the next batch's number.
 
     Args:
@@ -83,7 +83,7 @@ class MediumBatches(typing.Generic[Made]):
     def __init__(
         self,
         records: Records[typing.Any],
-        row_format: RowFormat[Made],
+        row_format: RowFormat[Made_co],
         share: Share,
         bad_records: BadRecordPolicy,
         *,
@@ -96,12 +96,12 @@ class MediumBatches(typing.Generic[Made]):
             grain.MapDataset.range(len(records)), seed=seed, shuffle=shuffle, repeat=repeat
         )
         source = _NumberedBatches(records, order, row_format, share, seed)
-        self._stream: NumberedStream[tuple[Made, tuple[BadRecord, ...]]] = NumberedStream(
+        self._stream: NumberedStream[tuple[Made_co, tuple[BadRecord, ...]]] = NumberedStream(
             source, num_workers
         )
         self._bad_records = bad_records
 
-    def __next__(self) -> Made:
+    def __next__(self) -> Made_co:
         batch, bad_records = next(self._stream)
         for record in bad_records:
             self._bad_records.handle(record)
