@@ -10,7 +10,16 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.schema import options_of
 
 # What a resumed run must keep: everything below these sections but for the options that follow.
-RESUME_SECTIONS = ("model", "data", "optimizer", "train", "fine_tuning")
+RESUME_SECTIONS = (
+    "kind",
+    "model",
+    "data",
+    "optimizer",
+    "train",
+    "fine_tuning",
+    "vocoder",
+    "image_vae",
+)
 
 # They do not reach into a step that was saved, or only say how long, how often and where. What lies
 # at a path is compared by content (digest of the vocabulary, fingerprint of the data), not by name.

@@ -8,6 +8,7 @@ from megatransformer_jax.config.devices import DistributedConfig, MeshConfig
 from megatransformer_jax.config.diagnostics import RECURRENT_KINDS, DiagnosticsConfig
 from megatransformer_jax.config.exit_gate import ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
+from megatransformer_jax.config.image_vae_run import ImageVaeRunConfig
 from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
 from megatransformer_jax.config.media_run import (
     check_media_model,
@@ -41,7 +42,8 @@ class RunConfig:
 
     kind: str = option(
         "transformer",
-        "What is trained. transformer: the model. vocoder: from mel spectrograms to waveforms.",
+        "What is trained. transformer: the model. vocoder: from mel spectrograms to waveforms. "
+        "image_vae: an autoencoder, for decoders of images in latent space.",
         choices=RUN_KINDS,
     )
     preset: str | None = option(None, "Named model size from gin/, applied before other values.")
@@ -68,6 +70,9 @@ class RunConfig:
     diagnostics: DiagnosticsConfig = section(DiagnosticsConfig, "Looks into the model.")
     logging: LoggingConfig = section(LoggingConfig, "Logging.")
     vocoder: VocoderConfig = section(VocoderConfig, "The vocoder, with kind='vocoder'.")
+    image_vae: ImageVaeRunConfig = section(
+        ImageVaeRunConfig, "The autoencoder, with kind='image_vae'."
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -78,7 +83,7 @@ class RunConfig:
         if not self.workdir:
             raise ConfigError("workdir", "'' is not a folder; name one, such as 'runs/mine'.")
 
-    @rule("vocoder")
+    @rule("vocoder", "image_vae")
     def _other_kinds_sections_are_not_set(self) -> None:
         """At its defaults unless kind names it."""
         check_own_sections(self)
@@ -92,8 +97,9 @@ class RunConfig:
 
     @rule("kind", "data.media.tasks")
     def _other_kinds_read_one_medium(self) -> None:
-        """With kind='vocoder' data.source='media' and data.media.tasks=('speak=1',); no text,
-        so that data.tokenizer.kind='bytes', and no augmentation."""
+        """With kind='vocoder' data.source='media' and data.media.tasks=('speak=1',), with
+        kind='image_vae' ('draw=1',); no text, so that data.tokenizer.kind='bytes', and no
+        augmentation."""
         check_media_source(self)
 
     @rule("environment")

@@ -8,9 +8,9 @@ from megatransformer_jax.config.option import ConfigError, require_defaults
 if typing.TYPE_CHECKING:
     from megatransformer_jax.config.run import RunConfig
 
-RUN_KINDS = ("transformer", "vocoder")
+RUN_KINDS = ("transformer", "vocoder", "image_vae")
 # Sections that one kind alone reads.
-_OWN_SECTIONS = {"vocoder": "vocoder"}
+_OWN_SECTIONS = {"vocoder": "vocoder", "image_vae": "image_vae"}
 # What only a transformer has a use for, by section.
 _OF_TRANSFORMERS = {
     "": ("preset", "model", "fine_tuning", "diagnostics"),
