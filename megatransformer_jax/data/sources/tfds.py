@@ -68,6 +68,11 @@ def open_tfds(
         builder = tfds.builder(set_name, data_dir=data_dir)
         features = builder.info.features
         records = builder.as_data_source(split=split)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{name}: TFDS needs {error.name} for this set, which is not installed. Install it, "
+            "or convert the set into files."
+        ) from error
     except Exception as error:
         # TFDS raises many classes: registration, file format, missing files, bad split names.
         reason = _reason(error)

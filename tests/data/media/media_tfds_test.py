@@ -157,3 +157,14 @@ def test_the_fingerprint_counts_records(data_dir: str) -> None:
     words = data_fingerprint(config(data_dir))
     assert "images: tiny_media[train] has 4 records" in words
     assert "audio: tiny_media[train] has 4 records" in words
+
+
+def test_a_set_that_needs_tensorflow_says_so(
+    data_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def builder(*args: Any, **options: Any) -> None:
+        raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+
+    monkeypatch.setattr(tfds, "builder", builder)
+    with pytest.raises(UserError, match="TFDS needs tensorflow for this set"):
+        build_audio_source(config(data_dir), MEL, "train")
