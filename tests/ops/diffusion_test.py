@@ -73,14 +73,15 @@ def test_the_last_step_gives_the_clean_medium(step):
     np.testing.assert_allclose(step(CLEAN, noisy, FRESH, ALPHA_BAR, jnp.ones(4)), CLEAN, atol=1e-6)
 
 
-@pytest.mark.parametrize("quantile", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("quantile", [0.5, 1.0])
 def test_dynamic_threshold_equals_numpy(quantile):
     media = 3 * np.asarray(jax.random.normal(jax.random.key(1), (3, 5, 4)), np.float32)
     media[2] *= 0.1
     lengths = np.array([5, 3, 4])
     is_valid = (np.arange(5) < lengths[:, None])[..., None]
-    ours = dynamic_threshold(jnp.asarray(media), quantile, jnp.asarray(is_valid))
-    whole = dynamic_threshold(jnp.asarray(media), quantile)
+    threshold = jax.jit(dynamic_threshold, static_argnums=1)
+    ours = threshold(jnp.asarray(media), quantile, jnp.asarray(is_valid))
+    whole = threshold(jnp.asarray(media), quantile)
     for row, length in enumerate(lengths):
         limit = max(np.quantile(np.abs(media[row, :length]), quantile), 1)
         wanted = np.clip(media[row, :length], -limit, limit) / limit

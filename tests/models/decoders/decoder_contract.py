@@ -56,10 +56,9 @@ class DecoderCase:
         leaves, tree = jax.tree.flatten(nn.meta.unbox(boxed))
         rng = np.random.default_rng(0)
         made = [
-            jnp.asarray(rng.normal(size=leaf.shape) / max(1, np.prod(leaf.shape[:-1])) ** 0.5)
-            for leaf in leaves
+            rng.normal(size=leaf.shape) / max(1, np.prod(leaf.shape[:-1])) ** 0.5 for leaf in leaves
         ]
-        return jax.tree.unflatten(tree, [leaf.astype(jnp.float32) for leaf in made])
+        return jax.tree.unflatten(tree, [jnp.asarray(leaf, jnp.float32) for leaf in made])
 
 
 def first(tree, count=1):

@@ -10,20 +10,21 @@ from decoder_contract import (
     CHECKS,
     DecoderCase,
     check_gradients_reach_all_parameters,
-    first,
     random_condition,
 )
 from flax import linen as nn
 
-from megatransformer_jax.config.diffusion import SamplerConfig
+from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig
 from megatransformer_jax.config.dit import DitConfig
-from megatransformer_jax.config.flow import FlowSamplerConfig
+from megatransformer_jax.config.flow import FlowConfig, FlowSamplerConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.image_decoder import ImageDecoderConfig
 from megatransformer_jax.config.image_vae import ImageVaeConfig
 from megatransformer_jax.config.unet import UNetConfig
 from megatransformer_jax.models.decoders.build import build_image_decoder
 from megatransformer_jax.models.decoders.decoder import MediaDecoder
+from megatransformer_jax.models.decoders.diffusion_decoder import DiffusionDecoder
+from megatransformer_jax.models.decoders.flow_decoder import FlowDecoder
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -92,26 +93,51 @@ def test_gradients_reach_all_parameters_but_the_autoencoders(case):
     check_gradients_reach_all_parameters(case, without=("image_vae",))
 
 
-def test_settings_and_guidance_replace_the_configs(case):
-    settings = dataclasses.replace(case.settings, num_steps=1)
-    if isinstance(settings, SamplerConfig):
-        settings = dataclasses.replace(settings, threshold="none")
-    inner = build_image_decoder(case.decoder.config, CONTEXT_WIDTH, DTypePolicy(), Sharder(), "cpu")
-    params = {"params": case.variables["params"]["image_decoder"]}
-    condition = first(case.condition, 2)
+class TinyNetwork(nn.Module):
+    """Adds what the condition says to the noisy medium."""
+
+    @nn.compact
+    def __call__(self, noisy, time, context, is_context):
+        weight = self.param("weight", nn.initializers.ones, ())
+        said = jnp.sum(jnp.where(is_context[..., None], context, 0.0), axis=(1, 2))
+        return weight * (noisy + said[:, None, None, None])
+
+
+@pytest.mark.parametrize("kind", ["diffusion", "flow"])
+def test_settings_and_guidance_replace_the_configs(kind):
+    if kind == "diffusion":
+        settings = SamplerConfig(num_steps=3, threshold="none")
+        decoder = DiffusionDecoder(TinyNetwork(), (2, 2, 1), DiffusionConfig(), settings, 0.0)
+    else:
+        settings = FlowSamplerConfig(num_steps=3)
+        decoder = FlowDecoder(TinyNetwork(), (2, 2, 1), FlowConfig(), settings, 0.0)
+    params, condition = {"params": {"network": {"weight": 0.5}}}, random_condition(2, 2)
+    key = jax.random.key(3)
 
     @jax.jit
-    def draw(scale, condition):
-        arguments = condition, jax.random.key(3), None, settings, scale
-        return inner.apply(params, *arguments, method="sample")[0]
+    def draw_all(scale):
+        def draw(*arguments):
+            return decoder.apply(params, *arguments, method="sample")[0]
 
-    unsaid = condition.replace(is_context=jnp.zeros_like(condition.is_context))
-    conditional, unconditional = draw(1.0, condition), draw(0.0, condition)
-    np.testing.assert_allclose(unconditional, draw(1.0, unsaid), atol=1e-5)
-    assert np.max(np.abs(conditional - unconditional)) > 1e-3
-    assert np.max(np.abs(draw(3.0, condition) - conditional)) > 1e-3
-    by_config, _ = case.sample(case.condition, jax.random.key(3))
-    assert np.max(np.abs(conditional - by_config[:2])) > 1e-3
+        nothing = condition.replace(is_context=jnp.zeros_like(condition.is_context))
+        by_two = dataclasses.replace(settings, guidance_scale=2.0)
+        return {
+            "config": draw(condition, key),
+            "one step": draw(condition, key, None, dataclasses.replace(settings, num_steps=1)),
+            "nothing said": draw(nothing, key),
+            "scaled": draw(condition, key, None, None, scale),
+            "by two": draw(condition, key, None, by_two),
+            "scaled above settings": draw(condition, key, None, by_two, scale),
+        }
+
+    at_0, at_1, at_2 = (draw_all(scale) for scale in (0.0, 1.0, 2.0))
+    assert draw_all._cache_size() == 1
+    np.testing.assert_allclose(at_0["scaled"], at_0["nothing said"], atol=1e-5)
+    np.testing.assert_allclose(at_1["scaled"], at_1["config"], atol=1e-5)
+    np.testing.assert_allclose(at_2["scaled"], at_2["by two"], atol=1e-5)
+    np.testing.assert_allclose(at_1["scaled above settings"], at_1["config"], atol=1e-5)
+    for name in ("one step", "nothing said", "by two"):
+        assert np.max(np.abs(at_1[name] - at_1["config"])) > 1e-2, name
 
 
 @pytest.mark.parametrize("name", DECODERS)
