@@ -71,9 +71,7 @@ def check_sequence_room(run: "RunConfig") -> None:
     """
     if run.kind != "transformer" or not run.model.has_media:
         return
-    media, model = run.data.media, run.model
-    images = media.images_per_row * model.image.num_tokens if model.image.enabled else 0
-    clips = media.audio_per_row * model.audio.num_tokens if model.audio.enabled else 0
+    model, (images, clips) = run.model, media_places(run)
     total = run.data.sequence_length + images + clips
     if total > model.max_length:
         raise ConfigError(
@@ -81,3 +79,12 @@ def check_sequence_room(run: "RunConfig") -> None:
             f"{model.max_length} is less than {total}: data.sequence_length="
             f"{run.data.sequence_length}, {images} places of images, {clips} of sound; raise it.",
         )
+
+
+def media_places(run: "RunConfig") -> tuple[int, int]:
+    """Places that the slots of a row for images, and those for clips, take in the sequence."""
+    media, model = run.data.media, run.model
+    return (
+        media.images_per_row * model.image.num_tokens if model.image.enabled else 0,
+        media.audio_per_row * model.audio.num_tokens if model.audio.enabled else 0,
+    )

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 
 from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.media_run import media_places
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
@@ -71,6 +72,20 @@ def check_run_fits_mesh(config: RunConfig, mesh: Mesh) -> None:
         is_longest = length == config.data.sequence_length
         name = "data.sequence_length" if is_longest else "data.bucket_lengths"
         _check_divides(name, length, "sequence", mesh.shape["sequence"])
+    if config.model.has_media:
+        _check_sequence_with_media(config, mesh.shape["sequence"])
+
+
+def _check_sequence_with_media(config: RunConfig, ways: int) -> None:
+    images, clips = media_places(config)
+    length = config.data.sequence_length + images + clips
+    if length % ways:
+        raise ConfigError(
+            "mesh.sequence",
+            f"{ways} does not divide the {length} places of a sequence: data.sequence_length="
+            f"{config.data.sequence_length}, and {images} of images and {clips} of sound; change "
+            "data.sequence_length, or use a smaller mesh axis.",
+        )
 
 
 def _check_model(model: ModelConfig, shape: dict[str, int]) -> None:
