@@ -101,6 +101,19 @@ def test_guidance_and_the_configured_sampler_are_used(case):
     np.testing.assert_allclose(of_config, plain, rtol=1e-3, atol=1e-3)
 
 
+def test_losses_and_sounds_are_float32_in_a_narrower_compute_type(case):
+    policy = DTypePolicy(compute=jnp.dtype(jnp.bfloat16))
+    narrow = build_audio_decoder(CONFIG, CONTEXT_WIDTH, policy, Sharder(), "gpu")
+
+    def run(variables):
+        key, condition = jax.random.key(0), case.condition
+        terms = narrow.apply(variables, case.media, LENGTHS, condition, key, method="loss")
+        return terms, narrow.apply(variables, condition, key, None, SETTINGS, method="sample")[0]
+
+    made = jax.tree.leaves(jax.eval_shape(run, case.variables))
+    assert {leaf.dtype.name for leaf in made} == {"float32"}
+
+
 @pytest.mark.parametrize(
     ("mels", "lengths", "message"),
     [
