@@ -2,7 +2,13 @@
 
 import dataclasses
 
-from megatransformer_jax.config.option import check_options, option, require_defaults, rule
+from megatransformer_jax.config.option import (
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,3 +83,18 @@ class SamplerConfig:
                 f"with threshold={self.threshold!r}",
                 "set threshold='dynamic'",
             )
+
+
+def check_steps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:
+    """Checks that there is a time for every step.
+
+    Raises:
+      ConfigError: at 'sampler.num_steps'.
+    """
+    times = diffusion.num_times
+    if times is not None and sampler.num_steps > times:
+        raise ConfigError(
+            "sampler.num_steps",
+            f"{sampler.num_steps} exceeds diffusion.num_times={times}; take at most one step per "
+            "time.",
+        )

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig
+from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig, check_steps
 from megatransformer_jax.config.dit import DitConfig
 from megatransformer_jax.config.flow import FlowConfig, FlowSamplerConfig
 from megatransformer_jax.config.image_vae import ImageVaeConfig
@@ -72,6 +72,11 @@ class ImageDecoderConfig:
                 f"{self.sampler.threshold!r} would cut latents, which go beyond [-1, 1]; set it to "
                 "'none', or vae to None.",
             )
+
+    @rule("sampler.num_steps", "diffusion.num_times")
+    def _steps_are_times(self) -> None:
+        """sampler.num_steps is at most diffusion.num_times."""
+        check_steps(self.sampler, self.diffusion)
 
     @property
     def settings(self) -> SamplerConfig | FlowSamplerConfig:

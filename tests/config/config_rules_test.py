@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from broken_audio import BROKEN_AUDIO
 from broken_diagnostics import BROKEN_DIAGNOSTICS
+from broken_images import BROKEN_IMAGES
 from broken_media_data import BROKEN_MEDIA_DATA
 from broken_media_runs import BROKEN_MEDIA_RUNS
 from broken_models import BROKEN_MODELS
@@ -44,6 +45,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
     *BROKEN_DIAGNOSTICS,
     *BROKEN_AUDIO,
+    *BROKEN_IMAGES,
     *BROKEN_MEDIA_DATA,
     *BROKEN_MEDIA_RUNS,
     (
