@@ -53,8 +53,7 @@ def check_media(batch: Batch, tokenizer: MediaTokenizer) -> None:
         raise ValueError("the batch has no media; give one with a MediaBatch.")
     lookup = np.array([tokenizer.medium_after(token) for token in range(tokenizer.vocab_size)])
     expected = np.where(np.asarray(batch.segment_ids) > 0, lookup[np.asarray(batch.tokens)], 0)
-    for row in np.flatnonzero((expected != np.asarray(media.follows)).any(axis=1)):
-        place = int(np.flatnonzero(expected[row] != np.asarray(media.follows)[row])[0])
+    for row, place in np.argwhere(expected != np.asarray(media.follows)).tolist():
         raise MediaCountError(
             f"row {row}: `follows` is {media.follows[row][place]} at position {place}, whose token "
             f"{batch.tokens[row][place]} asks for {expected[row][place]} (0 none, {IMAGE} image, "
