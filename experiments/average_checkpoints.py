@@ -18,7 +18,7 @@ from megatransformer_jax.checkpoints.compatibility import check_model
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.checkpoints.retention import Ranking
 from megatransformer_jax.config.build import build, save_config, to_dict
-from megatransformer_jax.config.checkpoint import REASONING_METRICS, CheckpointConfig
+from megatransformer_jax.config.checkpoint import BETTER_ENDS, CheckpointConfig
 from megatransformer_jax.config.fine_tuning import LoraConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
@@ -138,7 +138,7 @@ def _ranking(metric: str) -> Ranking:
         return Ranking.from_config(CheckpointConfig(best_metric=metric))
     except ConfigError as error:
         raise UserError(
-            f"--metric={metric} is not known; known: {', '.join(REASONING_METRICS)}."
+            f"--metric={metric} is not known; known: {', '.join(BETTER_ENDS)}."
         ) from error
 
 

@@ -21,13 +21,13 @@ def get_config(arg: str = "") -> ConfigDict:
             "model": {
                 # Bytes, three special tokens and six around media.
                 "vocab_size": 272,
-                "width": 96,
+                "width": 64,
                 "max_length": 64,
                 "prelude_layers": 1,
                 "core_layers": 1,
                 "coda_layers": 1,
                 "attention": {"num_heads": 4},
-                "mlp": {"hidden_width": 256},
+                "mlp": {"hidden_width": 176},
                 "recurrence": {"mean_steps": 4, "backprop_depth": 4, "state_init": "zero"},
                 "image": {
                     "enabled": True,
@@ -38,18 +38,31 @@ def get_config(arg: str = "") -> ConfigDict:
                     "prelude_layers": 2,
                     "coda_layers": 1,
                     "context_length": 24,
+                    "decoder": {
+                        "unet": {"base_width": 32},
+                        "sampler": {"num_steps": 25, "guidance_scale": 2.0},
+                    },
                 },
             },
             "data": {
                 "source": "media",
                 "batch_size": 64,
-                "sequence_length": 40,
+                "sequence_length": 24,
                 "validation_fraction": 0.2,
                 "tokenizer": {"kind": "bytes"},
-                "media": {"tasks": ("draw=1", "caption=1")},
+                "media": {
+                    "tasks": ("draw=1", "caption=1"),
+                    "images": {
+                        "augmentation": {
+                            "max_shift": 0.125,
+                            "max_rotation_deg": 10.0,
+                            "max_zoom": 0.1,
+                        }
+                    },
+                },
             },
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50},
-            "train": {"steps": 2000},
+            "train": {"steps": 2000, "ema_decay": 0.995},
             "checkpoint": {"every_steps": 250},
             "evaluation": {"every_steps": 250, "final_depths": (1, 2, 4, 8)},
             "samples": {"every_steps": 500},

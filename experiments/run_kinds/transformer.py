@@ -14,13 +14,16 @@ from experiments.run_kinds.run_kind import ParamsOf
 from experiments.samples import make_sampler
 from experiments.summary import summarize
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.media.tasks import task_names
 from megatransformer_jax.data.pipeline import Pipeline, build_pipeline, validation_batches
 from megatransformer_jax.evaluation.diagnostics.hook import DiagnosticsHook
 from megatransformer_jax.evaluation.diagnostics.subject import make_subject
 from megatransformer_jax.evaluation.eval_step import make_eval_step
+from megatransformer_jax.evaluation.media.media_eval_step import make_media_eval_step
+from megatransformer_jax.evaluation.media.validation import MediaValidationHook, MediaValidationSet
 from megatransformer_jax.evaluation.validation import ValidationHook, ValidationSet
 from megatransformer_jax.training.distributed import make_global_batch
-from megatransformer_jax.training.hooks import Hook
+from megatransformer_jax.training.hooks import Hook, SampleHook
 from megatransformer_jax.training.loop import StepFunction
 from megatransformer_jax.training.micro_batch import CompiledStep
 from megatransformer_jax.training.optimizers import build_optimizer
@@ -86,6 +89,15 @@ class TransformerRun:
 
     def judges(self, params_of: ParamsOf) -> list[Hook]:
         """See `RunKind`."""
+        if self.config.model.has_media:
+            return [
+                MediaValidationHook(
+                    self.config.evaluation.every_steps,
+                    self._build_media_validation_set(),
+                    assemble.trained_depth(self.config),
+                    params_of,
+                )
+            ]
         return [
             ValidationHook(
                 self.config.evaluation.every_steps,
@@ -97,17 +109,18 @@ class TransformerRun:
         ]
 
     def observers(self, params_of: ParamsOf, writer: MultiWriter) -> list[Hook]:
-        """Diagnostics, if there are any."""
+        """Samples, and diagnostics if there are any."""
+
+        def sample(state: TrainState, step: int) -> Mapping[str, str]:
+            return self._sampler(params_of(state), step)
+
+        samples = SampleHook(self.config.samples.every_steps, sample, writer.write_texts)
         if not self.config.diagnostics.every_steps:
-            return []
+            return [samples]
         batch = self.validation_set.batches[0]
         subject = make_subject(self.config, self.model, batch, self.sharder)
         folder = self._workdir / "diagnostics" if jax.process_index() == 0 else None
-        return [DiagnosticsHook(subject, params_of, writer, folder)]
-
-    def sample(self, params: Any, step: int) -> Mapping[str, str]:
-        """See `RunKind`."""
-        return self._sampler(params, step)
+        return [samples, DiagnosticsHook(subject, params_of, writer, folder)]
 
     def summarize(self, params: Any, console: Console | None) -> None:
         """See `RunKind`."""
@@ -130,7 +143,14 @@ class TransformerRun:
             media=assemble.media_formats(self.config),
             **self._processes,
         )
-        # A key of its own: folding in the largest step keeps clear of every training step.
-        key = jax.random.fold_in(jax.random.key(self.config.train.seed), 2**32 - 1)
-        eval_step = jax.jit(make_eval_step(self.model, key))
+        eval_step = jax.jit(make_eval_step(self.model, self._validation_key()))
         return ValidationSet([self.place_batch(batch) for batch in batches], eval_step)
+
+    def _build_media_validation_set(self) -> MediaValidationSet:
+        names = task_names(self.config.data)
+        eval_step = make_media_eval_step(self.model, self._validation_key(), len(names))
+        return MediaValidationSet(self.validation_set.batches, jax.jit(eval_step), names)
+
+    def _validation_key(self) -> jax.Array:
+        """A key of its own: folding in the largest step keeps clear of every training step."""
+        return jax.random.fold_in(jax.random.key(self.config.train.seed), 2**32 - 1)

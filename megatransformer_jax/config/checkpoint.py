@@ -11,6 +11,14 @@ TEXT_METRICS = {
     "validation/accuracy": "max",
 }
 REASONING_METRICS = {**TEXT_METRICS, "validation/exact_accuracy": "max"}
+# By the task of data.media whose rows they come from.
+MEDIA_METRICS = {
+    "validation/image_loss": ("min", "draw"),
+    "validation/audio_loss": ("min", "speak"),
+    "validation/caption_accuracy": ("max", "caption"),
+    "validation/transcription_accuracy": ("max", "transcribe"),
+}
+BETTER_ENDS = REASONING_METRICS | {name: end for name, (end, _) in MEDIA_METRICS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +34,9 @@ class CheckpointConfig:
     best_metric: str = option(
         "validation/loss",
         "What makes a checkpoint a good one: a number that validation returns. "
-        "validation/exact_accuracy: of reasoning tasks only.",
-        choices=tuple(REASONING_METRICS),
+        "validation/exact_accuracy: of reasoning tasks only. Those of images, sound, captions and "
+        "transcriptions: of data.media with the task that makes them.",
+        choices=tuple(BETTER_ENDS),
     )
     best_mode: str = option(
         "auto",
@@ -41,7 +50,7 @@ class CheckpointConfig:
     @property
     def is_higher_better(self) -> bool:
         """Which end of best_metric is better, with best_mode='auto' resolved."""
-        mode = REASONING_METRICS[self.best_metric] if self.best_mode == "auto" else self.best_mode
+        mode = BETTER_ENDS[self.best_metric] if self.best_mode == "auto" else self.best_mode
         return mode == "max"
 
     @rule("keep_every_steps")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatransformer_jax.config.checkpoint import TEXT_METRICS, CheckpointConfig
+from megatransformer_jax.config.checkpoint import MEDIA_METRICS, TEXT_METRICS, CheckpointConfig
 from megatransformer_jax.config.data import MIN_TRAINED_PIECES, DataConfig
 from megatransformer_jax.config.devices import DistributedConfig, MeshConfig
 from megatransformer_jax.config.diagnostics import RECURRENT_KINDS, DiagnosticsConfig
@@ -391,9 +391,18 @@ class RunConfig:
 
     @rule("checkpoint.best_metric")
     def _best_metric_is_returned(self) -> None:
-        """validation/exact_accuracy only with data.source='reasoning'."""
+        """validation/exact_accuracy only with data.source='reasoning'; those of media only with
+        the task of data.media that makes them."""
         metric = self.checkpoint.best_metric
-        if self.data.source != "reasoning" and metric not in TEXT_METRICS:
+        if metric in MEDIA_METRICS:
+            task = MEDIA_METRICS[metric][1]
+            if self.data.source != "media" or task not in self.data.media.task_weights:
+                raise ConfigError(
+                    "checkpoint.best_metric",
+                    f"{metric!r} needs data.source='media' with the task {task!r}; add it, or use "
+                    f"one of {', '.join(TEXT_METRICS)}.",
+                )
+        elif self.data.source != "reasoning" and metric not in TEXT_METRICS:
             raise ConfigError(
                 "checkpoint.best_metric",
                 f"{metric!r} is returned by no validation on text; use one of "

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from megatransformer_jax.config.audio import AudioConfig
+from megatransformer_jax.config.checkpoint import CheckpointConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.diagnostics import DiagnosticsConfig
 from megatransformer_jax.config.exit_gate import ExitGateConfig
@@ -62,6 +63,12 @@ BROKEN_MEDIA_RUNS: list[tuple[str, type, dict[str, Any], str]] = [
         RunConfig,
         RUN | {"model": model(exit_gate=ExitGateConfig(enabled=True))},
         "model.exit_gate.enabled",
+    ),
+    (
+        "_best_metric_is_returned",
+        RunConfig,
+        RUN | {"checkpoint": CheckpointConfig(best_metric="validation/audio_loss")},
+        "checkpoint.best_metric",
     ),
     (
         "_sequences_with_media_fit",
