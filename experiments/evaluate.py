@@ -1,5 +1,6 @@
 """Scores a trained model at several depths: perplexity of text, answers to problems, or texts that
-it generates, by BLEU, chrF, ROUGE and exact match.
+it generates, by BLEU, chrF, ROUGE and exact match. Of a model with images and sound also its
+captions, transcripts and losses, and how many of the digits that it makes a judge recognises.
 
 The table goes to stdout; files with the same numbers and plots go to a folder.
 """

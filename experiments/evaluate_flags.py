@@ -42,7 +42,9 @@ _OTHER_NAMES = {"workdir": "from", "depth": "depths", "prompts_file": "reference
 # Sources of files, by the ending of their names.
 FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
-_OF_DATA = ("data", "text_field", "num_batches", "sequence_length")
+# What only the making of media heeds.
+MEDIA_OPTIONS = ("media_per_class", "guidance_scale", "sampler_steps")
+_OF_DATA = ("data", "text_field", "num_batches", "sequence_length", *MEDIA_OPTIONS)
 _OF_MODEL = ("step", "weights", "depths", "batch_size", "precision", "param_dtype", "seed")
 
 
@@ -94,6 +96,22 @@ class EvaluateOptions:
         None,
         'JSON lines {"text": "..."}, one per line of references: these texts are scored instead, '
         "without a model.",
+    )
+    media_per_class: int | None = option(
+        None,
+        "Of a model that draws or speaks digits: how many it makes of each, at each depth, for "
+        "judges that know real ones. None: 20; 0: none.",
+        minimum=0,
+        maximum=MAX_COUNT,
+    )
+    guidance_scale: float | None = option(
+        None, "Classifier-free guidance of what is made. None: as in the run's config.", minimum=0
+    )
+    sampler_steps: int | None = option(
+        None,
+        "Steps of the sampler for what is made. None: as in the run's config.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     output: str | None = option(
         None,

@@ -16,6 +16,7 @@ Examples:
   python -m experiments.evaluate --from=runs/recurrent --references=my/references.jsonl \\
       --max_new_tokens=32 --stop="['\\n']"
   python -m experiments.evaluate --references=my/references.jsonl --predictions=my/texts.jsonl
+  python -m experiments.evaluate --from=runs/image --depths=4 --media_per_class=50
 
 A line of references is {"prompt": "...", "reference": "..."}, or a list of several references. A
 line of predictions is {"text": "..."}, as experiments.generate --json writes it.

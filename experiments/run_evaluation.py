@@ -11,9 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.evaluate_flags import Command, EvaluateOptions, as_written
 from experiments.evaluation_data import evaluation_batches, is_reasoning, read_run_config
 from experiments.load_model import LoadedModel, is_huginn_folder
+from experiments.media_measures import reject_media_options
 from experiments.model_choice import load_chosen_model
 from experiments.out_of_memory import out_of_memory_is_bad_input
 from experiments.reference_file import read_predictions, read_references
+from experiments.run_media_evaluation import evaluate_media
 from experiments.run_text_evaluation import evaluate_generation
 from experiments.workdir import make_folder
 from megatransformer_jax.config.option import ConfigError
@@ -95,12 +97,21 @@ def _score_data(
     depths: Sequence[int | None],
     output: pathlib.Path,
 ) -> Sequence[pathlib.Path]:
+    scores_media = run_config is not None and run_config.data.source == "media" and not options.data
+    if not scores_media:
+        reject_media_options(options, "no media are made where text alone is scored")
     batches = evaluation_batches(options, loaded, run_config)
+    state_key = _state_key(options, run_config)
+    if scores_media:
+        assert run_config is not None  # `scores_media` says so.
+        return evaluate_media(
+            options, loaded, run_config, batches, depths, state_key, output, _progress()
+        )
     reasoning = is_reasoning(run_config)
     size = None
     if not reasoning and loaded.tokenizer is not None:
         size = predicted_text_size(batches, loaded.tokenizer)
-    scores = score_batches(loaded, batches, depths, _state_key(options, run_config), _progress())
+    scores = score_batches(loaded, batches, depths, state_key, _progress())
     mean = loaded.trained_depth
     Console().print(make_table(scores, mean, is_reasoning=reasoning, text_size=size))
     return write_depth_table(output, scores, mean, is_reasoning=reasoning, text_size=size)

@@ -4,7 +4,7 @@ Every new token takes a pass over the whole batch. Answers are short, and the pa
 validation has compiled already, or would.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,33 @@ def make_next_tokens(model: MegaTransformer, key: Key[Array, ""]) -> NextTokens:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     return next_tokens
+
+
+def rows_of_task(batches: Sequence[Batch], task: int) -> list[Batch]:
+    """The rows of one task, in batches of the size of the first; the last repeats its last row.
+
+    Args:
+      batches: on the host, with media.
+      task: its number.
+    """
+    size = len(batches[0].tokens)
+    rows: Batch = jax.tree.map(lambda *arrays: np.concatenate(arrays), *batches)
+    is_there = rows.segment_ids.any(axis=1) & (rows.media.task == task)  # type: ignore[union-attr]
+    numbers = np.flatnonzero(is_there)
+    parts = [numbers[first : first + size] for first in range(0, len(numbers), size)]
+    filled = [np.pad(part, (0, size - len(part)), mode="edge") for part in parts]
+    return [jax.tree.map(lambda array, of=of: array[of], rows) for of in filled]
+
+
+def right_answers(batch: Batch, end_id: int) -> list[list[int]]:
+    """The text after the last medium of each row, without the end token."""
+    is_answer = np.asarray(is_after_media(jnp.asarray(batch.media.follows)))  # type: ignore[union-attr]
+    counts = is_answer & (np.asarray(batch.loss_mask) > 0)
+    targets = np.asarray(batch.targets)
+    return [
+        [int(token) for token in row[places] if token != end_id]
+        for row, places in zip(targets, counts, strict=True)
+    ]
 
 
 def greedy_answers(

@@ -1,0 +1,201 @@
+"""What can be measured of a model with images and sound."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments.evaluate_flags import MEDIA_OPTIONS, EvaluateOptions
+from experiments.load_model import LoadedModel
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.media.build import audio_source_name
+from megatransformer_jax.data.media.digits import WORDS
+from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.tasks import task_names
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
+from megatransformer_jax.evaluation.media.digit_referee import (
+    DrawnDigitReferee,
+    DrawnScores,
+    SpokenDigitReferee,
+)
+from megatransformer_jax.evaluation.media.greedy_answers import (
+    greedy_answers,
+    make_next_tokens,
+    right_answers,
+    rows_of_task,
+)
+from megatransformer_jax.evaluation.media.labelled_digits import labelled_clips, labelled_images
+from megatransformer_jax.evaluation.media.make_media import (
+    make_all,
+    make_draw_step,
+    make_speak_step,
+)
+from megatransformer_jax.evaluation.media.media_eval_step import make_media_eval_step
+from megatransformer_jax.evaluation.media.prompt_batches import prompt_batches
+from megatransformer_jax.evaluation.media.recognition import Recognition
+from megatransformer_jax.evaluation.media.validation import MediaScores, mean_media_scores
+from megatransformer_jax.evaluation.media.word_errors import TranscriptErrors, transcript_errors
+from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet
+from megatransformer_jax.evaluation.validation import depth_argument
+from megatransformer_jax.types import AUDIO, IMAGE, Batch
+
+DEFAULT_MEDIA_PER_CLASS = 20
+
+
+class MediaMeasures:
+    """A model and what can be measured of it.
+
+    Attributes:
+      measures: from a depth to a score, by the name of `MediaRow`'s field.
+    """
+
+    def __init__(
+        self,
+        options: EvaluateOptions,
+        loaded: LoadedModel,
+        run: RunConfig,
+        batches: Sequence[Batch],
+        state_key: jax.Array,
+    ):
+        assert isinstance(loaded.tokenizer, MediaTokenizer)  # As `load_model` makes it.
+        self._loaded = loaded
+        self._tokenizer: MediaTokenizer = loaded.tokenizer
+        self._run = run
+        self._batches = batches
+        self._key = state_key
+        self._tasks = task_names(run.data)
+        self._eval_step = jax.jit(make_media_eval_step(loaded.model, state_key, len(self._tasks)))
+        self._made: dict[int | None, np.ndarray] = {}
+        self.measures: dict[str, Callable[[int | None], Any]] = {"validation": self._validation}
+        if "transcribe" in self._tasks:
+            self._next_tokens = jax.jit(make_next_tokens(loaded.model, state_key))
+            self.measures["transcripts"] = self._transcripts
+        count = options.media_per_class
+        self._per_class = DEFAULT_MEDIA_PER_CLASS if count is None else count
+        makes_digits = False
+        if self._per_class and "draw" in self._tasks:
+            makes_digits |= self._prepare_drawing(options)
+        if self._per_class and "speak" in self._tasks:
+            makes_digits |= self._prepare_speaking(options)
+        if not makes_digits:
+            reject_media_options(
+                options, f"{loaded.description} makes no digits that could be judged"
+            )
+
+    def _prepare_drawing(self, options: EvaluateOptions) -> bool:
+        source, image = self._run.data.media.images.source, self._loaded.config.image
+        if source != "digits":
+            logging.info("images of the source %r have no judge, so none are drawn.", source)
+            return False
+        training = labelled_images(self._run.data, image, "train")
+        held_out = labelled_images(self._run.data, image, "validation")
+        self._drawn_referee = DrawnDigitReferee(training, held_out)
+        self._draw_step = jax.jit(
+            make_draw_step(
+                self._loaded.model, self._key, _settings(image.decoder.settings, options)
+            )
+        )
+        self._drawn_labels, self._draw_prompts = _prompts(training.prompts, self._per_class)
+        self.measures["drawn"] = self._drawn
+        return True
+
+    def _prepare_speaking(self, options: EvaluateOptions) -> bool:
+        source, audio = audio_source_name(self._run.data), self._loaded.config.audio
+        if source != "spoken_digits":
+            logging.info("clips of the source %r have no judge, so none are made.", source)
+            return False
+        training = labelled_clips(self._run.data, audio.mel, "train")
+        held_out = labelled_clips(self._run.data, audio.mel, "validation")
+        self._spoken_referee = SpokenDigitReferee(training, held_out)
+        self._speak_step = jax.jit(
+            make_speak_step(
+                self._loaded.model, self._key, _settings(audio.decoder.sampler, options)
+            )
+        )
+        self._spoken_labels, self._speak_prompts = _prompts(
+            {digit: (word,) for digit, word in enumerate(WORDS)}, self._per_class
+        )
+        self.measures["spoken"] = self._spoken
+        return True
+
+    def contact_sheet(self, depth: int | None) -> np.ndarray:
+        """What was drawn at a depth, one row per prompt's turn."""
+        images = self._made[depth]
+        tiles = [Tile(*pair) for pair in zip(images, self._draw_prompts, strict=True)]
+        return contact_sheet(tiles, columns=len(np.unique(self._drawn_labels)))
+
+    def _validation(self, depth: int | None) -> MediaScores:
+        num_steps, device = depth_argument(depth), jax.local_devices()[0]
+        sums = [
+            jax.device_get(
+                self._eval_step(self._loaded.params, jax.device_put(batch, device), num_steps)
+            )
+            for batch in self._batches
+        ]
+        return mean_media_scores(depth, sums, self._tasks)
+
+    def _transcripts(self, depth: int | None) -> TranscriptErrors | None:
+        end = self._tokenizer.eos_id
+        texts: dict[str, list[str]] = {"found": [], "wanted": []}
+        rows = rows_of_task(self._batches, self._tasks.index("transcribe"))
+        for batch in rows:
+            answers = greedy_answers(
+                self._next_tokens, self._loaded.params, batch, depth_argument(depth), end
+            )
+            texts["found"] += map(self._tokenizer.decode, answers)
+            texts["wanted"] += map(self._tokenizer.decode, right_answers(batch, end))
+        return transcript_errors(texts["found"], texts["wanted"]) if rows else None
+
+    def _drawn(self, depth: int | None) -> DrawnScores:
+        self._made[depth] = self._make(self._draw_step, self._draw_prompts, IMAGE, depth)
+        return self._drawn_referee.score(self._made[depth], self._drawn_labels)
+
+    def _spoken(self, depth: int | None) -> Recognition:
+        mels, lengths = self._make(self._speak_step, self._speak_prompts, AUDIO, depth)
+        return self._spoken_referee.score(mels, lengths, self._spoken_labels)
+
+    def _make(self, step: Any, prompts: Sequence[str], kind: int, depth: int | None) -> Any:
+        batches = prompt_batches(
+            prompts,
+            kind,
+            self._tokenizer,
+            MediaFormats.of_model(self._loaded.config),
+            sequence_length=self._batches[0].tokens.shape[1],
+            batch_size=len(self._batches[0].tokens),
+        )
+        key = jax.random.fold_in(self._key, kind)
+        return make_all(
+            step, self._loaded.params, batches, depth_argument(depth), key, len(prompts)
+        )
+
+
+def _prompts(of_class: dict[int, tuple[str, ...]], per_class: int) -> tuple[np.ndarray, list[str]]:
+    """Labels and prompts in turns of all classes; the prompts of a class take turns too."""
+    pairs = [
+        (label, texts[turn % len(texts)])
+        for turn in range(per_class)
+        for label, texts in sorted(of_class.items())
+    ]
+    labels, prompts = zip(*pairs, strict=True)
+    return np.array(labels), list(prompts)
+
+
+def _settings(settings: Any, options: EvaluateOptions) -> Any:
+    """The decoder's sampler with what the command changes."""
+    changes = {"guidance_scale": options.guidance_scale, "num_steps": options.sampler_steps}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return dataclasses.replace(settings, **given)
+
+
+def reject_media_options(options: EvaluateOptions, why: str) -> None:
+    """Raises:
+    ConfigError: if an option is given that only the making of media heeds, when none are made.
+    """
+    for name in MEDIA_OPTIONS:
+        value = getattr(options, name)
+        if value is not None and (name, value) != ("media_per_class", 0):
+            raise ConfigError(name, f"{value!r} would be ignored, as {why}; leave it out.")

@@ -1,0 +1,116 @@
+"""Scores of a model with media as a function of depth: tables and JSON."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from rich.table import Table
+
+from megatransformer_jax.evaluation.media.digit_referee import DrawnScores
+from megatransformer_jax.evaluation.media.recognition import Recognition
+from megatransformer_jax.evaluation.media.validation import MediaScores
+from megatransformer_jax.evaluation.media.word_errors import TranscriptErrors
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaRow:
+    """What was measured at one depth; None for what the model or its data do not have.
+
+    Attributes:
+      validation: losses and accuracies on held-out data.
+      transcripts: errors of greedy transcripts of held-out clips.
+      drawn: of digits drawn from their names.
+      spoken: of digits spoken from their names.
+    """
+
+    validation: MediaScores
+    transcripts: TranscriptErrors | None = None
+    drawn: DrawnScores | None = None
+    spoken: Recognition | None = None
+
+
+# Heading, digits, and where in a row the number is; not all rows have all.
+_COLUMNS = (
+    ("text loss", 4, "validation.loss"),
+    ("token accuracy", 4, "validation.accuracy"),
+    ("captions right", 3, "validation.tasks.caption.exact_accuracy"),
+    ("transcripts right", 3, "validation.tasks.transcribe.exact_accuracy"),
+    ("word errors", 3, "transcripts.word_error_rate"),
+    ("image loss", 4, "validation.image_terms.loss"),
+    ("audio loss", 4, "validation.audio_terms.loss"),
+    ("drawn digits recognised", 3, "drawn.recognition.share"),
+    ("FID (digits features)", 2, "drawn.frechet_distance"),
+    ("IS (digits features)", 2, "drawn.inception_score"),
+    ("spoken digits recognised", 3, "spoken.share"),
+)
+
+
+def make_media_table(rows: Sequence[MediaRow], trained_depth: int | None) -> Table:
+    """One line per score and one column per depth; the trained mean is marked with a star."""
+    table = Table(title="Held-out media by depth" if trained_depth else "Held-out media")
+    table.add_column("depth")
+    for row in rows:
+        depth = row.validation.depth
+        star = " *" if depth is not None and depth == trained_depth else ""
+        table.add_column("-" if depth is None else f"{depth}{star}", justify="right")
+    for heading, digits, path in _COLUMNS:
+        values = [_value_at(path, row) for row in rows]
+        if any(value is not None for value in values):
+            cells = ["" if value is None else f"{value:.{digits}f}" for value in values]
+            table.add_row(heading, *cells)
+    for name in rows[0].validation.tasks:
+        losses = [row.validation.tasks[name].loss for row in rows]
+        table.add_row(f"text loss, task {name}", *[f"{loss:.4f}" for loss in losses])
+    table.caption = _caption(rows[0], trained_depth)
+    return table
+
+
+def make_class_table(title: str, found: Recognition) -> Table:
+    """How many media of each class a judge recognises."""
+    table = Table(title=title)
+    for heading in ("digit", "made", "recognised", "most often taken for"):
+        table.add_column(heading, justify="left" if heading == "digit" else "right")
+    for row in found.by_class:
+        table.add_row(row.name, str(row.media), str(row.recognised), row.mistaken_for or "-")
+    table.add_row("all", str(found.media), f"{found.share:.1%}", "")
+    table.caption = (
+        f"the judge is right on {found.judge_accuracy:.1%} of {found.judge_media} real "
+        "held-out ones"
+    )
+    return table
+
+
+def write_media_scores(
+    directory: pathlib.Path, rows: Sequence[MediaRow], trained_depth: int | None
+) -> pathlib.Path:
+    """Writes media_scores.json with all numbers of every depth; returns its path.
+
+    Args:
+      directory: an existing folder.
+      rows: one per depth.
+      trained_depth: mean depth in training, None if there is none.
+    """
+    path = directory / "media_scores.json"
+    content = {"trained_depth": trained_depth, "rows": [dataclasses.asdict(row) for row in rows]}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def _value_at(path: str, row: MediaRow) -> Any:
+    """The number at a dotted path of attributes and keys; None if something on it is absent."""
+    value: Any = row
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else getattr(value, name, None)
+    return value
+
+
+def _caption(row: MediaRow, trained_depth: int | None) -> str:
+    notes = [] if trained_depth is None else [f"* mean depth in training ({trained_depth})"]
+    if row.drawn is not None:
+        notes.append(
+            f"real training digits have FID {row.drawn.frechet_distance_of_real:.2f}, real "
+            f"held-out ones IS {row.drawn.inception_score_of_real:.2f}"
+        )
+    return "; ".join(notes)
