@@ -22,7 +22,7 @@ from megatransformer_jax.config.build import save_config, to_dict
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.training.distributed import start_distributed
 from megatransformer_jax.training.evaluation_params import evaluation_params
-from megatransformer_jax.training.hooks import CheckpointHook, Hook, SampleHook
+from megatransformer_jax.training.hooks import CheckpointHook, Hook
 from megatransformer_jax.training.loop import LoopResult, train_loop
 from megatransformer_jax.training.metrics_file import MetricsFile
 from megatransformer_jax.training.progress import build_progress
@@ -144,13 +144,9 @@ class _Run:
         def save(step: int, state: TrainState, scores: Mapping[str, float]) -> None:
             self.checkpoints.save(step, state, self.kind.batches.get_state(), run, scores)
 
-        def sample(state: TrainState, step: int) -> Mapping[str, str]:
-            return self.kind.sample(self.params_of(state), step)
-
         return [
             *self.kind.judges(self.params_of),
             CheckpointHook(config.checkpoint.every_steps, save),
-            SampleHook(config.samples.every_steps, sample, writer.write_texts),
             *self.kind.observers(self.params_of, writer),
         ]
 

@@ -4,8 +4,10 @@ import contextlib
 import pathlib
 
 from experiments.memory_plan import MemoryPlan
+from experiments.run_kinds.image_vae import ImageVaeRun
 from experiments.run_kinds.run_kind import RunKind
 from experiments.run_kinds.transformer import TransformerRun
+from experiments.run_kinds.vocoder import VocoderRun
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_kind import RUN_KINDS
 
@@ -28,4 +30,8 @@ def build_run(
     match config.kind:
         case "transformer":
             return TransformerRun(config, workdir, stack, plan)
+        case "vocoder":
+            return VocoderRun(config, workdir, stack)
+        case "image_vae":
+            return ImageVaeRun(config, workdir, stack)
     raise ValueError(f"unknown kind of run {config.kind!r}; known: {', '.join(RUN_KINDS)}")

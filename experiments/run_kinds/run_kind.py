@@ -1,7 +1,7 @@
 """What differs between kinds of run: everything else of a run is the same for all of them."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -74,11 +74,7 @@ class RunKind(Protocol):
         ...
 
     def observers(self, params_of: ParamsOf, writer: MultiWriter) -> Sequence[Hook]:
-        """Hooks that come after all others."""
-        ...
-
-    def sample(self, params: Any, step: int) -> Mapping[str, str]:
-        """Texts by name that show what the model does."""
+        """Samples, and whatever else comes after a checkpoint."""
         ...
 
     def summarize(self, params: Any, console: Console | None) -> None:

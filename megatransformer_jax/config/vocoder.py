@@ -193,7 +193,7 @@ class VocoderConfig:
 
     @rule("hifigan.upsample_rates")
     def _rates_make_a_hop(self) -> None:
-        """With kind='hifigan' their product is mel.hop_samples, and width can be halved for each."""
+        """With kind='hifigan' their product is mel.hop_samples; width can be halved for each."""
         if self.kind != "hifigan":
             return
         rates, hop = self.hifigan.upsample_rates, self.mel.hop_samples

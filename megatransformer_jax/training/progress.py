@@ -100,7 +100,7 @@ def describe(scalars: Mapping[str, float], clock: StepClock, step: int) -> str:
     ):
         if name in scalars:
             parts.append(f"{label} {scalars[name]:{spec}}")
-    if clock.tokens_per_s is not None:
+    if clock.tokens_per_s:  # Runs without text count no tokens.
         parts.append(f"{clock.tokens_per_s:,.0f} tok/s")
     eta_s = clock.eta_s(step)
     if eta_s is not None:

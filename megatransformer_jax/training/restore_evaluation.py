@@ -56,6 +56,17 @@ def restore_evaluation_params(
         shapes,
         places,
     )
+    return restore_judged_params(checkpoints, step, abstract, config, weights)
+
+
+def restore_judged_params(
+    checkpoints: CheckpointManager,
+    step: int,
+    abstract: TrainState,
+    config: RunConfig,
+    weights: Literal["average", "raw"] = "average",
+) -> Any:
+    """The same of a run of any kind, from the shapes, types and shardings of its state."""
     if weights == "raw" or not evaluates_an_average(config):
         return merged_params(checkpoints.restore_params(abstract.params, step), config)
     state = checkpoints.restore_parts(_without_the_rest(abstract), step)
