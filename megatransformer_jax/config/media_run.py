@@ -12,7 +12,7 @@ _OF_TEXT = {
     "train": ("memory_budget_gib",),
     "train.stability": ("jacobian_weight",),
     "diagnostics": ("every_steps",),
-    "samples": ("prompts",),
+    "samples": ("prompts", "max_new_tokens", "temperature"),
 }
 
 
@@ -61,6 +61,24 @@ def check_text_only_options(run: "RunConfig") -> None:
                 f"model.{option}",
                 f"{value!r} is trained on text alone so far; with media set it to {wanted}.",
             )
+
+
+def check_media_samples(run: "RunConfig") -> None:
+    """Checks that media are asked for only where the model makes them.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    if run.kind != "transformer" or not run.model.has_media:
+        try:
+            require_defaults(
+                run.samples,
+                ("num_media",),
+                "without images and sound in a transformer",
+                "set model.image.enabled=True or model.audio.enabled=True",
+            )
+        except ConfigError as error:
+            raise error.below("samples") from None
 
 
 def check_sequence_room(run: "RunConfig") -> None:

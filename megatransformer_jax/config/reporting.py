@@ -32,13 +32,19 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Text written during training."""
+    """Text, images and sound made during training."""
 
     every_steps: int = option(200, "Steps between samples; 0: never.", minimum=0)
     prompts: tuple[str, ...] = option(("The ", "If the "), "What the samples start with.")
     max_new_tokens: int = option(48, "Tokens per sample.", minimum=1)
     temperature: float = option(0.7, "0: greedy.", minimum=0)
     depth: int | None = option(None, "Iterations per token. None: the trained mean.", minimum=1)
+    num_media: int = option(
+        8,
+        "With data.source='media': held-out prompts whose image is drawn, images that are "
+        "captioned, and the same with sound; of each at most this many, or rows of a batch.",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -12,6 +12,7 @@ from megatransformer_jax.config.image_vae_run import ImageVaeRunConfig
 from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
 from megatransformer_jax.config.media_run import (
     check_media_model,
+    check_media_samples,
     check_sequence_room,
     check_text_only_options,
 )
@@ -219,8 +220,13 @@ class RunConfig:
     @rule("model.image", "model.audio")
     def _media_go_without_text_only_options(self) -> None:
         """With media no train.memory_budget_gib, train.stability.jacobian_weight, diagnostics,
-        samples.prompts, model.exit_gate and model.residual='admin'."""
+        other text samples than the defaults, model.exit_gate and model.residual='admin'."""
         check_text_only_options(self)
+
+    @rule("samples.num_media")
+    def _media_samples_need_media(self) -> None:
+        """At its default unless a transformer has images or sound."""
+        check_media_samples(self)
 
     @rule("model.max_length")
     def _sequences_with_media_fit(self) -> None:

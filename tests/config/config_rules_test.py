@@ -419,6 +419,12 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         "samples.depth",
     ),
     (
+        "_media_samples_need_media",
+        RunConfig,
+        {"samples": SampleConfig(num_media=4)},
+        "samples.num_media",
+    ),
+    (
         "_text_samples_need_text",
         RunConfig,
         {"data": DataConfig(source="reasoning"), "samples": SampleConfig(temperature=0.1)},
