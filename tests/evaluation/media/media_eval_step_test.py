@@ -7,7 +7,12 @@ import numpy as np
 import pytest
 from tiny_media_model import TOKENIZER, Medium, make_model, media_batch
 
-from megatransformer_jax.evaluation.media.greedy_answers import greedy_answers, make_next_tokens
+from megatransformer_jax.evaluation.media.greedy_answers import (
+    greedy_answers,
+    make_next_tokens,
+    right_answers,
+    rows_of_task,
+)
 from megatransformer_jax.evaluation.media.media_eval_step import (
     is_after_media,
     make_media_eval_step,
@@ -163,3 +168,18 @@ def test_text_behind_the_last_medium():
     follows = np.array([[0, 1, 0, 2, 0, 0], [0, 0, 0, 0, 0, 0]])
     found = is_after_media(jax.numpy.asarray(follows))
     np.testing.assert_array_equal(found, [[0, 0, 0, 0, 1, 1], [0] * 6])
+
+
+def test_rows_of_a_task_and_their_answers(batch):
+    media = batch.media._replace(task=np.where(batch.media.task == 1, 3, batch.media.task))
+    batches = rows_of_task([batch, batch._replace(media=media)], 3)
+    # Of the first batch row 5, of the second rows 1, 2 and 5; padding repeats the last.
+    assert len(batches) == 1
+    texts = [TOKENIZER.decode(ids) for ids in right_answers(batches[0], TOKENIZER.eos_id)]
+    assert texts == ["uv", "abcd", "xy", "uv", "uv", "uv", "uv", "uv"]
+    np.testing.assert_array_equal(batches[0].media.mels[0], batch.media.mels[5])
+    assert rows_of_task([batch], 5) == []
+    assert right_answers(batch, TOKENIZER.eos_id)[3] == []
+    # Padding is of no task, whatever its number.
+    padding = batch._replace(segment_ids=np.zeros_like(batch.segment_ids))
+    assert rows_of_task([padding], 0) == []
