@@ -1,0 +1,34 @@
+"""One model of text, images and sound: it draws, captions, speaks, transcribes and writes.
+
+Command:  python -m experiments.train --config=experiments/configs/multimodal.py
+Variants: `:tiny` after the file's name is the same run, far too short to learn, in a minute.
+
+The parts for images and for sound are those of image.py and audio.py, and so is the data: digits to
+see and digits to hear, and a little English text. No network.
+"""
+
+from ml_collections import ConfigDict
+
+from experiments.configs import audio, image
+from megatransformer_jax.config.experiment import parse_variants
+
+VARIANTS = ("tiny",)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    variants = parse_variants(arg, VARIANTS)
+    config = image.get_config(arg)
+    sound = audio.get_config(arg)
+    config.update(
+        {
+            "workdir": "runs/multimodal_tiny" if "tiny" in variants else "runs/multimodal",
+            "model": {"max_length": 128, "audio": sound.model.audio},
+            "data": {
+                "sequence_length": 48,
+                "media": {"tasks": ("draw=1", "caption=1", "speak=1", "transcribe=1", "text=1")},
+            },
+        }
+    )
+    if "tiny" not in variants:
+        config.update({"train": {"steps": 2500}})
+    return config
