@@ -19,14 +19,29 @@ from megatransformer_jax.models.model_parts import (
     apply_head,
     apply_prelude,
     read_entries,
+    read_prelude,
 )
 from megatransformer_jax.models.state_init import initial_state
 from megatransformer_jax.nn.context import CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, constrain_cache, write_rows
+from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
 
 # Keeps these draws apart from those that others make from the same key, such as of tokens.
 _STATE_STREAM = 0x57A7E
+
+
+@struct.dataclass
+class Inserted:
+    """Images and sound among the new tokens, as their encoders leave them.
+
+    Attributes:
+      values: what the core gets in place of the text's prelude.
+      is_medium: where.
+    """
+
+    values: Float[Array, "B T D"]
+    is_medium: Bool[Array, "B T"]
 
 
 @struct.dataclass
@@ -58,6 +73,7 @@ def cached_forward(
     state_keys: Key[Array, "B"] | None = None,
     is_first: bool = False,
     last_logits_only: bool = False,
+    inserted: Inserted | None = None,
 ) -> CachedOutput:
     """Passes new tokens through the model.
 
@@ -65,7 +81,7 @@ def cached_forward(
       model: the model; on a mesh, its sharder must suit B sequences of T tokens.
       params: parameters.
       tokens: new token ids, padded on either side.
-      is_token: False for padding.
+      is_token: False for padding. Places of media are none.
       cache: what came before, with room for T rows.
       rule: how deep tokens go. Ignored without a core.
       state: the core's first state. None: `recurrence.state_init`.
@@ -73,12 +89,16 @@ def cached_forward(
         depends on its sequence's key and on its position, not on how the prompt is chunked.
       is_first: static; promises that the cache is empty, so that fused attention kernels can serve.
       last_logits_only: static; computes logits of each sequence's last token only.
+      inserted: media at places of the new tokens, whose ids there do not matter; the cache must be
+        one with media. The text's prelude does not see them, as without a cache.
 
     Raises:
-      ValueError: if the state is drawn at random and there are no keys, or the rule's criterion
-        needs an exit gate that the model has not.
+      ValueError: if the state is drawn at random and there are no keys, the rule's criterion needs
+        an exit gate that the model has not, or there are media and the cache has no room for them.
     """
     config = model.config
+    if inserted is not None and cache.is_medium is None:
+        raise ValueError("the cache was made for text alone; make it with_media=True.")
     params = gather_weights(model, params)
     positions = cache.next_position[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
     places = jnp.maximum(positions, 0)
@@ -86,15 +106,19 @@ def cached_forward(
     mask = AttentionMask(is_causal=True, window=config.attention.window)
     outer = layer_context(config, places, mask, config.width)
 
-    def outer_context(entries: KeyValues) -> LayerContext:
-        rows = read_entries(entries, cache)
+    def outer_context(rows: CachedRows, positions: jax.Array) -> LayerContext:
         return with_cache(outer, CachedPass(rows, positions, positions, None, None, is_first))
 
     def run_coda(x: jax.Array) -> tuple[jax.Array, KeyValues]:
-        return apply_coda(model, params, x, outer_context(cache.coda), cache)
+        context = outer_context(read_entries(cache.coda, cache), positions)
+        return apply_coda(model, params, x, context, cache)
 
-    context = outer_context(cache.prelude)
+    text = positions if inserted is None else jnp.where(inserted.is_medium, -1, positions)
+    context = outer_context(read_prelude(cache), text)
     x, prelude_rows = apply_prelude(model, params, tokens, places, context, cache)
+    if inserted is not None:
+        x = jnp.where(inserted.is_medium[..., None], inserted.values.astype(x.dtype), x)
+        x = model.sharder.constrain(x, "batch", "length", None)
     num_steps, core_rows = jnp.zeros(tokens.shape, jnp.int32), None
     if config.is_recurrent:
         core_params, injected, prepared = cast(
@@ -127,7 +151,8 @@ def cached_forward(
     if last_logits_only:
         hidden = last_token(hidden, is_token)[:, None]
     cache = cache.replace(length=_known_after(cache.length, hidden))  # type: ignore[attr-defined]
-    cache = write_rows(cache, prelude_rows, core_rows, coda_rows, positions, num_steps)
+    is_medium = None if inserted is None else inserted.is_medium
+    cache = write_rows(cache, prelude_rows, core_rows, coda_rows, positions, num_steps, is_medium)
     cache = constrain_cache(model.sharder, cache)
     return CachedOutput(apply_head(model, params, hidden), x, num_steps, cache)
 

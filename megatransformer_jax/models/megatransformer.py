@@ -77,7 +77,7 @@ class MegaTransformer(nn.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         num_steps: Int[Array, "*draws"] | int,
         backprop_depth: int = 0,
-        state: Float[Array, "B T D"] | None = None,
+        state: Float[Array, "B S D"] | None = None,
         head_mask: Float[Array, "L N"] | None = None,
         deterministic: bool = True,
         media: MediaBatch | None = None,

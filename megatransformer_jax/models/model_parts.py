@@ -47,6 +47,15 @@ def read_entries(entries: KeyValues, cache: KVCache, first: jax.Array | int = 0)
     )
 
 
+def read_prelude(cache: KVCache) -> CachedRows:
+    """The cache as the text's prelude reads it: places of media are none of its own."""
+    rows: Any = read_entries(cache.prelude, cache)
+    if cache.is_medium is None:
+        return cast(CachedRows, rows)
+    positions = jnp.where(cache.is_medium, -1, cache.positions)
+    return cast(CachedRows, rows.replace(positions=positions))
+
+
 def _apply(
     model: MegaTransformer, params: Any, *arguments: Any, method: str
 ) -> tuple[Any, dict[str, Any]]:

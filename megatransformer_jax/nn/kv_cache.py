@@ -11,7 +11,8 @@ loop inside a pass carries the cache, and `length` moves once per pass: DESIGN d
 Rows, not columns of a prompt: a pass takes T rows of every sequence, padding included. `positions`
 says what a row holds: the place of its token in its own sequence, or -1 for padding and for rows
 not used yet. Causality, windows, ALiBi and padding are all decided by positions, so it does not
-matter on which side a batch is padded, nor whether rejected tokens left gaps.
+matter on which side a batch is padded, nor whether rejected tokens left gaps. Places of images and
+sound have rows and positions as tokens have; only the text's prelude does not see them.
 """
 
 from collections.abc import Callable
@@ -61,6 +62,7 @@ class KVCache:
       exited_reads: what a deeper reader gets of a token that took fewer iterations: 'latest', its
         last key and value; 'skip', nothing.
       block_rows: rows that attention reads at a time.
+      is_medium: rows that hold places of images or sound; None if there can be none.
     """
 
     prelude: KeyValues
@@ -74,6 +76,7 @@ class KVCache:
     sharing: str = struct.field(pytree_node=False)
     exited_reads: str = struct.field(pytree_node=False)
     block_rows: int = struct.field(pytree_node=False)
+    is_medium: Bool[Array, "B S"] | None = None
 
     @property
     def capacity(self) -> int:
@@ -119,6 +122,7 @@ def init_cache(
     platform: str,
     sharing: str = "modulo",
     exited_reads: str = "latest",
+    with_media: bool = False,
 ) -> KVCache:
     """An empty cache.
 
@@ -131,6 +135,7 @@ def init_cache(
       platform: of the devices: 'cpu', 'gpu' or 'tpu'.
       sharing: 'modulo', 'anchor' or 'last'.
       exited_reads: 'latest' or 'skip'.
+      with_media: images and sound can be put between the tokens.
 
     Raises:
       UserError: capacity, slots or a name that cannot be used.
@@ -158,6 +163,7 @@ def init_cache(
         sharing=sharing,
         exited_reads=exited_reads,
         block_rows=BLOCK_ROWS[platform],
+        is_medium=jnp.zeros((batch_size, rows), bool) if with_media else None,
     )
 
 
@@ -168,8 +174,11 @@ def write_rows(
     coda: KeyValues,
     positions: Int[Array, "B T"],
     num_steps: Int[Array, "B T"],
+    is_medium: Bool[Array, "B T"] | None = None,
 ) -> KVCache:
     """The cache after a pass: its T rows stand at `length`, and `length` has moved by T.
+
+    `is_medium` says which of them are of media; None: none.
 
     The caller has checked that they fit: inside a compiled loop nothing can be raised.
     """
@@ -186,6 +195,10 @@ def write_rows(
     def put_ints(old: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(old, new, (0, cache.length))
 
+    all_media = cache.is_medium
+    if all_media is not None:
+        new = jnp.zeros(positions.shape, bool) if is_medium is None else is_medium
+        all_media = put_ints(all_media, new)
     written: Any = cache.replace(  # type: ignore[attr-defined]
         prelude=put(cache.prelude, prelude),
         core=put(cache.core, core),
@@ -194,6 +207,7 @@ def write_rows(
         num_steps=put_ints(cache.num_steps, num_steps),
         next_position=cache.next_position + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32),
         length=cache.length + positions.shape[1],
+        is_medium=all_media,
     )
     return written
 
@@ -273,6 +287,7 @@ def _map_sequences(cache: KVCache, change: Callable[[jax.Array, int], jax.Array]
         positions=change(cache.positions, 0),
         num_steps=change(cache.num_steps, 0),
         next_position=change(cache.next_position, 0),
+        is_medium=None if cache.is_medium is None else change(cache.is_medium, 0),
     )
     return changed
 
