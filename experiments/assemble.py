@@ -54,6 +54,18 @@ def check_augmentation(config: RunConfig) -> None:
     TextAugmentation.from_config(config.data.augmentation, config.data.seed)
 
 
+def require_transformer(config: RunConfig) -> None:
+    """Checks that the run trains a transformer, for commands that know no other kind.
+
+    Raises:
+      ConfigError: otherwise.
+    """
+    if config.kind != "transformer":
+        raise ConfigError(
+            "kind", f"{config.kind!r}: this command needs a transformer; set it to 'transformer'."
+        )
+
+
 def build_vocabulary(config: RunConfig, workdir: pathlib.Path) -> Vocabulary:
     """The tokenizer of a text run (trained now if it must be, or that of the model which the run
     starts from), or a task's symbols.

@@ -7,7 +7,7 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from experiments.assemble import abstract_train_state, trained_depth
+from experiments.assemble import abstract_train_state, require_transformer, trained_depth
 from megatransformer_jax.config.devices import MeshConfig
 from megatransformer_jax.config.fine_tuning import TRAIN_ALL
 from megatransformer_jax.config.run import RunConfig
@@ -100,8 +100,9 @@ def make_report(config: RunConfig) -> CostReport:
     The mesh need not exist: `mesh.data=-1`, all devices that there are, counts as 1.
 
     Raises:
-      ConfigError: if mesh, model and batch do not fit each other.
+      ConfigError: if mesh, model and batch do not fit each other, or the run trains no transformer.
     """
+    require_transformer(config)
     platform = jax.default_backend()
     policy = DTypePolicy.from_precision(config.train.precision, platform)
     model = build_model(config.model, policy, Sharder(), platform)

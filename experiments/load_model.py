@@ -221,9 +221,9 @@ def _load_run(
 ) -> LoadedModel:
     checkpoints = CheckpointManager(folder / "checkpoints", None)
     try:
-        number = _find_step(checkpoints, step)
+        number = find_step(checkpoints, step)
         run = checkpoints.run_info(number)
-        config = _read_config(run["config"], checkpoints.directory / str(number))
+        config = read_config(run["config"], checkpoints.directory / str(number))
         if weights != "average" and not evaluates_an_average(config):
             raise _no_average(weights, folder)
         tokenizer = _run_tokenizer(config, folder, run["vocabulary"])
@@ -266,7 +266,12 @@ def _build(config: ModelConfig, precision: str) -> MegaTransformer:
     return build_model(config, policy, Sharder(), platform)
 
 
-def _find_step(checkpoints: CheckpointManager, step: Step) -> int:
+def find_step(checkpoints: CheckpointManager, step: Step) -> int:
+    """The number of the checkpoint that `parse_step` names.
+
+    Raises:
+      UserError: if there is no such checkpoint; lists those there are.
+    """
     steps = checkpoints.steps()
     if not steps:
         raise UserError(f"{checkpoints.directory} has no complete checkpoint; train first.")
@@ -289,14 +294,32 @@ def _find_step(checkpoints: CheckpointManager, step: Step) -> int:
     return step
 
 
-def _read_config(values: dict[str, Any], where: pathlib.Path) -> RunConfig:
+def read_config(
+    values: dict[str, Any], where: pathlib.Path, kind: str = "transformer"
+) -> RunConfig:
+    """The configuration saved with a checkpoint.
+
+    Args:
+      values: as saved.
+      where: the checkpoint, for messages.
+      kind: what the run must have trained.
+
+    Raises:
+      UserError: if it is of another version of the library, or of another kind of run.
+    """
     try:
-        return build(values)
+        config = build(values)
     except ConfigError as error:
         raise UserError(
             f"the config saved with {where} does not fit this version of the library ({error}); "
             "use the version that wrote it."
         ) from error
+    if config.kind != kind:
+        raise UserError(
+            f"{where} is of a run with kind={config.kind!r}, and this needs one with "
+            f"kind={kind!r}; name another run."
+        )
+    return config
 
 
 def _run_tokenizer(config: RunConfig, folder: pathlib.Path, digest: str) -> Tokenizer:

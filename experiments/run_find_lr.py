@@ -37,8 +37,10 @@ def find_learning_rate(config: RunConfig, start: float, end: float, steps: int) 
     """Trains with rates from `start` to `end`, then shows and writes what that says.
 
     Raises:
-      UserError: if the range cannot be used, or the loss never falls.
+      UserError: if the range cannot be used, the loss never falls, or the run trains no
+        transformer.
     """
+    assemble.require_transformer(config)
     check_range(start, end, steps)
     start_distributed(config.distributed)
     assemble.check_augmentation(config)

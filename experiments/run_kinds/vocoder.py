@@ -53,12 +53,17 @@ class VocoderModel:
         return {"loss": loss, **terms}
 
 
+def make_vocoder(config: RunConfig) -> VocoderModel:
+    """The model of a run, with the types of this machine's kind of device."""
+    policy = DTypePolicy.from_precision(config.train.precision, jax.default_backend())
+    return VocoderModel(config.vocoder, policy)
+
+
 class VocoderRun(MediumRun):
     """A `RunKind`."""
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack):
-        policy = DTypePolicy.from_precision(config.train.precision, jax.default_backend())
-        model = VocoderModel(config.vocoder, policy)
+        model = make_vocoder(config)
         super().__init__(
             config,
             workdir,
@@ -68,7 +73,7 @@ class VocoderRun(MediumRun):
             lambda batch: int((batch.lengths > 0).sum()),
             model.judge,
         )
-        self._resynthesize = jax.jit(functools.partial(resynthesize, config.vocoder, policy))
+        self._resynthesize = jax.jit(functools.partial(resynthesize, config.vocoder, model.policy))
 
     def samples(self, params: Any) -> MediaSamples:
         """Held-out pieces as recorded and as made from their spectrograms, with spectrograms."""
