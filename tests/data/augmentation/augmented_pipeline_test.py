@@ -130,7 +130,7 @@ def test_batches_do_not_depend_on_how_they_are_made(everything: DataConfig, pack
     shares = [train(config, 8, process_index=index, process_count=2) for index in range(2)]
     assert_equal(
         [
-            Batch(*map(np.concatenate, zip(*pair, strict=True)))
+            Batch(*map(np.concatenate, list(zip(*pair, strict=True))[:-1]))
             for pair in zip(*shares, strict=True)
         ],
         whole,
