@@ -17,7 +17,7 @@ IS_CONTEXT = jnp.asarray([[True, True, True], [False, True, True]])
 
 @pytest.fixture(scope="module")
 def predict():
-    config = AudioDecoderConfig(width=8, head_width=4, dilations=(1, 2))
+    config = AudioDecoderConfig(width=8, head_width=4, dilations=(2,))
     module = MelDenoiser(config, DTypePolicy())
     mels = jnp.zeros((2, FRAMES, BINS))
     shapes = jax.eval_shape(

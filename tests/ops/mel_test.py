@@ -22,6 +22,9 @@ CONFIGS = [
 ]
 # librosa warns of clips that are shorter than the transform.
 pytestmark = pytest.mark.filterwarnings("ignore:n_fft:UserWarning")
+# Compiled whole: one by one, operations take longer to compile.
+log_mel = jax.jit(device.log_mel, static_argnums=1)
+normalized_mel = jax.jit(device.normalized_mel, static_argnums=2)
 
 
 def speechlike(samples, seed=0):
@@ -35,7 +38,7 @@ def test_device_and_host_agree(config):
     waveform = speechlike(3000)
     expected = host.log_mel(waveform, config)
     assert expected.shape == (host.num_frames(3000, config), config.num_mels)
-    ours = device.log_mel(jnp.asarray(waveform)[None], config)[0]
+    ours = log_mel(jnp.asarray(waveform)[None], config)[0]
     np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(
         device.normalize(ours), host.normalized_mel(waveform, config), atol=1e-4
@@ -79,7 +82,7 @@ def test_padding_changes_no_frame_and_lengths_are_exact(samples, seed):
     # Anything may be in the padding. Of one length, so that all examples share a program.
     padded = np.full((1, 800), 0.7, np.float32)
     padded[0, : len(filled)] = filled
-    ours = device.normalized_mel(jnp.asarray(padded), jnp.asarray([frames]), config)[0]
+    ours = normalized_mel(jnp.asarray(padded), jnp.asarray([frames]), config)[0]
     np.testing.assert_allclose(ours[:frames], expected, atol=1e-4)
     np.testing.assert_array_equal(ours[frames:], 0.0)
 
@@ -95,7 +98,7 @@ def test_normalisation_maps_the_range_and_back():
 
 def test_gradients_of_silence_are_finite():
     config = CONFIGS[1]
-    gradient = jax.grad(lambda x: device.log_mel(x, config).sum())(jnp.zeros((1, 160)))
+    gradient = jax.jit(jax.grad(lambda x: device.log_mel(x, config).sum()))(jnp.zeros((1, 160)))
     assert np.isfinite(gradient).all()
 
 

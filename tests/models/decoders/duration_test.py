@@ -16,14 +16,14 @@ from megatransformer_jax.types import DTypePolicy
 
 def test_the_head_starts_at_half_of_the_longest_clip():
     head, condition = DurationHead(64, DTypePolicy()), random_condition(2, 4)
-    log_frames, _ = head.init_with_output(jax.random.key(0), condition)
+    log_frames, _ = jax.jit(head.init_with_output)(jax.random.key(0), condition)
     np.testing.assert_allclose(log_frames, np.log(32), rtol=1e-6)
 
 
 def test_a_head_learns_lengths_from_conditions():
     head, condition = DurationHead(64, DTypePolicy()), random_condition(4, 8)
     lengths = jnp.asarray([3, 20, 40, 7])
-    params = nn.meta.unbox(head.init(jax.random.key(0), condition))["params"]
+    params = nn.meta.unbox(jax.jit(head.init)(jax.random.key(0), condition))["params"]
 
     def loss(params):
         return jnp.mean(duration_error(head.apply({"params": params}, condition), lengths))
@@ -36,7 +36,7 @@ def test_a_head_learns_lengths_from_conditions():
             params,
         )
     )
-    learned = head.apply({"params": descend(params)}, condition)
+    learned = jax.jit(head.apply)({"params": descend(params)}, condition)
     np.testing.assert_array_equal(whole_frames(learned, 64), lengths)
 
 

@@ -20,7 +20,9 @@ CONTEXT_WIDTH, FRAMES, BINS = 6, 7, 5
 CONFIG = AudioConfig(
     mel=MelConfig(num_mels=BINS),
     max_frames=FRAMES,
-    decoder=AudioDecoderConfig(width=8, head_width=4, dilations=(2,), condition_dropout_rate=0.0),
+    decoder=AudioDecoderConfig(
+        width=8, head_width=4, dilations=(2,), condition_dropout_rate=0.0, duration_weight=0.3
+    ),
 )
 SETTINGS = SamplerConfig(num_steps=2, threshold="none")
 LENGTHS = jnp.asarray([FRAMES, 3, 5])
@@ -64,41 +66,48 @@ def test_padding_changes_no_term_and_no_frame(case):
 def test_the_loss_adds_duration_by_its_weight(case):
     key = jax.random.key(1)
     terms = case.loss(case.media, LENGTHS, case.condition, key)
-    decoder = dataclasses.replace(CONFIG.decoder, duration_weight=2.0)
-    heavy_decoder = build(dataclasses.replace(CONFIG, decoder=decoder))
-    compute = jax.jit(lambda *arguments: heavy_decoder.apply(*arguments, method="loss"))
-    heavy = compute(case.variables, case.media, LENGTHS, case.condition, key)
-    np.testing.assert_allclose(
-        heavy["loss"] - terms["loss"], 1.9 * terms["duration"], rtol=1e-4, atol=1e-5
-    )
-    np.testing.assert_allclose(heavy["duration"], terms["duration"], rtol=1e-5)
     assert len(np.unique(terms["duration"].round(5))) == 3
+    params = case.variables["params"]
+    longer = params["duration"] | {"bias": params["duration"]["bias"] + 1.0}
+    changed = {"params": params | {"duration": longer}}
+    other = case.loss(case.media, LENGTHS, case.condition, key, changed)
+    np.testing.assert_allclose(other["squared_error"], terms["squared_error"], rtol=1e-5)
+    difference = other["duration"] - terms["duration"]
+    assert np.abs(difference).min() > 0.01
+    np.testing.assert_allclose(
+        other["loss"] - terms["loss"], 0.3 * difference, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_without_lengths_the_condition_tells_them(case):
-    decoder = case.decoder.bind(case.variables)
-    mels, lengths = decoder.sample(case.condition, jax.random.key(2), None, SETTINGS)
-    wanted = np.clip(np.round(np.exp(decoder.duration(case.condition))), 1, FRAMES)
+    key = jax.random.key(2)
+    mels, lengths = case.sample(case.condition, key)
+    log_frames = jax.jit(lambda v: case.decoder.bind(v).duration(case.condition))(case.variables)
+    wanted = np.clip(np.round(np.exp(log_frames)), 1, FRAMES)
     np.testing.assert_array_equal(lengths, wanted)
     assert lengths.dtype == jnp.int32
     # The same as when these lengths are asked for, and zero beyond.
-    given, _ = case.sample(case.condition, jax.random.key(2), lengths)
+    given, _ = case.sample(case.condition, key, lengths)
     np.testing.assert_allclose(mels, given, rtol=1e-4, atol=1e-4)
     beyond = np.arange(FRAMES) >= np.asarray(lengths)[:, None]
     np.testing.assert_array_equal(np.asarray(mels)[beyond], 0)
 
 
 def test_guidance_and_the_configured_sampler_are_used(case):
-    decoder, key = case.decoder.bind(case.variables), jax.random.key(2)
-    plain, _ = case.sample(case.condition, key, LENGTHS)
-    scale = jnp.asarray(1.0)
-    same, _ = decoder.sample(case.condition, key, LENGTHS, SETTINGS, scale)
-    np.testing.assert_allclose(same, plain, rtol=1e-3, atol=1e-3)
-    beyond, _ = decoder.sample(case.condition, key, LENGTHS, SETTINGS, 3 * scale)
-    assert np.abs(beyond - plain).max() > 1e-3
+    key, condition = jax.random.key(2), case.condition
+    plain, _ = case.sample(condition, key, LENGTHS)
+    # Its own settings are those of the case.
     own = dataclasses.replace(CONFIG, decoder=dataclasses.replace(CONFIG.decoder, sampler=SETTINGS))
-    of_config, _ = build(own).apply(case.variables, case.condition, key, LENGTHS, method="sample")
-    np.testing.assert_allclose(of_config, plain, rtol=1e-3, atol=1e-3)
+    decoder = build(own)
+
+    @jax.jit
+    def sample(scale):
+        return decoder.apply(case.variables, condition, key, LENGTHS, None, scale, method="sample")[
+            0
+        ]
+
+    np.testing.assert_allclose(sample(1.0), plain, rtol=1e-3, atol=1e-3)
+    assert np.abs(sample(3.0) - plain).max() > 1e-3
 
 
 def test_losses_and_sounds_are_float32_in_a_narrower_compute_type(case):
