@@ -2,13 +2,14 @@
 
 import contextlib
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from rich.console import Console
 
 from experiments import assemble, resume
+from experiments.media_samples import make_media_sampler
 from experiments.memory_plan import MemoryPlan
 from experiments.run_kinds.run_kind import ParamsOf
 from experiments.samples import make_sampler
@@ -25,6 +26,7 @@ from megatransformer_jax.evaluation.validation import ValidationHook, Validation
 from megatransformer_jax.training.distributed import make_global_batch
 from megatransformer_jax.training.hooks import Hook, SampleHook
 from megatransformer_jax.training.loop import StepFunction
+from megatransformer_jax.training.media_hook import MediaSampleHook
 from megatransformer_jax.training.micro_batch import CompiledStep
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import TrainState
@@ -63,7 +65,7 @@ class TransformerRun:
         self.batches = self._open_pipeline()
         stack.callback(self.batches.close)
         self.validation_set = self._build_validation_set()
-        self._sampler = make_sampler(config, self.model, self.vocabulary, self.validation_set)
+        self._sampler = self._build_sampler()
 
     def abstract_state(self) -> TrainState:
         """See `RunKind`."""
@@ -110,21 +112,36 @@ class TransformerRun:
 
     def observers(self, params_of: ParamsOf, writer: MultiWriter) -> list[Hook]:
         """Samples, and diagnostics if there are any."""
-
-        def sample(state: TrainState, step: int) -> Mapping[str, str]:
-            return self._sampler(params_of(state), step)
-
-        samples = SampleHook(self.config.samples.every_steps, sample, writer.write_texts)
+        samples = self._sample_hook(params_of, writer)
         if not self.config.diagnostics.every_steps:
             return [samples]
         batch = self.validation_set.batches[0]
         subject = make_subject(self.config, self.model, batch, self.sharder)
-        folder = self._workdir / "diagnostics" if jax.process_index() == 0 else None
-        return [samples, DiagnosticsHook(subject, params_of, writer, folder)]
+        return [samples, DiagnosticsHook(subject, params_of, writer, self._folder("diagnostics"))]
 
     def summarize(self, params: Any, console: Console | None) -> None:
         """See `RunKind`."""
         summarize(self.config, self._workdir, params, self.validation_set, self.vocabulary, console)
+
+    def _build_sampler(self) -> Callable[[Any, int], Any]:
+        config, model, vocabulary = self.config, self.model, self.vocabulary
+        if config.model.has_media:
+            return make_media_sampler(config, model, vocabulary, self.validation_set.batches[0])
+        return make_sampler(config, model, vocabulary, self.validation_set)
+
+    def _sample_hook(self, params_of: ParamsOf, writer: MultiWriter) -> Hook:
+        every_steps = self.config.samples.every_steps
+
+        def sample(state: TrainState, step: int) -> Any:
+            return self._sampler(params_of(state), step)
+
+        if self.config.model.has_media:
+            return MediaSampleHook(every_steps, sample, writer, self._folder("samples"))
+        return SampleHook(every_steps, sample, writer.write_texts)
+
+    def _folder(self, name: str) -> pathlib.Path | None:
+        """Of the workdir, for the process that writes."""
+        return self._workdir / name if jax.process_index() == 0 else None
 
     def _open_pipeline(self) -> Pipeline:
         return build_pipeline(
