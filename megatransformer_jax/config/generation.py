@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from megatransformer_jax.config.generation_depth import CacheConfig, DepthConfig
 from megatransformer_jax.config.generation_sampling import SamplingConfig, check_texts
+from megatransformer_jax.config.media_generation import MediaGenerationConfig
 from megatransformer_jax.config.option import (
     MAX_COUNT,
     MAX_SEED,
@@ -129,6 +130,7 @@ class GenerationConfig:
     beam: BeamConfig = section(BeamConfig, "Beam search.")
     speculative: SpeculativeConfig = section(SpeculativeConfig, "Speculative decoding.")
     parallel: ParallelConfig = section(ParallelConfig, "Parallel sampling.")
+    media: MediaGenerationConfig = section(MediaGenerationConfig, "Images and sound.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -284,7 +286,11 @@ class GenerationConfig:
 
 
 def for_model(
-    config: GenerationConfig, trained_depth: int | None, *, has_exit_gate: bool
+    config: GenerationConfig,
+    trained_depth: int | None,
+    *,
+    has_exit_gate: bool,
+    makes_media: bool = False,
 ) -> GenerationConfig:
     """The same generation for a certain model: `depth.depth` is a number unless it has no core.
 
@@ -292,6 +298,7 @@ def for_model(
       config: as the user gave it.
       trained_depth: mean number of iterations in training. None: a plain model without a core.
       has_exit_gate: whether the model was given a gate that learns when to stop.
+      makes_media: whether the generation is one of images and sound too.
 
     Raises:
       ConfigError: if an option does not fit the depth, or needs a core or a gate and there is none.
@@ -302,6 +309,16 @@ def for_model(
             "'learned_gate' needs a model with an exit gate (model.exit_gate.enabled in training), "
             "and this one has none; choose another.",
         )
+    if makes_media and config.strategy not in ("greedy", "sample"):
+        raise ConfigError(
+            "strategy",
+            f"{config.strategy!r} makes text alone; with images or sound set it to 'greedy' or "
+            "'sample'.",
+        )
+    if not makes_media:
+        with _errors_below("media"):
+            own = [field.name for field in dataclasses.fields(MediaGenerationConfig)]
+            require_defaults(config.media, own, "for text alone", "use a model that makes media")
     if trained_depth is not None:
         if config.depth.depth is not None:
             return config

@@ -51,7 +51,7 @@ def plan_cache(
       UserError: if prompt and new tokens exceed the cache or the model.
     """
     _check_length(model, config, longest_prompt)
-    columns, rows = _round_columns(longest_prompt), config.cache.capacity
+    columns, rows = round_columns(longest_prompt), config.cache.capacity
     if rows is None:
         rows = columns + new_rows
     elif longest_prompt + new_rows > rows:
@@ -72,7 +72,8 @@ def _num_slots(config: GenerationConfig, trained_depth: int | None) -> int:
     return -(-deepest // SLOT_MULTIPLE) * SLOT_MULTIPLE
 
 
-def _round_columns(longest: int) -> int:
+def round_columns(longest: int) -> int:
+    """What prompts of up to `longest` tokens are padded to."""
     if longest > MAX_DOUBLED:
         return -(-longest // MAX_DOUBLED) * MAX_DOUBLED
     return max(MIN_COLUMNS, 1 << (longest - 1).bit_length())

@@ -53,6 +53,7 @@ from megatransformer_jax.generation.prefill import Prefilled, prefill, repeat_ro
 from megatransformer_jax.generation.processors.build import build_chain
 from megatransformer_jax.generation.processors.chain import Chain
 from megatransformer_jax.generation.prompt_encoding import Prompt, encode_prompts
+from megatransformer_jax.generation.row_keys import prompt_keys, sample_keys
 from megatransformer_jax.generation.stop_strings import cut_at_stop, stop_strings
 from megatransformer_jax.generation.strategies import (
     add_tokens,
@@ -112,7 +113,7 @@ class Generator:
         trained_depth: int | None,
         end_ids: Sequence[int] | None = None,
     ):
-        _check_depth(model, trained_depth)
+        check_depth(model, trained_depth)
         self._model = model
         self._params = params
         self._tokenizer = tokenizer
@@ -120,10 +121,10 @@ class Generator:
         self._config = for_model(config, trained_depth, has_exit_gate=has_exit_gate)
         self._trained_depth = trained_depth
         if end_ids is None:
-            end_ids = _end_ids(tokenizer)
+            end_ids = end_ids_of(tokenizer)
         chain, ending = self._chain_and_ending(end_ids)
         self._chain, self._ending, self._rule = replicate(
-            model.sharder, (chain, ending, _depth_rule(self._config))
+            model.sharder, (chain, ending, depth_rule(self._config))
         )
 
     def generate(self, prompts: Sequence[Prompt] | np.ndarray) -> list[Completion]:
@@ -232,7 +233,7 @@ class Generator:
         model = for_rows(self._model, len(ids))
         # Which id fills a history does not matter; nobody reads it.
         prompts = put_rows(model.sharder, history_of_prompts(ids, plan.capacity, pad_id=0))
-        keys = _prompt_keys(config.seed, numbers)
+        keys = prompt_keys(config.seed, numbers)
         prefilled = prefill(
             model,
             self._params,
@@ -249,7 +250,7 @@ class Generator:
             self._rule,
             self._chain,
             self._ending,
-            put_rows(sharder, _sample_keys(keys, count)),
+            put_rows(sharder, sample_keys(keys, count)),
             is_drawn=not config.is_deterministic,
             warm_start=config.depth.warm_start,
             sharder=sharder,
@@ -328,14 +329,18 @@ class Generator:
         return TextStream(self._tokenizer, ids, self._config.stop)
 
 
-def _check_depth(model: MegaTransformer, trained_depth: int | None) -> None:
+def check_depth(model: MegaTransformer, trained_depth: int | None) -> None:
+    """Raises:
+    UserError: if only one of model and number has a core.
+    """
     is_recurrent = model.config.is_recurrent
     if is_recurrent != (trained_depth is not None):
         fix = "a core; give its mean iterations in training" if is_recurrent else "none; give None"
         raise UserError(f"trained_depth, of the core, is {trained_depth}, but the model has {fix}.")
 
 
-def _end_ids(tokenizer: Tokenizer | None) -> Sequence[int]:
+def end_ids_of(tokenizer: Tokenizer | None) -> Sequence[int]:
+    """Ids that end a text."""
     if tokenizer is None:
         return ()
     if isinstance(tokenizer, HuggingFaceTokenizer):
@@ -343,7 +348,8 @@ def _end_ids(tokenizer: Tokenizer | None) -> Sequence[int]:
     return (tokenizer.eos_id,)
 
 
-def _depth_rule(config: GenerationConfig) -> DepthRule:
+def depth_rule(config: GenerationConfig) -> DepthRule:
+    """How deep the tokens of a generation go; its depth is a number, unless there is no core."""
     criterion = exit_criterion(config.depth.exit_criterion)
     threshold = config.depth.exit_threshold
     return DepthRule(
@@ -364,18 +370,6 @@ def _repeat(
     cache = constrain_cache(sharder, prefilled.cache)
     prefilled = prefilled.replace(cache=cache)  # type: ignore[attr-defined]
     return prefilled, constrain_rows(sharder, prompts)
-
-
-def _prompt_keys(seed: int, numbers: Sequence[int]) -> jax.Array:
-    """A key per prompt; which batch it is in does not matter."""
-    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(jax.random.key(seed), jnp.asarray(numbers, jnp.int32))
-
-
-def _sample_keys(prompt_keys: jax.Array, count: int) -> jax.Array:
-    """A key per text. The first text of a prompt has the same whatever `num_samples` is."""
-    split = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count)))
-    return split(prompt_keys).reshape(-1)
 
 
 def _on_host(sharder: Sharder, state: DecodeState) -> Decoded:

@@ -88,7 +88,7 @@ def fetch(sharder: Sharder, tree: Any) -> Any:
     jax.jit,
     static_argnames=(
         "sharder", "config", "batch_size", "capacity", "num_slots", "dtype", "platform", "sharing",
-        "exited_reads",
+        "exited_reads", "with_media",
     ),
 )  # fmt: skip
 def empty_cache(
@@ -102,6 +102,7 @@ def empty_cache(
     platform: str,
     sharing: str,
     exited_reads: str,
+    with_media: bool = False,
 ) -> KVCache:
     """`init_cache`, made in parts on the devices that hold them."""
     cache = init_cache(
@@ -113,6 +114,7 @@ def empty_cache(
         platform=platform,
         sharing=sharing,
         exited_reads=exited_reads,
+        with_media=with_media,
     )
     return constrain_cache(sharder, cache)
 

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax.generation.history import NO_TOKEN, History
 from megatransformer_jax.generation.placement import constrain_rows
-from megatransformer_jax.models.cached_forward import cached_forward
+from megatransformer_jax.models.cached_forward import Inserted, cached_forward
 from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.nn.kv_cache import KVCache, repeat_sequences
@@ -60,6 +60,35 @@ def prefill(
       chunk: columns per pass. None: all in one.
     """
     tokens, is_token = _left_padded(history, num_columns)
+    return prefill_columns(model, params, tokens, is_token, cache, rule, state_keys, chunk=chunk)
+
+
+def prefill_columns(
+    model: MegaTransformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    is_token: Bool[Array, "B T"],
+    cache: KVCache,
+    rule: DepthRule,
+    state_keys: Key[Array, "B"] | None,
+    *,
+    chunk: int | None,
+    inserted: Inserted | None = None,
+) -> Prefilled:
+    """As `prefill`, of rows that have their last place in the last column.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      tokens: ids.
+      is_token: False for padding.
+      cache: empty, with room for the columns.
+      rule: how deep.
+      state_keys: see `cached_forward`.
+      chunk: columns per pass. None: all in one.
+      inserted: media among the tokens, see `cached_forward`.
+    """
+    num_columns = tokens.shape[1]
     size = num_columns if chunk is None else min(chunk, num_columns)
     # The first pass takes the odd columns, so that all others are of one size.
     starts = [0, *range(num_columns % size or size, num_columns, size)]
@@ -68,7 +97,7 @@ def prefill(
         prefilled = _pass(
             model,
             params,
-            *_columns(tokens, is_token, start, end - start),
+            *_columns((tokens, is_token, inserted), start, end - start),
             cache,
             rule,
             state_keys,
@@ -97,6 +126,7 @@ def _pass(
     params: Any,
     tokens: Int[Array, "B T"],
     is_token: Bool[Array, "B T"],
+    inserted: Inserted | None,
     cache: KVCache,
     rule: DepthRule,
     state_keys: Key[Array, "B"] | None,
@@ -113,6 +143,7 @@ def _pass(
         state_keys=state_keys,
         is_first=is_first,
         last_logits_only=True,
+        inserted=inserted,
     )
     results = (output.logits[:, 0], output.state[:, -1:], output.num_steps[:, -1])
     return Prefilled(output.cache, *constrain_rows(model.sharder, results))
@@ -126,10 +157,8 @@ def _left_padded(history: History, num_columns: int) -> tuple[jax.Array, jax.Arr
     return jnp.where(is_token, tokens, 0), is_token
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _columns(
-    tokens: Int[Array, "B T"], is_token: Bool[Array, "B T"], start: Int[Array, ""] | int, size: int
-) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=2)
+def _columns(arrays: Any, start: Int[Array, ""] | int, size: int) -> Any:
     """A chunk, wherever it starts: a slice as such compiles anew for each place."""
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=1)
-    return cut(tokens, start), cut(is_token, start)
+    return jax.tree.map(lambda array: cut(array, start), arrays)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.processors.processor import (
@@ -33,7 +34,7 @@ class AllowedTokens(Stateless):
 
 
 def allowed_tokens(tokenizer: Tokenizer, vocab_size: int) -> AllowedTokens:
-    """Allows the tokenizer's ids except padding, which is no text.
+    """Allows the tokenizer's ids except padding and the tokens around media, which are no text.
 
     A tokenizer without a padding token of its own pads with its end token, which stays allowed.
 
@@ -51,4 +52,6 @@ def allowed_tokens(tokenizer: Tokenizer, vocab_size: int) -> AllowedTokens:
         )
     ids = np.arange(vocab_size)
     is_text = (ids < tokenizer.vocab_size) & (ids != tokenizer.pad_id)
+    if isinstance(tokenizer, MediaTokenizer):
+        is_text &= ids < tokenizer.base.vocab_size
     return AllowedTokens(jnp.asarray(is_text | (ids == tokenizer.eos_id)))
