@@ -102,6 +102,6 @@ def check_mel(own: MelConfig, wanted: MelConfig | None, workdir: str) -> None:
     )
     raise UserError(
         f"the vocoder of {workdir} was trained with other spectrograms than it would be given; "
-        f"they differ in {differences}. Train one with vocoder.mel as model.audio.mel is, or leave the "
-        "vocoder out, for Griffin-Lim."
+        f"they differ in {differences}. Train one with vocoder.mel as model.audio.mel is, or leave "
+        "the vocoder out, for Griffin-Lim."
     )
