@@ -32,8 +32,10 @@ from megatransformer_jax.config.schema import Option, options_of
 
 # Python does not let a field have the name 'from'.
 _FLAG_NAMES = {"model": "from"}
+# What only the making of media heeds.
+MEDIA_OPTIONS = ("media_per_class", "guidance_scale", "sampler_steps")
 # Evaluation has its own options for these, or scores one text per prompt.
-_LEFT_OUT = ("depth", "batch_size", "num_samples", "seed")
+_LEFT_OUT = ("depth", "batch_size", "num_samples", "seed", "max_media", *MEDIA_OPTIONS)
 OF_GENERATION = {
     name: option for name, option in GENERATION_OPTIONS.items() if name not in _LEFT_OUT
 }
@@ -42,8 +44,6 @@ _OTHER_NAMES = {"workdir": "from", "depth": "depths", "prompts_file": "reference
 # Sources of files, by the ending of their names.
 FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
-# What only the making of media heeds.
-MEDIA_OPTIONS = ("media_per_class", "guidance_scale", "sampler_steps")
 _OF_DATA = ("data", "text_field", "num_batches", "sequence_length", *MEDIA_OPTIONS)
 _OF_MODEL = ("step", "weights", "depths", "batch_size", "precision", "param_dtype", "seed")
 

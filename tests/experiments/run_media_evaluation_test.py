@@ -1,0 +1,212 @@
+"""experiments.evaluate on a run with images, and what is measured of one with sound."""
+
+import json
+import pathlib
+import types
+
+import jax
+import numpy as np
+import pytest
+import written_run
+
+from experiments import evaluate, media_measures
+from experiments.evaluate_flags import EvaluateOptions
+from experiments.media_measures import MediaMeasures
+from megatransformer_jax.config.build import build
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.data.media.encoding import RowShape, encode_sample, make_batch
+from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.sample import AudioPart, Sample
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
+from megatransformer_jax.data.tokenizer import BytesTokenizer
+from megatransformer_jax.evaluation.media.labelled_digits import LabelledClips
+from megatransformer_jax.models.megatransformer import init_params
+
+TOKENIZER = MediaTokenizer(BytesTokenizer())
+SMALL_MODEL = {
+    "vocab_size": 272,
+    "width": 8,
+    "max_length": 96,
+    "prelude_layers": 1,
+    "coda_layers": 0,
+    "attention": {"num_heads": 2},
+    "mlp": {"hidden_width": 8},
+}
+IMAGE = {
+    "enabled": True,
+    "height": 8,
+    "width": 8,
+    "channels": 1,
+    "patch_size": 4,
+    "prelude_layers": 0,
+    "coda_layers": 0,
+    "decoder": {
+        "unet": {
+            "base_width": 8,
+            "width_multipliers": [1],
+            "attention_levels": [],
+            "head_width": 8,
+            "norm_groups": 2,
+        },
+        "sampler": {"num_steps": 2},
+    },
+}
+AUDIO = {
+    "enabled": True,
+    "max_frames": 8,
+    "mel": {
+        "sample_rate_hz": 8000,
+        "num_mels": 8,
+        "fft_samples": 128,
+        "window_samples": 128,
+        "hop_samples": 64,
+    },
+}
+
+
+def media_run(small_run, workdir, model, tasks, **data):
+    return build(
+        small_run(
+            workdir,
+            {
+                "model": SMALL_MODEL | model,
+                "data": {
+                    "source": "media",
+                    "batch_size": 16,
+                    "sequence_length": 32,
+                    "media": {"tasks": tasks} | data,
+                },
+                "evaluation": {"final_depths": [2]},
+            },
+        )
+    )
+
+
+def random_params(model, key):
+    """To compile the initialisation takes long."""
+    shapes = jax.eval_shape(lambda key: init_params(model, key), key)
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, small_run):
+    folder = tmp_path_factory.mktemp("media") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(written_run, "init_params", random_params)
+        written_run.write_run(
+            media_run(small_run, folder, {"image": IMAGE}, ["draw=1", "caption=1"]), {4: 1.0}
+        )
+    return folder
+
+
+def test_images_are_scored_and_drawn(workdir, capfd):
+    words = ["--num_batches=1", "--media_per_class=1", "--guidance_scale=2", "--sampler_steps=3"]
+    evaluate.main(["evaluate", f"--from={workdir}", *words])
+    out = " ".join(capfd.readouterr().out.split())
+    folder = pathlib.Path(workdir) / "evaluation"
+    content = json.loads((folder / "media_scores.json").read_text())
+    (row,) = content["rows"]
+    assert content["trained_depth"] == row["validation"]["depth"] == 2
+    assert row["validation"]["tasks"].keys() == {"draw", "caption"}
+    assert row["validation"]["image_terms"]["loss"] > 0
+    assert row["transcripts"] is None and row["spoken"] is None
+    found = row["drawn"]["recognition"]
+    assert found["media"] == 10 and found["judge_accuracy"] > 0.95
+    assert [of_class["media"] for of_class in found["by_class"]] == [1] * 10
+    assert (folder / "drawn_digits.png").stat().st_size > 1000
+    assert f"{row['validation']['loss']:.4f}" in out
+    assert f"{row['drawn']['frechet_distance']:.2f}" in out
+    assert "Drawn digits at depth 2" in out and "real held-out" in out
+
+
+def test_options_that_would_be_ignored(workdir, capfd, tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("Some text.")
+    words = [f"--data={text}", "--media_per_class=2"]
+    with pytest.raises(SystemExit):
+        evaluate.main(["evaluate", f"--from={workdir}", *words])
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --media_per_class: 2 would be ignored, as no media are made")
+    with pytest.raises(ConfigError, match=r"guidance_scale: 2\.0 would be ignored"):
+        media_measures.reject_media_options(EvaluateOptions(model="a", guidance_scale=2.0), "x")
+    # None are asked for, and none are made.
+    media_measures.reject_media_options(EvaluateOptions(model="a", media_per_class=0), "x")
+
+
+def clips_and_batch(config):
+    """Ten clips, each a bright bin of its own, and a batch in which they are transcribed."""
+    formats = MediaFormats.of_model(config.model)
+    mels = np.full((10, 8, 8), -1, np.float32)
+    mels[np.arange(10), :, np.arange(10) % 8] = 1
+    mels[8:, 4:] = -1
+    clips = LabelledClips(mels, np.full(10, 6), np.arange(10))
+    rows = []
+    for mel, word in zip(mels, media_measures.WORDS, strict=True):
+        clip = AudioPart(np.zeros(64, np.float32), 8000, mel=mel[:6])
+        rows.append(encode_sample(Sample((clip, word)), TOKENIZER, formats))
+    shape = RowShape(32)
+    return clips, make_batch(rows, [1] * 10, shape, formats, TOKENIZER.pad_id)
+
+
+@pytest.fixture
+def measures(small_run, tmp_path, monkeypatch):
+    """Of a model that says 'one' of every clip and speaks every digit as it is, the ninth wrong."""
+    config = media_run(small_run, tmp_path, {"audio": AUDIO}, ["speak=1", "transcribe=1"])
+    clips, batch = clips_and_batch(config)
+    answer = [*TOKENIZER.encode("one"), TOKENIZER.eos_id]
+    calls = []
+
+    def make_next_tokens(model, key):
+        def next_tokens(params, batch, num_steps):
+            closing = np.argmax(np.asarray(batch.media.follows) > 0, axis=1) + 1
+            wanted = np.zeros(batch.tokens.shape, np.int32)
+            for place, token in enumerate(answer):
+                wanted[np.arange(len(closing)), closing + place] = token
+            return wanted
+
+        return next_tokens
+
+    def make_speak_step(model, key, settings):
+        def speak_step(params, batch, num_steps, key):
+            prompts = [TOKENIZER.decode(row[row > 2].tolist()) for row in np.asarray(batch.tokens)]
+            calls.append((settings, prompts))
+            said = [media_measures.WORDS.index(prompt) for prompt in prompts]
+            said = [8 if digit == 9 else digit for digit in said]
+            return clips.mels[said], clips.lengths[said]
+
+        return speak_step
+
+    for name, value in (
+        ("make_media_eval_step", lambda *unused: None),
+        ("make_next_tokens", make_next_tokens),
+        ("make_speak_step", make_speak_step),
+        ("labelled_clips", lambda *unused, **also: clips),
+        ("audio_source_name", lambda *unused: "spoken_digits"),
+    ):
+        monkeypatch.setattr(media_measures, name, value)
+    monkeypatch.setattr(media_measures.jax, "jit", lambda function: function)
+    loaded = types.SimpleNamespace(
+        tokenizer=TOKENIZER, model=None, params=None, config=config.model, description="a run"
+    )
+    options = EvaluateOptions(model="a", media_per_class=1, guidance_scale=3.0)
+    subject = MediaMeasures(options, loaded, config, [batch], jax.random.key(0))
+    return subject.measures, calls, (loaded, config, batch)
+
+
+def test_sound_is_transcribed_and_spoken(measures):
+    by_name, calls, (loaded, config, batch) = measures
+    assert by_name.keys() == {"validation", "transcripts", "spoken"}
+    transcripts = by_name["transcripts"](2)
+    assert (transcripts.transcripts, transcripts.word_error_rate) == (10, 0.9)
+    assert transcripts.exact == 0.1
+    spoken = by_name["spoken"](2)
+    assert (spoken.media, spoken.share, spoken.judge_accuracy) == (10, 0.9, 1)
+    ((settings, prompts),) = calls
+    assert prompts == list(media_measures.WORDS)
+    wanted = config.model.audio.decoder.sampler
+    assert (settings.guidance_scale, settings.num_steps) == (3.0, wanted.num_steps)
+    # Without anything to make, options of making are errors.
+    options = EvaluateOptions(model="a", media_per_class=0, sampler_steps=5)
+    with pytest.raises(ConfigError, match="sampler_steps: 5 would be ignored, as a run makes no"):
+        MediaMeasures(options, loaded, config, [batch], jax.random.key(0))
