@@ -42,6 +42,7 @@ def build_image_decoder(
                 decoder.diffusion,
                 decoder.sampler,
                 decoder.condition_dropout_rate,
+                is_bounded=decoder.vae is None,
                 parent=None,
             )
         case "dit":
@@ -51,6 +52,7 @@ def build_image_decoder(
                 decoder.flow,
                 decoder.flow_sampler,
                 decoder.condition_dropout_rate,
+                is_bounded=decoder.vae is None,
                 parent=None,
             )
         case _:

@@ -1,5 +1,6 @@
 """A decoder of images that learns and samples a flow."""
 
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
@@ -18,6 +19,7 @@ class FlowDecoder(nn.Module):
       flow: as it is trained.
       sampler: as it is sampled unless told otherwise.
       condition_dropout_rate: part of the media that are learned without a condition.
+      is_bounded: what is drawn is in [-1, 1], as pixels are and latents are not.
     """
 
     network: nn.Module
@@ -25,6 +27,7 @@ class FlowDecoder(nn.Module):
     flow: FlowConfig
     sampler: FlowSamplerConfig
     condition_dropout_rate: float
+    is_bounded: bool
 
     def loss(
         self,
@@ -73,4 +76,4 @@ class FlowDecoder(nn.Module):
             key,
             guidance_scale=guidance_scale,
         )
-        return images, None
+        return (jnp.clip(images, -1.0, 1.0) if self.is_bounded else images), None

@@ -33,7 +33,7 @@ DECODERS = {
     "unet": ImageDecoderConfig(
         condition_dropout_rate=0.0,
         unet=UNetConfig(base_width=4, attention_levels=(1,), head_width=2, norm_groups=2),
-        sampler=SamplerConfig(num_steps=2),
+        sampler=SamplerConfig(num_steps=2, threshold="none"),
     ),
     "dit": ImageDecoderConfig(
         kind="dit",
@@ -81,6 +81,12 @@ def case(request):
     return DecoderCase(Owner(config), media, None, CONTEXT_WIDTH, config.decoder.settings)
 
 
+def test_images_are_in_their_range(case):
+    made, _ = case.sample(case.condition, jax.random.key(3))
+    assert np.max(np.abs(made)) <= 1.0
+    assert np.max(np.abs(made)) > 0.0
+
+
 @pytest.mark.parametrize("check", CHECKS)
 def test_contract(case, check):
     check(case)
@@ -107,10 +113,14 @@ class TinyNetwork(nn.Module):
 def test_settings_and_guidance_replace_the_configs(kind):
     if kind == "diffusion":
         settings = SamplerConfig(num_steps=3, threshold="none")
-        decoder = DiffusionDecoder(TinyNetwork(), (2, 2, 1), DiffusionConfig(), settings, 0.0)
+        decoder = DiffusionDecoder(
+            TinyNetwork(), (2, 2, 1), DiffusionConfig(), settings, 0.0, is_bounded=False
+        )
     else:
         settings = FlowSamplerConfig(num_steps=3)
-        decoder = FlowDecoder(TinyNetwork(), (2, 2, 1), FlowConfig(), settings, 0.0)
+        decoder = FlowDecoder(
+            TinyNetwork(), (2, 2, 1), FlowConfig(), settings, 0.0, is_bounded=False
+        )
     params, condition = {"params": {"network": {"weight": 0.5}}}, random_condition(2, 2)
     key = jax.random.key(3)
 
