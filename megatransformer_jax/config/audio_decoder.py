@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig
+from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig, check_steps
 from megatransformer_jax.config.option import ConfigError, check_options, option, rule, section
 
 
@@ -46,6 +46,11 @@ class AudioDecoderConfig:
                 "head_width",
                 f"{self.head_width} is odd, but rotary positions rotate pairs; make it even.",
             )
+
+    @rule("sampler.num_steps", "diffusion.num_times")
+    def _steps_are_times(self) -> None:
+        """sampler.num_steps is at most diffusion.num_times."""
+        check_steps(self.sampler, self.diffusion)
 
     @rule("dilations")
     def _has_blocks(self) -> None:

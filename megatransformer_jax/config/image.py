@@ -42,10 +42,13 @@ class ImageConfig:
                     "change either.",
                 )
 
-    @rule("height", "width", "decoder.unet.width_multipliers", "decoder.dit.patch_size")
+    @rule("enabled", "height", "width", "decoder.unet.width_multipliers", "decoder.dit.patch_size")
     def _decoder_divides_the_image(self) -> None:
-        """Sides are multiples of what the decoder needs: 2^(number of width_multipliers - 1), or
-        patch_size; with decoder.vae, times the same of decoder.vae_model."""
+        """If enabled, sides are multiples of what the decoder needs: 2^(number of
+        width_multipliers - 1), or patch_size; with decoder.vae, times the same of
+        decoder.vae_model."""
+        if not self.enabled:
+            return
         times, reason = self.decoder.side_multiple
         for name in ("height", "width"):
             if getattr(self, name) % times:

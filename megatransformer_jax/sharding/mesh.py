@@ -99,6 +99,11 @@ def _check_model(model: ModelConfig, shape: dict[str, int]) -> None:
     _check_divides("model.width", model.width, "fsdp", fsdp)
     if model.is_recurrent:
         _check_divides("model.recurrence.core_width", model.core_width, "fsdp", fsdp)
+    if model.image.enabled and model.image.decoder.kind == "dit":
+        dit, path = model.image.decoder.dit, "model.image.decoder.dit"
+        _check_divides(f"{path}.width", dit.width, "fsdp", fsdp)
+        _check_divides(f"{path}.num_heads", dit.num_heads, "tensor", tensor)
+        _check_divides(f"{path}.hidden_width", dit.hidden_width, "tensor", tensor)
 
 
 def _check_divides(name: str, value: int, axis: str, ways: int) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 from megatransformer_jax.config.audio import AudioConfig
 from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
+from megatransformer_jax.config.diffusion import DiffusionConfig
 from megatransformer_jax.config.mel import MelConfig
 
 # The rule, the class, what is given, the path in the error.
@@ -26,5 +27,11 @@ BROKEN_AUDIO: list[tuple[str, type, dict[str, Any], str]] = [
     ("_downsampling_is_a_power_of_two", AudioConfig, {"downsampling": 6}, "downsampling"),
     ("_heads_divide_the_width", AudioDecoderConfig, {"width": 48}, "width"),
     ("_heads_divide_the_width", AudioDecoderConfig, {"width": 6, "head_width": 3}, "head_width"),
+    (
+        "_steps_are_times",
+        AudioDecoderConfig,
+        {"diffusion": DiffusionConfig(num_times=9)},
+        "sampler.num_steps",
+    ),
     ("_has_blocks", AudioDecoderConfig, {"dilations": ()}, "dilations"),
 ]

@@ -73,19 +73,24 @@ BROKEN_IMAGES: list[tuple[str, type, dict[str, Any], str]] = [
     (
         "_decoder_divides_the_image",
         ImageConfig,
-        {"height": 28, "decoder": ImageDecoderConfig(unet=DEEP)},
+        {"enabled": True, "height": 28, "decoder": ImageDecoderConfig(unet=DEEP)},
         "height",
     ),
     (
         "_decoder_divides_the_image",
         ImageConfig,
-        {"width": 36, "decoder": ImageDecoderConfig(kind="dit", dit=DitConfig(patch_size=8))},
+        {
+            "enabled": True,
+            "width": 36,
+            "decoder": ImageDecoderConfig(kind="dit", dit=DitConfig(patch_size=8)),
+        },
         "width",
     ),
     (
         "_decoder_divides_the_image",
         ImageConfig,
         {
+            "enabled": True,
             "width": 36,
             "decoder": ImageDecoderConfig(sampler=UNBOUND, vae="runs/vae", vae_model=DEEP_VAE),
         },

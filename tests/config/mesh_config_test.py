@@ -1,5 +1,7 @@
 """The mesh of a configuration against the devices there are."""
 
+from typing import Any
+
 import jax
 import pytest
 
@@ -43,3 +45,18 @@ def test_the_sequence_axis_divides_every_bucket() -> None:
     with pytest.raises(ConfigError, match="62 is not divisible by the 4 devices") as caught:
         check_run_fits_mesh(build({"data": data | {"bucket_lengths": (62, 256)}}), mesh)
     assert caught.value.path == "data.bucket_lengths"
+
+
+def test_the_tensor_axis_divides_the_heads_of_a_transformer_that_draws() -> None:
+    mesh = make_mesh(MeshConfig(data=4, tensor=2), jax.devices())
+
+    def model_with(num_heads: int) -> dict[str, Any]:
+        dit = {"width": 36, "num_heads": num_heads}
+        image = {"enabled": True, "decoder": {"kind": "dit", "dit": dit}}
+        media = {"source": "media", "tokenizer": {"kind": "bytes"}, "media": {"tasks": ("draw=1",)}}
+        return {"model": {"image": image, "vocab_size": 272}, "data": media}
+
+    check_run_fits_mesh(build(model_with(2)), mesh)
+    with pytest.raises(ConfigError, match="3 is not divisible by the 2 devices") as caught:
+        check_run_fits_mesh(build(model_with(3)), mesh)
+    assert caught.value.path == "model.image.decoder.dit.num_heads"
