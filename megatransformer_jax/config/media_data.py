@@ -232,9 +232,9 @@ class MediaDataConfig:
                 "tasks", f"{self.tasks!r} has no weight above 0; give for example 'draw=1'."
             )
 
-    @rule("images", "audio")
+    @rule("images", "audio", "images_per_row", "audio_per_row")
     def _sources_need_tasks(self) -> None:
-        """At their defaults unless a task uses them."""
+        """At their defaults unless a task uses images, sound."""
         for name, used, tasks in (
             ("images", self.has_images, IMAGE_TASKS),
             ("audio", self.has_audio, AUDIO_TASKS),
@@ -242,7 +242,7 @@ class MediaDataConfig:
             if not used:
                 require_defaults(
                     self,
-                    (name,),
+                    (name, f"{name}_per_row"),
                     f"because no task uses {name}",
                     f"add {' or '.join(map(repr, tasks))} to tasks",
                 )

@@ -93,6 +93,7 @@ BROKEN_MEDIA_DATA: list[tuple[str, type, dict[str, Any], str]] = [
         {"audio": AudioDataConfig(source="tones")},
         "audio.source",
     ),
+    ("_sources_need_tasks", MediaDataConfig, {"audio_per_row": 2}, "audio_per_row"),
     (
         "_sources_need_tasks",
         MediaDataConfig,

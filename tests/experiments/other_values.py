@@ -2,6 +2,12 @@
 
 from typing import Any
 
+from other_media_values import (
+    MEDIA_COMPANIONS,
+    MEDIA_NEW_VALUES,
+    MEDIA_SECTION_COMPANIONS,
+)
+
 from megatransformer_jax.config.schema import Option
 
 # What else must be said for the new value of an option to be allowed.
@@ -94,6 +100,8 @@ SECTION_COMPANIONS = {
     "train.exit_gate.": _GATE,
     "fine_tuning.lora.": _LORA,
 }
+COMPANIONS |= MEDIA_COMPANIONS
+SECTION_COMPANIONS |= MEDIA_SECTION_COMPANIONS
 
 
 def companions(path: str) -> list[str]:
@@ -138,6 +146,7 @@ NEW_VALUES: dict[str, Any] = {
     "evaluation.final_depths": (1, 3),
     "logging.writers": ("wandb",),
 }
+NEW_VALUES |= MEDIA_NEW_VALUES
 
 
 def new_value(option: Option) -> Any:
