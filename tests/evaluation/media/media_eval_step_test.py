@@ -5,7 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from tiny_media_model import TOKENIZER, Medium, make_model, media_batch
+from smallest_media_model import TOKENIZER, Medium, make_model, media_batch
 
 from megatransformer_jax.evaluation.media.greedy_answers import (
     greedy_answers,
