@@ -55,7 +55,7 @@ def griffin_lim_phase(
     """
     phase = jnp.broadcast_to(start_phase(*magnitude.shape[1:]), magnitude.shape)
 
-    def body(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def body(_: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         phase, before = carry
         rebuilt = consistent(magnitude * phase, lengths, config)
         return unit(rebuilt + MOMENTUM * (rebuilt - before)), rebuilt
