@@ -1,4 +1,4 @@
-"""As `other_values`, for the options of media data."""
+"""As `other_values`, for the options of media: data, models, vocoders, autoencoders."""
 
 from typing import Any
 
@@ -60,10 +60,72 @@ MEDIA_COMPANIONS: dict[str, list[str]] = {
         )
     },
 }
-MEDIA_SECTION_COMPANIONS = {f"{_AUDIO}.": AUDIO_RUN, "data.media.": IMAGE_RUN}
+_DECODER = "model.image.decoder"
+_DIT_RUN = _with(IMAGE_RUN, _DECODER, kind="dit")
+_LATENT_RUN = [
+    *_with(IMAGE_RUN, _DECODER, vae="runs/vae"),
+    f"--config.{_DECODER}.sampler.threshold=none",
+]
+_VOCODER_RUN = ["--config.kind=vocoder", *_MEDIA, "--config.data.media.tasks=('speak=1',)"]
+_HIFIGAN_RUN = _with(_VOCODER_RUN, "vocoder", kind="hifigan")
+_GAN_RUN = _with(_VOCODER_RUN, "vocoder.discriminator", enabled=True)
+_VAE_RUN = ["--config.kind=image_vae", *_MEDIA, "--config.data.media.tasks=('draw=1',)"]
+
+MEDIA_COMPANIONS |= {
+    "kind": _with(_MEDIA, "data.media", tasks="('speak=1',)"),
+    "model.loss_weighting": IMAGE_RUN,
+    "samples.num_media": IMAGE_RUN,
+    "model.image.enabled": IMAGE_RUN,
+    "model.audio.enabled": AUDIO_RUN,
+    "vocoder.discriminator.enabled": _VOCODER_RUN,
+    f"{_DECODER}.vae": [f"--config.{_DECODER}.sampler.threshold=none", *IMAGE_RUN],
+    f"{_DECODER}.flow.time_mean": [*_DIT_RUN, f"--config.{_DECODER}.flow.time_draw=logit_normal"],
+    f"{_DECODER}.flow.time_std": [*_DIT_RUN, f"--config.{_DECODER}.flow.time_draw=logit_normal"],
+    f"{_DECODER}.sampler.threshold_quantile": [
+        *IMAGE_RUN,
+        f"--config.{_DECODER}.sampler.threshold=dynamic",
+    ],
+    "model.audio.decoder.sampler.threshold_quantile": [
+        *AUDIO_RUN,
+        "--config.model.audio.decoder.sampler.threshold=dynamic",
+    ],
+}
+# A longer start comes before a shorter one.
+MEDIA_SECTION_COMPANIONS = {
+    f"{_AUDIO}.": AUDIO_RUN,
+    "data.media.": IMAGE_RUN,
+    f"{_DECODER}.dit.": _DIT_RUN,
+    f"{_DECODER}.flow": _DIT_RUN,
+    f"{_DECODER}.vae_model.": _LATENT_RUN,
+    "model.image.": IMAGE_RUN,
+    "model.audio.": AUDIO_RUN,
+    "vocoder.hifigan.": _HIFIGAN_RUN,
+    "vocoder.discriminator.": _GAN_RUN,
+    "vocoder.": _VOCODER_RUN,
+    "image_vae.": _VAE_RUN,
+}
 MEDIA_NEW_VALUES: dict[str, Any] = {
     "data.media.tasks": ("caption=1", "text=2"),
     f"{_AUDIO}.rates_wpm": (140, 150),
     f"{_AUDIO}.pitches": (40,),
     f"{_AUDIO}.augmentation.max_snr_db": 40.0,
+    "model.image.channels": 1,
+    f"{_DECODER}.unet.width_multipliers": (1, 2, 3),
+    f"{_DECODER}.unet.attention_levels": (0,),
+    f"{_DECODER}.unet.head_width": 8,
+    f"{_DECODER}.vae_model.width_multipliers": (1,),
+    "model.audio.decoder.dilations": (1, 3),
+    "vocoder.istft.kernel_size": 9,
+    "vocoder.hifigan.upsample_rates": (16, 16),
+    "vocoder.hifigan.kernel_sizes": (5,),
+    "vocoder.hifigan.dilations": (1, 2),
+    "vocoder.loss.fft_samples": (256, 512),
+    "vocoder.discriminator.periods": (2, 7),
+    "image_vae.channels": 1,
+    "image_vae.model.width_multipliers": (1,),
+    **{
+        f"{section}.mel.{name}": value
+        for section in ("model.audio", "vocoder")
+        for name, value in (("window_samples", 512), ("max_hz", 7600.0))
+    },
 }
