@@ -33,6 +33,8 @@ GENERATION_OPTIONS: Mapping[str, Option] = {
     flag_name(option.path): option for option in options_of(GenerationConfig)
 }
 _PROMPT_SOURCES = ("prompt", "prompts_file", "prompt_ids", "interactive")
+# May be given several times, and hold commas.
+_REPEATED = ("prompt", "image", "audio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +73,38 @@ class CommandOptions:
         "stands behind it as in token[3].",
     )
 
+    image: tuple[str, ...] = option(
+        (),
+        "Image file; may be given several times. They stand where the prompt has "
+        "<|IMAGE|><|/IMAGE|>, or before it.",
+    )
+    audio: tuple[str, ...] = option(
+        (),
+        "Sound file (WAV, FLAC), as --image; its place is <|VOICE|><|/VOICE|> or "
+        "<|AUDIO|><|/AUDIO|>.",
+    )
+    convert: bool = option(
+        False, "Resizes images and resamples sound of another format than the model's."
+    )
+    draw: bool = option(False, "An image is drawn right after each prompt; needs output.")
+    speak: bool = option(False, "Speech is made right after each prompt; needs output.")
+    output: str | None = option(
+        None,
+        "Folder for what is made: PNG and WAV files, contact_sheet.png and results.jsonl.",
+    )
+    vocoder: str | None = option(
+        None,
+        "Folder of a run with kind='vocoder', which makes waveforms. None: Griffin and Lim's "
+        "method.",
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def names_media(self) -> bool:
+        """Whether an option asks for images or sound."""
+        return bool(self.image or self.audio or self.draw or self.speak or self.output)
 
     @rule("workdir")
     def _model_is_named(self) -> None:
@@ -90,9 +122,9 @@ class CommandOptions:
 
     @rule("prompt", "prompts_file", "prompt_ids", "interactive")
     def _prompts_have_one_source(self) -> None:
-        """Exactly one of prompt, prompts_file, prompt_ids and interactive."""
+        """Exactly one of prompt, prompts_file, prompt_ids and interactive; or image or audio."""
         given = [name for name in _PROMPT_SOURCES if getattr(self, name) not in (None, (), False)]
-        if not given:
+        if not given and not (self.image or self.audio):
             raise ConfigError(
                 "prompt",
                 'is missing; give --prompt="...", or --prompts_file, --prompt_ids or '
@@ -119,6 +151,40 @@ class CommandOptions:
         """Not with interactive."""
         if self.json is not None and self.interactive:
             raise ConfigError("json", "does not go together with --interactive; leave one out.")
+
+    @rule("image", "audio")
+    def _files_belong_to_one_prompt(self) -> None:
+        """With at most one prompt, and no prompts_file."""
+        for name in ("image", "audio"):
+            if getattr(self, name) and (self.prompts_file is not None or len(self.prompt) > 1):
+                raise ConfigError(name, "belongs to one prompt; give one --prompt, or none.")
+
+    @rule("image", "audio", "draw", "speak", "output")
+    def _media_need_prompts_of_text(self) -> None:
+        """Not with prompt_ids, interactive, json and show_depth."""
+        if self.names_media:
+            for name in ("prompt_ids", "interactive", "json", "show_depth"):
+                if getattr(self, name) not in (None, (), False):
+                    raise ConfigError(
+                        name, "is for text alone; leave it out (results go to --output)."
+                    )
+
+    @rule("draw", "speak")
+    def _one_medium_comes_first(self) -> None:
+        """Not both, and only with output."""
+        if self.draw and self.speak:
+            raise ConfigError("speak", "does not go together with --draw; leave one out.")
+        if (self.draw or self.speak) and self.output is None:
+            name = "draw" if self.draw else "speak"
+            raise ConfigError(name, "needs a folder for the result; give --output=FOLDER.")
+
+    @rule("convert", "vocoder")
+    def _media_options_have_an_effect(self) -> None:
+        """convert only with image or audio, vocoder only with output."""
+        if self.convert and not (self.image or self.audio):
+            raise ConfigError("convert", "would be ignored without --image or --audio.")
+        if self.vocoder is not None and self.output is None:
+            raise ConfigError("vocoder", "would be ignored without --output=FOLDER.")
 
 
 _OWN_OPTIONS = {option.path: option for option in options_of(CommandOptions)}
@@ -147,18 +213,15 @@ def parse(argv: Sequence[str]) -> Command:
     """
     flag_values = flags.FlagValues()
     for name, declared in {**_OWN_OPTIONS, **GENERATION_OPTIONS}.items():
-        if name != "prompt":
+        if name in _REPEATED:
+            flags.DEFINE_multi_string(name, None, declared.meaning, flag_values=flag_values)
+        else:
             define_flag(flag_values, name, declared)
-    # May be repeated, and commas are text.
-    flags.DEFINE_multi_string(
-        "prompt", None, _OWN_OPTIONS["prompt"].meaning, flag_values=flag_values
-    )
     launch.read_flags(flag_values, argv, '--prompt="Once upon a time"', _unknown_flag)
     given: dict[str, Any] = {
         name: flag_values[name].value for name in flag_values if flag_values[name].present
     }
-    if "prompt" in given:
-        given["prompt"] = tuple(given["prompt"])
+    given |= {name: tuple(given[name]) for name in _REPEATED if name in given}
     of_generation = {name: given[name] for name in given if name in GENERATION_OPTIONS}
     with named_as_written("--"):
         options = CommandOptions(**{name: given[name] for name in given if name in _OWN_OPTIONS})

@@ -20,6 +20,9 @@ Examples:
   python -m experiments.generate --workdir=runs/recurrent --interactive --strategy=greedy
   python -m experiments.generate --workdir=my/huginn --prompts_file=my/prompts.jsonl \\
       --strategy=beam --num_beams=4 --json=completions.jsonl
+  python -m experiments.generate --workdir=runs/image --prompt="a handwritten three" --draw \\
+      --num_samples=4 --guidance_scale=2 --output=drawn
+  python -m experiments.generate --workdir=runs/image --image=my/three.png --strategy=greedy
 
 Values are written as --name=VALUE; a switch as --name or --noname. Items of a tuple are separated
 by commas; items that hold commas, or \\n for a new line, need a Python list, as in the example.

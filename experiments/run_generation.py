@@ -11,6 +11,7 @@ from experiments.interactive import Session
 from experiments.load_model import LoadedModel
 from experiments.model_choice import load_chosen_model
 from experiments.prompts import Prompts
+from experiments.run_media_generation import generate_with_media, wants_media
 from experiments.stopwatch import Stopwatch
 from megatransformer_jax.config.generation import GenerationConfig, for_model
 from megatransformer_jax.config.option import ConfigError, UserError
@@ -34,6 +35,9 @@ def run(command: Command, prompts: Prompts) -> None:
         folder = pathlib.Path(options.workdir or "").expanduser()
         loaded = load_chosen_model(folder, options)
         _check_fits(command, loaded)
+        if wants_media(command, prompts):
+            generate_with_media(loaded, command, prompts)
+            return
         screen = Screen(Console(), depth=None)
 
         def make_generator(config: GenerationConfig) -> Generator:

@@ -1,0 +1,250 @@
+"""Generation with media against whole passes without a cache, and rows against each other."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_media_generator import (
+    CLIP_PART,
+    CONFIG,
+    IMAGE_PART,
+    SAMPLER,
+    TOKENIZER,
+    generator,
+    parts,
+)
+from tiny_model import DEPTH, make
+
+from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.data.mel import normalized_mel
+from megatransformer_jax.generation.media_completion import (
+    GeneratedClip,
+    GeneratedImage,
+    parts_of_ids,
+)
+from megatransformer_jax.generation.media_generator import MediaGenerator
+from megatransformer_jax.generation.media_making import _MEDIA_STREAM
+from megatransformer_jax.generation.media_prompt import MediaPrompt
+from megatransformer_jax.generation.media_slots import follows_of, media_batch
+from megatransformer_jax.generation.row_keys import prompt_keys, sample_keys
+from megatransformer_jax.models.cached_forward import token_states
+from megatransformer_jax.models.decoders.decoder import Condition
+
+PROMPTS = (
+    MediaPrompt(("ab", IMAGE_PART, "c")),
+    MediaPrompt(("abc",), opens="<|IMAGE|>"),
+    MediaPrompt((CLIP_PART, "x"), opens="<|VOICE|>"),
+    MediaPrompt(("xx",)),
+)
+# Text, images and clips that a row has at most.
+LENGTH, SLOTS = 40, 4
+SEED = 3
+
+
+@pytest.fixture(scope="module")
+def completions():
+    return generator({"max_media": 2}, seed=SEED).generate(PROMPTS)
+
+
+@jax.jit
+def whole_pass(tokens, length, media, key):
+    """Log-probabilities of the next token and all conditions of one row, without a cache."""
+    model, params = parts()
+    segments = (jnp.arange(LENGTH) < length)[None].astype(jnp.int32)
+
+    def lay_out(module):
+        return module.media.layout(media, segments).positions
+
+    positions = model.apply({"params": params}, method=lay_out)
+    injected = jnp.zeros((*positions.shape, CONFIG.width))
+    state = token_states(CONFIG, key[None], positions, injected)
+    output = model.apply(
+        {"params": params},
+        tokens[None],
+        segment_ids=segments,
+        num_steps=DEPTH,
+        state=state,
+        media=media,
+    )
+    return jax.nn.log_softmax(output.logits[0]), output.conditions
+
+
+def recomputed(prompt, completion, key):
+    """(log-probabilities [T, V], conditions, ids, prompt's length) of a finished row."""
+    encoded = [TOKENIZER.bos_id]
+    images, mels = [], []
+    for part in prompt.parts:
+        if isinstance(part, str):
+            encoded += TOKENIZER.encode(part)
+            continue
+        marker = "<|IMAGE|>" if part is IMAGE_PART else "<|VOICE|>"
+        encoded += [TOKENIZER.marker_id(marker), TOKENIZER.marker_id(marker) + 1]
+        if part is IMAGE_PART:
+            images.append(part.pixels)
+        else:
+            mels.append(normalized_mel(part.waveform, CONFIG.audio.mel))
+    if prompt.opens:
+        encoded.append(TOKENIZER.marker_id(prompt.opens))
+    ids = [*encoded, *completion.token_ids]
+    if completion.finish_reason == "end_of_text":
+        ids.append(TOKENIZER.eos_id)
+    tokens = np.zeros(LENGTH, np.int32)
+    tokens[: len(ids)] = ids
+    lengths = np.array([len(ids)])
+    media = media_batch(
+        CONFIG,
+        follows_of(tokens[None], lengths, TOKENIZER),
+        [[*images, *completion.images]],
+        [[*mels, *completion.mels]],
+        (SLOTS, SLOTS),
+    )
+    log_probs, conditions = whole_pass(tokens, lengths[0], media, key)
+    return np.asarray(log_probs), conditions, ids, len(encoded), (len(images), len(mels))
+
+
+@jax.jit
+def drawn(condition, key):
+    model, params = parts()
+    return model.apply({"params": params}, condition, key, SAMPLER, method="sample_images")[0]
+
+
+@jax.jit
+def spoken(condition, key):
+    model, params = parts()
+    mels, frames = model.apply(
+        {"params": params}, condition, key, None, SAMPLER, method="sample_audio"
+    )
+    return mels[0], frames[0]
+
+
+def test_text_and_media_are_those_of_whole_passes(completions):
+    keys = sample_keys(prompt_keys(SEED, range(len(PROMPTS))), 1)
+    num_media = []
+    for prompt, completion, key in zip(PROMPTS, completions, keys, strict=True):
+        log_probs, conditions, ids, start, given = recomputed(prompt, completion, key)
+        closing = [TOKENIZER.marker_id(f"<|/{kind}|>") for kind in ("IMAGE", "AUDIO", "VOICE")]
+        score = sum(
+            log_probs[at - 1, ids[at]] for at in range(start, len(ids)) if ids[at] not in closing
+        )
+        assert completion.score == pytest.approx(score, abs=2e-3)
+        made = [part for part in completion.parts if not isinstance(part, str)]
+        num_media.append(len(made))
+        counts = list(given)
+        for number, part in enumerate(made):
+            own = jax.random.fold_in(jax.random.fold_in(key, _MEDIA_STREAM), number)
+            is_image = isinstance(part, GeneratedImage)
+            kind = "image" if is_image else "audio"
+            slot = counts[not is_image]
+            counts[not is_image] += 1
+            condition = Condition(
+                conditions[kind].context[slot : slot + 1],
+                conditions[kind].is_context[slot : slot + 1],
+            )
+            assert np.any(condition.is_context)
+            if is_image:
+                wanted = np.clip(drawn(condition, own), -1, 1)
+                np.testing.assert_allclose(part.pixels, wanted, atol=1e-3)
+            else:
+                mel, frames = spoken(condition, own)
+                assert part.mel.shape == (frames, CONFIG.audio.mel.num_mels)
+                np.testing.assert_allclose(part.mel, mel[:frames], atol=1e-3)
+    # The prompts' own, and at least one that the text asked for.
+    assert num_media[1] >= 1 and num_media[2] >= 1
+    assert sum(num_media) > 2
+    assert max(num_media) <= 2
+
+
+def test_parts_say_what_the_tokens_say(completions):
+    assert isinstance(completions[1].parts[0], GeneratedImage)
+    assert isinstance(completions[2].parts[0], GeneratedClip) and completions[2].parts[0].is_voice
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        opened = [TOKENIZER.medium_after(token) for token in completion.token_ids]
+        made = [part for part in completion.parts if not isinstance(part, str)]
+        assert len(made) == np.count_nonzero(opened) + (prompt.opens is not None)
+        assert completion.finish_reason in ("end_of_text", "length")
+        # A closing token can come after the last that counts.
+        assert 1 <= len(completion.token_ids) <= 13
+
+
+def assert_same_parts(one, other):
+    assert one.token_ids == other.token_ids
+    for first, second in zip(one.parts, other.parts, strict=True):
+        if isinstance(first, str):
+            assert first == second
+        else:
+            arrays = [
+                getattr(part, "pixels", getattr(part, "mel", None)) for part in (first, second)
+            ]
+            np.testing.assert_allclose(*arrays, atol=1e-4)
+
+
+def test_rows_do_not_depend_on_others(completions):
+    others = [PROMPTS[0], MediaPrompt(("c b",)), PROMPTS[2], PROMPTS[1]]
+    again = generator({"max_media": 2}, seed=SEED).generate(others)
+    for row in (0, 2):
+        assert_same_parts(completions[row], again[row])
+    # Nor on the size of batches.
+    batched = generator({"max_media": 2}, seed=SEED, batch_size=4).generate([*PROMPTS, PROMPTS[1]])
+    assert_same_parts(completions[1], batched[1])
+    assert not np.allclose(batched[1].images[0], batched[4].images[0], atol=1e-3)
+
+
+def test_guidance_changes_what_is_made(completions):
+    guided = generator({"max_media": 2, "guidance_scale": 3.0}, seed=SEED).generate(PROMPTS)
+    assert guided[3].token_ids[:1] == completions[3].token_ids[:1]
+    assert not np.allclose(guided[1].images[0], completions[1].images[0], atol=1e-3)
+
+
+def test_samples_of_a_prompt_differ(completions):
+    options = {"seed": SEED, "num_samples": 2}
+    made = generator({"max_media": 2}, **options).generate([PROMPTS[3], PROMPTS[1]])
+    assert len(made) == 4
+    assert not np.allclose(made[2].images[0], made[3].images[0], atol=1e-3)
+    # The first is what it is without the second.
+    np.testing.assert_allclose(made[2].images[0], completions[1].images[0], atol=1e-4)
+
+
+def test_texts_continue_the_prompt_and_begin_anew_behind_media():
+    a, b = TOKENIZER.encode("a"), TOKENIZER.encode(" b")
+    image, closed = TOKENIZER.marker_id("<|IMAGE|>"), TOKENIZER.marker_id("<|/IMAGE|>")
+    pixels = np.zeros((4, 4, 1), np.float32)
+    made = parts_of_ids(TOKENIZER, [1, *a], [*b, image, closed, *a, *a], [pixels], [], ("aa",))
+    assert made == (" b", GeneratedImage(pixels))
+    made = parts_of_ids(TOKENIZER, [1, *a, image], [closed, *a], [pixels], [])
+    assert made == (GeneratedImage(pixels), "a")
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({"strategy": "speculative"}, "strategy"),
+        ({"strategy": "beam"}, "strategy"),
+        ({"media": {"sampler_steps": 1001}}, "media.sampler_steps"),
+    ],
+)
+def test_options_that_do_not_fit_are_errors(options, path):
+    with pytest.raises(ConfigError) as caught:
+        generator(**options)
+    assert caught.value.path == path
+
+
+def test_prompts_that_do_not_fit_are_errors():
+    with pytest.raises(UserError, match="no prompt"):
+        generator().generate([])
+    with pytest.raises(UserError, match=r"opens='<\|/IMAGE\|>' opens nothing"):
+        generator().generate([MediaPrompt(("a",), "<|/IMAGE|>")])
+    with pytest.raises(
+        ConfigError, match=r"max_new_tokens: 100 new tokens after 3.* to 73 or less"
+    ):
+        generator(max_new_tokens=100).generate([PROMPTS[3]])
+    images_off = dataclasses.replace(CONFIG, image=ImageConfig())
+    model, params = make(images_off)
+    deaf = MediaGenerator(model, params, TOKENIZER, GenerationConfig(max_new_tokens=8), DEPTH)
+    with pytest.raises(UserError, match=r"prompt: ends with <\|IMAGE\|>.*no image decoder"):
+        deaf.generate([PROMPTS[1]])
+    with pytest.raises(UserError, match=r"has an image, but model.image.enabled=False"):
+        deaf.generate([PROMPTS[0]])
