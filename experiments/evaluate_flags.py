@@ -32,10 +32,14 @@ from megatransformer_jax.config.schema import Option, options_of
 
 # Python does not let a field have the name 'from'.
 _FLAG_NAMES = {"model": "from"}
-# What only the making of media heeds.
+# What only the making of media, and of sound from spectrograms, heeds.
 MEDIA_OPTIONS = ("media_per_class", "guidance_scale", "sampler_steps")
+SOUND_OPTIONS = ("resynthesized_clips", "vocoder")
 # Evaluation has its own options for these, or scores one text per prompt.
-_LEFT_OUT = ("depth", "batch_size", "num_samples", "seed", "max_media", *MEDIA_OPTIONS)
+_LEFT_OUT = (
+    *("depth", "batch_size", "num_samples", "seed", "max_media", "vocoder"),
+    *MEDIA_OPTIONS,
+)
 OF_GENERATION = {
     name: option for name, option in GENERATION_OPTIONS.items() if name not in _LEFT_OUT
 }
@@ -44,7 +48,7 @@ _OTHER_NAMES = {"workdir": "from", "depth": "depths", "prompts_file": "reference
 # Sources of files, by the ending of their names.
 FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 
-_OF_DATA = ("data", "text_field", "num_batches", "sequence_length", *MEDIA_OPTIONS)
+_OF_DATA = ("data", "text_field", "num_batches", "sequence_length", *MEDIA_OPTIONS, *SOUND_OPTIONS)
 _OF_MODEL = ("step", "weights", "depths", "batch_size", "precision", "param_dtype", "seed")
 
 
@@ -112,6 +116,17 @@ class EvaluateOptions:
         "Steps of the sampler for what is made. None: as in the run's config.",
         minimum=1,
         maximum=MAX_COUNT,
+    )
+    resynthesized_clips: int | None = option(
+        None,
+        "Of a model with sound: held-out clips that are made again from their spectrograms and "
+        "compared with themselves (PESQ, STOI, SI-SDR). None: 8; 0: none.",
+        minimum=0,
+        maximum=MAX_COUNT,
+    )
+    vocoder: str | None = option(
+        None,
+        "Folder of a run with kind='vocoder' that makes them. None: Griffin and Lim's method.",
     )
     output: str | None = option(
         None,

@@ -44,6 +44,8 @@ from megatransformer_jax.evaluation.validation import depth_argument
 from megatransformer_jax.types import AUDIO, IMAGE, Batch
 
 DEFAULT_MEDIA_PER_CLASS = 20
+# Options of which 0 asks for nothing.
+_COUNTS = ("media_per_class", "resynthesized_clips")
 # To speak a thousand words takes longer than all else; half of them suffice for the judge.
 _CLIPS_APART = 2
 
@@ -84,8 +86,10 @@ class MediaMeasures:
         if self._per_class and "speak" in self._tasks:
             makes_digits |= self._prepare_speaking(options)
         if not makes_digits:
-            reject_media_options(
-                options, f"{loaded.description} makes no digits that could be judged"
+            reject_options(
+                options,
+                MEDIA_OPTIONS,
+                f"{loaded.description} makes no digits that could be judged",
             )
 
     def _prepare_drawing(self, options: EvaluateOptions) -> bool:
@@ -193,11 +197,11 @@ def _settings(settings: Any, options: EvaluateOptions) -> Any:
     return dataclasses.replace(settings, **given)
 
 
-def reject_media_options(options: EvaluateOptions, why: str) -> None:
+def reject_options(options: EvaluateOptions, names: Sequence[str], why: str) -> None:
     """Raises:
-    ConfigError: if an option is given that only the making of media heeds, when none are made.
+    ConfigError: if one of these options is given, other than to make none.
     """
-    for name in MEDIA_OPTIONS:
+    for name in names:
         value = getattr(options, name)
-        if value is not None and (name, value) != ("media_per_class", 0):
+        if value is not None and (name not in _COUNTS or value != 0):
             raise ConfigError(name, f"{value!r} would be ignored, as {why}; leave it out.")

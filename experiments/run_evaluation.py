@@ -8,10 +8,16 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.evaluate_flags import Command, EvaluateOptions, as_written
+from experiments.evaluate_flags import (
+    MEDIA_OPTIONS,
+    SOUND_OPTIONS,
+    Command,
+    EvaluateOptions,
+    as_written,
+)
 from experiments.evaluation_data import evaluation_batches, is_reasoning, read_run_config
 from experiments.load_model import LoadedModel, is_huginn_folder
-from experiments.media_measures import reject_media_options
+from experiments.media_measures import reject_options
 from experiments.model_choice import load_chosen_model
 from experiments.out_of_memory import out_of_memory_is_bad_input
 from experiments.reference_file import read_predictions, read_references
@@ -99,7 +105,8 @@ def _score_data(
 ) -> Sequence[pathlib.Path]:
     scores_media = run_config is not None and run_config.data.source == "media" and not options.data
     if not scores_media:
-        reject_media_options(options, "no media are made where text alone is scored")
+        names = (*MEDIA_OPTIONS, *SOUND_OPTIONS)
+        reject_options(options, names, "no media are made where text alone is scored")
     batches = evaluation_batches(options, loaded, run_config)
     state_key = _state_key(options, run_config)
     if scores_media:

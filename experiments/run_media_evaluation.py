@@ -11,11 +11,13 @@ from rich.progress import Progress
 from experiments.evaluate_flags import EvaluateOptions
 from experiments.load_model import LoadedModel
 from experiments.media_measures import MediaMeasures
+from experiments.resynthesize import resynthesize
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.media.media_table import (
     MediaRow,
     make_class_table,
     make_media_table,
+    make_resynthesis_table,
     write_media_scores,
 )
 from megatransformer_jax.types import Batch
@@ -47,6 +49,7 @@ def evaluate_media(
       The files that were written.
     """
     subject = MediaMeasures(options, loaded, run, batches, state_key)
+    resynthesis = resynthesize(options, loaded, run)
     rows = []
     with progress:
         bar = progress.add_task("scoring", total=len(depths) * len(subject.measures))
@@ -65,7 +68,9 @@ def evaluate_media(
         console.print(make_class_table(f"Drawn digits{at}", shown.drawn.recognition))
     if shown.spoken is not None:
         console.print(make_class_table(f"Spoken digits{at}", shown.spoken))
-    paths = [write_media_scores(output, rows, mean)]
+    if resynthesis is not None:
+        console.print(make_resynthesis_table(resynthesis))
+    paths = [write_media_scores(output, rows, mean, resynthesis)]
     if shown.drawn is not None:
         paths.append(output / "drawn_digits.png")
         imsave(paths[-1], subject.contact_sheet(shown.validation.depth))

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import written_run
 
-from experiments import evaluate, media_measures
-from experiments.evaluate_flags import EvaluateOptions
+from experiments import evaluate, media_measures, resynthesize
+from experiments.evaluate_flags import MEDIA_OPTIONS, EvaluateOptions
 from experiments.media_measures import MediaMeasures
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.media.encoding import RowShape, encode_sample, make_batch
 from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.records import AudioRecord
 from megatransformer_jax.data.media.sample import AudioPart, Sample
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
+from megatransformer_jax.data.mel import fill_hops
+from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.evaluation.media.labelled_digits import LabelledClips
 from megatransformer_jax.models.megatransformer import init_params
@@ -129,9 +132,12 @@ def test_options_that_would_be_ignored(workdir, capfd, tmp_path):
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: --media_per_class: 2 would be ignored, as no media are made")
     with pytest.raises(ConfigError, match=r"guidance_scale: 2\.0 would be ignored"):
-        media_measures.reject_media_options(EvaluateOptions(model="a", guidance_scale=2.0), "x")
+        media_measures.reject_options(
+            EvaluateOptions(model="a", guidance_scale=2.0), MEDIA_OPTIONS, "x"
+        )
     # None are asked for, and none are made.
-    media_measures.reject_media_options(EvaluateOptions(model="a", media_per_class=0), "x")
+    nothing = EvaluateOptions(model="a", media_per_class=0)
+    media_measures.reject_options(nothing, MEDIA_OPTIONS, "x")
 
 
 def clips_and_batch(config):
@@ -210,3 +216,58 @@ def test_sound_is_transcribed_and_spoken(measures):
     options = EvaluateOptions(model="a", media_per_class=0, sampler_steps=5)
     with pytest.raises(ConfigError, match="sampler_steps: 5 would be ignored, as a run makes no"):
         MediaMeasures(options, loaded, config, [batch], jax.random.key(0))
+
+
+class Clips:
+    """Held-out clips; one cannot be read."""
+
+    def __init__(self, *unused):
+        times = np.arange(8000) / 8000
+        wave = np.sin(2 * np.pi * 300 * times) * np.clip(np.sin(2 * np.pi * 3 * times), 0, None)
+        self.waves = [wave.astype(np.float32), wave[:1000].astype(np.float32)]
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        if index == 1:
+            return BadRecord("clip 1", "broken")
+        wave = self.waves[index // 2]
+        return AudioRecord(wave, 8000, "one", True, f"clip {index}")
+
+
+def test_clips_are_made_again(measures, monkeypatch):
+    _, _, (loaded, config, _) = measures
+    monkeypatch.setattr(resynthesize, "build_audio_source", Clips)
+    wanted = EvaluateOptions(model="a", resynthesized_clips=10)
+    scores = resynthesize.resynthesize(wanted, loaded, config)
+    assert (scores.method, scores.clips, scores.stoi.clips) == ("Griffin-Lim", 2, 1)
+    assert scores.pesq.clips == 1 and 1 < scores.pesq.mean < 4.6
+    made = []
+
+    def load_vocoder(folder, mel):
+        assert (folder, mel) == ("runs/vocoder", config.model.audio.mel)
+
+        def vocoder(mels, lengths):
+            made.append((mels.shape, int(lengths[0])))
+            return np.stack([fill_hops(Clips().waves[len(made) - 1], mel)])
+
+        return vocoder
+
+    monkeypatch.setattr(resynthesize, "load_vocoder", load_vocoder)
+    options = EvaluateOptions(model="a", vocoder="runs/vocoder")
+    scores = resynthesize.resynthesize(options, loaded, config)
+    assert made == [((1, 125, 8), 125), ((1, 16, 8), 16)]
+    assert scores.si_sdr_db.mean > 100 and scores.method == "the vocoder runs/vocoder"
+    # None at all.
+    none = EvaluateOptions(model="a", resynthesized_clips=0)
+    assert resynthesize.resynthesize(none, loaded, config) is None
+    options = EvaluateOptions(model="a", resynthesized_clips=0, vocoder="b")
+    with pytest.raises(ConfigError, match="vocoder: 'b' would be ignored, as no clips are made"):
+        resynthesize.resynthesize(options, loaded, config)
+
+
+def test_images_have_no_sound(workdir, capfd):
+    with pytest.raises(SystemExit):
+        evaluate.main(["evaluate", f"--from={workdir}", "--num_batches=1", "--vocoder=a"])
+    assert "error: --vocoder: 'a' would be ignored, as run" in capfd.readouterr().err

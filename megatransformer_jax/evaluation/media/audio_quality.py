@@ -18,6 +18,10 @@ PESQ_RATES = {"nb": (8000, 16000), "wb": (16000,)}
 _SILENCE = 1e-6
 
 
+class NotComparableError(UserError):
+    """Two waveforms that a metric cannot compare, though it could compare others."""
+
+
 def pesq(
     reference: Float[np.ndarray, "samples"],
     estimate: Float[np.ndarray, "estimated_samples"],
@@ -36,8 +40,9 @@ def pesq(
       band: 'wb' or 'nb'.
 
     Raises:
-      UserError: if the rate does not go with the band, a waveform is silent, shorter than a quarter
-        of a second or without speech, lengths differ, or pesq is not installed.
+      NotComparableError: if a waveform is silent, shorter than a quarter of a second or without
+        speech, or lengths differ.
+      UserError: if the rate does not go with the band, or pesq is not installed.
     """
     if band not in PESQ_RATES:
         raise UserError(f"band={band!r} is not known to PESQ; use one of {', '.join(PESQ_RATES)}.")
@@ -49,7 +54,7 @@ def pesq(
         )
     _check(reference, estimate)
     if len(reference) < sample_rate_hz // 4:
-        raise UserError(
+        raise NotComparableError(
             f"PESQ needs at least a quarter of a second ({sample_rate_hz // 4} samples), and the "
             f"sound has {len(reference)}; give longer clips."
         )
@@ -59,7 +64,7 @@ def pesq(
     except library.PesqError as error:
         reason = error.args[0] if error.args else error
         reason = reason.decode() if isinstance(reason, bytes) else reason
-        raise UserError(
+        raise NotComparableError(
             f"PESQ cannot judge this sound: {reason}. It needs speech in the reference."
         ) from error
 
@@ -79,8 +84,9 @@ def stoi(
       sample_rate_hz: of both.
 
     Raises:
-      UserError: if a waveform is silent, lengths differ, less than 0.4 s is left without the
-        reference's silence, or pystoi is not installed.
+      NotComparableError: if a waveform is silent, lengths differ, or the reference has less than
+        0.4 s that is not silent.
+      UserError: if pystoi is not installed.
     """
     _check(reference, estimate)
     library = import_for_scores("pystoi", "STOI")
@@ -90,7 +96,7 @@ def stoi(
         try:
             return float(library.stoi(reference, estimate, sample_rate_hz, extended=False))
         except RuntimeWarning as warning:
-            raise UserError(
+            raise NotComparableError(
                 f"STOI compares pieces of 0.4 s without silence, and this reference of "
                 f"{len(reference)} samples at {sample_rate_hz} Hz has none; give longer clips."
             ) from warning
@@ -110,7 +116,7 @@ def si_sdr(
       estimate: what is judged (e), as long as the reference.
 
     Raises:
-      UserError: if a waveform is silent or constant, or lengths differ.
+      NotComparableError: if a waveform is silent or constant, or lengths differ.
     """
     _check(reference, estimate)
     clean = np.asarray(reference, np.float64)
@@ -125,15 +131,17 @@ def si_sdr(
 
 def _check(reference: np.ndarray, estimate: np.ndarray) -> None:
     if reference.shape != estimate.shape:
-        raise UserError(
+        raise NotComparableError(
             f"the reference has {len(reference)} samples and the estimate {len(estimate)}; cut or "
             "pad them to one length where they belong together."
         )
     for name, wave in (("reference", reference), ("estimate", estimate)):
         if not np.isfinite(wave).all():
-            raise UserError(f"the {name} has samples that are not finite; look at how it was made.")
+            raise NotComparableError(
+                f"the {name} has samples that are not finite; look at how it was made."
+            )
         if not len(wave) or np.abs(wave - wave.mean()).max() < _SILENCE:
-            raise UserError(
+            raise NotComparableError(
                 f"the {name} is silent ({len(wave)} samples); there is nothing to compare. Leave "
                 "the clip out, and say so."
             )

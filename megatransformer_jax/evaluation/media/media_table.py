@@ -10,6 +10,7 @@ from rich.table import Table
 
 from megatransformer_jax.evaluation.media.digit_referee import DrawnScores
 from megatransformer_jax.evaluation.media.recognition import Recognition
+from megatransformer_jax.evaluation.media.resynthesis import ResynthesisScores
 from megatransformer_jax.evaluation.media.validation import MediaScores
 from megatransformer_jax.evaluation.media.word_errors import TranscriptErrors
 
@@ -82,8 +83,27 @@ def make_class_table(title: str, found: Recognition) -> Table:
     return table
 
 
+def make_resynthesis_table(scores: ResynthesisScores) -> Table:
+    """Mean scores, and of how many clips."""
+    table = Table(title=f"Held-out clips made again from their spectrograms by {scores.method}")
+    for heading in ("score", "mean", "clips"):
+        table.add_column(heading, justify="left" if heading == "score" else "right")
+    for heading, score in (
+        ("PESQ", scores.pesq),
+        ("STOI", scores.stoi),
+        ("SI-SDR (dB)", scores.si_sdr_db),
+    ):
+        if score is not None:
+            mean = "-" if score.mean is None else f"{score.mean:.3f}"
+            table.add_row(heading, mean, f"{score.clips} of {scores.clips}")
+    return table
+
+
 def write_media_scores(
-    directory: pathlib.Path, rows: Sequence[MediaRow], trained_depth: int | None
+    directory: pathlib.Path,
+    rows: Sequence[MediaRow],
+    trained_depth: int | None,
+    resynthesis: ResynthesisScores | None = None,
 ) -> pathlib.Path:
     """Writes media_scores.json with all numbers of every depth; returns its path.
 
@@ -91,9 +111,14 @@ def write_media_scores(
       directory: an existing folder.
       rows: one per depth.
       trained_depth: mean depth in training, None if there is none.
+      resynthesis: of held-out clips, if there are any.
     """
     path = directory / "media_scores.json"
-    content = {"trained_depth": trained_depth, "rows": [dataclasses.asdict(row) for row in rows]}
+    content = {
+        "trained_depth": trained_depth,
+        "rows": [dataclasses.asdict(row) for row in rows],
+        "resynthesis": None if resynthesis is None else dataclasses.asdict(resynthesis),
+    }
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return path
 
