@@ -4,8 +4,8 @@ import typing
 
 from megatransformer_jax.config.option import ConfigError, require_defaults
 
-if typing.TYPE_CHECKING:
-    from megatransformer_jax.config.run import RunConfig
+# A RunConfig, whose file imports this one.
+Run = typing.Any
 
 # Terms and looks that run the model on text alone, by section.
 _OF_TEXT = {
@@ -16,7 +16,7 @@ _OF_TEXT = {
 }
 
 
-def check_media_model(run: "RunConfig") -> None:
+def check_media_model(run: Run) -> None:
     """Checks that the model reads media exactly if the data has them, and each kind that it reads.
 
     Raises:
@@ -35,7 +35,7 @@ def check_media_model(run: "RunConfig") -> None:
             )
 
 
-def check_text_only_options(run: "RunConfig") -> None:
+def check_text_only_options(run: Run) -> None:
     """Checks that what runs the model on text alone is off in runs with media.
 
     Raises:
@@ -63,7 +63,7 @@ def check_text_only_options(run: "RunConfig") -> None:
             )
 
 
-def check_media_samples(run: "RunConfig") -> None:
+def check_media_samples(run: Run) -> None:
     """Checks that media are asked for only where the model makes them.
 
     Raises:
@@ -81,7 +81,7 @@ def check_media_samples(run: "RunConfig") -> None:
             raise error.below("samples") from None
 
 
-def check_sequence_room(run: "RunConfig") -> None:
+def check_sequence_room(run: Run) -> None:
     """Checks that text and media together are no longer than the model's longest sequence.
 
     Raises:
@@ -99,7 +99,7 @@ def check_sequence_room(run: "RunConfig") -> None:
         )
 
 
-def media_places(run: "RunConfig") -> tuple[int, int]:
+def media_places(run: Run) -> tuple[int, int]:
     """Places that the slots of a row for images, and those for clips, take in the sequence."""
     media, model = run.data.media, run.model
     return (

@@ -5,8 +5,8 @@ import typing
 from megatransformer_jax.config.data import TokenizerConfig
 from megatransformer_jax.config.option import ConfigError, require_defaults
 
-if typing.TYPE_CHECKING:
-    from megatransformer_jax.config.run import RunConfig
+# A RunConfig, whose file imports this one.
+Run = typing.Any
 
 RUN_KINDS = ("transformer", "vocoder", "image_vae")
 # Sections that one kind alone reads.
@@ -25,7 +25,7 @@ _OF_TRANSFORMERS = {
 MEDIA_TASK = {"vocoder": "speak", "image_vae": "draw"}
 
 
-def check_own_sections(run: "RunConfig") -> None:
+def check_own_sections(run: Run) -> None:
     """Checks that sections of other kinds are at their defaults.
 
     Raises:
@@ -36,7 +36,7 @@ def check_own_sections(run: "RunConfig") -> None:
             require_defaults(run, (name,), f"with kind={run.kind!r}", f"set kind={kind!r}")
 
 
-def check_no_transformer(run: "RunConfig") -> None:
+def check_no_transformer(run: Run) -> None:
     """Checks that options of transformers are at their defaults in runs of other kinds.
 
     Raises:
@@ -52,7 +52,7 @@ def check_no_transformer(run: "RunConfig") -> None:
             raise error.below(name) from None
 
 
-def check_media_source(run: "RunConfig") -> None:
+def check_media_source(run: Run) -> None:
     """Checks that a run of another kind than transformers reads media, and only its medium.
 
     Raises:
