@@ -11,6 +11,7 @@ from broken_images import BROKEN_IMAGES
 from broken_media_data import BROKEN_MEDIA_DATA
 from broken_media_runs import BROKEN_MEDIA_RUNS
 from broken_models import BROKEN_MODELS
+from broken_vocoder import BROKEN_VOCODER
 
 from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
 from megatransformer_jax.config.augmentation import AugmentationConfig
@@ -48,6 +49,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_IMAGES,
     *BROKEN_MEDIA_DATA,
     *BROKEN_MEDIA_RUNS,
+    *BROKEN_VOCODER,
     (
         "_prior_mean_goes_with_geometric",
         ExitGateTrainingConfig,
