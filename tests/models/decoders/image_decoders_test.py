@@ -32,7 +32,7 @@ CONTEXT_WIDTH = 6
 DECODERS = {
     "unet": ImageDecoderConfig(
         condition_dropout_rate=0.0,
-        unet=UNetConfig(base_width=4, attention_levels=(1,), head_width=2, norm_groups=2),
+        unet=UNetConfig(base_width=4, attention_levels=(), head_width=2, norm_groups=2),
         sampler=SamplerConfig(num_steps=2, threshold="none"),
     ),
     "dit": ImageDecoderConfig(
