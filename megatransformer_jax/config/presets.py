@@ -4,6 +4,7 @@ A line is `ModelConfig.width = 256` or `AttentionConfig.num_heads = 4`: a datacl
 one of its options, a literal. Nothing else of gin is allowed, so that a preset is data.
 """
 
+import collections
 import importlib.resources
 import tokenize
 from importlib.resources.abc import Traversable
@@ -18,6 +19,14 @@ from megatransformer_jax.config.schema import options_of, sections_of, unknown_k
 # Where the values of each dataclass go. Presets hold model sizes only.
 _SECTIONS = {"ModelConfig": ""} | {
     section_class.__name__: path for path, section_class, _ in sections_of(ModelConfig)
+}
+# Dataclasses that stand in several places have no path of their own.
+_REPEATED = {
+    name
+    for name, count in collections.Counter(
+        section_class.__name__ for _, section_class, _ in sections_of(ModelConfig)
+    ).items()
+    if count > 1
 }
 
 
@@ -98,6 +107,11 @@ def _path_of(statement: gin.config_parser.BindingStatement, place: str, known: l
         raise UserError(
             f"{place}: {statement.selector!r} is no part of a model; "
             f"use one of {', '.join(_SECTIONS)}."
+        )
+    if statement.selector in _REPEATED:
+        raise UserError(
+            f"{place}: {statement.selector!r} is in the model more than once; leave it to the "
+            "experiment file or the command line."
         )
     parent = _SECTIONS[statement.selector]
     prefix = f"{parent}." if parent else ""

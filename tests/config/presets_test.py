@@ -22,6 +22,10 @@ NAMES = (
     "huginn_3_5b",
     "modern_medium",
     "modern_small",
+    "multimodal_large",
+    "multimodal_medium",
+    "multimodal_small",
+    "multimodal_tiny",
     "recurrent_medium",
     "recurrent_small",
     "recurrent_small_sandwich",
@@ -29,8 +33,17 @@ NAMES = (
 )
 
 
+# Data that a model with images and sound can be trained on.
+MEDIA_DATA = {
+    "source": "media",
+    "tokenizer": {"kind": "bytes"},
+    "media": {"tasks": ("draw=1", "speak=1")},
+}
+
+
 def preset_model(name: str) -> ModelConfig:
-    return build({"preset": name}).model
+    data = MEDIA_DATA if name.startswith("multimodal") else {}
+    return build({"preset": name, "data": data}).model
 
 
 def num_weights(model: ModelConfig) -> int:
@@ -111,6 +124,7 @@ def test_an_unknown_preset_lists_those_there_are() -> None:
         ("AttentionConfig.num_heads = 4.0", 1, "attention.num_heads: 4.0 is of type float"),
         ("ModelConfig.width = 3\nModelConfig.width = 3", 2, "bound twice"),
         ("ModelConfig.attention = 3", 1, "no such option"),
+        ("SamplerConfig.num_steps = 3", 1, "'SamplerConfig' is in the model more than once"),
         ("ModelConfig.width = @other", 1, "@other is not allowed"),
         ("ModelConfig.core_layers = 1\nModelConfig.width = %size", 2, "%size is not allowed"),
         ("a/ModelConfig.width = 3", 1, "scope 'a' is not allowed"),

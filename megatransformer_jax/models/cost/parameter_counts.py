@@ -17,6 +17,8 @@ ITERATED_PARTS = ("adapter", "core")
 PARTS = (
     "embedding",
     "prelude",
+    "image_prelude",
+    "audio_prelude",
     "injection_norm",
     "core_in",
     *ITERATED_PARTS,
@@ -25,6 +27,12 @@ PARTS = (
     "coda",
     "final_norm",
     "head",
+    "image_coda",
+    "image_decoder",
+    "image_vae",
+    "audio_coda",
+    "audio_decoder",
+    "log_variances",
 )
 
 
@@ -64,6 +72,8 @@ def effective_parameters(counts: Mapping[str, Mapping[str, int]], depth: int) ->
 def _part(names: list[str]) -> str:
     if names[0] == "core":
         return "adapter" if names[1] == "adapter" else "core"
+    if names[0] == "media":
+        return "image_vae" if "image_vae" in names else names[1]
     if names[0] == "embedding":
         return "head" if names[1] in ("head", "head_bias") else "embedding"
     return names[0]
@@ -72,6 +82,6 @@ def _part(names: list[str]) -> str:
 def _kind(names: list[str]) -> str:
     if any("norm" in name for name in names):
         return "norms"
-    if "attention" in names:
+    if "attention" in names or "cross_attention" in names:
         return "attention"
     return "feed_forward" if "mlp" in names else "other"

@@ -1,5 +1,7 @@
 """Counts agree with the arrays that are made, and with what papers publish."""
 
+from typing import Any
+
 import jax
 import pytest
 
@@ -25,7 +27,11 @@ def count(config: ModelConfig) -> ParameterCounts:
 
 
 def preset(name: str) -> ModelConfig:
-    return build({"preset": name, **load_preset(name), "data": {"sequence_length": 16}}).model
+    data: dict[str, Any] = {"sequence_length": 16}
+    if name.startswith("multimodal"):
+        media = {"tasks": ("draw=1", "speak=1")}
+        data |= {"source": "media", "tokenizer": {"kind": "bytes"}, "media": media}
+    return build({"preset": name, **load_preset(name), "data": data}).model
 
 
 def test_counts_are_the_sizes_of_the_arrays() -> None:
@@ -37,13 +43,31 @@ def test_counts_are_the_sizes_of_the_arrays() -> None:
     assert counts == sizes
 
 
+# As docs/cost.md has them; the other presets' sizes are in tests/config/presets_test.py.
+MULTIMODAL_SIZES = {
+    "multimodal_tiny": 1.94e6,
+    "multimodal_small": 24.8e6,
+    "multimodal_medium": 338e6,
+    "multimodal_large": 2.73e9,
+}
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_every_parameter_of_every_preset_is_counted_once(name: str) -> None:
     config = preset(name)
     shapes = abstract_params(build_model(config, DTypePolicy(), Sharder(), "cpu"))
-    assert total_parameters(count_parameters(shapes)) == sum(
-        leaf.size for leaf in jax.tree.leaves(shapes)
-    )
+    counts = count_parameters(shapes)
+    total = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    assert total_parameters(counts) == total
+    if name in MULTIMODAL_SIZES:
+        assert total == pytest.approx(MULTIMODAL_SIZES[name], rel=0.01)
+        media = [part for part in counts if part.startswith(("image_", "audio_"))]
+        sizes = {
+            part: sum(leaf.size for leaf in jax.tree.leaves(shapes["media"][part]))
+            for part in media
+        }
+        assert {part: sum(counts[part].values()) for part in media} == sizes
+        assert len(media) == 6
 
 
 def test_huginn_has_the_published_size() -> None:
