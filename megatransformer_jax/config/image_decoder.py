@@ -32,17 +32,17 @@ class ImageDecoderConfig:
         minimum=0,
         maximum=1,
     )
+    vae: str | None = option(
+        None,
+        "Folder of a run with kind='image_vae', whose autoencoder makes the latents that are drawn "
+        "and stays as it is. None: pixels are drawn.",
+    )
     unet: UNetConfig = section(UNetConfig, "The network of kind='unet'.")
     diffusion: DiffusionConfig = section(DiffusionConfig, "Training of kind='unet'.")
     sampler: SamplerConfig = section(SamplerConfig, "Drawing with kind='unet'.")
     dit: DitConfig = section(DitConfig, "The network of kind='dit'.")
     flow: FlowConfig = section(FlowConfig, "Training of kind='dit'.")
     flow_sampler: FlowSamplerConfig = section(FlowSamplerConfig, "Drawing with kind='dit'.")
-    vae: str | None = option(
-        None,
-        "Folder of a run with kind='image_vae', whose autoencoder makes the latents that are drawn "
-        "and stays as it is. None: pixels are drawn.",
-    )
     vae_model: ImageVaeConfig = section(
         ImageVaeConfig, "The autoencoder of that run, so that a checkpoint says all."
     )

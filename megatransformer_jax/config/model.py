@@ -159,6 +159,13 @@ class ModelConfig:
         "longer to compile, but the weights are copied in every pass and nothing is fused across "
         "layers. Passes with a cache lay all layers out all the same.",
     )
+    loss_weighting: str = option(
+        "fixed",
+        "How the losses of text, images and sound add up. fixed: by image.decoder.loss_weight and "
+        "audio.decoder.loss_weight, with 1 for text. learned: each is multiplied by exp(-s) and s "
+        "is added, with a learned s per kind (arXiv 1705.07115), after the fixed weights.",
+        choices=("fixed", "learned"),
+    )
     attention: AttentionConfig = section(AttentionConfig, "Self-attention.")
     positions: PositionConfig = section(PositionConfig, "Position scheme.")
     norm: NormConfig = section(NormConfig, "Normalisation.")
@@ -169,13 +176,6 @@ class ModelConfig:
     exit_gate: ExitGateConfig = section(ExitGateConfig, "Learned depth.")
     image: ImageConfig = section(ImageConfig, "Images.")
     audio: AudioConfig = section(AudioConfig, "Sound.")
-    loss_weighting: str = option(
-        "fixed",
-        "How the losses of text, images and sound add up. fixed: by image.decoder.loss_weight and "
-        "audio.decoder.loss_weight, with 1 for text. learned: each is multiplied by exp(-s) and s "
-        "is added, with a learned s per kind (arXiv 1705.07115), after the fixed weights.",
-        choices=("fixed", "learned"),
-    )
 
     def __post_init__(self) -> None:
         check_options(self)
