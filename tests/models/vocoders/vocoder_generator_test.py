@@ -83,7 +83,7 @@ def waveform_batch() -> WaveformBatch:
 
 
 def test_generator_and_discriminators_are_each_moved_by_their_own_loss() -> None:
-    adversary = DiscriminatorConfig(enabled=True, periods=(3,), num_scales=2, width=4)
+    adversary = DiscriminatorConfig(enabled=True, periods=(3,), num_scales=1, width=4)
     leaky = HifiganConfig((8,), (3,), (1,))
     config = VocoderConfig(kind="hifigan", hifigan=leaky, discriminator=adversary, **SMALL)
     params = jax.jit(lambda key: init_vocoder(config, POLICY, key))(jax.random.key(0))
