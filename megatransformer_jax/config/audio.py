@@ -12,7 +12,6 @@ class AudioConfig:
     """Sound that the model hears and makes, as log-mel spectrograms of variable length."""
 
     enabled: bool = option(False, "The model hears and makes sound.")
-    mel: MelConfig = section(MelConfig, "From waveform to spectrogram.")
     max_frames: int = option(
         128, "Frames of the longest clip (F); longer ones are an error.", minimum=1
     )
@@ -28,6 +27,7 @@ class AudioConfig:
         "Positions before a clip that its decoder reads, the opening token included.",
         minimum=1,
     )
+    mel: MelConfig = section(MelConfig, "From waveform to spectrogram.")
     decoder: AudioDecoderConfig = section(AudioDecoderConfig, "How sound is made.")
 
     def __post_init__(self) -> None:

@@ -171,11 +171,11 @@ class VocoderConfig:
         "hifigan: transposed convolutions up to the rate of samples.",
         choices=VOCODERS,
     )
-    mel: MelConfig = section(MelConfig, "The spectrograms that it reads.")
     width: int = option(256, "Channels at the rate of frames.", minimum=1)
     segment_frames: int = option(
         32, "Frames of the random pieces of clips that it is trained on.", minimum=1
     )
+    mel: MelConfig = section(MelConfig, "The spectrograms that it reads.")
     istft: IstftConfig = section(IstftConfig, "The generator with kind='istft'.")
     hifigan: HifiganConfig = section(HifiganConfig, "The generator with kind='hifigan'.")
     loss: VocoderLossConfig = section(VocoderLossConfig, "Comparison with recorded waveforms.")

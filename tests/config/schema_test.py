@@ -19,10 +19,12 @@ def test_every_field_is_an_option_or_a_section() -> None:
     assert len(paths) + len(sections) == sum(len(dataclasses.fields(owner)) for owner in classes)
 
 
-def test_every_class_has_one_place() -> None:
-    """gin presets name a dataclass, so its path must be clear."""
-    owners = [owner for _, owner, _ in sections_of(RunConfig)]
-    assert len(set(owners)) == len(owners)
+def test_options_of_a_class_come_before_its_sections() -> None:
+    """As on the options page, which shows a class's own options in one table."""
+    for owner in {RunConfig, *(owner for _, owner, _ in sections_of(RunConfig))}:
+        sections = [path for path, *_ in sections_of(owner) if "." not in path]
+        names = [field.name for field in dataclasses.fields(owner)]
+        assert [name for name in names if name in sections] == names[len(names) - len(sections) :]
 
 
 def test_an_option_knows_its_type_default_and_rules() -> None:
