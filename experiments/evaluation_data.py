@@ -7,6 +7,7 @@ from experiments.evaluate_flags import FILE_KINDS, EvaluateOptions
 from experiments.load_model import LoadedModel
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.media_run import media_places
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.value_files import read_values
@@ -51,11 +52,15 @@ def evaluation_batches(
       UserError: if there is nothing to score, or the data cannot be read.
     """
     config = _data_config(options, loaded, run)
-    limit = loaded.config.max_length
+    limit, reason = loaded.config.max_length, ""
+    if run is not None and config.source == "media":
+        places = sum(media_places(run))
+        limit, reason = limit - places, f" less the {places} places of a row's media"
     if config.sequence_length > limit:
         raise ConfigError(
             "sequence_length",
-            f"{config.sequence_length} exceeds the model's max_length={limit}; lower it.",
+            f"{config.sequence_length} exceeds the model's max_length={loaded.config.max_length}"
+            f"{reason}; set it to {limit} or less.",
         )
     tokenizer = None if config.source == "reasoning" else loaded.tokenizer
     try:

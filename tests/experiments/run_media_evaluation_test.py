@@ -267,6 +267,13 @@ def test_clips_are_made_again(measures, monkeypatch):
         resynthesize.resynthesize(options, loaded, config)
 
 
+def test_rows_and_media_fit_the_model(workdir, capfd):
+    with pytest.raises(SystemExit):
+        evaluate.main(["evaluate", f"--from={workdir}", "--sequence_length=93"])
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "93 exceeds the model's max_length=96 less the 4 places" in error and "92" in error
+
+
 def test_images_have_no_sound(workdir, capfd):
     with pytest.raises(SystemExit):
         evaluate.main(["evaluate", f"--from={workdir}", "--num_batches=1", "--vocoder=a"])
