@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from experiments import launch
-from experiments.configs import reasoning, recurrent
+from experiments.configs import image_vae, reasoning, recurrent, vocoder
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
 
@@ -17,7 +17,7 @@ def parse(reference: str) -> RunConfig:
     return launch.parse(["program", f"--config={FOLDER}/{reference}"])
 
 
-@pytest.mark.parametrize("module", [recurrent, reasoning])
+@pytest.mark.parametrize("module", [recurrent, reasoning, vocoder, image_vae])
 def test_every_combination_of_variants_builds(module) -> None:
     name = pathlib.Path(module.__file__).name
     workdirs = set()
@@ -69,7 +69,7 @@ def test_the_variants_of_stability_and_learned_depth_do_what_they_say() -> None:
 
 
 def test_each_config_states_its_command() -> None:
-    for module in (recurrent, reasoning):
+    for module in (recurrent, reasoning, vocoder, image_vae):
         name = pathlib.Path(module.__file__).name
         command = f"python -m experiments.train --config=experiments/configs/{name}"
         assert command in (module.__doc__ or "")
