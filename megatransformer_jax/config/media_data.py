@@ -1,6 +1,7 @@
 """Data with images and sound: tasks, sources, slots, as frozen dataclasses."""
 
 import dataclasses
+import math
 
 from megatransformer_jax.config.media_augmentation import (
     AudioAugmentationConfig,
@@ -192,7 +193,8 @@ class MediaDataConfig:
 
     tasks: tuple[str, ...] = option(
         ("draw=1", "caption=1"),
-        "What a row may be, as name=weight. draw: caption, then an image to draw. caption: an "
+        "What a row may be, as name=weight; each batch has of each task its share, rounded up or "
+        "down. draw: caption, then an image to draw. caption: an "
         "image, then its caption. speak: transcript, then a clip to make. transcribe: a clip, "
         "then its transcript. text: embedded English text.",
     )
@@ -209,6 +211,12 @@ class MediaDataConfig:
         """Weight of each task that has one above 0, in the order of `tasks`."""
         pairs = (item.partition("=") for item in self.tasks)
         return {name: float(weight) for name, _, weight in pairs if float(weight)}
+
+    def most_rows(self, task: str, batch_size: int) -> int:
+        """Most rows of a task that a batch has: its share of them, rounded up."""
+        weights = self.task_weights
+        share = weights.get(task, 0.0) / sum(weights.values())
+        return math.ceil(round(batch_size * share, 6))
 
     @property
     def has_images(self) -> bool:

@@ -22,6 +22,13 @@ class MediaCounts(NamedTuple):
     spoken_clips: jax.Array
 
 
+class MediaRoom(NamedTuple):
+    """Most media of a batch that decoders learn to make; they compute no others."""
+
+    images: int
+    clips: int
+
+
 class MediaTerm(NamedTuple):
     """A micro-batch's share.
 
@@ -57,6 +64,7 @@ def media_term(
     part: Batch,
     output: ModelOutput,
     counts: MediaCounts,
+    room: MediaRoom,
     key: jax.Array,
 ) -> MediaTerm:
     """Losses of the media that the decoders learn to make, each divided by the count of the whole
@@ -68,6 +76,7 @@ def media_term(
       part: a micro-batch with media.
       output: of the pass over it.
       counts: of the whole batch.
+      room: of the whole batch. If there are more media to make than that, the term is NaN.
       key: of noise and time steps.
     """
     media = cast(MediaBatch, part.media)
@@ -75,22 +84,27 @@ def media_term(
     images = clips = None
     metrics: dict[str, jax.Array] = {}
     if model.config.image.enabled:
-        flat = media.images.reshape(-1, *media.images.shape[2:])
-        terms: Any = model.apply(
-            {"params": params}, flat, output.conditions["image"], image_key, method="image_loss"
-        )
         is_drawn = (media.is_image & media.is_drawn).reshape(-1)
-        means = _shares(terms, is_drawn, counts.drawn_images, "image")
+        flat = media.images.reshape(-1, *media.images.shape[2:])
+        chosen, (flat, condition) = _first(
+            model, is_drawn, room.images, (flat, output.conditions["image"])
+        )
+        terms: Any = model.apply(
+            {"params": params}, flat, condition, image_key, method="image_loss"
+        )
+        means = _shares(terms, chosen, is_drawn, counts.drawn_images, "image")
         images, metrics = means["image_loss"], metrics | means
     if model.config.audio.enabled:
-        flat = media.mels.reshape(-1, *media.mels.shape[2:])
         lengths = media.mel_lengths.reshape(-1)
-        condition = output.conditions["audio"]
+        is_spoken = (lengths > 0) & media.is_spoken.reshape(-1)
+        flat = media.mels.reshape(-1, *media.mels.shape[2:])
+        chosen, (flat, lengths, condition) = _first(
+            model, is_spoken, room.clips, (flat, lengths, output.conditions["audio"])
+        )
         terms = model.apply(
             {"params": params}, flat, lengths, condition, audio_key, method="audio_loss"
         )
-        is_spoken = (lengths > 0) & media.is_spoken.reshape(-1)
-        means = _shares(terms, is_spoken, counts.spoken_clips, "audio")
+        means = _shares(terms, chosen, is_spoken, counts.spoken_clips, "audio")
         clips, metrics = means["audio_loss"], metrics | means
     return MediaTerm(images, clips, metrics)
 
@@ -137,11 +151,35 @@ def weigh_losses(
     return total, metrics
 
 
+def _first(
+    model: MegaTransformer, counts_in: jax.Array, room: int, arrays: Any
+) -> tuple[jax.Array, Any]:
+    """Those that count, in front and padded with others to `room`: which they are, and their
+    arrays.
+
+    Decoders are dear, and most slots of a mixed batch hold media to read, or none.
+    """
+    ways = model.sharder.ways("batch")
+    size = min(-(-room // ways) * ways, counts_in.shape[0])
+    order = jnp.argsort(~counts_in, stable=True)[:size]
+
+    def take(array: jax.Array) -> jax.Array:
+        return model.sharder.constrain(array[order], "batch", *(None,) * (array.ndim - 1))
+
+    return counts_in[order], jax.tree.map(take, arrays)
+
+
 def _shares(
-    terms: dict[str, jax.Array], counts_in: jax.Array, num_media: jax.Array, kind: str
+    terms: dict[str, jax.Array],
+    chosen: jax.Array,
+    counts_in: jax.Array,
+    num_media: jax.Array,
+    kind: str,
 ) -> dict[str, jax.Array]:
-    """Means over the media of the batch, as far as this part has them."""
+    """Means over the media of the batch, as far as this part has them; NaN if some had no room."""
+    all_fit = jnp.sum(chosen) == jnp.sum(counts_in)
     return {
-        f"{kind}_{name}": jnp.sum(jnp.where(counts_in, values, 0)) / jnp.maximum(num_media, 1)
+        f"{kind}_{name}": jnp.where(all_fit, jnp.sum(jnp.where(chosen, values, 0)), jnp.nan)
+        / jnp.maximum(num_media, 1)
         for name, values in terms.items()
     }

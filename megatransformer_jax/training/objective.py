@@ -12,6 +12,7 @@ from megatransformer_jax.models.megatransformer import LAST_STATE, MegaTransform
 from megatransformer_jax.training.gate_term import gate_term
 from megatransformer_jax.training.media_term import (
     MediaCounts,
+    MediaRoom,
     MediaTerm,
     media_term,
     weigh_losses,
@@ -72,6 +73,11 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
     which is what the latter two add to the loss.
     """
     jacobian_weight = config.train.stability.jacobian_weight
+    data = config.data
+    room = MediaRoom(
+        data.media.images_per_row * data.media.most_rows("draw", data.batch_size),
+        data.media.audio_per_row * data.media.most_rows("speak", data.batch_size),
+    )
 
     def objective(
         params: Any, part: Batch, num_steps: jax.Array, key: jax.Array, place: Place
@@ -96,7 +102,7 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
         terms: dict[str, jax.Array] = {}
         if place.media is not None:
             media_key = jax.random.fold_in(key, _MEDIA_STREAM)
-            term = media_term(model, params, part, output, place.media, media_key)
+            term = media_term(model, params, part, output, place.media, room, media_key)
             terms = {"text_loss": share, **term.metrics, "media_loss": _added(config, term)}
             share, weights = weigh_losses(
                 config.model, params, share, term, place.media, place.share

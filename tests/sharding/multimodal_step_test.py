@@ -84,7 +84,7 @@ def run_config(**mesh):
         batch_size=ROWS,
         sequence_length=LENGTH,
         tokenizer=TokenizerConfig(kind="bytes"),
-        media=MediaDataConfig(tasks=("draw=1", "caption=1", "speak=1", "transcribe=1")),
+        media=MediaDataConfig(tasks=("draw=3", "caption=1", "speak=2", "transcribe=2")),
     )
     return RunConfig(model=model, data=data, mesh=MeshConfig(**mesh))
 

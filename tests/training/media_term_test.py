@@ -17,6 +17,7 @@ from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.media_term import (
     MediaCounts,
+    MediaRoom,
     MediaTerm,
     count_media,
     media_term,
@@ -76,10 +77,10 @@ def test_a_kind_that_a_batch_lacks_leaves_its_weight_alone():
 def test_only_media_to_make_are_counted_and_averaged():
     media = MediaBatch(
         jnp.zeros((2, 3), jnp.int32),
-        images=jnp.zeros((2, 2, 4, 4, 1)),
+        images=jnp.broadcast_to(jnp.arange(4.0).reshape(2, 2, 1, 1, 1), (2, 2, 4, 4, 1)),
         is_image=jnp.array([[True, True], [True, False]]),
         is_drawn=jnp.array([[True, False], [True, True]]),
-        mels=jnp.zeros((2, 1, 8, 6)),
+        mels=jnp.broadcast_to(jnp.arange(10.0, 12.0).reshape(2, 1, 1, 1), (2, 1, 8, 6)),
         mel_lengths=jnp.array([[3], [0]]),
         is_spoken=jnp.array([[True], [True]]),
     )
@@ -87,11 +88,10 @@ def test_only_media_to_make_are_counted_and_averaged():
     assert found == MediaCounts(3, 2, 1, 1)
 
     class FakeModel(MegaTransformer):
-        """Its loss of image n is n, of clip n 10 + n."""
+        """The loss of a medium is its first number."""
 
         def apply(self, variables, media, *rest, method):
-            first = 0 if method == "image_loss" else 10
-            values = first + jnp.arange(media.shape[0], dtype=jnp.float32)
+            values = jnp.ravel(media[..., 0])[:: media[0, ..., 0].size]
             return {"loss": jnp.where(values == 1, jnp.nan, values), "part": 2 * values}
 
     text = jnp.zeros((2, 3))
@@ -99,7 +99,7 @@ def test_only_media_to_make_are_counted_and_averaged():
     condition = Condition(jnp.zeros((4, 1, 1)), jnp.zeros((4, 1), bool))
     output = ModelOutput(text, text, {"image": condition, "audio": condition})
     model = FakeModel(CONFIG, DTypePolicy(), Sharder(), "cpu")
-    term = media_term(model, {}, batch, output, found, jax.random.key(0))
+    term = media_term(model, {}, batch, output, found, MediaRoom(3, 2), jax.random.key(0))
     # Images 0 and 2 are drawn; image 1, which is not, does not even count as NaN.
     assert term.images == pytest.approx((0 + 2) / 2)
     assert term.clips == 10
@@ -109,3 +109,5 @@ def test_only_media_to_make_are_counted_and_averaged():
         "audio_loss": 10,
         "audio_part": 20,
     }
+    tight = media_term(model, {}, batch, output, found, MediaRoom(1, 1), jax.random.key(0))
+    assert np.isnan(tight.images) and tight.clips == 10

@@ -20,6 +20,7 @@ class Purpose(enum.IntEnum):
     TONES = (1 << 61) + 6
     CROPS = (1 << 61) + 7
     SEGMENTS = (1 << 61) + 8
+    MEDIA_TASKS = (1 << 61) + 9
 
 
 def generator_of(seed: int, number: int, purpose: Purpose) -> np.random.Generator:

@@ -25,7 +25,7 @@ from megatransformer_jax.data.media.formats import MediaFormats
 from megatransformer_jax.data.media.records import AudioRecord, ImageRecord
 from megatransformer_jax.data.media.tasks import (
     audio_sample,
-    draw_task,
+    batch_tasks,
     image_sample,
     source_of,
     task_names,
@@ -172,7 +172,7 @@ def _changed_tasks(config: DataConfig) -> tuple[str, ...]:
 
 
 class TrainingRows:
-    """Endless rows. Each has a task drawn by weight, and the record of its number in the order.
+    """Endless rows: tasks by weight in each batch, and the record of the row's number in the order.
 
     With data.shuffle the order of records is new in each epoch of a source.
     """
@@ -180,8 +180,10 @@ class TrainingRows:
     def __init__(self, maker: RowMaker, config: DataConfig):
         self._maker = maker
         self._seed = config.seed
+        self._batch_size = config.batch_size
         self._names = task_names(config)
         self._weights = np.array(list(config.media.task_weights.values()))
+        self._batch = -1, np.zeros(0, int)  # Number and tasks of the batch that was read last.
         self._orders = {
             name: in_order(
                 grain.MapDataset.range(len(source)),
@@ -197,7 +199,7 @@ class TrainingRows:
 
     def __getitem__(self, number: int) -> Row:
         rng = generator_of(self._seed, number, Purpose.MEDIA_ROW)
-        task = draw_task(self._weights, rng)
+        task = self._task(number)
         name = self._names[task]
         order = self._orders[source_of(name)]
         index = int(order[number])
@@ -209,6 +211,13 @@ class TrainingRows:
             bad.append(content)
             index = int(rng.integers(len(self._maker.sources[source_of(name)])))
         return Row(task, None, tuple(bad))
+
+    def _task(self, number: int) -> int:
+        batch, row = divmod(number, self._batch_size)
+        if self._batch[0] != batch:
+            rng = generator_of(self._seed, batch, Purpose.MEDIA_TASKS)
+            self._batch = batch, batch_tasks(self._weights, self._batch_size, rng)
+        return int(self._batch[1][row])
 
 
 class ValidationRows:

@@ -52,12 +52,16 @@ def audio_sample(task: str, record: AudioRecord, mel: np.ndarray) -> Sample:
     return Sample(parts, record.where)
 
 
-def draw_task(weights: np.ndarray, rng: np.random.Generator) -> int:
-    """The number of a task, with probabilities in proportion to `weights`; makes one draw."""
-    bounds = np.cumsum(weights)
-    return min(
-        int(np.searchsorted(bounds, rng.random() * bounds[-1], side="right")), len(weights) - 1
-    )
+def batch_tasks(weights: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of the tasks of a batch's rows, int [batch_size].
+
+    Systematic sampling: each task has its share of the rows in proportion to `weights`, rounded up
+    or down so that the mean over batches is the share. No task is starved by bad luck.
+    """
+    bounds = np.cumsum(weights) / np.sum(weights)
+    places = (np.arange(batch_size) + rng.random()) / batch_size
+    tasks = np.minimum(np.searchsorted(bounds, places, side="right"), len(weights) - 1)
+    return rng.permutation(tasks)
 
 
 def validation_rows(sizes: list[int]) -> list[tuple[int, int]]:
