@@ -26,7 +26,11 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "kind": "vocoder",
             "workdir": f"runs/vocoder{suffix}",
-            "vocoder": {"width": 192, "segment_frames": 32, "istft": {"num_blocks": 5}},
+            "vocoder": {
+                "width": 192,
+                "segment_frames": 32,
+                "istft": {"num_blocks": 5, "griffin_lim_steps": 24},
+            },
             "data": {
                 "source": "media",
                 "batch_size": 16,
@@ -37,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 },
             },
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100, "clip_norm": 10.0},
-            "train": {"steps": 4000, "ema_decay": 0.999},
+            "train": {"steps": 3000, "ema_decay": 0.999},
             "checkpoint": {"every_steps": 500},
             "evaluation": {"every_steps": 500, "num_batches": 4},
             "samples": {"every_steps": 1000},
@@ -50,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
             {
                 "vocoder": {"discriminator": discriminator},
                 "optimizer": {"beta1": 0.8, "beta2": 0.99},
-                "train": {"steps": 2500},
+                "train": {"steps": 2000},
             }
         )
     if "tiny" in variants:
