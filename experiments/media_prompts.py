@@ -46,7 +46,7 @@ def media_prompts(
             raise UserError(
                 f"--{name}: the model takes none (model.{name}.enabled=False); leave it out."
             )
-    media = [
+    media: list[ImagePart | AudioPart] = [
         *read_images(options.image, formats, converts=options.convert),
         *read_clips(options.audio, formats, converts=options.convert),
     ]

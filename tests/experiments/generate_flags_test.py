@@ -82,6 +82,13 @@ def test_a_prompt_may_be_repeated_and_hold_commas() -> None:
         (["--prompt="], r"^--prompt: is empty; give some text.*--prompt_ids"),
         (["--step=newest"], r"^--step: 'newest' is no checkpoint; use best, latest or a number"),
         (["--workdir="], r"^--workdir: is missing"),
+        (["--draw"], r"^--draw: needs a folder for the result; give --output=FOLDER"),
+        (["--draw", "--speak", "--output=a"], r"^--speak: does not go together with --draw"),
+        (["--image=a", "--prompt=b"], r"^--image: belongs to one prompt"),
+        (["--audio=a", "--json=b"], r"^--json: is for text alone"),
+        (["--output=a", "--show_depth"], r"^--show_depth: is for text alone"),
+        (["--convert"], r"^--convert: would be ignored without --image or --audio"),
+        (["--vocoder=a"], r"^--vocoder: would be ignored without --output"),
         (["--precision=float16"], r"^--precision: .* one of 'auto', 'float32', 'bfloat16'"),
         (["--prompt=\udcff"], r"^--prompt: .* is no text; write it in UTF-8"),
         (["stray"], r"'stray' is no option; options look like --prompt="),
@@ -113,6 +120,12 @@ def test_a_workdir_is_needed() -> None:
         parse("--prompt=a")
 
 
+def test_files_may_be_repeated_and_need_no_prompt() -> None:
+    options = parse("--workdir=runs/a", "--image=a,b.png", "--image=c.png").options
+    assert options.image == ("a,b.png", "c.png")
+    assert parse("--workdir=runs/a", "--audio=a.wav").options.prompt == ()
+
+
 def test_errors_about_other_options_keep_their_path() -> None:
     with pytest.raises(ConfigError, match=r"^model\.width: bad"), named_as_written("--"):
         raise ConfigError("model.width", "bad")
@@ -136,7 +149,7 @@ def test_examples_of_help_are_accepted() -> None:
     examples = text[: text.index("Values are written")].replace("\\\n", " ").splitlines()
     commands = [line.partition("experiments.generate ")[2] for line in examples]
     commands = [command for command in commands if command]
-    assert len(commands) == 5
+    assert len(commands) == 7
 
     for command in commands:
         parse(*shlex.split(command))

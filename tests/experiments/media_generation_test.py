@@ -1,0 +1,260 @@
+"""The command with images and sound, from the words on the command line to the files.
+
+The generator is a stand-in but in one test: tests/generation has its own.
+"""
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from experiments import generate, run_generation, run_media_generation
+from experiments.load_model import LoadedModel
+from megatransformer_jax.config.build import construct
+from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.data.media.sample import AudioPart, ImagePart
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
+from megatransformer_jax.data.tokenizer import BytesTokenizer
+from megatransformer_jax.generation.media_completion import (
+    GeneratedClip,
+    GeneratedImage,
+    MediaCompletion,
+)
+from megatransformer_jax.generation.media_prompt import MediaPrompt
+from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+RATE_HZ, HOP = 8000, 64
+MEDIA: dict[str, Any] = {
+    "attention": {"num_heads": 2},
+    "core_layers": 1,
+    "recurrence": {"mean_steps": 2, "backprop_depth": 2, "state_init": "zero"},
+    "vocab_size": 272,
+    "width": 8,
+    "max_length": 64,
+    "mlp": {"hidden_width": 8},
+    "image": {
+        "enabled": True,
+        "height": 8,
+        "width": 8,
+        "channels": 1,
+        "patch_size": 4,
+        "prelude_layers": 0,
+        "coda_layers": 0,
+        "context_length": 4,
+        "decoder": {
+            "unet": {
+                "base_width": 8,
+                "width_multipliers": (1,),
+                "attention_levels": (),
+                "head_width": 8,
+                "norm_groups": 2,
+            },
+            "sampler": {"num_steps": 2},
+        },
+    },
+    "audio": {
+        "enabled": True,
+        "max_frames": 8,
+        "prelude_layers": 0,
+        "coda_layers": 0,
+        "context_length": 4,
+        "mel": {
+            "sample_rate_hz": RATE_HZ,
+            "num_mels": 8,
+            "fft_samples": 128,
+            "window_samples": 128,
+            "hop_samples": HOP,
+        },
+        "decoder": {
+            "width": 8,
+            "head_width": 4,
+            "dilations": (1,),
+            "sampler": {"num_steps": 2},
+        },
+    },
+}
+
+TOKENIZER = MediaTokenizer(BytesTokenizer())
+
+
+def loaded_model(values: dict[str, Any]) -> LoadedModel:
+    """Without parameters."""
+    config = construct(ModelConfig, values)
+    model = build_model(config, DTypePolicy(), Sharder(), "cpu")
+    tokenizer = TOKENIZER if config.has_media else BytesTokenizer()
+    return LoadedModel(config, model, None, tokenizer, 2, "run runs/a, step 4")
+
+
+class SmallMediaGenerator:
+    """Makes what a prompt opens, then says 'yes'."""
+
+    prompts: list[MediaPrompt]
+    config: GenerationConfig
+
+    def __init__(self, model: Any, params: Any, tokenizer: Any, config: Any, depth: Any):
+        del params, tokenizer, depth
+        self._mel = np.zeros((3, model.config.audio.mel.num_mels), np.float32)
+        type(self).config = config
+
+    def generate(self, prompts: Sequence[MediaPrompt]) -> list[MediaCompletion]:
+        type(self).prompts = list(prompts)
+        made = {
+            None: (),
+            "<|IMAGE|>": (GeneratedImage(np.zeros((8, 8, 1), np.float32)),),
+            "<|VOICE|>": (GeneratedClip(self._mel, True),),
+        }
+        return [
+            MediaCompletion(prompt, (*made[prompt.opens], "yes"), (5,), -1.0, "length")
+            for prompt in prompts
+            for _ in range(self.config.num_samples)
+        ]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    """Runs the command with the stand-in; returns what it wrote."""
+    monkeypatch.setattr(run_media_generation, "MediaGenerator", SmallMediaGenerator)
+
+    def run(*words: str, values: Any = MEDIA, loaded: LoadedModel | None = None) -> tuple[str, str]:
+        loaded = loaded_model(values) if loaded is None else loaded
+        monkeypatch.setattr(run_generation, "load_chosen_model", lambda *_: loaded)
+        generate.main(["generate", "--workdir=runs/a", *words])
+        shown = capfd.readouterr()
+        return shown.out, shown.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("files")
+    rng = np.random.default_rng(0)
+    for name, shape in (("right.png", (8, 8)), ("large.png", (9, 20, 3))):
+        Image.fromarray(rng.integers(0, 255, shape).astype(np.uint8)).save(folder / name)
+    soundfile.write(folder / "right.wav", rng.uniform(-0.1, 0.1, 5 * HOP), RATE_HZ)
+    soundfile.write(folder / "fast.wav", rng.uniform(-0.1, 0.1, (10 * HOP, 2)), 2 * RATE_HZ)
+    (folder / "broken.png").write_text("no image")
+    return folder
+
+
+def fails(run: Any, capfd: pytest.CaptureFixture[str], *words: str, **options: Any) -> str:
+    """The one line of an error."""
+    with pytest.raises(SystemExit) as caught:
+        run(*words, **options)
+    assert caught.value.code == 2
+    return capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_drawn_image_becomes_a_file(
+    run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
+    """With a real generator, of a model that has been trained for nothing."""
+    monkeypatch.undo()
+    loaded = loaded_model({name: value for name, value in MEDIA.items() if name != "audio"})
+    shapes = jax.eval_shape(lambda: init_params(loaded.model, jax.random.key(0)))
+    params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.1, leaf.dtype), shapes)
+    loaded = dataclasses.replace(loaded, params=params)
+    words = ["--prompt=one", "--draw", f"--output={tmp_path / 'drawn'}", "--guidance_scale=2"]
+    out, err = run(*words, "--max_new_tokens=4", loaded=loaded)
+    assert out.startswith("one[000_0.png]")
+    assert re.search(r"\d tokens, 1 images, 0 clips in .* compilation took", err)
+    with Image.open(tmp_path / "drawn" / "000_0.png") as image:
+        assert (image.size, image.mode) == ((8, 8), "L")
+    assert (tmp_path / "drawn" / "contact_sheet.png").is_file()
+
+
+def test_clips_and_texts_are_written(
+    run: Any, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["--prompt=one", "--prompt=two", "--speak", "--num_samples=2", f"--output={tmp_path}"]
+    out, err = run(*words)
+    assert "--- prompt 2, text 1: length\ntwo[002_0.wav]yes" in out
+    assert "4 tokens, 0 images, 4 clips" in err
+    assert re.search(r"max_new_tokens=\d+, as more do not fit in the model", caplog.text)
+    assert "Griffin and Lim's method" in caplog.text
+    lines = (tmp_path / "results.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [(record["prompt"], record["sample"]) for record in records] == [
+        ("one", 0),
+        ("one", 1),
+        ("two", 0),
+        ("two", 1),
+    ]
+    first, text = records[0]["parts"]
+    samples, rate_hz = soundfile.read(tmp_path / first["audio"])
+    assert rate_hz == RATE_HZ and len(samples) == 3 * HOP
+    assert first["is_voice"] and first["seconds"] == 3 * HOP / RATE_HZ
+    assert text == {"text": "yes"}
+    assert not (tmp_path / "contact_sheet.png").exists()
+
+
+def test_files_are_read_in_their_places(run: Any, files: pathlib.Path) -> None:
+    given = (f"--image={files / 'large.png'}", f"--audio={files / 'fast.wav'}", "--convert")
+    prompt = "a<|AUDIO|><|/AUDIO|>b<|IMAGE|><|/IMAGE|>"
+    out, _ = run(f"--prompt={prompt}", *given)
+    assert out == f"{prompt}yes\n"
+    first, clip, second, image = SmallMediaGenerator.prompts[0].parts
+    assert (first, second) == ("a", "b")
+    assert isinstance(clip, AudioPart) and not clip.is_voice
+    assert clip.sample_rate_hz == RATE_HZ and len(clip.waveform) == 5 * HOP
+    assert isinstance(image, ImagePart) and image.pixels.shape == (8, 8, 1)
+
+
+def test_files_without_places_come_first(run: Any, files: pathlib.Path, tmp_path: Any) -> None:
+    words = [f"--image={files / 'right.png'}", "--prompt=is", f"--output={tmp_path}"]
+    out, _ = run(*words)
+    assert out == "<|IMAGE|><|/IMAGE|>isyes\n"
+    # What was given stands on the sheet, with what was said of it.
+    assert (tmp_path / "contact_sheet.png").is_file()
+    assert run(f"--image={files / 'right.png'}")[0] == "<|IMAGE|><|/IMAGE|>yes\n"
+    assert run("--prompt=a<|IMAGE|>")[0] == "a[image]yes\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--image={}/large.png"], r"--image=.*large.png: .*9x20x3.* 8x8x1\. .*give --convert"),
+        (["--audio={}/fast.wav"], r"--audio=.*fast.wav: .* 2 channels and 16000 .*give --convert"),
+        (["--image={}/broken.png"], r"--image=.*broken.png: cannot be read as an image"),
+        (["--audio={}/absent.wav"], r"--audio=.*absent.wav: cannot be read as sound"),
+        (["--image={}/right.png", "--prompt=<|VOICE|><|/VOICE|>"], "prompt 1: has places for 0"),
+        (["--prompt=a<|IMAGE|>b"], "after <|IMAGE|> stands 'b'"),
+        (["--prompt_ids=1", "--max_media=2"], "--prompt_ids: is for text alone"),
+        (["--prompt=a", "--draw", "--output={}/right.png"], "cannot be made"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(
+    run: Any,
+    capfd: pytest.CaptureFixture[str],
+    files: pathlib.Path,
+    words: list[str],
+    problem: str,
+) -> None:
+    error = fails(run, capfd, *(word.replace("{}", str(files)) for word in words))
+    assert re.search(problem.replace("|", r"\|"), error), error
+
+
+def test_models_of_text_refuse_media(run: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    text = {"width": 8, "attention": {"num_heads": 2}}
+    for words in (["--draw", "--output=a"], ["--guidance_scale=2"], ["--prompt=<|IMAGE|>"]):
+        assert "reads and makes text alone" in fails(run, capfd, "--prompt=a", *words, values=text)
+
+
+def test_a_kind_that_the_model_lacks_is_refused(
+    run: Any, capfd: pytest.CaptureFixture[str], files: pathlib.Path
+) -> None:
+    deaf = {name: value for name, value in MEDIA.items() if name != "audio"}
+    error = fails(run, capfd, f"--audio={files / 'right.wav'}", values=deaf)
+    assert error.startswith("error: --audio: the model takes none (model.audio.enabled=False)")
