@@ -54,7 +54,7 @@ def get_config(arg: str = "") -> ConfigDict:
             {
                 "vocoder": {"discriminator": discriminator},
                 "optimizer": {"beta1": 0.8, "beta2": 0.99},
-                "train": {"steps": 2000},
+                "train": {"steps": 1500},
             }
         )
     if "tiny" in variants:
