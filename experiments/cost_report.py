@@ -4,15 +4,18 @@ import dataclasses
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from experiments.assemble import abstract_train_state, require_transformer, trained_depth
 from megatransformer_jax.config.devices import MeshConfig
 from megatransformer_jax.config.fine_tuning import TRAIN_ALL
+from megatransformer_jax.config.media_run import media_places
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.depth_table import evaluated_depths
 from megatransformer_jax.models.cost.flops import ForwardFlops, forward_flops, train_flops
+from megatransformer_jax.models.cost.media_flops import MediumFlops, media_flops
 from megatransformer_jax.models.cost.memory import (
     activation_memory,
     cache_bytes_per_token,
@@ -29,7 +32,7 @@ from megatransformer_jax.sharding.mesh import check_run_fits_mesh, resolve_mesh_
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.trainable import split_params
-from megatransformer_jax.types import DTypePolicy
+from megatransformer_jax.types import DTypePolicy, MediaBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +79,13 @@ class DepthCost:
 
 @dataclasses.dataclass(frozen=True)
 class CostReport:
-    """All that `experiments.inspect` shows."""
+    """All that `experiments.inspect` shows. `media` has 'image' and 'audio' where there are such;
+    `places` are those of a sequence, text and media together."""
 
     parameters: ParameterCounts
     flops: ForwardFlops
+    media: dict[str, MediumFlops]
+    places: int
     depths: tuple[DepthCost, ...]
     memory: TrainMemory
     mesh: dict[str, int]
@@ -107,12 +113,15 @@ def make_report(config: RunConfig) -> CostReport:
     policy = DTypePolicy.from_precision(config.train.precision, platform)
     model = build_model(config.model, policy, Sharder(), platform)
     counts = count_parameters(abstract_params(model))
-    flops = forward_flops(config.model, config.data.sequence_length)
+    places = config.data.sequence_length + sum(media_places(config))
+    flops = forward_flops(config.model, places)
     mesh = _abstract_mesh(config.mesh)
     check_run_fits_mesh(config, mesh)
     return CostReport(
         parameters=counts,
         flops=flops,
+        media=media_flops(model),
+        places=places,
         depths=tuple(
             _depth_cost(config, counts, flops, depth, policy) for depth in evaluated_depths(config)
         ),
@@ -155,7 +164,8 @@ def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -
     state = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
     shape = cast(Mesh, sharder.mesh).shape
     rows = config.data.batch_size // config.train.accumulation // (shape["data"] * shape["fsdp"])
-    activations = activation_memory(model, rows, config.data.sequence_length // shape["sequence"])
+    length = config.data.sequence_length // shape["sequence"]
+    activations = activation_memory(model, rows, length, _abstract_media(config, rows, length))
     parameters = tree_bytes(state.params)
     # Accumulation adds a micro-batch's gradients to a sum of the same size.
     trained, _ = split_params(state.params, config.fine_tuning)
@@ -176,3 +186,30 @@ def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -
         activations=activations.total(config.model.recurrence.backprop_depth),
         per_iteration=activations.per_iteration,
     )
+
+
+def _abstract_media(config: RunConfig, rows: int, length: int) -> MediaBatch | None:
+    """Shapes of the media of a batch. With a mesh axis `sequence` slots are not cut."""
+    model, data = config.model, config.data.media
+    if not model.has_media:
+        return None
+
+    def shape(dtype: Any, *extents: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *extents), dtype)
+
+    media = MediaBatch(follows=shape(jnp.int32, length), task=shape(jnp.int32))
+    if model.image.enabled:
+        slots = data.images_per_row
+        media = media._replace(
+            images=shape(jnp.float32, slots, *model.image.shape),
+            is_image=shape(jnp.bool_, slots),
+            is_drawn=shape(jnp.bool_, slots),
+        )
+    if model.audio.enabled:
+        slots, audio = data.audio_per_row, model.audio
+        media = media._replace(
+            mels=shape(jnp.float32, slots, audio.max_frames, audio.mel.num_mels),
+            mel_lengths=shape(jnp.int32, slots),
+            is_spoken=shape(jnp.bool_, slots),
+        )
+    return media

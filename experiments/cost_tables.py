@@ -8,6 +8,7 @@ from rich.table import Table
 
 from experiments.cost_report import CostReport, DepthCost
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.models.cost.flops import train_flops
 from megatransformer_jax.models.cost.parameter_counts import KINDS, total_parameters
 
 # In the order of a layer, then what stands outside of layers.
@@ -32,6 +33,7 @@ def print_tables(console: Console, report: CostReport, config: RunConfig) -> Non
     tables = [
         _parameters(report, config),
         _flops(report, config),
+        *([_media(report, config)] if report.media else []),
         _depths(report, config),
         _memory(report, config),
     ]
@@ -88,10 +90,49 @@ def _flops(report: CostReport, config: RunConfig) -> Table:
             cells = [format_number(products[name]) if products.get(name) else "" for name in used]
             table.add_row(part, *cells, format_number(total))
     table.caption = (
-        f"Matrix products only. Attention: rows of {config.data.sequence_length} tokens, visible "
-        "keys only."
+        f"Matrix products only. Attention: rows of {report.places} "
+        f"{'tokens and places of media' if report.media else 'tokens'}, visible keys only."
     )
     return table
+
+
+def _media(report: CostReport, config: RunConfig) -> Table:
+    """A column per kind: what one medium costs, in training and to be made."""
+    depth = report.trained_depth or 0
+    # Places of media go through the prelude too, before the encoder's vectors replace it there.
+    per_place = report.flops.total(depth) - sum(report.flops.once["head"].values())
+    trained = _per_place(report, config)
+    names = {"image": "one image", "audio": f"one clip of {config.model.audio.max_frames} frames"}
+    table = _table("FLOPs per medium", ["part", *(names[kind] for kind in report.media)])
+    rows: dict[str, list[str]] = {}
+    for medium in report.media.values():
+        stack = medium.places * per_place
+        for label, value in (
+            ("places in the sequence", str(medium.places)),
+            ("encoder", format_number(medium.prelude)),
+            ("its places in the text's layers", format_number(stack)),
+            ("coda of its decoder", format_number(medium.coda)),
+            ("decoder, one call", format_number(medium.decoder)),
+            ("forward, all of these", format_number(medium.forward + stack)),
+            ("train", format_number(3 * medium.forward + medium.places * trained)),
+            ("to be made: a step", format_number(medium.sampling / medium.sampling_steps)),
+            ("to be made: all steps", format_number(medium.sampling)),
+            ("steps", str(medium.sampling_steps)),
+        ):
+            rows.setdefault(label, []).append(value)
+    for label, values in rows.items():
+        table.add_row(label, *values)
+    table.caption = (
+        "Products and convolutions. In training every slot of a row is computed, used or not. Left "
+        "out: the text before a medium that is made, and a vocoder."
+    )
+    return table
+
+
+def _per_place(report: CostReport, config: RunConfig) -> float:
+    """Train FLOPs of a place that has no head, at the trained depth."""
+    trained = train_flops(config.model, report.flops, report.trained_depth or 0).model
+    return trained - 3 * sum(report.flops.once["head"].values())
 
 
 def _depths(report: CostReport, config: RunConfig) -> Table:

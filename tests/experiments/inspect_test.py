@@ -189,6 +189,34 @@ def test_passes_that_are_not_counted_are_named(config: RunConfig, report: CostRe
     assert "leave out the exit gate's own pass and the probe of the core's Jacobian." in text
 
 
+def test_media_are_counted_per_medium_and_their_places_per_token() -> None:
+    dit = {"width": 8, "num_layers": 1, "num_heads": 2, "hidden_width": 8}
+    image = {
+        "prelude_layers": 0,
+        "decoder": {"kind": "dit", "dit": dit, "unet": {"base_width": 48}},
+    }
+    audio = {"coda_layers": 0, "decoder": {"dilations": (1,)}}
+    data = {"source": "media", "tokenizer": {"kind": "bytes"}, "sequence_length": 64}
+    config = build(
+        {
+            "preset": "multimodal_tiny",
+            "model": {"core_layers": 1, "image": image, "audio": audio},
+            "data": data | {"media": {"tasks": ("draw=1", "speak=1"), "images_per_row": 2}},
+        }
+    )
+    report = make_report(config)
+    assert {"image_prelude", "audio_decoder"} < set(report.parameters)
+    assert report.places == 64 + 2 * 16 + 16
+    text = shown(report, config, is_terminal=False)
+    for words in (
+        "one clip of 64 frames",
+        "to be made: all steps",
+        "rows of 112 tokens and places",
+    ):
+        assert words in text
+    json.dumps(report.to_dict())
+
+
 def test_numbers_have_three_digits_and_a_prefix() -> None:
     numbers = {0: "0", 999: "999", 1000: "1k", 1234: "1.23k", 12_345: "12.3k", 3.56e9: "3.56G"}
     assert {value: format_number(value) for value in numbers} == numbers

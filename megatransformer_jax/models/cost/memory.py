@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.cost.parameter_counts import abstract_params
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.types import MediaBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,9 @@ class ActivationMemory:
         return self.once + backprop_depth * self.per_iteration + self.recomputed + self.logits
 
 
-def activation_memory(model: MegaTransformer, rows: int, length: int) -> ActivationMemory:
+def activation_memory(
+    model: MegaTransformer, rows: int, length: int, media: MediaBatch | None = None
+) -> ActivationMemory:
     """Estimates what one (micro-)batch of [rows, length] tokens keeps for the backward pass.
 
     Args:
@@ -47,14 +50,16 @@ def activation_memory(model: MegaTransformer, rows: int, length: int) -> Activat
         [N, T, S] per row, fused ones do not.
       rows: on one device.
       length: on one device.
+      media: shapes of the batch's images and sound on one device, whose encoders, codas and
+        decoders count as well.
     """
     config = model.config
     logits = 2 * rows * length * config.vocab_size * jnp.dtype(jnp.float32).itemsize
-    once, per_iteration = _kept(model, rows, length)
+    once, per_iteration = _kept(model, rows, length, media)
     if config.remat == "none":
         return ActivationMemory(once, per_iteration, 0, logits)
     plain = model.copy(config=dataclasses.replace(config, remat="none"))
-    plain_once, plain_per_iteration = _kept(plain, rows, length)
+    plain_once, plain_per_iteration = _kept(plain, rows, length, media)
     if config.is_recurrent:
         recomputed = plain_per_iteration - per_iteration
     else:
@@ -82,15 +87,19 @@ def _shard_shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
     return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
 
 
-def _kept(model: MegaTransformer, rows: int, length: int) -> tuple[int, int]:
+def _kept(
+    model: MegaTransformer, rows: int, length: int, media: MediaBatch | None
+) -> tuple[int, int]:
     """Residual bytes outside the gradient iterations, and those of each of them."""
     if not model.config.is_recurrent:
-        return _residual_bytes(model, rows, length, 1), 0
-    one, two = (_residual_bytes(model, rows, length, depth) for depth in (1, 2))
+        return _residual_bytes(model, rows, length, 1, media), 0
+    one, two = (_residual_bytes(model, rows, length, depth, media) for depth in (1, 2))
     return 2 * one - two, two - one
 
 
-def _residual_bytes(model: MegaTransformer, rows: int, length: int, backprop_depth: int) -> int:
+def _residual_bytes(
+    model: MegaTransformer, rows: int, length: int, backprop_depth: int, media: MediaBatch | None
+) -> int:
     """Bytes that the forward pass hands to the backward pass, without the parameters."""
     config = model.config
     # Laying out several iterations per turn changes no residual, but must fit the depth.
@@ -99,10 +108,16 @@ def _residual_bytes(model: MegaTransformer, rows: int, length: int, backprop_dep
     integers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     sizes: list[int] = []
 
-    def trace(params: Any, tokens: jax.Array, segment_ids: jax.Array, num_steps: jax.Array) -> None:
-        keys = jax.random.split(jax.random.key(0))
+    def trace(
+        params: Any,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        num_steps: jax.Array,
+        media: MediaBatch | None,
+    ) -> None:
+        keys = jax.random.split(jax.random.key(0), 3)
 
-        def logits(params: Any) -> jax.Array:
+        def outputs(params: Any) -> Any:
             output: Any = model.apply(
                 {"params": params},
                 tokens,
@@ -111,18 +126,37 @@ def _residual_bytes(model: MegaTransformer, rows: int, length: int, backprop_dep
                 backprop_depth=backprop_depth,
                 deterministic=False,
                 rngs={"state": keys[0], "dropout": keys[1]},
+                media=media,
             )
-            return output.logits
+            if media is None:
+                return output.logits
+            return output.logits, _media_losses(model, params, media, output.conditions, keys[2])
 
-        _, backward = jax.vjp(logits, params)
-        given = {id(leaf) for leaf in jax.tree.leaves((params, tokens, segment_ids))}
+        _, backward = jax.vjp(outputs, params)
+        given = {id(leaf) for leaf in jax.tree.leaves((params, tokens, segment_ids, media))}
         # The function is a pytree of its residuals; one array may stand in several places.
         kept = {id(leaf): leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given}
         sizes.extend(_bytes(leaf.shape, leaf.dtype) for leaf in kept.values())
 
     draw = jax.ShapeDtypeStruct((), jnp.int32)
-    jax.eval_shape(trace, abstract_params(model), integers, integers, draw)
+    jax.eval_shape(trace, abstract_params(model), integers, integers, draw, media)
     return sum(sizes)
+
+
+def _media_losses(
+    model: MegaTransformer, params: Any, media: MediaBatch, conditions: Any, key: jax.Array
+) -> list[Any]:
+    """What the decoders' training minimises, of every slot."""
+    losses: list[Any] = []
+    if media.images is not None:
+        images = media.images.reshape(-1, *media.images.shape[2:])
+        of_images = images, conditions["image"], key
+        losses.append(model.apply({"params": params}, *of_images, method="image_loss"))
+    if media.mels is not None:
+        mels, lengths = media.mels.reshape(-1, *media.mels.shape[2:]), media.mel_lengths.reshape(-1)
+        of_clips = mels, lengths, conditions["audio"], key
+        losses.append(model.apply({"params": params}, *of_clips, method="audio_loss"))
+    return [terms["loss"] for terms in losses]
 
 
 def _bytes(shape: tuple[int, ...], dtype: Any) -> int:

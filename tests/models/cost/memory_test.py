@@ -11,6 +11,9 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.dit import DitConfig
+from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.image_decoder import ImageDecoderConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
@@ -25,7 +28,7 @@ from megatransformer_jax.models.megatransformer import MegaTransformer, build_mo
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.train_step import make_train_step
-from megatransformer_jax.types import Batch, DTypePolicy
+from megatransformer_jax.types import Batch, DTypePolicy, MediaBatch
 
 ROWS, LENGTH = 4, 64
 # Of XLA's temporary memory. Measured: 0.9 to 1.1.
@@ -130,3 +133,40 @@ def test_peers_tables_are_parameters_and_not_kept_for_the_backward_pass() -> Non
 
     one_table = 256**2 * SMALL.width * 4
     assert kept(256**2) - kept(32**2) < one_table / 10
+
+
+def test_each_slot_keeps_its_encoder_coda_and_decoder() -> None:
+    width, places = 16, 4
+    dit = DitConfig(width=8, num_layers=1, num_heads=2, hidden_width=8)
+    image = ImageConfig(
+        enabled=True,
+        height=4,
+        width=4,
+        channels=1,
+        patch_size=2,
+        prelude_layers=0,
+        coda_layers=0,
+        context_length=4,
+        decoder=ImageDecoderConfig(kind="dit", dit=dit),
+    )
+    config = dataclasses.replace(
+        VARIANTS["no_core"], width=width, prelude_layers=1, image=image, max_length=64
+    )
+    model = build(config)
+
+    def kept(slots: int) -> int:
+        shape = lambda dtype, *extents: jax.ShapeDtypeStruct((ROWS, *extents), dtype)  # noqa: E731
+        media = MediaBatch(
+            follows=shape(jnp.int32, 8),
+            images=shape(jnp.float32, slots, 4, 4, 1),
+            is_image=shape(jnp.bool_, slots),
+            is_drawn=shape(jnp.bool_, slots),
+        )
+        return activation_memory(model, ROWS, 8, media).once
+
+    one, two, three = (kept(slots) for slots in (1, 2, 3))
+    # Per place of a slot a layer keeps its hidden units; per patch the decoder keeps as many.
+    least = ROWS * places * (2 * config.mlp.hidden_width + 8 * 8) * 4
+    assert two - one > least
+    # Attention weights grow with the square of the sequence.
+    assert 1.0 < (three - two) / (two - one) < 1.5
