@@ -8,6 +8,7 @@ from absl import logging
 
 from experiments.admin_start import admin_state, first_batch
 from experiments.assemble import Vocabulary, abstract_train_state
+from experiments.image_vae_start import latent_state
 from experiments.pretrained import pretrained_state
 from experiments.run_kinds.run_kind import Identified, RunKind
 from megatransformer_jax.checkpoints.compatibility import (
@@ -128,6 +129,8 @@ def fresh_state(
         )
     if model.config.residual == "admin":
         return admin_state(config, model, optimizer, shardings, first_batch(batches, sharder))
+    if config.model.image.decoder.vae is not None:
+        return latent_state(config, model, optimizer, shardings)
 
     def initialise(key: jax.Array) -> TrainState:
         return init_state(model, optimizer, key, fine_tuning=config.fine_tuning)

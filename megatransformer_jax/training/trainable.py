@@ -12,6 +12,7 @@ import jax
 
 from megatransformer_jax.config.fine_tuning import EXIT_GATE, FineTuningConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.models.decoders.trained_vae import IMAGE_VAE
 from megatransformer_jax.models.fine_tuned import BASE, LORA
 from megatransformer_jax.training.parameter_paths import map_named, path_text
 
@@ -19,7 +20,8 @@ from megatransformer_jax.training.parameter_paths import map_named, path_text
 def trained_mask(kept: Any, config: FineTuningConfig) -> Any:
     """A tree of bools like `kept` (`kept_params`, arrays or shapes): True where trained.
 
-    With LoRA that is its updates and, itself, the exit gate.
+    With LoRA that is its updates and, itself, the exit gate. A trained autoencoder of images within
+    the model never is.
 
     Raises:
       ConfigError: if a pattern matches no parameter, or all are frozen.
@@ -36,6 +38,8 @@ def trained_mask(kept: Any, config: FineTuningConfig) -> Any:
     def is_trained(path: tuple[Any, ...], leaf: Any) -> bool:
         del leaf
         name = path_text(path)
+        if IMAGE_VAE in name.split("/"):
+            return False
         hits = [pattern for pattern in patterns if re.search(pattern, name)]
         matched.update(hits)
         return bool(hits) == bool(config.train_only)

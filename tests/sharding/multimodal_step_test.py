@@ -60,7 +60,7 @@ SOUND = AudioConfig(
     prelude_layers=0,
     coda_layers=1,
     context_length=3,
-    decoder=AudioDecoderConfig(width=8, head_width=4, dilations=(1,), condition_dropout_rate=0.5),
+    decoder=AudioDecoderConfig(width=8, head_width=4, dilations=(1,), condition_dropout_rate=0.2),
 )
 
 

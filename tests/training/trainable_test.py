@@ -186,3 +186,11 @@ def test_what_lora_adds_is_evaluated():
     added = 16 / 2 * np.arange(12.0).reshape(6, 2) @ np.full((2, 8), 0.5)
     np.testing.assert_allclose(merged["down"], 1 + added)
     np.testing.assert_array_equal(merged["scale"], base["scale"])
+
+
+def test_an_autoencoder_within_the_model_is_never_trained():
+    tree = {"media": {"image_decoder": {"image_vae": {"encoder": 1.0}, "decoder": 2.0}}}
+    for tuning in (FineTuningConfig(), FineTuningConfig(train_only=("media",))):
+        trained, frozen = split_params(tree, tuning)
+        assert jax.tree.leaves(trained) == [2.0]
+        assert frozen["media"]["image_decoder"]["image_vae"] == {"encoder": 1.0}
