@@ -26,7 +26,6 @@ from megatransformer_jax.config.vocoder import (
     VocoderLossConfig,
 )
 
-
 _BYTES = TokenizerConfig(kind="bytes")
 
 
