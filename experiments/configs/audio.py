@@ -36,7 +36,11 @@ def get_config(arg: str = "") -> ConfigDict:
                     "prelude_layers": 2,
                     "coda_layers": 1,
                     "context_length": 24,
-                    "decoder": {"sampler": {"num_steps": 25, "guidance_scale": 2.0}},
+                    "decoder": {
+                        "width": 96,
+                        "dilations": (1, 2, 4),
+                        "sampler": {"num_steps": 25, "guidance_scale": 2.0},
+                    },
                 },
             },
             "data": {
