@@ -1,6 +1,7 @@
 """What a run costs, computed from its config: nothing of the model's size is allocated."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -165,7 +166,9 @@ def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -
     shape = cast(Mesh, sharder.mesh).shape
     rows = config.data.batch_size // config.train.accumulation // (shape["data"] * shape["fsdp"])
     length = config.data.sequence_length // shape["sequence"]
-    activations = activation_memory(model, rows, length, _abstract_media(config, rows, length))
+    activations = activation_memory(
+        model, rows, length, _abstract_media(config, rows, length), _learned(config, rows, shape)
+    )
     parameters = tree_bytes(state.params)
     # Accumulation adds a micro-batch's gradients to a sum of the same size.
     trained, _ = split_params(state.params, config.fine_tuning)
@@ -213,3 +216,13 @@ def _abstract_media(config: RunConfig, rows: int, length: int) -> MediaBatch | N
             is_spoken=shape(jnp.bool_, slots),
         )
     return media
+
+
+def _learned(config: RunConfig, rows: int, mesh: Mapping[str, int]) -> tuple[int, int]:
+    """Images and clips of a micro-batch on one device that decoders learn to make, at most."""
+    media, ways = config.data.media, mesh["data"] * mesh["fsdp"]
+
+    def count(task: str, slots: int) -> int:
+        return min(-(-media.most_rows(task, config.data.batch_size) * slots // ways), rows * slots)
+
+    return count("draw", media.images_per_row), count("speak", media.audio_per_row)

@@ -123,8 +123,9 @@ def _media(report: CostReport, config: RunConfig) -> Table:
     for label, values in rows.items():
         table.add_row(label, *values)
     table.caption = (
-        "Products and convolutions. In training every slot of a row is computed, used or not. Left "
-        "out: the text before a medium that is made, and a vocoder."
+        "Products and convolutions. Train: a medium that its decoder learns to make; one that is "
+        "only read takes no decoder, and slots that are not used cost as much. Left out: the text "
+        "before a medium that is made, and a vocoder."
     )
     return table
 

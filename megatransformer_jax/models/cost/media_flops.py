@@ -34,7 +34,7 @@ class MediumFlops:
 
     @property
     def forward(self) -> float:
-        """Encoder, coda and decoder once each, as a training step runs them for every slot."""
+        """Encoder, coda and decoder once each, as for a medium that is learned to be made."""
         return self.prelude + self.coda + self.decoder
 
 

@@ -41,7 +41,11 @@ class ActivationMemory:
 
 
 def activation_memory(
-    model: MegaTransformer, rows: int, length: int, media: MediaBatch | None = None
+    model: MegaTransformer,
+    rows: int,
+    length: int,
+    media: MediaBatch | None = None,
+    learned: tuple[int, int] = (0, 0),
 ) -> ActivationMemory:
     """Estimates what one (micro-)batch of [rows, length] tokens keeps for the backward pass.
 
@@ -50,16 +54,17 @@ def activation_memory(
         [N, T, S] per row, fused ones do not.
       rows: on one device.
       length: on one device.
-      media: shapes of the batch's images and sound on one device, whose encoders, codas and
-        decoders count as well.
+      media: shapes of the batch's images and sound on one device, whose encoders and codas count
+        as well.
+      learned: images and clips on one device that decoders compute.
     """
     config = model.config
     logits = 2 * rows * length * config.vocab_size * jnp.dtype(jnp.float32).itemsize
-    once, per_iteration = _kept(model, rows, length, media)
+    once, per_iteration = _kept(model, rows, length, media, learned)
     if config.remat == "none":
         return ActivationMemory(once, per_iteration, 0, logits)
     plain = model.copy(config=dataclasses.replace(config, remat="none"))
-    plain_once, plain_per_iteration = _kept(plain, rows, length, media)
+    plain_once, plain_per_iteration = _kept(plain, rows, length, media, learned)
     if config.is_recurrent:
         recomputed = plain_per_iteration - per_iteration
     else:
@@ -88,17 +93,26 @@ def _shard_shape(leaf: jax.Array | jax.ShapeDtypeStruct) -> tuple[int, ...]:
 
 
 def _kept(
-    model: MegaTransformer, rows: int, length: int, media: MediaBatch | None
+    model: MegaTransformer,
+    rows: int,
+    length: int,
+    media: MediaBatch | None,
+    learned: tuple[int, int],
 ) -> tuple[int, int]:
     """Residual bytes outside the gradient iterations, and those of each of them."""
     if not model.config.is_recurrent:
-        return _residual_bytes(model, rows, length, 1, media), 0
-    one, two = (_residual_bytes(model, rows, length, depth, media) for depth in (1, 2))
+        return _residual_bytes(model, rows, length, 1, media, learned), 0
+    one, two = (_residual_bytes(model, rows, length, n, media, learned) for n in (1, 2))
     return 2 * one - two, two - one
 
 
 def _residual_bytes(
-    model: MegaTransformer, rows: int, length: int, backprop_depth: int, media: MediaBatch | None
+    model: MegaTransformer,
+    rows: int,
+    length: int,
+    backprop_depth: int,
+    media: MediaBatch | None,
+    learned: tuple[int, int],
 ) -> int:
     """Bytes that the forward pass hands to the backward pass, without the parameters."""
     config = model.config
@@ -130,7 +144,9 @@ def _residual_bytes(
             )
             if media is None:
                 return output.logits
-            return output.logits, _media_losses(model, params, media, output.conditions, keys[2])
+            return output.logits, _media_losses(
+                model, params, media, output.conditions, learned, keys[2]
+            )
 
         _, backward = jax.vjp(outputs, params)
         given = {id(leaf) for leaf in jax.tree.leaves((params, tokens, segment_ids, media))}
@@ -144,18 +160,28 @@ def _residual_bytes(
 
 
 def _media_losses(
-    model: MegaTransformer, params: Any, media: MediaBatch, conditions: Any, key: jax.Array
+    model: MegaTransformer,
+    params: Any,
+    media: MediaBatch,
+    conditions: Any,
+    learned: tuple[int, int],
+    key: jax.Array,
 ) -> list[Any]:
-    """What the decoders' training minimises, of every slot."""
+    """What the decoders' training minimises; any media will do."""
     losses: list[Any] = []
+    num_images, num_clips = learned
+
+    def first(count: int, *trees: Any) -> Any:
+        return jax.tree.map(lambda array: array[:count], trees)
+
     if media.images is not None:
         images = media.images.reshape(-1, *media.images.shape[2:])
-        of_images = images, conditions["image"], key
-        losses.append(model.apply({"params": params}, *of_images, method="image_loss"))
+        arguments = first(num_images, images, conditions["image"])
+        losses.append(model.apply({"params": params}, *arguments, key, method="image_loss"))
     if media.mels is not None:
         mels, lengths = media.mels.reshape(-1, *media.mels.shape[2:]), media.mel_lengths.reshape(-1)
-        of_clips = mels, lengths, conditions["audio"], key
-        losses.append(model.apply({"params": params}, *of_clips, method="audio_loss"))
+        arguments = first(num_clips, mels, lengths, conditions["audio"])
+        losses.append(model.apply({"params": params}, *arguments, key, method="audio_loss"))
     return [terms["loss"] for terms in losses]
 
 
