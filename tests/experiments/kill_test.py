@@ -13,14 +13,15 @@ import time
 from collections.abc import Callable
 
 import pytest
+from cheap_compilation import CHEAP_COMPILATION
 
-NUM_KILLS = 20
-STEPS = 400
+NUM_KILLS = 8
+STEPS = 200
 EVERY_STEPS = 10
 CHANGES = {
     "train": {"steps": STEPS},
     "checkpoint": {"every_steps": EVERY_STEPS, "keep_last": 2, "keep_best": 1},
-    "evaluation": {"every_steps": 100},
+    "evaluation": {"every_steps": 50},
     "logging": {"every_steps": 3},
 }
 TIMEOUT_S = 240
@@ -34,7 +35,12 @@ def write_config(path: pathlib.Path, values: dict, repository: pathlib.Path) -> 
 
 
 def start(config: pathlib.Path, repository: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:
-    environment = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": str(log.parent)}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(log.parent),
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": CHEAP_COMPILATION,
+    }
     with open(log, "ab") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "experiments.train", f"--config={config}"],
@@ -98,7 +104,7 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path, sma
     assert (workdir / "depth_table.json").read_text() == (whole / "depth_table.json").read_text()
 
     # The kills were what they claim to be, and each start went on from the one before.
-    assert kills_while_saving >= 5
+    assert kills_while_saving >= 2
     resumed = [int(n) for log in logs for n in RESUMED.findall(log.read_text())]
     assert resumed == sorted(resumed)
     assert len(set(resumed)) >= NUM_KILLS // 2, resumed
@@ -115,10 +121,10 @@ def kill_at_random_moment(
     before = latest_checkpoint(workdir)
     # Saves that must be complete first, or no run would ever get further than the one before.
     target = before + EVERY_STEPS * rng.randint(1, 2)
-    match kill % 5:
+    match kill % 4:
         case 0:  # At any time: it imports, compiles, restores or trains.
             time.sleep(rng.uniform(0.2, 5.0))
-        case 1 | 2:  # Some steps or saves after it went on.
+        case 1:  # Some steps or saves after it went on.
             wait_for(lambda: latest_checkpoint(workdir) >= target, process)
             time.sleep(rng.uniform(0, 0.1))
         case _:  # In a save.
@@ -128,7 +134,7 @@ def kill_at_random_moment(
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, f"ended before kill {kill}: {log.read_text()}"
     # It may just have completed the save that it was to be killed in.
-    return kill % 5 in (3, 4) and is_saving_after(workdir, target)
+    return kill % 4 in (2, 3) and is_saving_after(workdir, target)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from cheap_compilation import CHEAP_COMPILATION
 
 from megatransformer_jax.training.metrics_file import read_metrics
 
@@ -35,7 +36,7 @@ def start(name: str, folder: pathlib.Path, values: dict, repository, num_devices
         "PATH": "/usr/bin:/bin",
         "HOME": str(folder),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices} {CHEAP_COMPILATION}",
     }
     with open(folder / f"{name}.log", "ab") as output:
         return subprocess.Popen(
