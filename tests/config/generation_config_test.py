@@ -16,6 +16,7 @@ from megatransformer_jax.config.generation import (
 )
 from megatransformer_jax.config.generation_depth import EXIT_CRITERIA, CacheConfig, DepthConfig
 from megatransformer_jax.config.generation_sampling import SamplingConfig
+from megatransformer_jax.config.media_generation import MediaGenerationConfig
 from megatransformer_jax.config.option import ConfigError, rules_of
 from megatransformer_jax.config.schema import options_of, section_rules, sections_of
 from megatransformer_jax.models import exit_criteria
@@ -276,6 +277,17 @@ def test_the_depth_of_a_model_is_filled_in_and_checked() -> None:
     with pytest.raises(ConfigError, match=r"depth\.exit_criterion: 'learned_gate' needs a model"):
         for_model(gated, 8, has_exit_gate=False)
     assert for_model(gated, 8, has_exit_gate=True).depth.depth == 8
+
+
+def test_media_and_text_alone_have_their_own_options() -> None:
+    more = GenerationConfig(media=MediaGenerationConfig(max_media=2))
+    assert for_model(more, 8, has_exit_gate=False, makes_media=True).media.max_media == 2
+    with pytest.raises(ConfigError, match=r"media\.max_media: 2 would be ignored for text alone"):
+        for_model(more, 8, has_exit_gate=False)
+    for strategy in ("beam", "speculative", "parallel"):
+        with pytest.raises(ConfigError, match=rf"strategy: '{strategy}' makes text alone"):
+            own = GenerationConfig(strategy=strategy)
+            for_model(own, 8, has_exit_gate=False, makes_media=True)
 
 
 @pytest.mark.parametrize(

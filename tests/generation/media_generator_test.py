@@ -19,6 +19,7 @@ from tiny_model import DEPTH, make
 
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.media_generation import MediaGenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.generation.media_completion import (
@@ -27,9 +28,11 @@ from megatransformer_jax.generation.media_completion import (
     parts_of_ids,
 )
 from megatransformer_jax.generation.media_generator import MediaGenerator
-from megatransformer_jax.generation.media_making import _MEDIA_STREAM
+from megatransformer_jax.generation.media_making import _MEDIA_STREAM, sampler_settings
 from megatransformer_jax.generation.media_prompt import MediaPrompt
 from megatransformer_jax.generation.media_slots import follows_of, media_batch
+from megatransformer_jax.generation.media_steps import draw_images, make_clips
+from megatransformer_jax.generation.processors.allowed_tokens import allowed_tokens
 from megatransformer_jax.generation.row_keys import prompt_keys, sample_keys
 from megatransformer_jax.models.cached_forward import token_states
 from megatransformer_jax.models.decoders.decoder import Condition
@@ -106,19 +109,11 @@ def recomputed(prompt, completion, key):
     return np.asarray(log_probs), conditions, ids, len(encoded), (len(images), len(mels))
 
 
-@jax.jit
-def drawn(condition, key):
-    model, params = parts()
-    return model.apply({"params": params}, condition, key, SAMPLER, method="sample_images")[0]
-
-
-@jax.jit
-def spoken(condition, key):
-    model, params = parts()
-    mels, frames = model.apply(
-        {"params": params}, condition, key, None, SAMPLER, method="sample_audio"
-    )
-    return mels[0], frames[0]
+def made_again(kind, condition, key):
+    """The medium of a condition, by the compiled function that rows of a batch share."""
+    make = draw_images if kind == "image" else make_clips
+    alike = jax.tree.map(lambda array: jnp.repeat(array, len(PROMPTS), axis=0), condition)
+    return make(*parts(), alike, jnp.zeros((1,), jnp.int32), key[None], settings=SAMPLER)
 
 
 def test_text_and_media_are_those_of_whole_passes(completions):
@@ -146,12 +141,12 @@ def test_text_and_media_are_those_of_whole_passes(completions):
             )
             assert np.any(condition.is_context)
             if is_image:
-                wanted = np.clip(drawn(condition, own), -1, 1)
+                wanted = made_again(kind, condition, own)[0]
                 np.testing.assert_allclose(part.pixels, wanted, atol=1e-3)
             else:
-                mel, frames = spoken(condition, own)
-                assert part.mel.shape == (frames, CONFIG.audio.mel.num_mels)
-                np.testing.assert_allclose(part.mel, mel[:frames], atol=1e-3)
+                mels, frames = made_again(kind, condition, own)
+                assert part.mel.shape == (frames[0], CONFIG.audio.mel.num_mels)
+                np.testing.assert_allclose(part.mel, mels[0, : frames[0]], atol=1e-3)
     # The prompts' own, and at least one that the text asked for.
     assert num_media[1] >= 1 and num_media[2] >= 1
     assert sum(num_media) > 2
@@ -193,10 +188,15 @@ def test_rows_do_not_depend_on_others(completions):
     assert not np.allclose(batched[1].images[0], batched[4].images[0], atol=1e-3)
 
 
-def test_guidance_changes_what_is_made(completions):
-    guided = generator({"max_media": 2, "guidance_scale": 3.0}, seed=SEED).generate(PROMPTS)
-    assert guided[3].token_ids[:1] == completions[3].token_ids[:1]
-    assert not np.allclose(guided[1].images[0], completions[1].images[0], atol=1e-3)
+def test_options_reach_the_samplers():
+    options = MediaGenerationConfig(guidance_scale=3.0, sampler_steps=7)
+    changed = dataclasses.replace(SAMPLER, guidance_scale=3.0, num_steps=7)
+    assert sampler_settings(CONFIG, GenerationConfig(media=options)) == {
+        "image": changed,
+        "audio": changed,
+    }
+    plain = sampler_settings(CONFIG, GenerationConfig())
+    assert plain == {"image": SAMPLER, "audio": SAMPLER}
 
 
 def test_samples_of_a_prompt_differ(completions):
@@ -216,6 +216,15 @@ def test_texts_continue_the_prompt_and_begin_anew_behind_media():
     assert made == (" b", GeneratedImage(pixels))
     made = parts_of_ids(TOKENIZER, [1, *a, image], [closed, *a], [pixels], [])
     assert made == (GeneratedImage(pixels), "a")
+
+
+def test_text_alone_never_has_tokens_around_media():
+    is_allowed = np.asarray(allowed_tokens(TOKENIZER, CONFIG.vocab_size).is_allowed)
+    base = TOKENIZER.base
+    assert not is_allowed[base.vocab_size :].any()
+    np.testing.assert_array_equal(
+        is_allowed[: base.vocab_size], allowed_tokens(base, base.vocab_size).is_allowed
+    )
 
 
 @pytest.mark.parametrize(
