@@ -217,8 +217,12 @@ def spoil_steps(monkeypatch, first: int, last: int) -> None:
 def test_a_run_that_diverges_goes_on_with_a_lower_learning_rate(
     tmp_path, small_run, monkeypatch, caplog
 ):
-    values = {"train": {"max_bad_steps": 5}, "checkpoint": {"every_steps": 1, "keep_best": 0}}
-    spoil_steps(monkeypatch, 4, 12)
+    values = {
+        "train": {"steps": 6, "max_bad_steps": 3},
+        "checkpoint": {"every_steps": 1, "keep_best": 0},
+        "evaluation": {"final_depths": [2]},
+    }
+    spoil_steps(monkeypatch, 4, 6)
     with pytest.raises(TooManyBadSteps, match=r"lower optimizer\.learning_rate"):
         train(build(small_run(tmp_path, values)))
     monkeypatch.undo()
@@ -230,7 +234,7 @@ def test_a_run_that_diverges_goes_on_with_a_lower_learning_rate(
     assert result.is_finished and int(result.state.skipped_steps) == 0
     assert "optimizer.learning_rate: saved 0.003, now 0.001" in caplog.text
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows] == list(range(1, 7))
     assert rows[3]["learning_rate"] < 1e-3
 
 
@@ -251,10 +255,12 @@ def test_fewer_steps_than_done_is_refused(whole_run, small_run):
 
 def test_a_run_can_be_extended(tmp_path, small_run, monkeypatch, caplog):
     stop_after(monkeypatch, 2)
-    train(build(small_run(tmp_path, {"train": {"steps": 4}})))
+    evaluation = {"final_depths": [2]}
+    train(build(small_run(tmp_path, {"train": {"steps": 4}, "evaluation": evaluation})))
     monkeypatch.undo()
     with caplog.at_level("WARNING", logger="absl"):
-        result = train(build(small_run(tmp_path, {"train": {"steps": 6}})))
+        longer = {"train": {"steps": 6}, "evaluation": evaluation}
+        result = train(build(small_run(tmp_path, longer)))
     assert result.step == 6
     assert any("train.steps: saved 4, now 6" in message for message in caplog.messages)
 
