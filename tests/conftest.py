@@ -20,9 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # Tests compile much and compute little: the cheapest machine code is three times as fast to make.
 os.environ["XLA_FLAGS"] = (
     f"--xla_force_host_platform_device_count={NUM_DEVICES} "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    # Programs are small: to cut one into parts for several threads costs more than it gains.
-    "--xla_cpu_parallel_codegen_split_count=1"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")

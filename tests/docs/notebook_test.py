@@ -19,10 +19,7 @@ def test_no_outputs_are_committed(notebook):
 @pytest.mark.slow
 def test_it_runs(notebook, tmp_path, monkeypatch):
     # One device, as most readers have, and programs that are cheap to compile.
-    flags = (
-        "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-        "--xla_cpu_parallel_codegen_split_count=1"
-    )
+    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     monkeypatch.setenv("XLA_FLAGS", flags)
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}

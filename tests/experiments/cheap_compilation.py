@@ -1,7 +1,4 @@
 """XLA's flags for runs in processes of their own, which compile much and compute little."""
 
 # As in tests/conftest.py: the cheapest machine code is three times as fast to make.
-CHEAP_COMPILATION = (
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
+CHEAP_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
