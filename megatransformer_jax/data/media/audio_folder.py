@@ -1,9 +1,8 @@
 """Clips in a folder of one's own."""
 
-import soundfile
-
 from megatransformer_jax.data.media.folders import AUDIO_FOLDER, item_text, list_folder
 from megatransformer_jax.data.media.records import AudioRecord
+from megatransformer_jax.data.media.sound_files import read_sound
 from megatransformer_jax.data.media.waveform_fitting import WaveformFitter
 from megatransformer_jax.data.sources.record import BadRecord
 
@@ -29,12 +28,9 @@ class AudioFolder:
         where = item.path if item.text is None else f"{item.path} ({item.where})"
         try:
             text = item_text(item)
+            samples, rate_hz = read_sound(item.path)
         except ValueError as error:
             return BadRecord(where, str(error))
-        try:
-            samples, rate_hz = soundfile.read(item.path, dtype="float32")
-        except (OSError, soundfile.SoundFileError) as error:
-            return BadRecord(where, f"cannot be read as sound ({error}). Mend or delete the file.")
         waveform = self._fitter.fit(samples, rate_hz, where)
         if isinstance(waveform, BadRecord):
             return waveform

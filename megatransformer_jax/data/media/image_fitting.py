@@ -1,30 +1,14 @@
 """Images of any size and number of channels become the model's, or an error says why not."""
 
-import math
-
 import numpy as np
-from absl import logging
 from PIL import Image, ImageOps
 
 from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.data.media.counted_note import CountedNote
 from megatransformer_jax.data.sources.record import BadRecord
 
 # How Pillow calls images of so many channels.
 MODES = {1: "L", 3: "RGB"}
-
-
-class CountedNote:
-    """Tells in the log how often something was changed: the 1st, 2nd, 4th, 8th, ... time."""
-
-    def __init__(self, words: str):
-        self._words = words
-        self.count = 0
-
-    def add(self, where: str) -> None:
-        """Counts one, the latest of which is at `where`."""
-        self.count += 1
-        if math.log2(self.count).is_integer():
-            logging.info("%d %s; the latest: %s", self.count, self._words, where)
 
 
 class ImageFitter:

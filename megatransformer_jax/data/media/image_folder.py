@@ -37,7 +37,7 @@ class ImageFolder:
         # image, and SyntaxError for some broken PNG files.
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return BadRecord(
-                where, f"cannot be read as an image ({error}). Mend or delete the file."
+                where, f"cannot be read as an image ({error}). Mend the file, or delete the record."
             )
         if isinstance(pixels, BadRecord):
             return pixels

@@ -3,7 +3,7 @@
 import numpy as np
 import soxr
 
-from megatransformer_jax.data.media.image_fitting import CountedNote
+from megatransformer_jax.data.media.counted_note import CountedNote
 from megatransformer_jax.data.sources.record import BadRecord
 
 

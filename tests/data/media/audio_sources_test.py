@@ -180,3 +180,13 @@ def test_a_folder_of_clips_is_read(tmp_path: pathlib.Path) -> None:
     before = data_fingerprint(options)
     soundfile.write(tmp_path / "a.wav", sound / 2, 8000, subtype="FLOAT")
     assert data_fingerprint(options) != before
+
+
+def test_the_log_names_the_file_that_converts(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="absl"):
+        WaveformFitter(8000, "convert").fit(np.zeros(100, np.float32), 16000, "a.wav")
+    (line,) = caplog.records
+    assert line.filename == "waveform_fitting.py"
+    assert line.getMessage() == (
+        "1 clips mixed to mono or resampled to 8000 Hz; the latest: a.wav, 1 channels, 16000 Hz"
+    )
