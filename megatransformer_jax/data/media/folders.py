@@ -6,7 +6,6 @@ import os
 import pathlib
 
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.data.sources.record import unreadable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +30,19 @@ class FolderFormat:
 
 @dataclasses.dataclass(frozen=True)
 class FolderItem:
-    """A file, its text (None: a .txt that is not there) and where it is listed."""
+    """A file and its text.
+
+    Attributes:
+      path: of the file.
+      text: None if it is in a .txt beside the file.
+      where: it is listed, for messages.
+      problem: why there is no record, for a .txt without a file.
+    """
 
     path: str
     text: str | None
     where: str
+    problem: str | None = None
 
 
 IMAGE_FOLDER = FolderFormat(
@@ -57,20 +64,24 @@ AUDIO_FOLDER = FolderFormat(
 def list_folder(folder: str, layout: FolderFormat) -> list[FolderItem]:
     """The files of a folder in the order of the index, or of their names.
 
+    Without an index, each .txt that has no file beside it is an item with a `problem`.
+
     Raises:
-      UserError: if there is no such folder, the index has a line that cannot be used, or nothing
-        is in it.
+      UserError: if there is no such folder, the index has a line that cannot be used (other keys,
+        a path that leaves the folder, a file for the second time), or nothing is in it.
     """
     root = pathlib.Path(os.path.expanduser(folder))
     if not root.is_dir():
         raise ConfigError(layout.option, f"{folder!r} is no folder. Correct the path.")
     index = root / layout.index_file
     items = _indexed(index, layout) if index.is_file() else _paired(root, layout)
-    if not items:
+    problems = [item for item in items if item.problem is not None]
+    if len(items) == len(problems):
         raise ConfigError(
             layout.option,
             f"{folder!r} has neither {layout.index_file} with lines in it nor files "
-            f"{', '.join(layout.suffixes)} with a .txt beside each. Put them there.",
+            f"{', '.join(layout.suffixes)} with a .txt beside each. Put them there."
+            + "".join(f" {item.path}: {item.problem}" for item in problems[:1]),
         )
     return items
 
@@ -82,38 +93,91 @@ def folder_files(folder: str, layout: FolderFormat) -> list[str]:
     texts = [str(root / layout.index_file)]
     if not (root / layout.index_file).is_file():
         texts = [str(_text_path(pathlib.Path(item.path))) for item in items]
-    return [path for path in (*texts, *(item.path for item in items)) if os.path.isfile(path)]
+    paths = dict.fromkeys((*texts, *(item.path for item in items)))
+    return [path for path in paths if os.path.isfile(path)]
 
 
 def _indexed(index: pathlib.Path, layout: FolderFormat) -> list[FolderItem]:
     try:
-        lines = index.read_text(encoding="utf-8-sig").splitlines()
+        # Not splitlines(), which also parts texts at U+2028 and the like.
+        lines = index.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
-        raise unreadable(str(index), error) from error
+        raise UserError(
+            f"{index}: cannot be read ({error.strerror or error}). Make it readable."
+        ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{index}: is not UTF-8 ({error.reason}). Convert it.") from error
     items = []
+    lines_of_files: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         where = f"{index}, line {number}"
-        wanted = f'{{"{layout.media_field}": file, "{layout.text_field}": text}}'
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise UserError(f"{where}: not valid JSON ({error}). Write {wanted}.") from error
-        fields = record if isinstance(record, dict) else {}
-        file, text = fields.get(layout.media_field), fields.get(layout.text_field)
-        if not (isinstance(file, str) and isinstance(text, str) and file and text):
-            raise UserError(f"{where}: {line.strip()[:80]!r} is not {wanted}. Mend the line.")
+        file, text = _index_line(line, where, layout)
+        first = lines_of_files.setdefault(file, number)
+        if first != number:
+            raise UserError(
+                f"{where}: {file!r} is on line {first} already; it could be trained on and held "
+                "out at once. Delete one of the lines."
+            )
         items.append(FolderItem(str(index.parent / file), text, where))
     return items
 
 
+def _index_line(line: str, where: str, layout: FolderFormat) -> tuple[str, str]:
+    """The file's path below the folder in its shortest form, and the text."""
+    names = (layout.media_field, layout.text_field)
+    wanted = f'{{"{names[0]}": file, "{names[1]}": text}}'
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}). Write {wanted}.") from error
+    fields = record if isinstance(record, dict) else {}
+    unknown = [key for key in fields if key not in names]
+    if unknown:
+        raise UserError(
+            f"{where}: unknown key {unknown[0]!r}; a line has {names[0]!r} and {names[1]!r}. "
+            "Correct it, or leave it out."
+        )
+    file, text = (fields.get(name) for name in names)
+    if not (isinstance(file, str) and isinstance(text, str) and file.strip() and text.strip()):
+        raise UserError(f"{where}: {line.strip()[:80]!r} is not {wanted}. Mend the line.")
+    short = os.path.normpath(file)
+    if os.path.isabs(file) or short.split(os.sep)[0] == os.pardir:
+        raise UserError(
+            f"{where}: {file!r} is outside the folder; paths are relative to it and stay below it. "
+            "Put the file into the folder, or link to it there."
+        )
+    try:
+        file.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: {file!r} can be no file's name. Mend the line.") from error
+    if "\0" in file:
+        raise UserError(f"{where}: {file!r} can be no file's name. Mend the line.")
+    return short, text
+
+
 def _paired(root: pathlib.Path, layout: FolderFormat) -> list[FolderItem]:
-    """Files with the right ending anywhere below the folder; their texts are read later."""
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in layout.suffixes)
-    return [FolderItem(str(path), None, str(path)) for path in paths]
+    """Files with the right ending anywhere below the folder, whose texts are read later; and each
+    .txt that has none beside it, which is a bad record."""
+    everything = sorted(path for path in root.rglob("*") if not path.is_dir())
+    media = [path for path in everything if path.suffix.lower() in layout.suffixes]
+    items = [FolderItem(str(path), None, str(path)) for path in media]
+    served = {_text_path(path) for path in media}
+    beside: dict[pathlib.Path, list[str]] = {}
+    for path in everything:
+        beside.setdefault(path.with_suffix(""), []).append(path.name)
+    for path in everything:
+        if path.suffix.lower() == ".txt" and path not in served:
+            others = [name for name in beside[path.with_suffix("")] if name != path.name]
+            found = f"only {', '.join(others)}" if others else "nothing"
+            problem = (
+                f"beside this text is {found}, no file of its name that is read: "
+                f"{', '.join(layout.suffixes)}. Convert the file or put it there, or move the text "
+                "out of the folder."
+            )
+            items.append(FolderItem(str(path), None, str(path), problem))
+    return items
 
 
 def _text_path(path: pathlib.Path) -> pathlib.Path:
@@ -121,14 +185,35 @@ def _text_path(path: pathlib.Path) -> pathlib.Path:
 
 
 def item_text(item: FolderItem) -> str:
-    """The text of an item; a .txt without the white space around it.
+    """The text of an item whose file is there; a .txt without the white space around it.
 
     Raises:
-      ValueError: if there is none; the message says why and how to mend it.
+      ValueError: if either is missing, or the text cannot be used; the message says why and how
+        to mend it.
     """
+    if item.problem is not None:
+        raise ValueError(item.problem)
+    if not os.path.isfile(item.path):
+        correct = "Correct the line" if item.text is not None else "Delete its text"
+        raise ValueError(f"there is no such file. {correct}, or put the file there.")
     if item.text is not None:
+        _check_text(item.text)
         return item.text
-    path = _text_path(pathlib.Path(item.path))
+    return _read_text(_text_path(pathlib.Path(item.path)))
+
+
+def _check_text(text: str) -> None:
+    """JSON can spell halves of a character, which no tokenizer can encode."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"its text has a lone surrogate, {text[error.start]!r}, at character {error.start}, "
+            "which is no text. Mend the line."
+        ) from error
+
+
+def _read_text(path: pathlib.Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except OSError as error:

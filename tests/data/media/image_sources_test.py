@@ -17,6 +17,7 @@ from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.fingerprint import data_fingerprint
 from megatransformer_jax.data.media.build import build_image_source
 from megatransformer_jax.data.media.digits import WORDS, Digits
+from megatransformer_jax.data.media.folders import IMAGE_FOLDER, folder_files
 from megatransformer_jax.data.media.image_fitting import ImageFitter
 from megatransformer_jax.data.media.image_folder import ImageFolder
 from megatransformer_jax.data.media.photographs import Photographs
@@ -162,8 +163,41 @@ def test_broken_files_are_named(folder: pathlib.Path) -> None:
     assert "d.png: its text d.txt is empty" in problems[1]
     assert re.search(r"deep/a\.png: cannot be read as an image", problems[2])
     assert re.search(r"deep/b\.png: cannot be read as an image", problems[3])
-    (folder / "captions.jsonl").write_text('{"image": "no.png", "caption": "x"}')
-    assert "no.png" in str(folder_source(folder)[0])
+    index = folder / "captions.jsonl"
+    index.write_text('{"image": "no.png", "caption": "x"}')
+    problem = str(folder_source(folder)[0])
+    assert f"no.png ({index}, line 1): there is no such file. Correct the line, or put" in problem
+
+
+def test_a_text_without_an_image_is_a_bad_record(folder: pathlib.Path) -> None:
+    (folder / "x.txt").write_text("an image of another kind")
+    (folder / "x.tiff").write_bytes(b"")
+    (folder / "y.txt").write_text("no image")
+    source = folder_source(folder)
+    problems = [str(source[index]) for index in (2, 3)]
+    assert len(source) == 4
+    suffixes = r"\.png, \.jpg, .*, \.gif\. Convert"
+    assert re.search(
+        rf"/x\.txt: beside this text is only x\.tiff, .* is read: {suffixes}", problems[0]
+    )
+    assert re.search(rf"/y\.txt: beside this text is nothing, no file .*: {suffixes}", problems[1])
+    assert len(folder_files(str(folder), IMAGE_FOLDER)) == 6
+    for image in (folder / "deep").glob("*.png"):
+        image.unlink()
+    with pytest.raises(ConfigError, match=r"has neither .*\.txt: beside this text is nothing"):
+        folder_source(folder)
+
+
+def test_a_caption_that_is_no_text_is_named_with_its_line(folder: pathlib.Path) -> None:
+    lines = [{"image": "deep/a.png", "caption": "one\u2028two"}, {"image": "deep/b.png"}]
+    lines[1]["caption"] = "half \ud83d"
+    text = json.dumps(lines[0], ensure_ascii=False) + "\r\n" + json.dumps(lines[1])
+    (folder / "captions.jsonl").write_text(text, encoding="utf-8")
+    source = folder_source(folder)
+    assert record(source, 0).captions == ("one\u2028two",)
+    problem = str(source[1])
+    assert "b.png (" in problem and "captions.jsonl, line 2): its text has a lone" in problem
+    assert "'\\ud83d', at character 5" in problem and problem.encode("utf-8")
 
 
 @pytest.mark.parametrize(
@@ -173,6 +207,21 @@ def test_broken_files_are_named(folder: pathlib.Path) -> None:
         ('{"image": "a.png"}', "line 1: .* is not .*caption"),
         ("[1]", "line 1: .* is not .*caption"),
         ('{"image": "a.png", "caption": ""}', "line 1: .* is not .*caption"),
+        ('{"image": "a.png", "caption": " "}', "line 1: .* is not .*caption"),
+        (
+            '{"image": "a.png", "captoin": "x"}',
+            "line 1: unknown key 'captoin'; a line has 'image' and 'caption'. Correct it",
+        ),
+        (
+            '{"image": "a/../../x.png", "caption": "x"}',
+            r"line 1: 'a/\.\./\.\./x\.png' is outside the folder; paths are relative",
+        ),
+        ('{"image": "/x.png", "caption": "x"}', "line 1: '/x.png' is outside the folder"),
+        ('{"image": "\\ud800.png", "caption": "x"}', "line 1: .* can be no file's name"),
+        (
+            '{"image": "a.png", "caption": "x"}\n\n{"image": "./a.png", "caption": "y"}',
+            "line 3: 'a.png' is on line 1 already; .* Delete one of the lines",
+        ),
         ("", "has neither captions.jsonl with lines in it nor files .png, .jpg"),
     ],
 )
