@@ -3,6 +3,7 @@
 import dataclasses
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 
@@ -66,14 +67,21 @@ def read(dataset: grain.MapDataset, start: int, num_workers: int) -> grain.Datas
             grain.MultiprocessingOptions(
                 num_workers=num_workers, per_worker_buffer_size=ELEMENTS_AHEAD_PER_WORKER
             ),
-            worker_init_fn=_die_with_parent,
+            worker_init_fn=_live_with_parent,
         )
     return iter(elements)
 
 
-def _die_with_parent(worker_index: int, worker_count: int) -> None:
-    """Ends a worker when the training process is gone, even if that was killed with SIGKILL."""
+def _live_with_parent(worker_index: int, worker_count: int) -> None:
+    """Lets a worker live as long as the training process, even if that was killed with SIGKILL.
+
+    A terminal, `timeout` and schedulers send their signals to all processes of a group. A worker
+    that dies of one in the middle of a message leaves the training process waiting for the rest of
+    it, for ever; that process ends its workers itself.
+    """
     del worker_index, worker_count
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

@@ -3,7 +3,10 @@
 import dataclasses
 import itertools
 import json
+import multiprocessing
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -126,7 +129,7 @@ def test_the_state_is_the_same_in_every_process():
 
 
 @pytest.mark.parametrize("config", [TEXT, BUCKETS, REASONING], ids=["text", "buckets", "reasoning"])
-def test_workers_do_not_change_the_batches(config: DataConfig):
+def test_workers_and_signals_to_them_do_not_change_the_batches(config: DataConfig):
     whole = train(config, 12)
     with build_pipeline(
         dataclasses.replace(config, num_workers=2, prefetch_batches=1), TOKENIZER, split="train"
@@ -135,7 +138,12 @@ def test_workers_do_not_change_the_batches(config: DataConfig):
             for _ in range(5):
                 next(alone)
             batches.set_state(alone.get_state())
-        assert_equal(list(itertools.islice(batches, 7)), whole[5:])
+        found = [next(batches), next(batches)]  # Both workers have begun.
+        # As `timeout` or a terminal does, which signal all processes of a group.
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGTERM)
+            os.kill(worker.pid, signal.SIGINT)
+        assert_equal([*found, *itertools.islice(batches, 5)], whole[5:])
 
 
 @every_config
