@@ -1,9 +1,10 @@
 """The prompts of a command with images and sound: reads the files and puts them in place."""
 
+import pathlib
 from collections.abc import Sequence
 
 import soundfile
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from experiments.generate_flags import CommandOptions
 from experiments.prompts import Prompts
@@ -68,12 +69,15 @@ def read_images(names: Sequence[str], formats: MediaFormats, *, converts: bool) 
     parts = []
     for name in names:
         try:
-            with Image.open(name) as image:
+            with Image.open(_file(name)) as image:
                 image.load()
                 pixels = fitter.fit(image, name)
         # What Pillow raises for files that are cut off or no image.
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"--image={name}: cannot be read as an image ({error}).") from error
+            raise UserError(
+                f"--image={name}: cannot be read as an image ({_reason(error)}); name a file with "
+                "one, such as PNG or JPEG."
+            ) from error
         if isinstance(pixels, BadRecord):
             raise UserError(f"--image={name}: {_as_option(pixels.problem)}")
         parts.append(ImagePart(pixels))
@@ -91,14 +95,37 @@ def read_clips(names: Sequence[str], formats: MediaFormats, *, converts: bool) -
     parts = []
     for name in names:
         try:
-            samples, own_rate_hz = soundfile.read(name, dtype="float32")
+            samples, own_rate_hz = soundfile.read(_file(name), dtype="float32")
         except (OSError, soundfile.SoundFileError) as error:
-            raise UserError(f"--audio={name}: cannot be read as sound ({error}).") from error
+            raise UserError(
+                f"--audio={name}: cannot be read as sound ({_reason(error)}); name a file with "
+                "some, such as WAV or FLAC."
+            ) from error
         waveform = fitter.fit(samples, own_rate_hz, name)
         if isinstance(waveform, BadRecord):
             raise UserError(f"--audio={name}: {_as_option(waveform.problem)}")
         parts.append(AudioPart(waveform, rate_hz))
     return parts
+
+
+def _file(name: str) -> pathlib.Path:
+    """The file. libsndfile does not say why it cannot open one.
+
+    Raises:
+      OSError: if there is none, or it is a folder.
+    """
+    path = pathlib.Path(name).expanduser()
+    path.open("rb").close()
+    return path
+
+
+def _reason(error: Exception) -> str:
+    """Without the name, which the message begins with."""
+    if isinstance(error, UnidentifiedImageError):
+        return "no known format"
+    if isinstance(error, soundfile.LibsndfileError):
+        return str(error.error_string).rstrip(".")
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def _as_option(problem: str) -> str:

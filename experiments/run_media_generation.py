@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from absl import logging
 
-from experiments.generate_flags import Command
+from experiments.generate_flags import Command, CommandOptions
 from experiments.load_model import LoadedModel
 from experiments.load_vocoder import load_vocoder
 from experiments.media_output import ToWaveform, make_folder, prompt_text, write_completions
@@ -26,6 +26,7 @@ from megatransformer_jax.generation.media_completion import MediaCompletion
 from megatransformer_jax.generation.media_generator import MediaGenerator
 from megatransformer_jax.generation.media_plan import room_for_text, sequence_length
 from megatransformer_jax.generation.media_prompt import MediaPrompt, encode_media_prompt
+from megatransformer_jax.generation.media_slots import most_places
 
 
 def wants_media(command: Command, prompts: Prompts) -> bool:
@@ -54,6 +55,7 @@ def generate_with_media(loaded: LoadedModel, command: Command, prompts: Prompts)
         raise ConfigError(name, "is for text alone; leave out the options of media.")
     formats = MediaFormats.of_model(loaded.config)
     given = media_prompts(options, prompts, tokenizer, formats)
+    check_media_have_a_folder(options, given)
     config = command.config
     if "max_new_tokens" not in command.given:
         config = _fitted(config, given, tokenizer, formats, loaded)
@@ -78,6 +80,21 @@ def generate_with_media(loaded: LoadedModel, command: Command, prompts: Prompts)
     print(_summary(completions, seconds, compile_seconds), file=sys.stderr)
     if folder is not None:
         print(f"files are in {folder}", file=sys.stderr)
+
+
+def check_media_have_a_folder(options: CommandOptions, prompts: Sequence[MediaPrompt]) -> None:
+    """Checks that a medium that a prompt asks for is not thrown away.
+
+    Raises:
+      ConfigError: if a prompt ends with an opening marker, and there is no output.
+    """
+    opened = [prompt.opens for prompt in prompts if prompt.opens is not None]
+    if opened and options.output is None:
+        raise ConfigError(
+            "prompt" if options.prompts_file is None else "prompts_file",
+            f"a prompt that ends with {opened[0]} needs a folder for the result; give "
+            "--output=FOLDER.",
+        )
 
 
 def make_to_waveform(vocoder: str | None, mel: MelConfig, seed: int) -> ToWaveform:
@@ -115,11 +132,23 @@ def _fitted(
     formats: MediaFormats,
     loaded: LoadedModel,
 ) -> GenerationConfig:
-    """As many new tokens as usual, or as fit in the model if those are fewer."""
+    """As many new tokens as usual, or as fit in the model if those are fewer.
+
+    Raises:
+      UserError: if none fits.
+    """
     encoded = [encode_media_prompt(prompt, tokenizer, formats) for prompt in prompts]
     longest = max(sequence_length(loaded.config, prompt) for prompt in encoded)
     room = room_for_text(loaded.config, longest, config.media.max_media)
-    if not 1 <= room < config.max_new_tokens:
+    if room < 1:
+        fit = longest + room - 1
+        raise UserError(
+            f"the longest prompt takes {longest} places with its media, but {max(fit, 0)} fit in "
+            f"the model: its max_length={loaded.config.max_length} is also for a new token and up "
+            f"to max_media={config.media.max_media} of up to {most_places(loaded.config)} places; "
+            + (f"shorten the prompt by {longest - fit}." if fit > 1 else "lower --max_media.")
+        )
+    if room >= config.max_new_tokens:
         return config
     logging.info("max_new_tokens=%d, as more do not fit in the model.", room)
     return dataclasses.replace(config, max_new_tokens=room)

@@ -143,6 +143,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     soundfile.write(folder / "right.wav", rng.uniform(-0.1, 0.1, 5 * HOP), RATE_HZ)
     soundfile.write(folder / "fast.wav", rng.uniform(-0.1, 0.1, (10 * HOP, 2)), 2 * RATE_HZ)
     (folder / "broken.png").write_text("no image")
+    (folder / "empty.png").touch()
+    (folder / "cut.png").write_bytes((folder / "large.png").read_bytes()[:-40])
+    (folder / "p.txt").write_text("one\nsay<|VOICE|>\n")
     return folder
 
 
@@ -209,7 +212,7 @@ def test_files_without_places_come_first(run: Any, files: pathlib.Path, tmp_path
     # What was given stands on the sheet, with what was said of it.
     assert (tmp_path / "contact_sheet.png").is_file()
     assert run(f"--image={files / 'right.png'}")[0] == "<|IMAGE|><|/IMAGE|>yes\n"
-    assert run("--prompt=a<|IMAGE|>")[0] == "a[image]yes\n"
+    assert run("--prompt=a<|IMAGE|>", f"--output={tmp_path}")[0] == "a[000_0.png]yes\n"
 
 
 @pytest.mark.parametrize(
@@ -217,8 +220,20 @@ def test_files_without_places_come_first(run: Any, files: pathlib.Path, tmp_path
     [
         (["--image={}/large.png"], r"--image=.*large.png: .*9x20x3.* 8x8x1\. .*give --convert"),
         (["--audio={}/fast.wav"], r"--audio=.*fast.wav: .* 2 channels and 16000 .*give --convert"),
-        (["--image={}/broken.png"], r"--image=.*broken.png: cannot be read as an image"),
-        (["--audio={}/absent.wav"], r"--audio=.*absent.wav: cannot be read as sound"),
+        (["--image={}/broken.png"], r"broken.png: .* \(no known format\); name .* PNG or JPEG"),
+        (["--image={}/empty.png"], r"empty.png: .* \(no known format\); name .* PNG or JPEG"),
+        (["--image={}/cut.png"], r"cut.png: .* \(.*truncated.*\); name .* PNG or JPEG"),
+        (["--image={}/absent.png"], r"absent.png: .* \(No such file or directory\); name "),
+        (["--image={}"], r"--image=.*: .* \(Is a directory\); name a file"),
+        (["--audio={}/absent.wav"], r"absent.wav: .* \(No such file .*\); name .* WAV or FLAC"),
+        (["--audio={}/empty.png"], r"empty.png: .* \(.*[Ff]ormat.*\); name .* WAV or FLAC"),
+        (["--prompt=a<|IMAGE|>"], r"--prompt: .*<|IMAGE|> needs a folder for the result; give "),
+        (["--prompts_file={}/p.txt"], r"--prompts_file: .*<|VOICE|> needs a folder .*--output"),
+        (
+            ["--draw", "--output={}", f"--prompt={'a' * 70}"],
+            r"takes 72 places with its media, but 59 fit .*max_length=64 .*by 13\.",
+        ),
+        (["--draw", "--output={}", "--prompt=a", "--max_media=16"], r"lower --max_media\."),
         (["--image={}/right.png", "--prompt=<|VOICE|><|/VOICE|>"], "prompt 1: has places for 0"),
         (["--prompt=a<|IMAGE|>b"], "after <|IMAGE|> stands 'b'"),
         (["--prompt_ids=1", "--max_media=2"], "--prompt_ids: is for text alone"),
