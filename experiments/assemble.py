@@ -84,11 +84,12 @@ def build_vocabulary(config: RunConfig, workdir: pathlib.Path) -> Vocabulary:
         )
     if config.model.vocab_size < vocabulary.size:
         source = "task" if vocabulary.tokenizer is None else "tokenizer"
+        is_trained = vocabulary.tokenizer is not None and config.data.tokenizer.is_trained
         raise ConfigError(
             "model.vocab_size",
             f"{config.model.vocab_size} is less than the {vocabulary.size} ids of the {source}; "
             f"set model.vocab_size={vocabulary.size} or more"
-            + (" or data.tokenizer.vocab_size lower." if vocabulary.tokenizer else "."),
+            + (" or data.tokenizer.vocab_size lower." if is_trained else "."),
         )
     return vocabulary
 

@@ -20,8 +20,9 @@ def fill_hops(waveform: np.ndarray, config: MelConfig) -> np.ndarray:
 def log_mel(waveform: np.ndarray, config: MelConfig) -> np.ndarray:
     """ln(max(mel magnitude, 1e-5)) of one clip, float32 [num_frames, M].
 
-    Frame i is centred on sample `i * hop_samples`; before and after the clip is silence. librosa's
-    last frame, centred on the end, is dropped, so that samples are exactly frames times hop.
+    Frame i is centred on sample `i * hop_samples`; before and after the clip is silence, also for
+    a clip shorter than a window. librosa's frames from the clip's end on are dropped, so that
+    samples are exactly frames times hop.
 
     Args:
       waveform: mono, float [samples], at least one.
@@ -35,8 +36,11 @@ def log_mel(waveform: np.ndarray, config: MelConfig) -> np.ndarray:
             f"the waveform has shape {waveform.shape} and type {waveform.dtype}; give one clip of "
             "mono sound as a vector of floats in [-1, 1], of at least one sample."
         )
+    sound = fill_hops(waveform.astype(np.float32), config)
+    # librosa warns of sound shorter than its transform; what follows a clip is silence anyway.
+    sound = np.pad(sound, (0, max(config.fft_samples - len(sound), 0)))
     mel = librosa.feature.melspectrogram(
-        y=fill_hops(waveform.astype(np.float32), config),
+        y=sound,
         sr=config.sample_rate_hz,
         n_fft=config.fft_samples,
         hop_length=config.hop_samples,
@@ -49,7 +53,8 @@ def log_mel(waveform: np.ndarray, config: MelConfig) -> np.ndarray:
         fmin=config.min_hz,
         fmax=config.max_hz,
     )
-    return np.log(np.maximum(mel.T[:-1], LOWEST_MAGNITUDE)).astype(np.float32)
+    frames = mel.T[: num_frames(len(waveform), config)]
+    return np.log(np.maximum(frames, LOWEST_MAGNITUDE)).astype(np.float32)
 
 
 def normalize(log_mel: np.ndarray) -> np.ndarray:

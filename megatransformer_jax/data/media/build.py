@@ -71,7 +71,7 @@ def build_image_source(config: DataConfig, image: ImageConfig, split: str) -> Im
                 return everything
         case unknown:
             raise ConfigError("data.media.images.source", f"{unknown!r} has no images.")
-    return _part(everything, config, split)
+    return _part(everything, config, split, *_option_with_records(options, "data.media.images"))
 
 
 def audio_source_name(config: DataConfig) -> str:
@@ -115,7 +115,7 @@ def build_audio_source(config: DataConfig, mel: MelConfig, split: str) -> AudioS
                 return everything
         case unknown:
             raise ConfigError("data.media.audio.source", f"{unknown!r} has no clips.")
-    return _part(everything, config, split)
+    return _part(everything, config, split, *_option_with_records(options, "data.media.audio"))
 
 
 def _tfds_split(options: ImageDataConfig | AudioDataConfig, split: str) -> str:
@@ -124,10 +124,41 @@ def _tfds_split(options: ImageDataConfig | AudioDataConfig, split: str) -> str:
     return options.tfds_validation_split or options.tfds_split
 
 
+def _option_with_records(options: ImageDataConfig | AudioDataConfig, path: str) -> tuple[str, str]:
+    """The option that decides how many records there are, and how to have two."""
+    match options.source:
+        case "image_folder" | "audio_folder":
+            return f"{path}.folder", "Put two or more files with their texts there."
+        case "tfds":
+            return (
+                f"{path}.tfds_split",
+                "Name a split of two or more, or a split to hold out with "
+                f"{path}.tfds_validation_split.",
+            )
+        case _:
+            return f"{path}.source", "Choose options that make two or more."
+
+
 Record = typing.TypeVar("Record")
 
 
-def _part(source: Records[Record], config: DataConfig, split: str) -> Records[Record]:
-    """What `data.validation_fraction` leaves to training, or holds out."""
+def _part(
+    source: Records[Record],
+    config: DataConfig,
+    split: str,
+    option: str = "data.media",
+    more: str = "Give two or more.",
+) -> Records[Record]:
+    """What `data.validation_fraction` leaves to training, or holds out.
+
+    Raises:
+      ConfigError: if there are fewer than two records, naming `option`; `more` says what to do.
+    """
+    if len(source) < 2:
+        raise ConfigError(
+            option,
+            f"the source has {len(source)} record, of which none can be held out for validation. "
+            + more,
+        )
     train, validation = hold_out(source, config.validation_fraction, config.seed)
     return train if split == "train" else validation

@@ -10,7 +10,7 @@ from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.media.image_fitting import ImageFitter
 from megatransformer_jax.data.media.records import AudioRecord, ImageRecord
 from megatransformer_jax.data.media.waveform_fitting import WaveformFitter
-from megatransformer_jax.data.sources.record import BadRecord
+from megatransformer_jax.data.sources.record import BadRecord, decoded
 from megatransformer_jax.data.sources.tfds import open_tfds
 
 
@@ -34,9 +34,9 @@ class TfdsImages:
     def __getitem__(self, index: int) -> ImageRecord | BadRecord:
         where = f"{self._name}, record {index}"
         record = self._records[index]
-        captions = _texts(_find(record, self._caption_field))
-        if not captions:
-            return BadRecord(where, f"has no text in {self._caption_field!r}. Leave it out.")
+        captions = _texts(record, self._caption_field, where)
+        if isinstance(captions, BadRecord):
+            return captions
         array = np.asarray(_find(record, self._image_field))
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3, 4):
             return BadRecord(
@@ -86,9 +86,9 @@ class TfdsAudio:
     def __getitem__(self, index: int) -> AudioRecord | BadRecord:
         where = f"{self._name}, record {index}"
         record = self._records[index]
-        texts = _texts(_find(record, self._text_field))
-        if not texts:
-            return BadRecord(where, f"has no text in {self._text_field!r}. Leave it out.")
+        texts = _texts(record, self._text_field, where)
+        if isinstance(texts, BadRecord):
+            return texts
         samples = np.asarray(_find(record, self._audio_field))
         if samples.dtype.kind == "i":
             # TFDS stores samples of 16 bits as int64.
@@ -112,11 +112,18 @@ def _find(record: typing.Any, path: str) -> typing.Any:
     return record
 
 
-def _texts(value: typing.Any) -> tuple[str, ...]:
+def _texts(record: typing.Any, field: str, where: str) -> tuple[str, ...] | BadRecord:
     """Texts of a feature that holds one or several; those that are empty are left out."""
+    value = _find(record, field)
     items = [value] if isinstance(value, (str, bytes)) else list(np.asarray(value).reshape(-1))
-    texts = [item.decode() if isinstance(item, bytes) else str(item) for item in items]
-    return tuple(text for text in texts if text.strip())
+    texts = []
+    for item in items:
+        text = decoded(item, where) if isinstance(item, bytes) else str(item)
+        if isinstance(text, BadRecord):
+            return text
+        if text.strip():
+            texts.append(text)
+    return tuple(texts) or BadRecord(where, f"has no text in {field!r}. Leave it out.")
 
 
 def _check_feature(features: typing.Any, path: str, option: str, name: str) -> None:

@@ -1,5 +1,7 @@
 """Samples become rows: order, targets, masks, slots; what does not fit is an error."""
 
+import warnings
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,15 @@ def test_media_are_in_the_first_slots_in_their_order(batch: Batch) -> None:
     assert not media.mels[0, 0, 5:].any() and not media.mels[1].any()
     np.testing.assert_array_equal(media.task, [2, 0])
     assert media.mels.shape == (2, 2, 8, 8) and media.mels.dtype == np.float32
+
+
+def test_a_clip_shorter_than_a_window_is_followed_by_silence() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # librosa warns of sound that is too short.
+        short = normalized_mel(SOUND[:10], MEL)
+    long = normalized_mel(np.pad(SOUND[:10], (0, 630)), MEL)
+    assert short.shape == (1, 8)
+    np.testing.assert_allclose(short, long[:1], atol=1e-6)
 
 
 def test_a_medium_that_the_model_does_not_have_gets_no_slots() -> None:

@@ -246,3 +246,16 @@ def test_the_fingerprint_follows_the_content_of_a_folder(folder: pathlib.Path) -
     assert before.startswith("images: 4 files, ") and data_fingerprint(config) == before
     (folder / "deep" / "a.txt").write_text("another")
     assert data_fingerprint(config) != before
+
+
+def test_one_image_cannot_be_held_out(folder: pathlib.Path) -> None:
+    (folder / "captions.jsonl").write_text('{"image": "deep/a.png", "caption": "only"}')
+    images = ImageDataConfig(source="image_folder", folder=str(folder))
+    media = MediaDataConfig(images=images)
+    config = DataConfig(source="media", tokenizer=TokenizerConfig(kind="bytes"), media=media)
+    message = (
+        r"^data\.media\.images\.folder: the source has 1 record, of which none can be held out for "
+        r"validation\. Put two or more files with their texts there\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build_image_source(config, GREY, "train")

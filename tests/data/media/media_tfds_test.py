@@ -122,12 +122,23 @@ def test_sound_has_the_rate_that_the_set_says(data_dir: str) -> None:
     assert "1 channels and 8000 samples per second" in str(wrong[0])
 
 
+def test_a_text_that_is_not_utf_8_is_a_bad_record(data_dir: str) -> None:
+    source = build_audio_source(config(data_dir), MEL, "train")
+    source._records = [{"speech": SOUND, "text": b"caf\xe9"}]
+    assert "record 0: byte 0xe9 at offset 3 is not UTF-8" in str(source[0])
+
+
 def test_parts_are_held_out_without_a_validation_split(data_dir: str) -> None:
     settings = config(data_dir, tfds_validation_split=None)
     train, held_out = (
         build_image_source(settings, IMAGE, each) for each in ("train", "validation")
     )
     assert (len(train), len(held_out)) == (3, 1)
+    alone = config(data_dir, tfds_split="test", tfds_validation_split=None)
+    with pytest.raises(
+        ConfigError, match=r"images\.tfds_split: .* 1 record, .*tfds_validation_split"
+    ):
+        build_image_source(alone, IMAGE, "train")
 
 
 @pytest.mark.parametrize(
