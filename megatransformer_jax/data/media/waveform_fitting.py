@@ -47,11 +47,11 @@ class WaveformFitter:
         if not self._converts:
             return BadRecord(
                 where,
-                f"the clip has {channels} channels and {sample_rate_hz} samples per second; the "
+                f"the clip has {_counted(channels)} and {sample_rate_hz} samples per second; the "
                 f"model needs mono and model.audio.mel.sample_rate_hz={self._rate}. Convert it, or "
                 "set data.media.audio.on_wrong_audio='convert'.",
             )
-        self.note.add(f"{where}, {channels} channels, {sample_rate_hz} Hz")
+        self.note.add(f"{where}, {_counted(channels)}, {sample_rate_hz} Hz")
         mono = samples if samples.ndim == 1 else samples.mean(axis=1)
         return resample(mono, sample_rate_hz, self._rate)
 
@@ -60,3 +60,7 @@ def resample(samples: np.ndarray, old_rate_hz: int, new_rate_hz: int) -> np.ndar
     """Mono sound at another rate, float32 [samples] in [-1, 1]; overshoots are cut."""
     changed = soxr.resample(samples.astype(np.float32), old_rate_hz, new_rate_hz)
     return np.clip(changed, -1, 1).astype(np.float32)
+
+
+def _counted(channels: int) -> str:
+    return f"{channels} channel" if channels == 1 else f"{channels} channels"

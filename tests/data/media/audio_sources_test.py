@@ -188,5 +188,5 @@ def test_the_log_names_the_file_that_converts(caplog: pytest.LogCaptureFixture) 
     (line,) = caplog.records
     assert line.filename == "waveform_fitting.py"
     assert line.getMessage() == (
-        "1 clips mixed to mono or resampled to 8000 Hz; the latest: a.wav, 1 channels, 16000 Hz"
+        "1 clips mixed to mono or resampled to 8000 Hz; the latest: a.wav, 1 channel, 16000 Hz"
     )

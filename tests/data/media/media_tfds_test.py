@@ -119,7 +119,7 @@ def test_sound_has_the_rate_that_the_set_says(data_dir: str) -> None:
     np.testing.assert_allclose(first.waveform, SOUND / 32768, atol=1e-6)
     assert "record 2: has no text in 'text'" in str(source[2])
     wrong = build_audio_source(config(data_dir), MelConfig(sample_rate_hz=16000), "train")
-    assert "1 channels and 8000 samples per second" in str(wrong[0])
+    assert "1 channel and 8000 samples per second" in str(wrong[0])
 
 
 def test_a_text_that_is_not_utf_8_is_a_bad_record(data_dir: str) -> None:
