@@ -128,8 +128,8 @@ def test_the_state_is_the_same_in_every_process():
     assert states[0] == states[1]
 
 
-@pytest.mark.parametrize("config", [TEXT, BUCKETS, REASONING], ids=["text", "buckets", "reasoning"])
-def test_workers_and_signals_to_them_do_not_change_the_batches(config: DataConfig):
+@pytest.mark.parametrize("config", [BUCKETS, REASONING], ids=["buckets", "reasoning"])
+def test_workers_do_not_change_the_batches(config: DataConfig):
     whole = train(config, 12)
     with build_pipeline(
         dataclasses.replace(config, num_workers=2, prefetch_batches=1), TOKENIZER, split="train"
@@ -138,12 +138,20 @@ def test_workers_and_signals_to_them_do_not_change_the_batches(config: DataConfi
             for _ in range(5):
                 next(alone)
             batches.set_state(alone.get_state())
-        found = [next(batches), next(batches)]  # Both workers have begun.
+        assert_equal(list(itertools.islice(batches, 7)), whole[5:])
+
+
+def test_a_worker_outlives_signals_to_the_group():
+    whole = train(TEXT, 40)
+    with build_pipeline(
+        dataclasses.replace(TEXT, num_workers=1), TOKENIZER, split="train"
+    ) as batches:
+        found = [next(batches)]
         # As `timeout` or a terminal does, which signal all processes of a group.
-        for worker in multiprocessing.active_children():
-            os.kill(worker.pid, signal.SIGTERM)
-            os.kill(worker.pid, signal.SIGINT)
-        assert_equal([*found, *itertools.islice(batches, 5)], whole[5:])
+        (worker,) = multiprocessing.active_children()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.pid, number)
+        assert_equal([*found, *itertools.islice(batches, 39)], whole)
 
 
 @every_config
