@@ -100,8 +100,7 @@ def draw_images(
         image: Any = model.apply({"params": params}, alone, key, settings, method="sample_images")
         return cast(jax.Array, image[0])
 
-    images = jax.vmap(draw)(condition.context[rows], condition.is_context[rows], keys)
-    return jnp.clip(images, -1, 1)
+    return jax.vmap(draw)(condition.context[rows], condition.is_context[rows], keys)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="settings")

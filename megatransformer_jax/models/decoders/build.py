@@ -6,6 +6,7 @@ from megatransformer_jax.config.audio import AudioConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.models.decoders.diffusion_decoder import DiffusionDecoder
 from megatransformer_jax.models.decoders.flow_decoder import FlowDecoder
+from megatransformer_jax.models.decoders.image_decoder import ImageDecoder
 from megatransformer_jax.models.decoders.latent import LatentDecoder
 from megatransformer_jax.models.decoders.mel_diffusion import MelDiffusionDecoder
 from megatransformer_jax.models.image_vae import ImageVae
@@ -16,13 +17,12 @@ from megatransformer_jax.types import DTypePolicy
 
 
 def build_image_decoder(
-    config: ImageConfig, context_width: int, policy: DTypePolicy, sharder: Sharder, platform: str
+    config: ImageConfig, policy: DTypePolicy, sharder: Sharder, platform: str
 ) -> Any:
     """The `MediaDecoder` of images that `config.decoder` asks for.
 
     Args:
       config: the images' format, and the decoder.
-      context_width: width of the conditions. Networks learn it from their first input.
       policy: types.
       sharder: places what is cut over devices.
       platform: of the devices: 'cpu', 'gpu' or 'tpu'.
@@ -30,30 +30,29 @@ def build_image_decoder(
     Raises:
       ValueError: for an unknown kind.
     """
-    del context_width
-    decoder, shape = config.decoder, config.drawn_shape
-    inner: DiffusionDecoder | FlowDecoder
+    decoder = config.decoder
+    shared: dict[str, Any] = {
+        "shape": config.drawn_shape,
+        "condition_dropout_rate": decoder.condition_dropout_rate,
+        "is_bounded": decoder.vae is None,
+        "parent": None,
+    }
+    inner: ImageDecoder
     # Modules get no parent here: each becomes part of what it is given to.
     match decoder.kind:
         case "unet":
             inner = DiffusionDecoder(
-                UNet(decoder.unet, policy, parent=None),
-                shape,
-                decoder.diffusion,
-                decoder.sampler,
-                decoder.condition_dropout_rate,
-                is_bounded=decoder.vae is None,
-                parent=None,
+                network=UNet(decoder.unet, policy, parent=None),
+                diffusion=decoder.diffusion,
+                sampler=decoder.sampler,
+                **shared,
             )
         case "dit":
             inner = FlowDecoder(
-                Dit(decoder.dit, policy, sharder, platform, parent=None),
-                shape,
-                decoder.flow,
-                decoder.flow_sampler,
-                decoder.condition_dropout_rate,
-                is_bounded=decoder.vae is None,
-                parent=None,
+                network=Dit(decoder.dit, policy, sharder, platform, parent=None),
+                flow=decoder.flow,
+                sampler=decoder.flow_sampler,
+                **shared,
             )
         case _:
             raise ValueError(f"unknown kind of image decoder {decoder.kind!r}; known: unet, dit")
@@ -63,9 +62,6 @@ def build_image_decoder(
     return LatentDecoder(vae, inner, config.shape, parent=None)
 
 
-def build_audio_decoder(
-    config: AudioConfig, context_width: int, policy: DTypePolicy, sharder: Sharder, platform: str
-) -> Any:
-    """The `MediaDecoder` of sound. Arguments as in `build_image_decoder`."""
-    del context_width, sharder, platform
+def build_audio_decoder(config: AudioConfig, policy: DTypePolicy) -> Any:
+    """The `MediaDecoder` of sound. Its weights are whole on every device."""
     return MelDiffusionDecoder(config, policy)

@@ -1,52 +1,34 @@
 """A decoder of images that learns and samples a diffusion."""
 
-import jax.numpy as jnp
-from flax import linen as nn
-from jaxtyping import Array, Float, Int, Key
+from typing import Any
+
+import jax
 
 from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.decoders.diffusion import diffusion_loss
-from megatransformer_jax.models.decoders.image_input import check_images, denoiser_of
+from megatransformer_jax.models.decoders.guidance import Denoiser
+from megatransformer_jax.models.decoders.image_decoder import ImageDecoder
 from megatransformer_jax.models.decoders.samplers import sample_diffusion
 
 
-class DiffusionDecoder(nn.Module):
-    """Any network that predicts noise or velocity, as a `MediaDecoder`.
+class DiffusionDecoder(ImageDecoder):
+    """The network predicts noise or velocity. Terms of the loss: 'loss' and 'squared_error'.
 
     Attributes:
-      network: (noisy [N, height, width, C], time [N], context, is_context) to a prediction.
-      shape: height, width, channels of an image.
       diffusion: as it is trained.
       sampler: as it is sampled unless told otherwise.
-      condition_dropout_rate: part of the media that are learned without a condition.
-      is_bounded: what is drawn is in [-1, 1], as pixels are and latents are not.
     """
 
-    network: nn.Module
-    shape: tuple[int, int, int]
     diffusion: DiffusionConfig
     sampler: SamplerConfig
-    condition_dropout_rate: float
-    is_bounded: bool
 
-    def loss(
-        self,
-        media: Float[Array, "N height width C"],
-        lengths: Int[Array, "N"] | None,
-        condition: Condition,
-        key: Key[Array, ""],
-    ) -> dict[str, Float[Array, "N"]]:
-        """See `MediaDecoder.loss`: 'loss' and 'squared_error', of one time per image.
-
-        Raises:
-          ValueError: for images of another shape, or lengths.
-        """
-        check_images(media, lengths, self.shape)
+    def process_loss(
+        self, denoise: Denoiser, media: jax.Array, condition: Condition, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """See `ImageDecoder`."""
         return diffusion_loss(
-            lambda noisy, time, condition: self.network(
-                noisy, time, condition.context, condition.is_context
-            ),
+            denoise,
             self.diffusion,
             media,
             condition,
@@ -54,23 +36,17 @@ class DiffusionDecoder(nn.Module):
             condition_dropout_rate=self.condition_dropout_rate,
         )
 
-    def sample(
+    def process_sample(
         self,
+        denoise: Denoiser,
         condition: Condition,
-        key: Key[Array, ""],
-        lengths: Int[Array, "N"] | None = None,
-        settings: SamplerConfig | None = None,
-        guidance_scale: Float[Array, ""] | float | None = None,
-    ) -> tuple[Float[Array, "N height width C"], None]:
-        """See `MediaDecoder.sample`. `guidance_scale` replaces that of the settings and may be
-        traced.
-
-        Raises:
-          ValueError: for lengths, or more steps than the diffusion has times.
-        """
-        check_images(None, lengths, self.shape)
-        images = sample_diffusion(
-            denoiser_of(self.network),
+        key: jax.Array,
+        settings: SamplerConfig | None,
+        guidance_scale: Any,
+    ) -> jax.Array:
+        """See `ImageDecoder`; ValueError for more steps than the diffusion has times."""
+        return sample_diffusion(
+            denoise,
             self.diffusion,
             self.sampler if settings is None else settings,
             condition,
@@ -78,4 +54,3 @@ class DiffusionDecoder(nn.Module):
             key,
             guidance_scale=guidance_scale,
         )
-        return (jnp.clip(images, -1.0, 1.0) if self.is_bounded else images), None

@@ -7,8 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.models.decoders.decoder import Condition
-from megatransformer_jax.models.decoders.diffusion_decoder import DiffusionDecoder
-from megatransformer_jax.models.decoders.flow_decoder import FlowDecoder
+from megatransformer_jax.models.decoders.image_decoder import ImageDecoder
 from megatransformer_jax.models.decoders.image_input import check_images
 from megatransformer_jax.models.image_vae import ImageVae
 
@@ -25,7 +24,7 @@ class LatentDecoder(nn.Module):
     """
 
     image_vae: ImageVae
-    decoder: DiffusionDecoder | FlowDecoder
+    decoder: ImageDecoder
     shape: tuple[int, int, int]
 
     def loss(

@@ -58,9 +58,7 @@ class Owner(nn.Module):
     config: ImageConfig
 
     def setup(self):
-        self.image_decoder = build_image_decoder(
-            self.config, CONTEXT_WIDTH, DTypePolicy(), Sharder(), "cpu"
-        )
+        self.image_decoder = build_image_decoder(self.config, DTypePolicy(), Sharder(), "cpu")
 
     def loss(self, *arguments):
         assert isinstance(self.image_decoder, MediaDecoder)
@@ -114,13 +112,11 @@ def test_settings_and_guidance_replace_the_configs(kind):
     if kind == "diffusion":
         settings = SamplerConfig(num_steps=3, threshold="none")
         decoder = DiffusionDecoder(
-            TinyNetwork(), (2, 2, 1), DiffusionConfig(), settings, 0.0, is_bounded=False
+            TinyNetwork(), (2, 2, 1), 0.0, False, DiffusionConfig(), settings
         )
     else:
         settings = FlowSamplerConfig(num_steps=3)
-        decoder = FlowDecoder(
-            TinyNetwork(), (2, 2, 1), FlowConfig(), settings, 0.0, is_bounded=False
-        )
+        decoder = FlowDecoder(TinyNetwork(), (2, 2, 1), 0.0, False, FlowConfig(), settings)
     params, condition = {"params": {"network": {"weight": 0.5}}}, random_condition(2, 2)
     key = jax.random.key(3)
 

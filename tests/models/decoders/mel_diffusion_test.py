@@ -13,7 +13,6 @@ from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
 from megatransformer_jax.config.diffusion import SamplerConfig
 from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.models.decoders.build import build_audio_decoder
-from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
 CONTEXT_WIDTH, FRAMES, BINS = 6, 7, 5
@@ -29,7 +28,7 @@ LENGTHS = jnp.asarray([FRAMES, 3, 5])
 
 
 def build(config=CONFIG):
-    return build_audio_decoder(config, CONTEXT_WIDTH, DTypePolicy(), Sharder(), "cpu")
+    return build_audio_decoder(config, DTypePolicy())
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,7 @@ def test_guidance_and_the_configured_sampler_are_used(case):
 
 def test_losses_and_sounds_are_float32_in_a_narrower_compute_type(case):
     policy = DTypePolicy(compute=jnp.dtype(jnp.bfloat16))
-    narrow = build_audio_decoder(CONFIG, CONTEXT_WIDTH, policy, Sharder(), "gpu")
+    narrow = build_audio_decoder(CONFIG, policy)
 
     def run(variables):
         key, condition = jax.random.key(0), case.condition
