@@ -8,10 +8,9 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.data.batches import Share
 from megatransformer_jax.data.media.build import build_image_source
-from megatransformer_jax.data.media.medium_batches import MediumBatches
+from megatransformer_jax.data.media.medium_batches import medium_pipeline
 from megatransformer_jax.data.media.records import ImageRecord
 from megatransformer_jax.data.pipeline import Pipeline
-from megatransformer_jax.data.sources.record import BadRecordPolicy
 from megatransformer_jax.types import ImageBatch
 
 
@@ -57,16 +56,10 @@ def image_pipeline(
     Raises:
       UserError: if the data cannot be read.
     """
-    is_training = split == "train"
-    bad_records = BadRecordPolicy(config.on_bad_record)
-    batches = MediumBatches(
+    return medium_pipeline(
         build_image_source(config, image, split),
         WholeImages(image.shape),
-        Share(config.batch_size, process_index, process_count),
-        bad_records,
-        seed=config.seed,
-        shuffle=is_training and config.shuffle,
-        repeat=is_training,
-        num_workers=config.num_workers,
+        config,
+        split=split,
+        share=Share(config.batch_size, process_index, process_count),
     )
-    return Pipeline(batches, bad_records, config.prefetch_batches)

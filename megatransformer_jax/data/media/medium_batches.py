@@ -7,9 +7,11 @@ import typing
 import grain
 import numpy as np
 
+from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.data.augmentation.random_draws import Purpose, generator_of
 from megatransformer_jax.data.batches import NumberedStream, Share
 from megatransformer_jax.data.documents import in_order
+from megatransformer_jax.data.pipeline import Pipeline
 from megatransformer_jax.data.sources.combine import Records
 from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy
 
@@ -118,3 +120,27 @@ class MediumBatches(typing.Generic[Made_co]):
     def close(self) -> None:
         """Stops the worker processes."""
         self._stream.close()
+
+
+def medium_pipeline(
+    records: Records[typing.Any],
+    row_format: RowFormat[typing.Any],
+    config: DataConfig,
+    *,
+    split: str,
+    share: Share,
+) -> Pipeline:
+    """Batches of one process's share: 'train' is endless, 'validation' one pass in order."""
+    is_training = split == "train"
+    bad_records = BadRecordPolicy(config.on_bad_record)
+    batches = MediumBatches(
+        records,
+        row_format,
+        share,
+        bad_records,
+        seed=config.seed,
+        shuffle=is_training and config.shuffle,
+        repeat=is_training,
+        num_workers=config.num_workers,
+    )
+    return Pipeline(batches, bad_records, config.prefetch_batches)

@@ -8,10 +8,10 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.vocoder import VocoderConfig
 from megatransformer_jax.data.batches import Share
 from megatransformer_jax.data.media.build import build_audio_source
-from megatransformer_jax.data.media.medium_batches import MediumBatches
+from megatransformer_jax.data.media.medium_batches import medium_pipeline
 from megatransformer_jax.data.media.records import AudioRecord
 from megatransformer_jax.data.pipeline import Pipeline
-from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy
+from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.types import WaveformBatch
 
 
@@ -66,16 +66,10 @@ def waveform_pipeline(
     Raises:
       UserError: if the data cannot be read.
     """
-    is_training = split == "train"
-    bad_records = BadRecordPolicy(config.on_bad_record)
-    batches = MediumBatches(
+    return medium_pipeline(
         build_audio_source(config, vocoder.mel, split),
         WaveformSegments(vocoder.segment_frames, vocoder.mel.hop_samples),
-        Share(config.batch_size, process_index, process_count),
-        bad_records,
-        seed=config.seed,
-        shuffle=is_training and config.shuffle,
-        repeat=is_training,
-        num_workers=config.num_workers,
+        config,
+        split=split,
+        share=Share(config.batch_size, process_index, process_count),
     )
-    return Pipeline(batches, bad_records, config.prefetch_batches)
