@@ -10,7 +10,7 @@ from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.types import Batch, MediaBatch, ModelOutput
 
 # Order of `log_variances` in the model.
-TEXT, IMAGES, CLIPS = 0, 1, 2
+KINDS = ("text", "image", "audio")
 
 
 class MediaCounts(NamedTuple):
@@ -109,6 +109,16 @@ def media_term(
     return MediaTerm(images, clips, metrics)
 
 
+def weighted_losses(config: ModelConfig, term: MediaTerm) -> dict[str, jax.Array]:
+    """Shares of media at the fixed weights, by 'image' and 'audio'; those that there are."""
+    weighted = {}
+    if term.images is not None:
+        weighted["image"] = config.image.decoder.loss_weight * term.images
+    if term.clips is not None:
+        weighted["audio"] = config.audio.decoder.loss_weight * term.clips
+    return weighted
+
+
 def weigh_losses(
     config: ModelConfig,
     params: Any,
@@ -133,19 +143,15 @@ def weigh_losses(
     Returns:
       The sum, and by name `loss_weight_text`, `_image`, `_audio`: exp(-s), each as a share.
     """
-    losses = [(TEXT, "text", text, jnp.float32(1))]
-    if term.images is not None:
-        weighted = config.image.decoder.loss_weight * term.images
-        losses.append((IMAGES, "image", weighted, jnp.sign(counts.drawn_images)))
-    if term.clips is not None:
-        weighted = config.audio.decoder.loss_weight * term.clips
-        losses.append((CLIPS, "audio", weighted, jnp.sign(counts.spoken_clips)))
+    losses = {"text": text, **weighted_losses(config, term)}
     if config.loss_weighting == "fixed":
-        return sum((loss for _, _, loss, _ in losses), jnp.float32(0)), {}
+        return sum(losses.values(), jnp.float32(0)), {}
+    numbers = {"image": counts.drawn_images, "audio": counts.spoken_clips}
     total, metrics = jnp.float32(0), {}
-    for index, name, loss, is_there in losses:
-        log_variance = params["media"]["log_variances"][index]
+    for name, loss in losses.items():
+        log_variance = params["media"]["log_variances"][KINDS.index(name)]
         weight = jnp.exp(-log_variance)
+        is_there = jnp.sign(numbers[name]) if name in numbers else 1.0
         total = total + weight * loss + is_there * share * log_variance
         metrics[f"loss_weight_{name}"] = share * weight
     return total, metrics

@@ -13,9 +13,9 @@ from megatransformer_jax.training.gate_term import gate_term
 from megatransformer_jax.training.media_term import (
     MediaCounts,
     MediaRoom,
-    MediaTerm,
     media_term,
     weigh_losses,
+    weighted_losses,
 )
 from megatransformer_jax.types import Batch
 
@@ -103,7 +103,8 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
         if place.media is not None:
             media_key = jax.random.fold_in(key, _MEDIA_STREAM)
             term = media_term(model, params, part, output, place.media, room, media_key)
-            terms = {"text_loss": share, **term.metrics, "media_loss": _added(config, term)}
+            added = sum(weighted_losses(config.model, term).values(), jnp.float32(0))
+            terms = {"text_loss": share, **term.metrics, "media_loss": added}
             share, weights = weigh_losses(
                 config.model, params, share, term, place.media, place.share
             )
@@ -119,16 +120,6 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
         return share, ObjectiveSums(sums, terms)
 
     return objective
-
-
-def _added(config: RunConfig, term: MediaTerm) -> jax.Array:
-    """What media add to the loss at the fixed weights."""
-    model, added = config.model, jnp.float32(0)
-    if term.images is not None:
-        added = added + model.image.decoder.loss_weight * term.images
-    if term.clips is not None:
-        added = added + model.audio.decoder.loss_weight * term.clips
-    return added
 
 
 def _gate_share(
