@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from benchmarks.timing import Phase, alternate, by_round, call_first, environment, quartiles, spread
+from megatransformer_jax.config.layers import PeerConfig
 from megatransformer_jax.config.model import MlpConfig
-from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.models.cost.memory import tree_bytes
 from megatransformer_jax.nn.initializers import WeightInit
 from megatransformer_jax.nn.mlp import Mlp

@@ -10,8 +10,12 @@ from megatransformer_jax.config.generation import (
     ParallelConfig,
     SpeculativeConfig,
 )
-from megatransformer_jax.config.generation_depth import EXIT_CRITERIA, CacheConfig, DepthConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig
+from megatransformer_jax.config.sampling import (
+    EXIT_CRITERIA,
+    CacheConfig,
+    DepthConfig,
+    SamplingConfig,
+)
 from megatransformer_jax.generation.completion import Completion
 
 GREEDY = "greedy"

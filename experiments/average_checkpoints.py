@@ -18,8 +18,8 @@ from megatransformer_jax.checkpoints.compatibility import check_model
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.checkpoints.retention import Ranking
 from megatransformer_jax.config.build import build, save_config, to_dict
-from megatransformer_jax.config.checkpoint import BETTER_ENDS, CheckpointConfig
 from megatransformer_jax.config.fine_tuning import LoraConfig
+from megatransformer_jax.config.loop import BETTER_ENDS, CheckpointConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig

@@ -10,10 +10,10 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from experiments.assemble import abstract_train_state, require_transformer, trained_depth
-from megatransformer_jax.config.devices import MeshConfig
 from megatransformer_jax.config.fine_tuning import TRAIN_ALL
-from megatransformer_jax.config.media_run import media_places
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.evaluation.depth_table import evaluated_depths
 from megatransformer_jax.models.cost.flops import ForwardFlops, forward_flops, train_flops
 from megatransformer_jax.models.cost.media_flops import MediumFlops, media_flops

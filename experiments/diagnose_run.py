@@ -10,7 +10,7 @@ from absl import logging
 from experiments.evaluation_data import read_run_config
 from experiments.load_model import LoadedModel, is_huginn_folder, load_model
 from experiments.workdir import make_folder
-from megatransformer_jax.config.diagnostics import DIAGNOSTIC_KINDS, DiagnosticsConfig
+from megatransformer_jax.config.loop import DIAGNOSTIC_KINDS, DiagnosticsConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.formats import MediaFormats

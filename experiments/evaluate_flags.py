@@ -22,13 +22,14 @@ from megatransformer_jax.config.option import (
     MAX_COUNT,
     MAX_SEED,
     ConfigError,
+    Option,
     UserError,
     check_options,
     option,
+    options_of,
     require_defaults,
     rule,
 )
-from megatransformer_jax.config.schema import Option, options_of
 
 # Python does not let a field have the name 'from'.
 _FLAG_NAMES = {"model": "from"}

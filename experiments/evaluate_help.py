@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from experiments.evaluate_flags import OF_GENERATION, OWN_OPTIONS
 from experiments.flags import described
-from megatransformer_jax.config.schema import Option
+from megatransformer_jax.config.option import Option
 
 _WIDTH = 100
 

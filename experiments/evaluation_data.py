@@ -5,12 +5,11 @@ import pathlib
 
 from experiments.evaluate_flags import FILE_KINDS, EvaluateOptions
 from experiments.load_model import LoadedModel
-from megatransformer_jax.config.build import build
+from megatransformer_jax.config.build import build, read_values
 from megatransformer_jax.config.data import DataConfig
-from megatransformer_jax.config.media_run import media_places
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.value_files import read_values
+from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.data.media.formats import MediaFormats
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.types import Batch

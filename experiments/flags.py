@@ -6,13 +6,24 @@ from typing import Any
 import ml_collections
 from absl import flags
 
-from megatransformer_jax.config.build import build, merge, to_dict
-from megatransformer_jax.config.experiment import read_experiment
-from megatransformer_jax.config.option import UserError, type_name
-from megatransformer_jax.config.option_text import parse_text
-from megatransformer_jax.config.presets import load_preset, preset_names
+from megatransformer_jax.config.build import (
+    build,
+    load_preset,
+    merge,
+    preset_names,
+    read_experiment,
+    to_dict,
+)
+from megatransformer_jax.config.option import (
+    Option,
+    UserError,
+    options_of,
+    parse_text,
+    sections_of,
+    type_name,
+    unknown_key,
+)
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import Option, options_of, sections_of, unknown_key
 
 PREFIX = "config."
 

@@ -18,15 +18,16 @@ from experiments.model_options import (
 )
 from megatransformer_jax.config.build import construct, merge
 from megatransformer_jax.config.generation import GenerationConfig, flag_name
-from megatransformer_jax.config.generation_sampling import check_encodable
 from megatransformer_jax.config.option import (
     ConfigError,
+    Option,
     UserError,
     check_options,
     option,
+    options_of,
     rule,
 )
-from megatransformer_jax.config.schema import Option, options_of
+from megatransformer_jax.config.sampling import check_encodable
 
 # The options of generation by their short names.
 GENERATION_OPTIONS: Mapping[str, Option] = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from experiments.flags import described
 from experiments.generate_flags import CommandOptions
 from megatransformer_jax.config.generation import GenerationConfig, flag_name
-from megatransformer_jax.config.schema import Option, options_of, section_rules, sections_of
+from megatransformer_jax.config.option import Option, options_of, section_rules, sections_of
 
 _WIDTH = 100
 

@@ -17,8 +17,7 @@ from experiments.generate_flags import (
 from experiments.stopwatch import Stopwatch
 from experiments.text_generator import TextGenerator
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.option_text import parse_text
+from megatransformer_jax.config.option import UserError, parse_text
 
 HELP = """\
 A line of text is continued; the text before it is kept as context until /reset.

@@ -26,10 +26,9 @@ from experiments.flags import (
     unknown_flag,
 )
 from experiments.log_format import LineFormatter
-from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.presets import preset_names
+from megatransformer_jax.config.build import preset_names
+from megatransformer_jax.config.option import UserError, options_of, sections_of
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import options_of, sections_of
 
 # Exit codes.
 BAD_INPUT = 2

@@ -105,7 +105,7 @@ def _check_installed() -> None:
 
 def _help(arguments: type) -> str:
     from experiments.flags import described  # noqa: PLC0415
-    from megatransformer_jax.config.schema import options_of  # noqa: PLC0415
+    from megatransformer_jax.config.option import options_of  # noqa: PLC0415
 
     lines = [line for option in options_of(arguments) for line in described(option, option.path)]
     return "\n".join([(__doc__ or "").strip(), *(line.replace("  --", "  ", 1) for line in lines)])

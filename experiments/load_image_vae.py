@@ -6,7 +6,7 @@ import jax
 
 from experiments.load_medium_run import load_medium_run
 from experiments.run_kinds.image_vae import ImageVaeModel
-from megatransformer_jax.config.image_vae_run import ImageVaeRunConfig
+from megatransformer_jax.config.image import ImageVaeRunConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.types import DTypePolicy
 

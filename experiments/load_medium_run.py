@@ -9,7 +9,7 @@ import jax
 from experiments.load_model import find_step, parse_step, read_config
 from experiments.run_kinds.medium_run import abstract_state
 from megatransformer_jax.checkpoints.manager import CheckpointManager
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.medium_model import MediumModel

@@ -10,12 +10,11 @@ from absl import logging
 
 from megatransformer_jax.checkpoints.huginn import load_huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager
-from megatransformer_jax.config.build import build
+from megatransformer_jax.config.build import build, read_values
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.value_files import read_values
 from megatransformer_jax.data.hf_tokenizer import (
     TOKENIZER_FILE,
     HuggingFaceTokenizer,

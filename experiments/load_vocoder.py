@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments.load_medium_run import load_medium_run
 from experiments.run_kinds.vocoder import make_vocoder
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.vocoder import VocoderConfig
 from megatransformer_jax.models.vocoders.build import GENERATOR, build_generator

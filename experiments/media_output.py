@@ -9,7 +9,7 @@ import numpy as np
 import soundfile
 from PIL import Image
 
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.media.sample import ImagePart
 from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet, pixels_of

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from experiments.assemble import Vocabulary, trained_depth
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import MAX_SEED
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.tokenizer import Tokenizer

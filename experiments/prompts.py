@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from experiments.generate_flags import CommandOptions
 from experiments.json_object import json_object
-from megatransformer_jax.config.generation_sampling import check_encodable
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.sampling import check_encodable
 
 # Texts, or lists of token ids.
 Prompts = Sequence[str] | Sequence[Sequence[int]]

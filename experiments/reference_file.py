@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments.json_object import json_object
-from megatransformer_jax.config.generation_sampling import check_encodable
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.sampling import check_encodable
 
 _REFERENCE_FORM = 'write it as {"prompt": "...", "reference": "..."}, or a list of references.'
 _PREDICTION_FORM = 'write it as {"text": "..."}.'

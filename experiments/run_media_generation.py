@@ -15,9 +15,8 @@ from experiments.media_prompts import media_prompts
 from experiments.out_of_memory import out_of_memory_is_bad_input
 from experiments.prompts import Prompts
 from experiments.stopwatch import Stopwatch
-from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.media_generation import MediaGenerationConfig
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
+from megatransformer_jax.config.generation import GenerationConfig, MediaGenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.media.formats import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer

@@ -5,10 +5,9 @@ from typing import Any
 
 from experiments.assemble import Vocabulary, trained_depth
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.generation_depth import DepthConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig
 from megatransformer_jax.config.option import MAX_SEED, ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.sampling import DepthConfig, SamplingConfig
 from megatransformer_jax.evaluation.answers import answer_samples
 from megatransformer_jax.evaluation.validation import ValidationSet
 from megatransformer_jax.generation.generator import Generator

@@ -12,7 +12,7 @@ classifier trained on real clips recognises nearly all digits that are spoken
 
 from ml_collections import ConfigDict
 
-from megatransformer_jax.config.experiment import parse_variants
+from megatransformer_jax.config.build import parse_variants
 
 VARIANTS = ("tiny",)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from megatransformer_jax.config.experiment import parse_variants
+from megatransformer_jax.config.build import parse_variants
 
 VARIANTS = ("tiny",)
 

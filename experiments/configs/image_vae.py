@@ -9,7 +9,7 @@ Expected on 2 CPU cores: about 5 minutes.
 
 from ml_collections import ConfigDict
 
-from megatransformer_jax.config.experiment import parse_variants
+from megatransformer_jax.config.build import parse_variants
 
 VARIANTS = ("tiny",)
 

@@ -12,7 +12,7 @@ Expected on 2 CPU cores: 25 to 45 minutes, and results within a few points of th
 from ml_collections import ConfigDict
 
 from experiments.configs import audio, image
-from megatransformer_jax.config.experiment import parse_variants
+from megatransformer_jax.config.build import parse_variants
 
 VARIANTS = ("tiny",)
 

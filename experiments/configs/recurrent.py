@@ -10,7 +10,7 @@ falls from depth 1 (3.69 measured) to the trained mean of 8 (3.57) and then stay
 
 from ml_collections import ConfigDict
 
-from megatransformer_jax.config.experiment import parse_variants
+from megatransformer_jax.config.build import parse_variants
 
 VARIANTS = ("tiny",)
 

@@ -9,7 +9,7 @@ from experiments.run_kinds.run_kind import RunKind
 from experiments.run_kinds.transformer import TransformerRun
 from experiments.run_kinds.vocoder import VocoderRun
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.run_kind import RUN_KINDS
+from megatransformer_jax.config.run_rules import RUN_KINDS
 
 
 def build_run(

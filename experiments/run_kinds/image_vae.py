@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from experiments.run_kinds.medium_run import MediumRun
-from megatransformer_jax.config.image_vae_run import ImageVaeRunConfig
+from megatransformer_jax.config.image import ImageVaeRunConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.image_batches import image_pipeline
 from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet

@@ -5,9 +5,8 @@ from typing import Any
 
 from megatransformer_jax.config.build import build, to_dict
 from megatransformer_jax.config.optimizer import OptimizerConfig
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.option import ConfigError, UserError, options_of
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import options_of
 
 # What a resumed run must keep: everything below these sections but for the options that follow.
 RESUME_SECTIONS = (

@@ -34,9 +34,9 @@ from megatransformer_jax.checkpoints.safetensors_files import (
     write_json,
     write_safetensors,
 )
+from megatransformer_jax.config.build import read_values
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.value_files import read_values
 
 __all__ = [
     "HuginnFormatError",

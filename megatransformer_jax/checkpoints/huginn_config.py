@@ -14,8 +14,8 @@ from megatransformer_jax.checkpoints.compatibility import (
     TRAINING_ONLY,
     flatten_config,
 )
-from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
 from megatransformer_jax.config.build import to_dict
+from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
 from megatransformer_jax.config.model import (
     InitConfig,
     MlpConfig,

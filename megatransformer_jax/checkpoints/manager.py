@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from megatransformer_jax.checkpoints import compatibility, retention
-from megatransformer_jax.config.checkpoint import CheckpointConfig
+from megatransformer_jax.config.loop import CheckpointConfig
 from megatransformer_jax.config.option import UserError
 
 _STATE, _DATA, _RUN = "state", "data", "run"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from orbax.checkpoint import checkpoint_managers
 
-from megatransformer_jax.config.checkpoint import CheckpointConfig
+from megatransformer_jax.config.loop import CheckpointConfig
 
 # Under this name the loss, alone, was stored before all validation scalars were.
 _OLD_LOSS = "validation_loss"

@@ -16,8 +16,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from megatransformer_jax.config.build import read_values
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.value_files import read_values
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

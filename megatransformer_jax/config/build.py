@@ -1,24 +1,42 @@
 """Turns plain values into a checked `RunConfig`, and back.
 
-This is the only way in for values from files and from the command line.
+This is the only way in for values from files and from the command line. The rest of the module
+reads the files that values come from: YAML and JSON, the presets of gin/, Python experiments.
 """
 
+import collections
 import dataclasses
+import importlib.resources
+import importlib.util
+import inspect
 import json
 import os
 import pathlib
+import re
+import sys
 import tempfile
+import tokenize
+import traceback
 import typing
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from importlib.resources.abc import Traversable
 from typing import Any
 
+import gin.config_parser
 import ml_collections
+import yaml
 
-from megatransformer_jax.config.option import ConfigError, has_type, wrong_type
-from megatransformer_jax.config.presets import load_preset
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import (
+    ConfigError,
+    UserError,
+    has_type,
+    options_of,
+    sections_of,
+    unknown_key,
+    wrong_type,
+)
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import unknown_key
-from megatransformer_jax.config.value_files import read_values
 
 
 def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
@@ -139,3 +157,312 @@ def _to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
     return list(value) if isinstance(value, tuple) else value
+
+
+# ------------------------------------------------------------------------------
+# Reads nested values from YAML and JSON files, strictly.
+
+
+def read_values(path: pathlib.Path) -> dict[str, Any]:
+    """The nested values of a `.json`, `.yaml` or `.yml` file.
+
+    Raises:
+      UserError: if the file is missing, malformed, repeats a key, or holds no mapping.
+    """
+    text = read_text(path)
+    try:
+        values = (
+            json.loads(text, object_pairs_hook=_unique_keys)
+            if path.suffix == ".json"
+            else yaml.load(text, _StrictLoader)
+        )
+    except (json.JSONDecodeError, yaml.YAMLError, _RepeatedKeyError) as error:
+        raise UserError(f"{path}: not valid {path.suffix[1:].upper()}: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: holds {type(values).__name__}; it must map option names to values, "
+            "such as 'preset: tiny'."
+        )
+    return values
+
+
+def read_text(path: pathlib.Path) -> str:
+    """The text of a configuration file.
+
+    Raises:
+      UserError: if there is no such file or it is not UTF-8 text; names its neighbours.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise UserError(f"{path}: no such config file. {_neighbours(path.parent)}") from None
+    except (UnicodeDecodeError, PermissionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _neighbours(folder: pathlib.Path) -> str:
+    if not folder.is_dir():
+        return f"There is no folder {folder} either; paths count from {pathlib.Path.cwd()}."
+    suffixes = {".py", ".yaml", ".yml", ".json"}
+    names = sorted(file.name for file in folder.iterdir() if file.suffix in suffixes)
+    names = [name for name in names if not name.startswith(("__", "."))]
+    return f"{folder} has: {', '.join(names) or 'no config files'}."
+
+
+class _RepeatedKeyError(ValueError):
+    """A mapping names a key twice, of which all but the last would be lost."""
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise _RepeatedKeyError(f"key {repeated!r} appears twice; keep one.")
+    return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without repeated keys, and with 1e-3 as a number (YAML 1.1 reads it as a string)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise _RepeatedKeyError(f"key {key!r} appears twice; keep one.\n{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+# ------------------------------------------------------------------------------
+# Named model sizes: gin/*.gin, parsed without gin's global registry.
+#
+# A line is `ModelConfig.width = 256` or `AttentionConfig.num_heads = 4`: a dataclass of the model,
+# one of its options, a literal. Nothing else of gin is allowed, so that a preset is data.
+
+# Where the values of each dataclass go. Presets hold model sizes only.
+_SECTIONS = {"ModelConfig": ""} | {
+    section_class.__name__: path for path, section_class, _ in sections_of(ModelConfig)
+}
+# Dataclasses that stand in several places have no path of their own.
+_REPEATED = {
+    name
+    for name, count in collections.Counter(
+        section_class.__name__ for _, section_class, _ in sections_of(ModelConfig)
+    ).items()
+    if count > 1
+}
+
+
+def preset_names() -> tuple[str, ...]:
+    """The presets that can be named in `preset`, sorted."""
+    files = (file.name for file in preset_folder().iterdir())
+    return tuple(sorted(name.removesuffix(".gin") for name in files if name.endswith(".gin")))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """The nested values of a preset, below the key 'model'.
+
+    Raises:
+      ConfigError: if there is no such preset; lists those there are.
+      UserError: if its file cannot be used; names file and line.
+    """
+    if name not in preset_names():
+        raise ConfigError(
+            "preset", f"{name!r} is unknown; it must be one of {', '.join(preset_names())}."
+        )
+    file = preset_folder() / f"{name}.gin"
+    return {"model": parse_preset(file.read_text(encoding="utf-8"), str(file))}
+
+
+def parse_preset(text: str, filename: str) -> dict[str, Any]:
+    """The nested model values that a gin text binds.
+
+    Raises:
+      UserError: naming file and line, if the text is not gin, binds a name that is not declared,
+        a value of the wrong type or a name twice, or uses more of gin than literals.
+    """
+    options = {option.path: option for option in options_of(ModelConfig)}
+    values: dict[str, Any] = {}
+    seen: set[str] = set()
+    for statement in _parse(text, filename):
+        place = f"{filename}:{statement.location.line_num}"
+        path = _path_of(statement, place, list(options))
+        if path in seen:
+            raise UserError(f"{place}: {path} is bound twice; keep one.")
+        seen.add(path)
+        value = tuple(statement.value) if isinstance(statement.value, list) else statement.value
+        if not has_type(value, options[path].declared):
+            raise UserError(f"{place}: {path}: {wrong_type(value, options[path].declared)}")
+        *parents, name = path.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[name] = value
+    return values
+
+
+def preset_folder() -> Traversable:
+    """The folder with the presets, of an installed package or of a checkout.
+
+    Raises:
+      UserError: if there is none, which means a broken installation.
+    """
+    package = importlib.resources.files("megatransformer_jax")
+    # In a wheel the presets are inside the package; in a checkout they are beside it.
+    places = [package / "gin"]
+    if hasattr(package, "parent"):
+        places.append(package.parent / "gin")
+    for place in places:
+        if place.is_dir() and any(file.name == "tiny.gin" for file in place.iterdir()):
+            return place
+    raise UserError(
+        f"no gin presets in {' or '.join(map(str, places))}; the installation is incomplete. "
+        "Install again: pip install -e . in a checkout, or the wheel."
+    )
+
+
+def _path_of(statement: gin.config_parser.BindingStatement, place: str, known: list[str]) -> str:
+    if statement.scope:
+        raise UserError(
+            f"{place}: scope {statement.scope!r} is not allowed in a preset; remove it."
+        )
+    if statement.selector not in _SECTIONS:
+        raise UserError(
+            f"{place}: {statement.selector!r} is no part of a model; "
+            f"use one of {', '.join(_SECTIONS)}."
+        )
+    if statement.selector in _REPEATED:
+        raise UserError(
+            f"{place}: {statement.selector!r} is in the model more than once; leave it to the "
+            "experiment file or the command line."
+        )
+    parent = _SECTIONS[statement.selector]
+    prefix = f"{parent}." if parent else ""
+    path = prefix + statement.arg_name
+    if path not in known:
+        names = [name.removeprefix(prefix) for name in known if name.startswith(prefix)]
+        siblings = [name for name in names if "." not in name]
+        raise UserError(f"{place}: {unknown_key(path, siblings)}")
+    return path
+
+
+class _LiteralsOnly(gin.config_parser.ParserDelegate):
+    """Rejects what would need gin's registry."""
+
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Any:
+        raise SyntaxError(f"@{scoped_configurable_name} is not allowed in a preset; give a literal")
+
+    def macro(self, macro_name: str) -> Any:
+        raise SyntaxError(f"%{macro_name} is not allowed in a preset; give a literal")
+
+
+def _parse(text: str, filename: str) -> list[gin.config_parser.BindingStatement]:
+    statements = []
+    parser = None
+    try:
+        parser = gin.config_parser.ConfigParser(text, _LiteralsOnly())
+        for statement in parser:
+            if not isinstance(statement, gin.config_parser.BindingStatement):
+                raise UserError(
+                    f"{filename}:{statement.location.line_num}: {type(statement).__name__} is not "
+                    "allowed in a preset; write Class.option = literal."
+                )
+            statements.append(statement)
+    except (SyntaxError, tokenize.TokenError) as error:
+        line = parser.current_token.start[0] if parser is not None else 1
+        message = error.msg if isinstance(error, SyntaxError) else error.args[0]
+        raise UserError(f"{filename}:{line}: not valid gin: {message}") from error
+    return statements
+
+
+# ------------------------------------------------------------------------------
+# Reads an experiment: a Python file with `get_config`, or a YAML or JSON file of values.
+
+_REFERENCE = re.compile(r"(?P<path>.+?\.(py|yaml|yml|json))(:(?P<argument>.*))?", re.DOTALL)
+
+
+def read_experiment(reference: str) -> dict[str, Any]:
+    """The nested values of `path/to/file.py`, `file.py:argument`, `file.yaml` or `file.json`.
+
+    Only names and types are checked; the values may be a part of a configuration.
+
+    Raises:
+      UserError: if the file is missing or faulty, or a name or a type in it is wrong.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise UserError(
+            f"--config={reference}: not a config file; its name must end in .py, .yaml, .yml or "
+            ".json (a .py file may be followed by ':argument')."
+        )
+    path, argument = pathlib.Path(match["path"]), match["argument"]
+    if path.suffix == ".py":
+        values = plain(_run_get_config(path, argument))
+    elif argument is not None:
+        raise UserError(
+            f"--config={reference}: only .py files take an argument; remove ':{argument}'."
+        )
+    else:
+        values = plain(read_values(path))
+    if not isinstance(values, dict):
+        raise UserError(
+            f"{path}: get_config returned {type(values).__name__}; it must be a ConfigDict or dict."
+        )
+    try:
+        check_values(values)
+    except ConfigError as error:
+        raise UserError(f"{path}: {error}") from error
+    return values
+
+
+def parse_variants(argument: str, known: Sequence[str]) -> set[str]:
+    """The variants in the argument of a `get_config`, such as 'tiny,diagonal'.
+
+    Raises:
+      UserError: if one is not known; lists those that are.
+    """
+    variants = {word.strip() for word in argument.split(",") if word.strip()}
+    unknown = sorted(variants - set(known))
+    if unknown:
+        raise UserError(
+            f"unknown variant {unknown[0]!r}; known: {', '.join(known)} "
+            "(separate several by commas)."
+        )
+    return variants
+
+
+def _run_get_config(path: pathlib.Path, argument: str | None) -> Any:
+    source = read_text(path)
+    spec = importlib.util.spec_from_loader(f"experiment_{path.stem}", loader=None)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(path)
+    try:
+        exec(compile(source, str(path), "exec"), vars(module))
+        get_config = getattr(module, "get_config", None)
+        if get_config is None:
+            raise UserError("has no get_config; define get_config(arg='') -> ConfigDict.")
+        if argument is None:
+            return get_config()
+        if not inspect.signature(get_config).parameters:
+            raise UserError(f"get_config takes no argument; remove ':{argument}'.")
+        return get_config(argument)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:
+        line = _last_line_in(path, error)
+        raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
+
+
+def _last_line_in(path: pathlib.Path, error: Exception) -> int:
+    """Line of `path` that an error came from."""
+    if isinstance(error, SyntaxError) and error.filename == os.fspath(path):
+        return error.lineno or 0
+    frames = traceback.extract_tb(sys.exc_info()[2])
+    lines = [frame.lineno for frame in frames if frame.filename == os.fspath(path)]
+    return (lines[-1] if lines else 0) or 0

@@ -1,4 +1,4 @@
-"""Generation: strategies and all other options of a continuation, as frozen dataclasses.
+"""Generation: strategies and all other options of a continuation.
 
 On the command line of `experiments.generate` every option has a short name, see `flag_name`.
 """
@@ -7,9 +7,6 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from megatransformer_jax.config.generation_depth import CacheConfig, DepthConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig, check_texts
-from megatransformer_jax.config.media_generation import MediaGenerationConfig
 from megatransformer_jax.config.option import (
     MAX_COUNT,
     MAX_SEED,
@@ -20,6 +17,46 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
+from megatransformer_jax.config.sampling import (
+    CacheConfig,
+    DepthConfig,
+    SamplingConfig,
+    check_texts,
+)
+
+# ------------------------------------------------------------------------------
+# Images and sound between the words.
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaGenerationConfig:
+    """Images and sound that a model makes. For models with parts for them."""
+
+    max_media: int = option(
+        1,
+        "Images and clips that are made per text, at most; each opening token asks for one.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    guidance_scale: float | None = option(
+        None,
+        "Guidance of the decoders: 1 follows the text, above 1 exaggerates it. None: as the "
+        "model's config says.",
+        minimum=0,
+    )
+    sampler_steps: int | None = option(
+        None,
+        "Steps of the decoders' samplers. None: as the model's config says.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+# ------------------------------------------------------------------------------
+# The options of a continuation.
 
 STRATEGIES = ("greedy", "sample", "beam", "speculative", "parallel")
 

@@ -2,10 +2,14 @@
 
 import dataclasses
 
-from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
 from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.exit_gate import ExitGateConfig
 from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.layers import (
+    AttentionConfig,
+    PeerConfig,
+    PositionConfig,
+    SharingConfig,
+)
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,
@@ -15,9 +19,7 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
-from megatransformer_jax.config.peer import PeerConfig
-from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.sharing import SharingConfig
+from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConfig
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu", "sigmoid", "tanh", "identity")
 

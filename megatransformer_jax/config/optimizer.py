@@ -1,13 +1,9 @@
-"""The optimiser, its learning-rate schedule and what is done to gradients before it."""
+"""The optimiser, its learning-rate schedule, parameter groups, and filters of the gradient."""
 
 import dataclasses
+import math
+import re
 
-from megatransformer_jax.config.optimizer_options import (
-    AdafactorConfig,
-    GrokfastConfig,
-    MuonConfig,
-    SgdConfig,
-)
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,
@@ -16,7 +12,106 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
-from megatransformer_jax.config.parameter_groups import parse_groups
+
+# ------------------------------------------------------------------------------
+# Options of single optimisers and of the gradient filter.
+
+
+@dataclasses.dataclass(frozen=True)
+class SgdConfig:
+    """Stochastic gradient descent."""
+
+    momentum: float = option(0.9, "Decay of the sum of gradients. 0: none.", minimum=0, below=1)
+    nesterov: bool = option(False, "Looks ahead by one step of the momentum.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("nesterov")
+    def _nesterov_needs_momentum(self) -> None:
+        """Only with momentum above 0."""
+        if self.momentum == 0:
+            require_defaults(self, ("nesterov",), "with momentum=0", "set momentum")
+
+
+@dataclasses.dataclass(frozen=True)
+class AdafactorConfig:
+    """Adafactor (arXiv 1804.04235): the second moment of a matrix as a row and a column."""
+
+    decay_power: float = option(
+        0.8, "The second moment decays by 1 - t^-decay_power at step t.", above=0, maximum=1
+    )
+    min_factored_size: int = option(
+        128, "Only arrays whose second largest axis is this long are factored.", minimum=1
+    )
+    clip_rms: float | None = option(
+        1.0, "Root mean square of a parameter's update is cut to this. None: never.", above=0
+    )
+    scale_by_parameter: bool = option(
+        True, "Multiplies the rate by the parameter's root mean square (at least 1e-3)."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class MuonConfig:
+    """Muon: momentum of matrices made orthogonal. Everything else gets AdamW."""
+
+    momentum: float = option(0.95, "Decay of the matrices' momentum.", minimum=0, below=1)
+    nesterov: bool = option(True, "Looks ahead by one step of the momentum.")
+    newton_schulz_steps: int = option(5, "Iterations that make it orthogonal.", minimum=1)
+    consistent_rms: float | None = option(
+        0.2,
+        "Root mean square of a matrix's update before the learning rate; 0.2 is about AdamW's, so "
+        "that one rate serves both (arXiv 2502.16982). None: sqrt(max(1, outputs / inputs)) times "
+        "the orthogonal matrix.",
+        above=0,
+    )
+    adamw_learning_rate: float = option(
+        1.0, "Factor on the schedule for what AdamW moves.", above=0
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class GrokfastConfig:
+    """Grokfast (arXiv 2405.20233): adds the slow part of the gradients to them."""
+
+    filter: str = option(
+        "none",
+        "ema: adds lamb times their exponential average. ma: adds lamb times the mean of the last "
+        "`window` gradients, which are all kept.",
+        choices=("none", "ema", "ma"),
+    )
+    alpha: float = option(0.98, "ema only: decay of the average.", minimum=0, below=1)
+    lamb: float = option(2.0, "How much of the slow part is added.", above=0)
+    window: int = option(100, "ma only: gradients in the mean.", minimum=1)
+    warmup: bool = option(
+        True, "ma only: adds nothing before there are `window`. False: the mean of those there are."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("alpha", "lamb", "window", "warmup")
+    def _options_go_with_their_filter(self) -> None:
+        """At their defaults with a filter that does not read them."""
+        unread = {
+            "none": ("alpha", "lamb", "window", "warmup"),
+            "ema": ("window", "warmup"),
+            "ma": ("alpha",),
+        }
+        require_defaults(
+            self, unread[self.filter], f"with filter={self.filter!r}", "choose another filter"
+        )
+
+
+# ------------------------------------------------------------------------------
+# The optimiser and its schedule.
 
 SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_sgd")
 OPTIMIZERS = ("adamw", "adafactor", "lion", "muon", "sgd", *SCHEDULE_FREE)
@@ -153,3 +248,70 @@ class OptimizerConfig:
                 f"{self.decay_steps} does not go with schedule={self.schedule!r}; "
                 "wsd needs decay_steps >= 1, the others 0.",
             )
+
+
+# ------------------------------------------------------------------------------
+# Groups of parameters with their own learning rate or weight decay, written as text.
+
+EXAMPLE = "'mlp/(up|down)$: learning_rate=0.5, weight_decay=0'"
+_SETTINGS = ("learning_rate", "weight_decay")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """What holds for the parameters whose path has a match of `pattern`.
+
+    Attributes:
+      pattern: searched for in paths such as 'core/layers/layer_0/mlp/up'; ^ and $ anchor it.
+      learning_rate: factor on the schedule, or None: 1.
+      weight_decay: in place of what the parameter would have, or None: that.
+    """
+
+    pattern: re.Pattern[str]
+    learning_rate: float | None
+    weight_decay: float | None
+
+
+def parse_groups(texts: tuple[str, ...]) -> tuple[ParameterGroup, ...]:
+    """Reads `REGEX: learning_rate=FACTOR, weight_decay=VALUE`, one text per group.
+
+    Raises:
+      ConfigError: at 'groups', quoting the text that cannot be read and what is allowed.
+    """
+    return tuple(_parse_group(text) for text in texts)
+
+
+def _parse_group(text: str) -> ParameterGroup:
+    regex, colon, settings = text.rpartition(":")
+    if not colon or not regex.strip() or not settings.strip():
+        raise ConfigError("groups", f"{text!r} is not 'REGEX: NAME=VALUE, ...', as {EXAMPLE}.")
+    try:
+        pattern = re.compile(regex.strip())
+    except re.error as error:
+        raise ConfigError(
+            "groups", f"{regex.strip()!r} in {text!r} is no regular expression ({error}); mend it."
+        ) from error
+    values: dict[str, float] = {}
+    for setting in settings.split(","):
+        name, _, value = (part.strip() for part in setting.partition("="))
+        if name not in _SETTINGS:
+            raise ConfigError(
+                "groups", f"{name!r} in {text!r} is unknown; known: {', '.join(_SETTINGS)}."
+            )
+        if name in values:
+            raise ConfigError("groups", f"{text!r} sets {name} twice; keep one of them.")
+        values[name] = _number(value, name, text)
+    return ParameterGroup(pattern, values.get("learning_rate"), values.get("weight_decay"))
+
+
+def _number(value: str, name: str, text: str) -> float:
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
+        raise ConfigError(
+            "groups",
+            f"{name}={value} in {text!r} is not allowed; it must be a number of at least 0.",
+        )
+    return number

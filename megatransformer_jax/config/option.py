@@ -3,13 +3,17 @@
 Every field of the configuration dataclasses is made by `option(...)`. Its metadata is the single
 source for run-time checks (`check_options`), for the error messages and for docs/options.md. What
 ties several options together is a method marked `@rule(...)`; its docstring goes into the docs.
+
+Below that: reading one option's value from text, and a configuration's options as a flat list.
 """
 
+import ast
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 # Seeds have 32 bits: jax.random.key drops higher ones without an error.
@@ -233,3 +237,149 @@ def type_name(declared: Any) -> str:
     if declared is type(None):
         return "None"
     return getattr(declared, "__name__", str(declared))
+
+
+# ------------------------------------------------------------------------------
+# Reading one option's value from text, by its declared type: the command line.
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def parse_text(text: str, declared: Any) -> Any:
+    """The value that `text` stands for.
+
+    Strings are taken as they are. 'None' is None where None is allowed. The items of a tuple are
+    separated by commas; a text that starts with a bracket is read as a Python list or tuple, whose
+    items may hold commas.
+
+    Raises:
+      UserError: if the text does not fit the type.
+    """
+    if typing.get_origin(declared) in (typing.Union, types.UnionType):
+        parts = [part for part in typing.get_args(declared) if part is not type(None)]
+        if text in ("None", "none"):
+            return None
+        try:
+            return parse_text(text, parts[0])
+        except UserError as error:
+            raise UserError(f"{error} (None is allowed too.)") from None
+    if typing.get_origin(declared) is tuple:
+        return _parse_tuple(text, declared)
+    if declared is str:
+        return text
+    if declared is bool:
+        return _convert(lambda word: _BOOLEANS[word.lower()], text, "true or false")
+    if declared is int:
+        return _convert(int, text, "a whole number, such as 1000")
+    if declared is float:
+        return _convert(float, text, "a number")
+    raise TypeError(f"options of type {declared} cannot be read from text")
+
+
+def _convert(convert: Callable[[str], Any], text: str, allowed: str) -> Any:
+    try:
+        return convert(text)
+    except (ValueError, KeyError):
+        raise UserError(f"{text!r} is not {allowed}.") from None
+
+
+def _parse_tuple(text: str, declared: Any) -> tuple[Any, ...]:
+    if not text:
+        return ()
+    if text[0] not in "([":
+        item_type = typing.get_args(declared)[0]
+        return tuple(parse_text(item, item_type) for item in text.split(","))
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = None
+    if isinstance(value, (list, tuple)) and has_type(tuple(value), declared):
+        return tuple(value)
+    raise UserError(
+        f"{text!r} is no {type_name(declared)}; write items separated by commas, or a Python list "
+        "such as \"['a, b', 'c']\"."
+    )
+
+
+# ------------------------------------------------------------------------------
+# The options of a configuration dataclass as a flat list of dotted paths.
+#
+# Command-line flags, error messages, the options page and the gin presets all read this list, so
+# the
+# dataclasses stay the only place where an option is declared.
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One option, seen from the root of the configuration."""
+
+    path: str
+    declared: Any  # Its type, such as `int | None`.
+    default: Any
+    meaning: str
+    check: OptionCheck
+    rules: tuple[str, ...]  # Cross-field rules in words.
+
+
+def options_of(config_class: type) -> Iterator[Option]:
+    """Every option below a configuration dataclass, in the order of declaration."""
+    rules = _rules_by_path(config_class)
+    for path, owner, field in _leaves(config_class):
+        yield Option(
+            path=path,
+            declared=typing.get_type_hints(owner)[field.name],
+            default=default_of(field),
+            meaning=field.metadata["meaning"],
+            check=field.metadata["check"],
+            rules=tuple(rules.get(path, ())),
+        )
+
+
+def sections_of(config_class: type) -> Iterator[tuple[str, type, str]]:
+    """(path, dataclass, meaning) of every section below a configuration dataclass."""
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        declared = hints[field.name]
+        if isinstance(declared, type) and dataclasses.is_dataclass(declared):
+            yield field.name, declared, field.metadata["meaning"]
+            for path, section_class, meaning in sections_of(declared):
+                yield f"{field.name}.{path}", section_class, meaning
+
+
+def section_rules(config_class: type) -> dict[str, list[str]]:
+    """Rules about whole sections, in words, by the path of the section."""
+    sections = {path for path, *_ in sections_of(config_class)}
+    rules = _rules_by_path(config_class)
+    return {path: texts for path, texts in rules.items() if path in sections}
+
+
+def unknown_key(path: str, allowed: Iterable[str]) -> ConfigError:
+    """The error for a key that is not declared, with the nearest name and what is allowed."""
+    allowed = list(allowed)
+    parent, _, name = path.rpartition(".")
+    nearest = difflib.get_close_matches(name, allowed, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    place = f"{parent!r} has" if parent else "there are"
+    return ConfigError(path, f"no such option; {hint}{place}: {', '.join(allowed)}.")
+
+
+def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field]]:
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        path = prefix + field.name
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from _leaves(hints[field.name], f"{path}.")
+        else:
+            yield path, config_class, field
+
+
+def _rules_by_path(config_class: type) -> dict[str, list[str]]:
+    rules: dict[str, list[str]] = {}
+    owners = [("", config_class)]
+    owners += [(f"{path}.", owner) for path, owner, _ in sections_of(config_class)]
+    for prefix, owner in owners:
+        for check in rules_of(owner):
+            text = " ".join((check.__doc__ or "").split())
+            for path in check.rule_paths:  # type: ignore[attr-defined]
+                rules.setdefault(prefix + path, []).append(text)
+    return rules

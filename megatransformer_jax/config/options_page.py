@@ -7,11 +7,16 @@ import pathlib
 import sys
 from collections.abc import Callable, Iterator
 
+from megatransformer_jax.config.build import preset_names
 from megatransformer_jax.config.generation import GenerationConfig, flag_name
-from megatransformer_jax.config.option import type_name
-from megatransformer_jax.config.presets import preset_names
+from megatransformer_jax.config.option import (
+    Option,
+    options_of,
+    section_rules,
+    sections_of,
+    type_name,
+)
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import Option, options_of, section_rules, sections_of
 
 _HEADER = """\
 # Options

@@ -1,4 +1,4 @@
-"""Depth recurrence: how the core is iterated, as a frozen dataclass."""
+"""Depth recurrence: how the core is iterated, its exit gate, and what keeps the loop stable."""
 
 import dataclasses
 
@@ -155,4 +155,111 @@ class RecurrenceConfig:
             raise ConfigError(
                 "unroll",
                 f"{self.unroll} exceeds backprop_depth={self.backprop_depth}; lower it.",
+            )
+
+
+# ------------------------------------------------------------------------------
+# The exit gate, and the term that trains it.
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitGateConfig:
+    """A gate that says after every iteration how likely a token should stop there (PonderNet,
+    arXiv 2107.05407)."""
+
+    enabled: bool = option(
+        False,
+        "Adds the gate: sigmoid(w . norm(state) + b), one number per token and iteration. "
+        "train.exit_gate trains it, the exit criterion learned_gate uses it.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExitGateTrainingConfig:
+    """The gate's term of the loss: weight * (expected loss over iterations + kl_weight * KL of the
+    exit distribution from the prior)."""
+
+    weight: float = option(1.0, "Weight of the term beside the loss at the drawn depth.", above=0)
+    kl_weight: float = option(
+        0.05,
+        "Weight, within the term, of the KL divergence in nats of the exit distribution from the "
+        "prior. Keeps the gate from settling on one depth early.",
+        minimum=0,
+    )
+    prior: str = option(
+        "uniform",
+        "uniform: all iterations alike, so the KL is minus the entropy but for a constant (Ouro, "
+        "arXiv 2510.25741). geometric: with mean prior_mean (PonderNet).",
+        choices=("uniform", "geometric"),
+    )
+    prior_mean: float | None = option(
+        None, "Mean iterations of the geometric prior, before it is cut at max_steps.", above=1
+    )
+    max_steps: int | None = option(
+        None,
+        "Iterations that the term looks at; the last takes what probability is left. None: twice "
+        "model.recurrence.mean_steps.",
+        minimum=2,
+    )
+    detach: bool = option(
+        False,
+        "The term trains the gate alone and leaves the rest of the model to the other terms.",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("prior_mean")
+    def _prior_mean_goes_with_geometric(self) -> None:
+        """Given if and only if prior='geometric'."""
+        if self.prior != "geometric":
+            require_defaults(
+                self, ("prior_mean",), f"with prior={self.prior!r}", "set prior='geometric'"
+            )
+        elif self.prior_mean is None:
+            raise ConfigError(
+                "prior_mean", "None says nothing with prior='geometric'; give a number above 1."
+            )
+
+    @rule("prior", "prior_mean")
+    def _prior_needs_a_weight(self) -> None:
+        """At their defaults with kl_weight=0."""
+        if self.kl_weight == 0:
+            require_defaults(self, ("prior", "prior_mean"), "with kl_weight=0", "raise kl_weight")
+
+
+# ------------------------------------------------------------------------------
+# Regularisation of the core's Jacobian.
+
+
+@dataclasses.dataclass(frozen=True)
+class StabilityConfig:
+    """Terms of the loss that keep the core's iterations from moving apart."""
+
+    jacobian_weight: float = option(
+        0.0,
+        "Weight of the mean squared singular value of the Jacobian of one more iteration by the "
+        "last state, estimated with one random vector (after STARS, arXiv 2605.26733). 0: off, at "
+        "no cost.",
+        minimum=0,
+    )
+    jacobian_warmup_steps: int = option(
+        0, "Optimiser steps over which jacobian_weight grows from 0.", minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("jacobian_warmup_steps")
+    def _warmup_needs_a_weight(self) -> None:
+        """Only with jacobian_weight above 0."""
+        if self.jacobian_weight == 0:
+            require_defaults(
+                self,
+                ("jacobian_warmup_steps",),
+                "with jacobian_weight=0",
+                "raise jacobian_weight",
             )

@@ -2,20 +2,23 @@
 
 import dataclasses
 
-from megatransformer_jax.config.checkpoint import MEDIA_METRICS, TEXT_METRICS, CheckpointConfig
 from megatransformer_jax.config.data import MIN_TRAINED_PIECES, DataConfig
-from megatransformer_jax.config.devices import DistributedConfig, MeshConfig
-from megatransformer_jax.config.diagnostics import RECURRENT_KINDS, DiagnosticsConfig
-from megatransformer_jax.config.exit_gate import ExitGateTrainingConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
-from megatransformer_jax.config.image_vae_run import ImageVaeRunConfig
-from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
-from megatransformer_jax.config.media_run import (
-    check_media_model,
-    check_media_samples,
-    check_sequence_room,
-    check_text_only_options,
+from megatransformer_jax.config.image import ImageVaeRunConfig
+from megatransformer_jax.config.loop import (
+    MEDIA_METRICS,
+    RECURRENT_KINDS,
+    TEXT_METRICS,
+    CheckpointConfig,
+    DiagnosticsConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
+    SampleConfig,
+    TrainConfig,
 )
+from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import (
@@ -26,14 +29,17 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
-from megatransformer_jax.config.reporting import EvaluationConfig, LoggingConfig, SampleConfig
-from megatransformer_jax.config.run_kind import (
+from megatransformer_jax.config.recurrence import ExitGateTrainingConfig
+from megatransformer_jax.config.run_rules import (
     RUN_KINDS,
+    check_media_model,
+    check_media_samples,
     check_media_source,
     check_no_transformer,
     check_own_sections,
+    check_sequence_room,
+    check_text_only_options,
 )
-from megatransformer_jax.config.train import TrainConfig
 from megatransformer_jax.config.vocoder import VocoderConfig
 
 

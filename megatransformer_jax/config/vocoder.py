@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from megatransformer_jax.config.augmentation import AugmentationConfig
+from megatransformer_jax.config.data import AugmentationConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.augmentation.back_translation import FailedAugmentation
 from megatransformer_jax.data.augmentation.text import TextAugmentation

@@ -13,8 +13,8 @@ import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 
+from megatransformer_jax.config.build import read_text, read_values
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.value_files import read_text, read_values
 
 TOKENIZER_FILE = "tokenizer.json"
 

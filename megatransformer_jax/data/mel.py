@@ -3,7 +3,7 @@
 import librosa
 import numpy as np
 
-from megatransformer_jax.config.mel import HIGHEST_LOG, LOWEST_LOG, LOWEST_MAGNITUDE, MelConfig
+from megatransformer_jax.config.audio import HIGHEST_LOG, LOWEST_LOG, LOWEST_MAGNITUDE, MelConfig
 
 
 def num_frames(num_samples: int, config: MelConfig) -> int:

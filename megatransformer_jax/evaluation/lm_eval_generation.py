@@ -6,9 +6,8 @@ from typing import Any
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.generation_depth import DepthConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.sampling import DepthConfig, SamplingConfig
 
 # What lm-eval's other models take as "does nothing". Our options are left out instead.
 _NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0}

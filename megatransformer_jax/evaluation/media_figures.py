@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
 
 # Longer captions are cut, so that they do not run into each other.

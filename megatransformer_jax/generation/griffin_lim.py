@@ -4,7 +4,7 @@ import librosa
 import numpy as np
 from jaxtyping import Float
 
-from megatransformer_jax.config.mel import HIGHEST_LOG, LOWEST_LOG, MelConfig
+from megatransformer_jax.config.audio import HIGHEST_LOG, LOWEST_LOG, MelConfig
 
 
 def griffin_lim(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
-from megatransformer_jax.config.image_vae import ImageVaeConfig
+from megatransformer_jax.config.image import ImageVaeConfig
 from megatransformer_jax.nn.dense import Convolution
 from megatransformer_jax.nn.group_norm import GroupNorm
 from megatransformer_jax.nn.parameters import vector

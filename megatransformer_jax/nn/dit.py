@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
-from megatransformer_jax.config.dit import DitConfig
+from megatransformer_jax.config.decoders import DitConfig
+from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.nn.attention import SelfAttention
 from megatransformer_jax.nn.context import LayerContext

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
-from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
+from megatransformer_jax.config.audio import AudioDecoderConfig
 from megatransformer_jax.nn.cross_attention import CrossAttention
 from megatransformer_jax.nn.dense import ZEROS, Dense
 from megatransformer_jax.nn.masked_convolution import MaskedConvolution, frame_mask

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from megatransformer_jax.config.unet import UNetConfig
+from megatransformer_jax.config.decoders import UNetConfig
 from megatransformer_jax.nn.dense import ZEROS, Convolution
 from megatransformer_jax.nn.group_norm import GroupNorm
 from megatransformer_jax.nn.time_embedding import ConditionEmbedding

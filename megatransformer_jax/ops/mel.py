@@ -7,7 +7,7 @@ import librosa
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from megatransformer_jax.config.mel import HIGHEST_LOG, LOWEST_LOG, LOWEST_MAGNITUDE, MelConfig
+from megatransformer_jax.config.audio import HIGHEST_LOG, LOWEST_LOG, LOWEST_MAGNITUDE, MelConfig
 from megatransformer_jax.ops.stft import stft_magnitude
 
 

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from megatransformer_jax.config.devices import MeshConfig
-from megatransformer_jax.config.media_run import media_places
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.sharding.rules import MESH_AXES
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from megatransformer_jax.config.devices import DistributedConfig
+from megatransformer_jax.config.loop import DistributedConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch

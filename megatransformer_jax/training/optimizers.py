@@ -11,9 +11,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from megatransformer_jax.config.optimizer import OPTIMIZERS, OptimizerConfig
-from megatransformer_jax.config.optimizer_options import AdafactorConfig, GrokfastConfig, MuonConfig
-from megatransformer_jax.config.parameter_groups import ParameterGroup, parse_groups
+from megatransformer_jax.config.optimizer import (
+    OPTIMIZERS,
+    AdafactorConfig,
+    GrokfastConfig,
+    MuonConfig,
+    OptimizerConfig,
+    ParameterGroup,
+    parse_groups,
+)
 from megatransformer_jax.training.grokfast import grokfast_ema, grokfast_ma
 from megatransformer_jax.training.muon import check_muon, labels, scale_by_muon
 from megatransformer_jax.training.parameter_groups import (

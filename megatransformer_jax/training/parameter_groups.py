@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from megatransformer_jax.config.optimizer import ParameterGroup
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.config.parameter_groups import ParameterGroup
 from megatransformer_jax.training.parameter_paths import map_named, path_text
 from megatransformer_jax.training.weight_decay import decay_mask
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatransformer_jax.config.reporting import LoggingConfig
+from megatransformer_jax.config.loop import LoggingConfig
 from megatransformer_jax.training.metric_interface import MetricWriter
 from megatransformer_jax.training.tensorboard_writer import TensorBoardWriter
 from megatransformer_jax.training.wandb_writer import WandbWriter

@@ -43,6 +43,7 @@ class Import:
     importer: str
     imported: str
     place: str  # file:line
+    is_for_types: bool = False  # Under `if TYPE_CHECKING`: never executed.
 
 
 def module_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -61,10 +62,11 @@ def read_imports(root: pathlib.Path) -> list[Import]:
     found = []
     for importer, path in files.items():
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+        for_types = _nodes_for_types(tree)
         for node in ast.walk(tree):
             place = f"{path.relative_to(root)}:{getattr(node, 'lineno', 0)}"
             for imported in _imported_modules(node, importer, path, files):
-                found.append(Import(importer, imported, place))
+                found.append(Import(importer, imported, place, node in for_types))
     return found
 
 
@@ -97,9 +99,14 @@ def layer_violations(imports: Iterable[Import]) -> list[str]:
 
 
 def find_cycle(imports: Iterable[Import]) -> list[str] | None:
-    """Modules that import each other in a circle, first one repeated at the end; None if none."""
+    """Modules that import each other in a circle, first one repeated at the end; None if none.
+
+    Imports that only a type checker sees close no circle.
+    """
     edges: dict[str, set[str]] = {}
     for item in imports:
+        if item.is_for_types:
+            continue
         edges.setdefault(item.importer, set()).add(item.imported)
     done: set[str] = set()
 
@@ -120,6 +127,16 @@ def find_cycle(imports: Iterable[Import]) -> list[str] | None:
         if cycle:
             return cycle
     return None
+
+
+def _nodes_for_types(tree: ast.Module) -> set[ast.AST]:
+    """Everything inside `if TYPE_CHECKING` blocks."""
+    return {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        for inner in ast.walk(node)
+    }
 
 
 def _imported_modules(

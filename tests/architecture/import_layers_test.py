@@ -74,6 +74,8 @@ def test_a_cycle_is_found(tmp_path):
     (folder / "c.py").write_text("def f():\n    from .a import y")
     cycle = find_cycle(read_imports(tmp_path))
     assert cycle == [f"megatransformer_jax.nn.{name}" for name in "abca"]
+    (folder / "c.py").write_text("if TYPE_CHECKING:\n    from .a import y")
+    assert find_cycle(read_imports(tmp_path)) is None
 
 
 def test_a_folder_without_a_layer_is_an_error(tmp_path):

@@ -31,16 +31,14 @@ from megatransformer_jax.checkpoints.manager import (
     DamagedCheckpoint,
     tree_shapes,
 )
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.augmentation import AugmentationConfig
 from megatransformer_jax.config.build import to_dict
-from megatransformer_jax.config.checkpoint import CheckpointConfig
-from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.data import AugmentationConfig, DataConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import CheckpointConfig, TrainConfig
 from megatransformer_jax.config.model import ModelConfig, NormConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.train import TrainConfig
 
 KEEP_ALL = CheckpointConfig(keep_last=100)
 

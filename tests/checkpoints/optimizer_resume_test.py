@@ -16,16 +16,15 @@ from megatransformer_jax.checkpoints.compatibility import (
 )
 from megatransformer_jax.checkpoints.manager import UNREAD, CheckpointManager
 from megatransformer_jax.config.build import to_dict
-from megatransformer_jax.config.checkpoint import CheckpointConfig
-from megatransformer_jax.config.optimizer import OptimizerConfig
-from megatransformer_jax.config.optimizer_options import (
+from megatransformer_jax.config.loop import CheckpointConfig, TrainConfig
+from megatransformer_jax.config.optimizer import (
     AdafactorConfig,
     GrokfastConfig,
     MuonConfig,
+    OptimizerConfig,
     SgdConfig,
 )
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.train import TrainConfig
 
 
 def run_with(train=None, **optimizer):

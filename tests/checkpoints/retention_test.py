@@ -11,11 +11,7 @@ from megatransformer_jax.checkpoints.retention import (
     kept_steps,
     stored_score,
 )
-from megatransformer_jax.config.checkpoint import (
-    REASONING_METRICS,
-    TEXT_METRICS,
-    CheckpointConfig,
-)
+from megatransformer_jax.config.loop import REASONING_METRICS, TEXT_METRICS, CheckpointConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.evaluation.validation import Scores, ValidationHook, ValidationSet
 

@@ -2,10 +2,8 @@
 
 from typing import Any
 
-from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
-from megatransformer_jax.config.diffusion import DiffusionConfig
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, MelConfig
+from megatransformer_jax.config.decoders import DiffusionConfig
 
 # The rule, the class, what is given, the path in the error.
 BROKEN_AUDIO: list[tuple[str, type, dict[str, Any], str]] = [

@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatransformer_jax.config.data import DataConfig
-from megatransformer_jax.config.diagnostics import DiagnosticsConfig
+from megatransformer_jax.config.loop import DiagnosticsConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.run import RunConfig
 

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from megatransformer_jax.config.diffusion import SamplerConfig
-from megatransformer_jax.config.dit import DitConfig
-from megatransformer_jax.config.flow import FlowConfig, FlowSamplerConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
-from megatransformer_jax.config.image_vae import ImageVaeConfig
-from megatransformer_jax.config.unet import UNetConfig
+from megatransformer_jax.config.decoders import (
+    DitConfig,
+    FlowConfig,
+    FlowSamplerConfig,
+    SamplerConfig,
+    UNetConfig,
+)
+from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig, ImageVaeConfig
 
 DEEP = UNetConfig(width_multipliers=(1, 1, 1, 1))
 DEEP_VAE = ImageVaeConfig(width_multipliers=(1, 1, 1))

@@ -2,15 +2,12 @@
 
 from typing import Any
 
-from megatransformer_jax.config.augmentation import AugmentationConfig
-from megatransformer_jax.config.data import DataConfig, TokenizerConfig
+from megatransformer_jax.config.data import AugmentationConfig, DataConfig, TokenizerConfig
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.media_augmentation import (
-    AudioAugmentationConfig,
-    ImageAugmentationConfig,
-)
 from megatransformer_jax.config.media_data import (
+    AudioAugmentationConfig,
     AudioDataConfig,
+    ImageAugmentationConfig,
     ImageDataConfig,
     MediaDataConfig,
 )

@@ -4,15 +4,12 @@ import dataclasses
 from typing import Any
 
 from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.checkpoint import CheckpointConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
-from megatransformer_jax.config.diagnostics import DiagnosticsConfig
-from megatransformer_jax.config.exit_gate import ExitGateConfig
 from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.loop import CheckpointConfig, DiagnosticsConfig, TrainConfig
 from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.recurrence import ExitGateConfig, StabilityConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.stability import StabilityConfig
-from megatransformer_jax.config.train import TrainConfig
 
 IMAGE_MODEL = ModelConfig(image=ImageConfig(enabled=True))
 MEDIA = DataConfig(source="media", tokenizer=TokenizerConfig(kind="bytes"))

@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
-from megatransformer_jax.config.exit_gate import ExitGateConfig
+from megatransformer_jax.config.layers import (
+    AttentionConfig,
+    PeerConfig,
+    PositionConfig,
+    SharingConfig,
+)
 from megatransformer_jax.config.model import InitConfig, MlpConfig, ModelConfig, NormConfig
-from megatransformer_jax.config.peer import PeerConfig
-from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.sharing import SharingConfig
+from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConfig
 
 # The rule, the class, what is given, the path in the error.
 BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [

@@ -2,22 +2,18 @@
 
 from typing import Any
 
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
-from megatransformer_jax.config.image_vae import ImageVaeTrainingConfig
-from megatransformer_jax.config.image_vae_run import ImageVaeRunConfig
-from megatransformer_jax.config.media_augmentation import (
-    AudioAugmentationConfig,
-    ImageAugmentationConfig,
-)
+from megatransformer_jax.config.image import ImageVaeRunConfig, ImageVaeTrainingConfig
+from megatransformer_jax.config.loop import SampleConfig, TrainConfig
 from megatransformer_jax.config.media_data import (
+    AudioAugmentationConfig,
     AudioDataConfig,
+    ImageAugmentationConfig,
     ImageDataConfig,
     MediaDataConfig,
 )
-from megatransformer_jax.config.mel import MelConfig
-from megatransformer_jax.config.reporting import SampleConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.train import TrainConfig
 from megatransformer_jax.config.vocoder import (
     DiscriminatorConfig,
     HifiganConfig,

@@ -13,30 +13,40 @@ from broken_media_runs import BROKEN_MEDIA_RUNS
 from broken_models import BROKEN_MODELS
 from broken_vocoder import BROKEN_VOCODER
 
-from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
-from megatransformer_jax.config.augmentation import AugmentationConfig
 from megatransformer_jax.config.build import build, merge
-from megatransformer_jax.config.checkpoint import CheckpointConfig
-from megatransformer_jax.config.data import DataConfig, ReasoningConfig, TokenizerConfig
-from megatransformer_jax.config.devices import DistributedConfig, MeshConfig
-from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
+from megatransformer_jax.config.data import (
+    AugmentationConfig,
+    DataConfig,
+    ReasoningConfig,
+    TokenizerConfig,
+)
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
+from megatransformer_jax.config.layers import AttentionConfig, PositionConfig, SharingConfig
+from megatransformer_jax.config.loop import (
+    CheckpointConfig,
+    DistributedConfig,
+    EvaluationConfig,
+    LoggingConfig,
+    MeshConfig,
+    SampleConfig,
+    TrainConfig,
+)
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.optimizer import OptimizerConfig
-from megatransformer_jax.config.optimizer_options import (
+from megatransformer_jax.config.optimizer import (
     AdafactorConfig,
     GrokfastConfig,
     MuonConfig,
+    OptimizerConfig,
     SgdConfig,
 )
-from megatransformer_jax.config.option import ConfigError, rules_of
-from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.reporting import EvaluationConfig, LoggingConfig, SampleConfig
+from megatransformer_jax.config.option import ConfigError, rules_of, sections_of
+from megatransformer_jax.config.recurrence import (
+    ExitGateConfig,
+    ExitGateTrainingConfig,
+    RecurrenceConfig,
+    StabilityConfig,
+)
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import sections_of
-from megatransformer_jax.config.sharing import SharingConfig
-from megatransformer_jax.config.stability import StabilityConfig
-from megatransformer_jax.config.train import TrainConfig
 
 JOINED = {"enabled": True, "coordinator": "host:1234", "num_processes": 2, "process_id": 0}
 RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)

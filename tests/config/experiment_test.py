@@ -2,7 +2,7 @@ import pathlib
 
 import pytest
 
-from megatransformer_jax.config.experiment import parse_variants, read_experiment
+from megatransformer_jax.config.build import parse_variants, read_experiment
 from megatransformer_jax.config.option import UserError
 
 PYTHON = """

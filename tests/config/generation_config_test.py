@@ -9,16 +9,25 @@ import pytest
 from megatransformer_jax.config.generation import (
     BeamConfig,
     GenerationConfig,
+    MediaGenerationConfig,
     ParallelConfig,
     SpeculativeConfig,
     flag_name,
     for_model,
 )
-from megatransformer_jax.config.generation_depth import EXIT_CRITERIA, CacheConfig, DepthConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig
-from megatransformer_jax.config.media_generation import MediaGenerationConfig
-from megatransformer_jax.config.option import ConfigError, rules_of
-from megatransformer_jax.config.schema import options_of, section_rules, sections_of
+from megatransformer_jax.config.option import (
+    ConfigError,
+    options_of,
+    rules_of,
+    section_rules,
+    sections_of,
+)
+from megatransformer_jax.config.sampling import (
+    EXIT_CRITERIA,
+    CacheConfig,
+    DepthConfig,
+    SamplingConfig,
+)
 from megatransformer_jax.models import exit_criteria
 from megatransformer_jax.nn import kv_cache
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from megatransformer_jax.config.build import build
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh, resolve_mesh_shape
 

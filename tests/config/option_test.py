@@ -2,12 +2,12 @@ import dataclasses
 
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
 from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import EvaluationConfig
 from megatransformer_jax.config.model import NormConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError, check_options, option, rule
-from megatransformer_jax.config.reporting import EvaluationConfig
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 1.5, float("nan"), float("inf")])

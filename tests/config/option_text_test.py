@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.option_text import parse_text
+from megatransformer_jax.config.option import UserError, parse_text
 
 Words = tuple[str, ...]
 Numbers = tuple[int, ...]

@@ -1,9 +1,9 @@
 import pathlib
 
 from megatransformer_jax.config.generation import GenerationConfig, flag_name
+from megatransformer_jax.config.option import options_of
 from megatransformer_jax.config.options_page import options_page
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import options_of
 
 
 def test_the_page_in_docs_is_current(repository: pathlib.Path) -> None:

@@ -2,10 +2,8 @@
 
 import pytest
 
-from megatransformer_jax.config.optimizer import OptimizerConfig
-from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.config.option_text import parse_text
-from megatransformer_jax.config.parameter_groups import EXAMPLE, parse_groups
+from megatransformer_jax.config.optimizer import EXAMPLE, OptimizerConfig, parse_groups
+from megatransformer_jax.config.option import ConfigError, parse_text
 
 
 def test_groups_are_read():

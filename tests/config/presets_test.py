@@ -6,16 +6,16 @@ import gin
 import pytest
 
 import megatransformer_jax
-from megatransformer_jax.config import presets
-from megatransformer_jax.config.build import build
-from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.config.presets import (
+from megatransformer_jax.config import build as presets
+from megatransformer_jax.config.build import (
+    build,
     load_preset,
     parse_preset,
     preset_folder,
     preset_names,
 )
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import ConfigError, UserError
 
 NAMES = (
     "gpt2_small",
@@ -161,9 +161,7 @@ def test_presets_of_an_installed_package_are_found(
     for item in (repository / "megatransformer_jax").iterdir():
         (installed / item.name).symlink_to(item)
     (installed / "gin").symlink_to(repository / "gin")
-    code = (
-        "from megatransformer_jax.config.presets import *; print(preset_folder(), *preset_names())"
-    )
+    code = "from megatransformer_jax.config.build import *; print(preset_folder(), *preset_names())"
     output = subprocess.run(
         [sys.executable, "-c", code],
         cwd=installed.parent,

@@ -1,14 +1,14 @@
 import dataclasses
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.option import rules_of
-from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import (
+from megatransformer_jax.config.option import (
     options_of,
+    rules_of,
     section_rules,
     sections_of,
     unknown_key,
 )
+from megatransformer_jax.config.run import RunConfig
 
 
 def test_every_field_is_an_option_or_a_section() -> None:

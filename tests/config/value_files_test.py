@@ -2,8 +2,8 @@ import pathlib
 
 import pytest
 
+from megatransformer_jax.config.build import read_values
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.value_files import read_values
 
 
 def write(folder: pathlib.Path, name: str, text: str) -> pathlib.Path:

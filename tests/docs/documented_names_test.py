@@ -10,9 +10,8 @@ from markdown_pages import experiment_commands, pages
 
 from experiments import launch
 from megatransformer_jax.config.build import build, save_config
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.option import UserError, options_of, sections_of
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import options_of, sections_of
 
 OPTIONS = {option.path for option in options_of(RunConfig)}
 SECTIONS = {path for path, _, _ in sections_of(RunConfig)}

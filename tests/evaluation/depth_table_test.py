@@ -6,8 +6,8 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
+from megatransformer_jax.config.loop import EvaluationConfig
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.reporting import EvaluationConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.depth_table import (
     evaluated_depths,

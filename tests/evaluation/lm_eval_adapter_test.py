@@ -13,7 +13,7 @@ import pytest
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.recurrence import RecurrenceConfig

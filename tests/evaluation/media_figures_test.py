@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
 from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet, draw_mels, pixels_of
 

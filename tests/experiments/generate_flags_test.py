@@ -14,8 +14,7 @@ from experiments.generate_flags import (
 )
 from experiments.generate_help import help_text
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.config.schema import options_of
+from megatransformer_jax.config.option import ConfigError, UserError, options_of
 
 
 def parse(*words: str) -> generate_flags.Command:

@@ -5,13 +5,15 @@ import numpy as np
 import pytest
 
 from experiments import image_vae_start
-from megatransformer_jax.config.attention import AttentionConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
-from megatransformer_jax.config.flow import FlowSamplerConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
-from megatransformer_jax.config.image_vae import ImageVaeConfig
-from megatransformer_jax.config.image_vae_run import ImageVaeRunConfig
+from megatransformer_jax.config.decoders import FlowSamplerConfig
+from megatransformer_jax.config.image import (
+    ImageConfig,
+    ImageDecoderConfig,
+    ImageVaeConfig,
+    ImageVaeRunConfig,
+)
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig

@@ -16,10 +16,9 @@ from rich.console import Console
 from experiments.cost_report import CostReport, make_report
 from experiments.cost_tables import format_bytes, format_number, print_tables
 from megatransformer_jax.config.build import build
-from megatransformer_jax.config.exit_gate import ExitGateConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.recurrence import ExitGateConfig, StabilityConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.stability import StabilityConfig
 from megatransformer_jax.models.cost.memory import tree_bytes
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder

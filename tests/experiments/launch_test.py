@@ -14,9 +14,8 @@ from other_values import companions, new_value
 
 from experiments import launch
 from megatransformer_jax.config.build import build, save_config
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.option import Option, UserError, options_of
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.schema import Option, options_of
 
 EXPERIMENT = """
 def get_config(arg=""):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from experiments.media_samples import present
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.evaluation.media.sample_steps import Answered, Made

@@ -8,7 +8,7 @@ from other_media_values import (
     MEDIA_SECTION_COMPANIONS,
 )
 
-from megatransformer_jax.config.schema import Option
+from megatransformer_jax.config.option import Option
 
 # What else must be said for the new value of an option to be allowed.
 COMPANIONS = {

@@ -7,7 +7,7 @@ from experiments.prune import main
 from experiments.workdir_lock import hold_workdir
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import build, to_dict
-from megatransformer_jax.config.checkpoint import CheckpointConfig
+from megatransformer_jax.config.loop import CheckpointConfig
 from megatransformer_jax.config.option import UserError
 
 LOSSES = {4: 1.0, 8: 3.0, 12: 2.0, 16: 2.5}

@@ -8,7 +8,7 @@ from experiments.assemble import Vocabulary
 from experiments.samples import make_sampler
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.generation_depth import DepthConfig
+from megatransformer_jax.config.sampling import DepthConfig
 from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder

@@ -18,7 +18,7 @@ from tiny_model import (
     tiny,
 )
 
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.generation import beam_search as beam_search_module
 from megatransformer_jax.generation.beam_search import beam_search

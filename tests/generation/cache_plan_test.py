@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tiny_model import PLAIN, tiny
 
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.generation_depth import CacheConfig, DepthConfig
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.sampling import CacheConfig, DepthConfig
 from megatransformer_jax.generation.cache_plan import CachePlan, plan_cache
 
 MODEL = tiny(max_length=4096)

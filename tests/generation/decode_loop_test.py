@@ -18,7 +18,7 @@ from tiny_model import (
     tiny,
 )
 
-from megatransformer_jax.config.sharing import SharingConfig
+from megatransformer_jax.config.layers import SharingConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
 from megatransformer_jax.generation.ending import (
     END_OF_TEXT,

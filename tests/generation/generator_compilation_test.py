@@ -5,8 +5,7 @@ import numpy as np
 from tiny_generator import assert_same, generator
 from tiny_model import PLAIN, PROMPTS
 
-from megatransformer_jax.config.generation_depth import CacheConfig, DepthConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig
+from megatransformer_jax.config.sampling import CacheConfig, DepthConfig, SamplingConfig
 
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 

@@ -21,9 +21,8 @@ from tiny_model import (
 )
 
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.generation_depth import CacheConfig, DepthConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.sampling import CacheConfig, DepthConfig, SamplingConfig
 from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.generator import Generator

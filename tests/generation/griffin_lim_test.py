@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.generation.griffin_lim import griffin_lim
 

@@ -17,9 +17,8 @@ from tiny_media_generator import (
 )
 from tiny_model import DEPTH, make
 
-from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.generation import GenerationConfig, MediaGenerationConfig
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.media_generation import MediaGenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.generation.media_completion import (

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.generation.placement import (
     constrain_rows,

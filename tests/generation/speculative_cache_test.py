@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_model import tiny
 
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.generation.placement import put_rows
 from megatransformer_jax.generation.speculative_cache import keep_rows, sequence_ends
 from megatransformer_jax.nn.kv_cache import KeyValues, constrain_cache, init_cache, write_rows

@@ -6,15 +6,10 @@ import functools
 import numpy as np
 from tiny_model import DEPTH, TINY, Pieces, make
 
-from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
-from megatransformer_jax.config.diffusion import SamplerConfig
-from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
-from megatransformer_jax.config.media_generation import MediaGenerationConfig
-from megatransformer_jax.config.mel import MelConfig
-from megatransformer_jax.config.unet import UNetConfig
+from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, MelConfig
+from megatransformer_jax.config.decoders import SamplerConfig, UNetConfig
+from megatransformer_jax.config.generation import GenerationConfig, MediaGenerationConfig
+from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
 from megatransformer_jax.data.media.sample import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.generation.media_generator import MediaGenerator

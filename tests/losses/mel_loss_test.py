@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.data.mel import log_mel
 from megatransformer_jax.losses.mel_loss import mel_loss
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.cached_forward import cached_forward

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.linalg import hadamard
 
-from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.core_jacobian import random_signs, squared_jacobian

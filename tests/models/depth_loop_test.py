@@ -21,7 +21,7 @@ from cached_passes import (
 )
 from cached_reference import ReferenceSequence
 
-from megatransformer_jax.config.exit_gate import ExitGateConfig
+from megatransformer_jax.config.recurrence import ExitGateConfig
 from megatransformer_jax.ops.positions import alibi_slopes
 
 # No outer layers: what iterations read is in the core alone, and programs stay small.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatransformer_jax.checkpoints.huginn import load_huginn
-from megatransformer_jax.config import generation_depth
+from megatransformer_jax.config import sampling as generation_depth
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.models.core import RecurrentCore
 from megatransformer_jax.models.exit_criteria import (

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
+from megatransformer_jax.config.layers import (
+    AttentionConfig,
+    PeerConfig,
+    PositionConfig,
+    SharingConfig,
+)
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
-from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.sharing import SharingConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
 from megatransformer_jax.ops.kernel_choice import UnsupportedKernelError
 from megatransformer_jax.sharding.rules import Sharder

@@ -4,15 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, MelConfig
+from megatransformer_jax.config.decoders import UNetConfig
+from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.unet import UNetConfig
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import AUDIO, IMAGE, Batch, DTypePolicy, MediaBatch

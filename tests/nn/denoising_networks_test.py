@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from megatransformer_jax.config.dit import DitConfig
-from megatransformer_jax.config.unet import UNetConfig
+from megatransformer_jax.config.decoders import DitConfig, UNetConfig
 from megatransformer_jax.nn.dit import Dit, grid_embedding
 from megatransformer_jax.nn.unet import UNet
 from megatransformer_jax.sharding.rules import Sharder

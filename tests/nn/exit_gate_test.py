@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.exit_gate import ExitGateConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
-from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConfig
 from megatransformer_jax.models.cost.parameter_counts import count_parameters
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
 from megatransformer_jax.nn.exit_gate import ExitGate, log_continue, log_stop

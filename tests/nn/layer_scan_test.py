@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.models.megatransformer import layer_context
 from megatransformer_jax.nn.block import SOWN_BY_LAYERS, Stack

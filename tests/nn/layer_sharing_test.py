@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.layers import SHARING_SCHEMES, AttentionConfig, SharingConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.config.sharing import SHARING_SCHEMES, SharingConfig
 from megatransformer_jax.models.cost.flops import forward_flops
 from megatransformer_jax.models.cost.parameter_counts import (
     abstract_params,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
+from megatransformer_jax.config.audio import AudioDecoderConfig
 from megatransformer_jax.nn.mel_denoiser import NUM_WAVES, MelDenoiser, progress_waves
 from megatransformer_jax.types import DTypePolicy
 

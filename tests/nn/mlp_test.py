@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 from flax import linen as nn
 
-from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ACTIVATIONS, MlpConfig, ModelConfig
 from megatransformer_jax.nn.activations import get_activation
 from megatransformer_jax.nn.initializers import weight_init

@@ -10,8 +10,8 @@ import scipy.special
 from flax import linen as nn
 from jax.extend.core import jaxprs_in_params
 
+from megatransformer_jax.config.layers import PeerConfig
 from megatransformer_jax.config.model import MlpConfig
-from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.nn import peer as peer_module
 from megatransformer_jax.nn.initializers import WeightInit
 from megatransformer_jax.nn.peer import Peer

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.kv_cache import KeyValues, constrain_cache, init_cache
 from megatransformer_jax.nn.staggered_rows import write_staggered_rows

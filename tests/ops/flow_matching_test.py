@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.flow import FlowConfig, FlowSamplerConfig
+from megatransformer_jax.config.decoders import FlowConfig, FlowSamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.decoders.flow import flow_loss, sample_flow
 from megatransformer_jax.ops.diffusion import per_medium

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data import mel as host
 from megatransformer_jax.ops import mel as device

@@ -8,8 +8,8 @@ import optax
 import pytest
 from sharded_step_test import example_batch, run_config
 
-from megatransformer_jax.config.devices import MeshConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder

@@ -10,13 +10,13 @@ import pytest
 from hlo import count_in_loops
 from jax.sharding import PartitionSpec
 
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.devices import MeshConfig
 from megatransformer_jax.config.generation import (
     GenerationConfig,
     ParallelConfig,
     SpeculativeConfig,
 )
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start

@@ -8,9 +8,12 @@ import optax
 from hlo import count_in_loops
 from sharded_step_test import example_batch, run_config
 
-from megatransformer_jax.config.devices import MeshConfig
-from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
-from megatransformer_jax.config.stability import StabilityConfig
+from megatransformer_jax.config.loop import MeshConfig
+from megatransformer_jax.config.recurrence import (
+    ExitGateConfig,
+    ExitGateTrainingConfig,
+    StabilityConfig,
+)
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder

@@ -7,16 +7,13 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
+from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, MelConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
-from megatransformer_jax.config.devices import MeshConfig
-from megatransformer_jax.config.dit import DitConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
+from megatransformer_jax.config.decoders import DitConfig
+from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.media_data import MediaDataConfig
-from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from sharded_step_test import assert_equal_steps, run_config, sharded
 
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.layers import PeerConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.model import MlpConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.nn import peer as peer_module
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh
 from megatransformer_jax.sharding.rules import Sharder

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import MESH_AXES, Sharder, ShardingRules
 

@@ -9,13 +9,12 @@ import optax
 import pytest
 from hlo import count_in_loops
 
-from megatransformer_jax.config.attention import AttentionConfig
 from megatransformer_jax.config.data import DataConfig
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import MeshConfig, TrainConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.train import TrainConfig
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder

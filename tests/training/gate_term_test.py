@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.config.attention import AttentionConfig
 from megatransformer_jax.config.data import DataConfig
-from megatransformer_jax.config.exit_gate import ExitGateConfig, ExitGateTrainingConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import TrainConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
-from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.recurrence import (
+    ExitGateConfig,
+    ExitGateTrainingConfig,
+    RecurrenceConfig,
+)
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.train import TrainConfig
 from megatransformer_jax.losses.cross_entropy import token_loss
 from megatransformer_jax.models.core_pass import open_core
 from megatransformer_jax.models.megatransformer import build_model, init_params

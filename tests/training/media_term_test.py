@@ -7,10 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
+from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig
+from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer

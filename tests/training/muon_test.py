@@ -6,10 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
-from megatransformer_jax.config.optimizer import OptimizerConfig
-from megatransformer_jax.config.optimizer_options import MuonConfig
+from megatransformer_jax.config.optimizer import MuonConfig, OptimizerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder

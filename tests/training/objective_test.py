@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.config.attention import AttentionConfig
 from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import TrainConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
-from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.recurrence import RecurrenceConfig, StabilityConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.stability import StabilityConfig
-from megatransformer_jax.config.train import TrainConfig
 from megatransformer_jax.losses.cross_entropy import token_loss
 from megatransformer_jax.models.core_jacobian import random_signs, squared_jacobian
 from megatransformer_jax.models.megatransformer import build_model, init_params

@@ -13,16 +13,13 @@ import optax
 import pytest
 
 from megatransformer_jax.checkpoints.manager import CheckpointManager
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.checkpoint import CheckpointConfig
 from megatransformer_jax.config.data import DataConfig
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import CheckpointConfig, MeshConfig, TrainConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
-from megatransformer_jax.config.optimizer import OptimizerConfig
-from megatransformer_jax.config.optimizer_options import AdafactorConfig, GrokfastConfig
+from megatransformer_jax.config.optimizer import AdafactorConfig, GrokfastConfig, OptimizerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.train import TrainConfig
 from megatransformer_jax.losses.cross_entropy import token_loss
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.mesh import make_mesh

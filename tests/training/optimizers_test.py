@@ -6,13 +6,14 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig, NormConfig
-from megatransformer_jax.config.optimizer import OPTIMIZERS, OptimizerConfig
-from megatransformer_jax.config.optimizer_options import (
+from megatransformer_jax.config.optimizer import (
+    OPTIMIZERS,
     AdafactorConfig,
     GrokfastConfig,
     MuonConfig,
+    OptimizerConfig,
     SgdConfig,
 )
 from megatransformer_jax.config.recurrence import RecurrenceConfig

@@ -4,9 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.optimizer import OptimizerConfig
+from megatransformer_jax.config.optimizer import OptimizerConfig, parse_groups
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.config.parameter_groups import parse_groups
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.parameter_groups import decay_rates, learning_rate_factors
 

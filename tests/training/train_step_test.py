@@ -6,12 +6,12 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
 from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import TrainConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.train import TrainConfig
 from megatransformer_jax.losses.cross_entropy import token_loss
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.models.step_schedule import draw_num_steps

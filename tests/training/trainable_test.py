@@ -6,15 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.loop import TrainConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.optimizer import OPTIMIZERS, OptimizerConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.train import TrainConfig
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import evaluation_params

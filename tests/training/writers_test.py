@@ -7,8 +7,8 @@ import pytest
 import soundfile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatransformer_jax.config.loop import LoggingConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.config.reporting import LoggingConfig
 from megatransformer_jax.training.metric_interface import MetricWriter
 from megatransformer_jax.training.wandb_writer import WandbWriter
 from megatransformer_jax.training.writers import build_writer

@@ -3,7 +3,7 @@
 import numpy as np
 import soxr
 
-from megatransformer_jax.config.media_augmentation import AudioAugmentationConfig
+from megatransformer_jax.config.media_data import AudioAugmentationConfig
 
 
 def augment_waveform(

@@ -3,7 +3,7 @@
 import numpy as np
 from scipy import ndimage
 
-from megatransformer_jax.config.media_augmentation import ImageAugmentationConfig
+from megatransformer_jax.config.media_data import ImageAugmentationConfig
 
 
 def augment_image(

@@ -6,7 +6,7 @@ import typing
 import grain
 import numpy as np
 
-from megatransformer_jax.config.augmentation import AugmentationConfig
+from megatransformer_jax.config.data import AugmentationConfig
 from megatransformer_jax.data.augmentation.back_translation import (
     BackTranslation,
     FailedAugmentation,

@@ -4,10 +4,10 @@ import typing
 
 from absl import logging
 
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.media_data import AudioDataConfig, ImageDataConfig
-from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.media import espeak
 from megatransformer_jax.data.media.audio_folder import AudioFolder

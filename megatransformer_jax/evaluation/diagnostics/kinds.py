@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from megatransformer_jax.config.diagnostics import DIAGNOSTIC_KINDS, RECURRENT_KINDS
+from megatransformer_jax.config.loop import DIAGNOSTIC_KINDS, RECURRENT_KINDS
 from megatransformer_jax.evaluation.diagnostics import figures
 from megatransformer_jax.evaluation.diagnostics.attention_maps import attention_maps
 from megatransformer_jax.evaluation.diagnostics.depth_draws import count_draws

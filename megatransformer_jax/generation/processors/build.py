@@ -8,8 +8,8 @@ penalties, which it lacks, follow the repetition penalty.
 import jax.numpy as jnp
 
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.sampling import SamplingConfig
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.processors.allowed_tokens import allowed_tokens
 from megatransformer_jax.generation.processors.banned_texts import BannedTexts

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from megatransformer_jax.config.diffusion import DiffusionConfig
+from megatransformer_jax.config.decoders import DiffusionConfig
 from megatransformer_jax.models.decoders.decoder import Condition, decoder_keys
 from megatransformer_jax.models.decoders.guidance import Denoiser, drop_conditions
 from megatransformer_jax.ops.diffusion import add_noise, min_snr_weight, prediction_target

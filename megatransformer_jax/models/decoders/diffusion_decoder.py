@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig
+from megatransformer_jax.config.decoders import DiffusionConfig, SamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.decoders.diffusion import diffusion_loss
 from megatransformer_jax.models.decoders.guidance import Denoiser

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from megatransformer_jax.config.flow import FlowConfig, FlowSamplerConfig
+from megatransformer_jax.config.decoders import FlowConfig, FlowSamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition, decoder_keys
 from megatransformer_jax.models.decoders.diffusion import draw_noise, mean_of_valid
 from megatransformer_jax.models.decoders.guidance import Denoiser, apply_guidance, drop_conditions

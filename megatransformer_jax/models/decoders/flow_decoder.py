@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from megatransformer_jax.config.flow import FlowConfig, FlowSamplerConfig
+from megatransformer_jax.config.decoders import FlowConfig, FlowSamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.decoders.flow import flow_loss, sample_flow
 from megatransformer_jax.models.decoders.guidance import Denoiser

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.diffusion import SamplerConfig
+from megatransformer_jax.config.decoders import SamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.decoders.diffusion import diffusion_loss
 from megatransformer_jax.models.decoders.duration import (

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig
+from megatransformer_jax.config.decoders import DiffusionConfig, SamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition, decoder_keys
 from megatransformer_jax.models.decoders.diffusion import draw_noise, schedule_of
 from megatransformer_jax.models.decoders.guidance import Denoiser, apply_guidance

@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_vae_run import ImageVaeRunConfig
+from megatransformer_jax.config.image import ImageConfig, ImageVaeRunConfig
 from megatransformer_jax.config.option import ConfigError
 
 # Where a model keeps it. Parameters with this name in their path are never trained.

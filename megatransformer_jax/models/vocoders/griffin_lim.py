@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
-from megatransformer_jax.config.mel import LOWEST_MAGNITUDE, MelConfig
+from megatransformer_jax.config.audio import LOWEST_MAGNITUDE, MelConfig
 from megatransformer_jax.ops.mel import denormalize, mel_filters
 from megatransformer_jax.ops.stft import inverse_stft, stft
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.media_augmentation import AudioAugmentationConfig
+from megatransformer_jax.config.media_data import AudioAugmentationConfig
 from megatransformer_jax.data.augmentation.audio import augment_mel, augment_waveform
 
 RATE = 8000

@@ -9,8 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.augmentation import AugmentationConfig
-from megatransformer_jax.config.data import DataConfig, TokenizerConfig
+from megatransformer_jax.config.data import AugmentationConfig, DataConfig, TokenizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.fingerprint import data_fingerprint, training_text_identity
 from megatransformer_jax.data.pipeline import build_pipeline, validation_batches

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.media_augmentation import ImageAugmentationConfig
+from megatransformer_jax.config.media_data import ImageAugmentationConfig
 from megatransformer_jax.data.augmentation.image import augment_image
 
 SIZE = 21

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.media_data import AudioDataConfig, MediaDataConfig
-from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.fingerprint import data_fingerprint
 from megatransformer_jax.data.media import espeak

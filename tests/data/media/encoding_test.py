@@ -5,9 +5,8 @@ import warnings
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.audio import AudioConfig
+from megatransformer_jax.config.audio import AudioConfig, MelConfig
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.data.media.check import MediaCountError, check_media, check_prompt
 from megatransformer_jax.data.media.encoding import (
     RowShape,

@@ -10,19 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megatransformer_jax.config.audio import AudioConfig
+from megatransformer_jax.config.audio import AudioConfig, MelConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.media_augmentation import (
-    AudioAugmentationConfig,
-    ImageAugmentationConfig,
-)
 from megatransformer_jax.config.media_data import (
+    AudioAugmentationConfig,
     AudioDataConfig,
+    ImageAugmentationConfig,
     ImageDataConfig,
     MediaDataConfig,
 )
-from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.media.check import check_media
 from megatransformer_jax.data.media.digits import WORDS

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 from etils import epath
 
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.media_data import (
@@ -20,7 +21,6 @@ from megatransformer_jax.config.media_data import (
     ImageDataConfig,
     MediaDataConfig,
 )
-from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.fingerprint import data_fingerprint
 from megatransformer_jax.data.media.build import build_audio_source, build_image_source

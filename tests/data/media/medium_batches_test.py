@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.media_data import AudioDataConfig, MediaDataConfig
-from megatransformer_jax.config.mel import MelConfig
 from megatransformer_jax.config.vocoder import VocoderConfig
 from megatransformer_jax.data.batches import Share
 from megatransformer_jax.data.media.image_batches import image_pipeline

@@ -9,8 +9,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatransformer_jax.config.build import build
-from megatransformer_jax.config.diagnostics import DIAGNOSTIC_KINDS
-from megatransformer_jax.config.reporting import LoggingConfig
+from megatransformer_jax.config.loop import DIAGNOSTIC_KINDS, LoggingConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.diagnostics.hook import DiagnosticsHook
 from megatransformer_jax.evaluation.diagnostics.kinds import (

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from smallest_media_model import TOKENIZER, Medium, make_model, media_batch
 
-from megatransformer_jax.config.devices import MeshConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.evaluation.media.greedy_answers import greedy_answers, make_next_tokens
 from megatransformer_jax.evaluation.media.sample_steps import (
     make_answering_step,

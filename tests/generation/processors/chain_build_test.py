@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.config.generation import BeamConfig, GenerationConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.sampling import SamplingConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.history import History, history_of_prompts
 from megatransformer_jax.generation.processors.allowed_tokens import allowed_tokens

@@ -21,7 +21,7 @@ from transformers import GenerationMixin
 from transformers.generation import logits_process as theirs
 
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.generation_sampling import SamplingConfig
+from megatransformer_jax.config.sampling import SamplingConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.history import History, history_of_prompts
 from megatransformer_jax.generation.processors.allowed_tokens import AllowedTokens

@@ -9,9 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
+from megatransformer_jax.config.layers import AttentionConfig, PeerConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig, NormConfig
-from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.cost.flops import forward_flops, mean_keys, train_flops

@@ -4,15 +4,10 @@ import dataclasses
 
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
-from megatransformer_jax.config.diffusion import SamplerConfig
-from megatransformer_jax.config.dit import DitConfig
-from megatransformer_jax.config.flow import FlowSamplerConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, MelConfig
+from megatransformer_jax.config.decoders import DitConfig, FlowSamplerConfig, SamplerConfig
+from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
+from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.models.cost.media_flops import media_flops
 from megatransformer_jax.models.megatransformer import build_model

@@ -10,12 +10,10 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from megatransformer_jax.config.attention import AttentionConfig
-from megatransformer_jax.config.dit import DitConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
+from megatransformer_jax.config.decoders import DitConfig
+from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
+from megatransformer_jax.config.layers import AttentionConfig, PeerConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
-from megatransformer_jax.config.peer import PeerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.cost.memory import (

@@ -5,10 +5,9 @@ from typing import Any
 import jax
 import pytest
 
-from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
-from megatransformer_jax.config.build import build
+from megatransformer_jax.config.build import build, load_preset, preset_names
+from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.presets import load_preset, preset_names
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.cost.parameter_counts import (
     ParameterCounts,

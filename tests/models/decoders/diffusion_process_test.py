@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig
+from megatransformer_jax.config.decoders import DiffusionConfig, SamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.decoders.diffusion import diffusion_loss, schedule_of
 from megatransformer_jax.models.decoders.guidance import drop_conditions, guided, without_context

@@ -14,13 +14,15 @@ from decoder_contract import (
 )
 from flax import linen as nn
 
-from megatransformer_jax.config.diffusion import DiffusionConfig, SamplerConfig
-from megatransformer_jax.config.dit import DitConfig
-from megatransformer_jax.config.flow import FlowConfig, FlowSamplerConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
-from megatransformer_jax.config.image_vae import ImageVaeConfig
-from megatransformer_jax.config.unet import UNetConfig
+from megatransformer_jax.config.decoders import (
+    DiffusionConfig,
+    DitConfig,
+    FlowConfig,
+    FlowSamplerConfig,
+    SamplerConfig,
+    UNetConfig,
+)
+from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig, ImageVaeConfig
 from megatransformer_jax.models.decoders.build import build_image_decoder
 from megatransformer_jax.models.decoders.decoder import MediaDecoder
 from megatransformer_jax.models.decoders.diffusion_decoder import DiffusionDecoder

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 from decoder_contract import CHECKS, DecoderCase, check_gradients_reach_all_parameters
 
-from megatransformer_jax.config.audio import AudioConfig
-from megatransformer_jax.config.audio_decoder import AudioDecoderConfig
-from megatransformer_jax.config.diffusion import SamplerConfig
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, MelConfig
+from megatransformer_jax.config.decoders import SamplerConfig
 from megatransformer_jax.models.decoders.build import build_audio_decoder
 from megatransformer_jax.types import DTypePolicy
 

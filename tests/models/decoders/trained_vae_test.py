@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.flow import FlowSamplerConfig
-from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.image_decoder import ImageDecoderConfig
-from megatransformer_jax.config.image_vae import ImageVaeConfig
-from megatransformer_jax.config.image_vae_run import ImageVaeRunConfig
+from megatransformer_jax.config.decoders import FlowSamplerConfig
+from megatransformer_jax.config.image import (
+    ImageConfig,
+    ImageDecoderConfig,
+    ImageVaeConfig,
+    ImageVaeRunConfig,
+)
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.models.decoders.trained_vae import check_image_vae, insert_image_vae
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from megatransformer_jax.config.attention import AttentionConfig, PositionConfig
-from megatransformer_jax.config.audio import AudioConfig
+from megatransformer_jax.config.audio import AudioConfig, MelConfig
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.mel import MelConfig
+from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig, NormConfig
 from megatransformer_jax.models.preludes.build import build_audio_prelude, build_image_prelude
 from megatransformer_jax.models.preludes.prelude import Encoded, Prelude

@@ -1,0 +1,351 @@
+"""The training loop: steps, checkpoints, what the run shows of itself, diagnostics, devices."""
+
+import dataclasses
+
+from megatransformer_jax.config.option import (
+    MAX_SEED,
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+    section,
+)
+from megatransformer_jax.config.recurrence import ExitGateTrainingConfig, StabilityConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = option(600, "Optimiser steps.", minimum=1)
+    seed: int = option(
+        0,
+        "Seed of initialisation, dropout, depth draws and samples.",
+        minimum=0,
+        maximum=MAX_SEED,
+    )
+    precision: str = option(
+        "auto",
+        "Type of activations. auto: bfloat16 on accelerators, float32 on CPU. Parameters, "
+        "optimiser state, norms, softmax, logits and losses are float32 always.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    accumulation: int = option(
+        1, "Micro-batches whose gradients make one step; divides data.batch_size.", minimum=1
+    )
+    memory_budget_gib: float | None = option(
+        None,
+        "GiB that the compiled step may take on each device. accumulation is then the smallest "
+        "with which it fits, and config.json names it. None: accumulation as given.",
+        above=0,
+    )
+    z_loss: float = option(
+        0.0, "Weight of the squared log-normaliser, keeps logits small (PaLM uses 1e-4).", minimum=0
+    )
+    ema_decay: float | None = option(
+        None,
+        "Keeps an exponential average of the weights, which validation, samples, the summary and "
+        "experiments.generate use: average += (1 - d) (weights - average) with d the smaller of "
+        "this and (1 + t) / (10 + t) after t updates. None: no average.",
+        above=0,
+        below=1,
+    )
+    max_bad_steps: int = option(
+        20, "Stops with an error after this many non-finite steps in a row.", minimum=1
+    )
+    exit_gate: ExitGateTrainingConfig = section(
+        ExitGateTrainingConfig, "The exit gate's term of the loss."
+    )
+    stability: StabilityConfig = section(StabilityConfig, "Stability of the iterations.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("memory_budget_gib")
+    def _budget_chooses_the_accumulation(self) -> None:
+        """Not with an accumulation, which it chooses."""
+        if self.memory_budget_gib is not None and self.accumulation != 1:
+            raise ConfigError(
+                "accumulation",
+                f"{self.accumulation} would be overruled by memory_budget_gib="
+                f"{self.memory_budget_gib:g}, which chooses it; leave out one of them.",
+            )
+
+
+# ------------------------------------------------------------------------------
+# Which checkpoints of a run are saved and kept, and which is the best.
+
+# What validation returns, and which end of it is better. Of reasoning tasks more is known.
+TEXT_METRICS = {
+    "validation/loss": "min",
+    "validation/perplexity": "min",
+    "validation/accuracy": "max",
+}
+REASONING_METRICS = {**TEXT_METRICS, "validation/exact_accuracy": "max"}
+# By the task of data.media whose rows they come from.
+MEDIA_METRICS = {
+    "validation/image_loss": ("min", "draw"),
+    "validation/audio_loss": ("min", "speak"),
+    "validation/caption_accuracy": ("max", "caption"),
+    "validation/transcription_accuracy": ("max", "transcribe"),
+}
+BETTER_ENDS = REASONING_METRICS | {name: end for name, (end, _) in MEDIA_METRICS.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept and how often. A save has parameters, optimiser, step, data iterator, config."""
+
+    every_steps: int = option(100, "Steps between saves; the last step is always saved.", minimum=1)
+    keep_last: int = option(2, "Newest checkpoints kept.", minimum=1)
+    keep_best: int = option(1, "Best checkpoints kept, by best_metric; 0: none.", minimum=0)
+    keep_every_steps: int | None = option(
+        None, "Checkpoints at multiples of this are never deleted. None: no such rule.", minimum=1
+    )
+    best_metric: str = option(
+        "validation/loss",
+        "What makes a checkpoint a good one: a number that validation returns. "
+        "validation/exact_accuracy: of reasoning tasks only. Those of images, sound, captions and "
+        "transcriptions: of data.media with the task that makes them.",
+        choices=tuple(BETTER_ENDS),
+    )
+    best_mode: str = option(
+        "auto",
+        "Which end of best_metric is better. auto: max for accuracies, min for the others.",
+        choices=("auto", "min", "max"),
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def is_higher_better(self) -> bool:
+        """Which end of best_metric is better, with best_mode='auto' resolved."""
+        mode = BETTER_ENDS[self.best_metric] if self.best_mode == "auto" else self.best_mode
+        return mode == "max"
+
+    @rule("keep_every_steps")
+    def _kept_steps_are_saved_steps(self) -> None:
+        """A multiple of every_steps."""
+        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
+            raise ConfigError(
+                "keep_every_steps",
+                f"{self.keep_every_steps} is no multiple of every_steps={self.every_steps}, so "
+                "there would be nothing to keep; use a multiple.",
+            )
+
+
+# ------------------------------------------------------------------------------
+# What a run shows of itself: validation, samples, logs.
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Validation during training and at its end."""
+
+    every_steps: int = option(100, "Steps between validations.", minimum=1)
+    num_batches: int = option(8, "Validation batches per depth.", minimum=1)
+    final_depths: tuple[int, ...] = option(
+        (1, 2, 4, 8, 16, 32), "Depths of the table and the plot at the end.", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("final_depths")
+    def _depths_are_increasing(self) -> None:
+        """At least one depth, in increasing order."""
+        if not self.final_depths:
+            raise ConfigError("final_depths", "is empty; give at least one depth.")
+        if list(self.final_depths) != sorted(set(self.final_depths)):
+            raise ConfigError(
+                "final_depths",
+                f"{self.final_depths!r} is not increasing; sort it, each depth once.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Text, images and sound made during training."""
+
+    every_steps: int = option(200, "Steps between samples; 0: never.", minimum=0)
+    prompts: tuple[str, ...] = option(("The ", "If the "), "What the samples start with.")
+    max_new_tokens: int = option(48, "Tokens per sample.", minimum=1)
+    temperature: float = option(0.7, "0: greedy.", minimum=0)
+    depth: int | None = option(None, "Iterations per token. None: the trained mean.", minimum=1)
+    num_media: int = option(
+        8,
+        "With data.source='media': held-out prompts whose image is drawn, images that are "
+        "captioned, and the same with sound; of each at most this many, or rows of a batch.",
+        minimum=1,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("prompts")
+    def _samples_need_prompts(self) -> None:
+        """At least one unless every_steps=0."""
+        if self.every_steps and not self.prompts:
+            raise ConfigError(
+                "prompts",
+                f"is empty with every_steps={self.every_steps}; give a prompt or set "
+                "every_steps=0.",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """What is shown and written."""
+
+    every_steps: int = option(10, "Steps between log lines and metric points.", minimum=1)
+    writers: tuple[str, ...] = option(
+        ("tensorboard",), "Where metrics go besides the log.", choices=("tensorboard", "wandb")
+    )
+    wandb_project: str | None = option(None, "Project for the wandb writer (extra 'wandb').")
+    level: str = option(
+        "info", "Least severe message shown.", choices=("debug", "info", "warning", "error")
+    )
+    progress: str = option(
+        "auto",
+        "bar: a live bar. lines: one line per log point. auto: bar on a terminal.",
+        choices=("auto", "bar", "lines"),
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("writers")
+    def _writers_are_different(self) -> None:
+        """Each at most once."""
+        if len(set(self.writers)) != len(self.writers):
+            raise ConfigError("writers", f"{self.writers!r} repeats a writer; name each once.")
+
+    @rule("wandb_project")
+    def _wandb_project_goes_with_wandb(self) -> None:
+        """Given if and only if writers has wandb."""
+        if ("wandb" in self.writers) != (self.wandb_project is not None):
+            raise ConfigError(
+                "wandb_project",
+                f"{self.wandb_project!r} does not go with writers={self.writers!r}; "
+                "the wandb writer needs a project, the others none.",
+            )
+
+
+# ------------------------------------------------------------------------------
+# Figures that show the inside of the model during training.
+
+RECURRENT_KINDS = ("recurrence", "spectral_radius", "depth_draws")
+DIAGNOSTIC_KINDS = (
+    "gradient_norms",
+    "activations",
+    "attention_maps",
+    "token_correlation",
+    *RECURRENT_KINDS,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnosticsConfig:
+    """Figures of a few validation rows, in TensorBoard and as PNGs in the workdir."""
+
+    every_steps: int = option(
+        0, "Steps between diagnostics, which the last step gets too; 0: never.", minimum=0
+    )
+    kinds: tuple[str, ...] = option(
+        (),
+        "gradient_norms: by layer, with the norms of the weights. activations: histograms. "
+        "attention_maps: of the first row. token_correlation: mean cosine between tokens. "
+        "recurrence: residual, contraction and size of the state by iteration. spectral_radius: "
+        "of the core's Jacobian. depth_draws: iterations drawn since the last time. Empty: all "
+        "that the model has.",
+        choices=DIAGNOSTIC_KINDS,
+    )
+    num_rows: int = option(
+        2, "The first so many rows of the first validation batch are looked at.", minimum=1
+    )
+    num_steps: int | None = option(
+        None, "Iterations that are shown. None: twice the trained mean.", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("kinds", "num_rows", "num_steps")
+    def _what_is_shown_goes_with_steps(self) -> None:
+        """At their defaults with every_steps=0 (`experiments.diagnose` has flags of its own)."""
+        if self.every_steps == 0:
+            require_defaults(
+                self,
+                ("kinds", "num_rows", "num_steps"),
+                "with every_steps=0",
+                "set every_steps above 0",
+            )
+
+    @rule("kinds")
+    def _kinds_are_different(self) -> None:
+        """Each at most once."""
+        if len(set(self.kinds)) != len(self.kinds):
+            raise ConfigError("kinds", f"{self.kinds!r} repeats a kind; name each once.")
+
+
+# ------------------------------------------------------------------------------
+# Devices and processes of a run.
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; their product must be the number of devices of all processes."""
+
+    data: int = option(-1, "Batch axis. -1: all devices that the other axes leave.", minimum=-1)
+    fsdp: int = option(1, "Batch axis over which parameters are sharded too.", minimum=1)
+    tensor: int = option(1, "Heads, feed-forward and vocabulary axis.", minimum=1)
+    sequence: int = option(1, "Sequence axis.", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("data")
+    def _data_axis_is_not_empty(self) -> None:
+        """Not 0. The product of all axes is the number of devices (checked when they are known)."""
+        if self.data == 0:
+            raise ConfigError("data", "0 is not allowed; use -1 (what is left) or at least 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistributedConfig:
+    """Start of `jax.distributed`. On TPU pods set enabled alone; the rest is found by JAX."""
+
+    enabled: bool = option(False, "Joins several processes into one run.")
+    coordinator: str | None = option(None, "host:port of process 0.")
+    num_processes: int | None = option(None, "How many processes.", minimum=1)
+    process_id: int | None = option(None, "Which one this is, from 0.", minimum=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("coordinator", "num_processes", "process_id")
+    def _process_options_go_together(self) -> None:
+        """All three or none, and only with enabled=True."""
+        given = [self.coordinator, self.num_processes, self.process_id]
+        if not self.enabled and any(value is not None for value in given):
+            raise ConfigError("enabled", "False, yet process options are given; set enabled=True.")
+        if len({value is None for value in given}) > 1:
+            raise ConfigError(
+                "coordinator",
+                f"coordinator={self.coordinator!r}, num_processes={self.num_processes!r}, "
+                f"process_id={self.process_id!r}: give all three, or none.",
+            )
+
+    @rule("process_id")
+    def _process_is_one_of_them(self) -> None:
+        """Below num_processes."""
+        if self.num_processes is None or self.process_id is None:
+            return
+        if self.process_id >= self.num_processes:
+            raise ConfigError(
+                "process_id",
+                f"{self.process_id} is not below num_processes={self.num_processes}; "
+                "processes count from 0.",
+            )
