@@ -20,8 +20,8 @@ from benchmarks.timing import Phase, alternate, by_round, call_first, environmen
 from megatransformer_jax.config.layers import PeerConfig
 from megatransformer_jax.config.model import MlpConfig
 from megatransformer_jax.models.cost.memory import tree_bytes
-from megatransformer_jax.nn.initializers import WeightInit
 from megatransformer_jax.nn.mlp import Mlp
+from megatransformer_jax.nn.parameters import WeightInit
 from megatransformer_jax.nn.peer import Peer
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

@@ -1,4 +1,4 @@
-"""Log-mel spectrograms on the host, by librosa. `ops/mel.py` makes the same on the device."""
+"""Log-mel spectrograms on the host, by librosa. `ops/sound.py` makes the same on the device."""
 
 import librosa
 import numpy as np

@@ -29,9 +29,9 @@ from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.hypotheses import Hypotheses
 from megatransformer_jax.generation.placement import constrain_rows, fetch, replicate
 from megatransformer_jax.generation.prefill import Prefilled, repeat_rows
-from megatransformer_jax.generation.reorder_cache import reorder_new_rows
 from megatransformer_jax.models.cached_forward import cached_forward
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
+from megatransformer_jax.nn.cache_rows import reorder_new_rows
 from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache
 
 

@@ -39,7 +39,7 @@ def griffin_lim(
         fmin=config.min_hz,
         fmax=config.max_hz,
     )
-    # librosa has a frame more, centred on the end; see ops/stft.py.
+    # librosa has a frame more, centred on the end; see ops/sound.py.
     magnitude = np.concatenate((magnitude, magnitude[:, -1:]), axis=1)
     waveform = librosa.griffinlim(
         magnitude,

@@ -53,8 +53,8 @@ from megatransformer_jax.generation.wavefront_columns import (
 )
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
 from megatransformer_jax.models.wavefront import Refined, refine
+from megatransformer_jax.nn.cache_rows import write_staggered_rows
 from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache, slot_for
-from megatransformer_jax.nn.staggered_rows import write_staggered_rows
 
 # Processors that look at no token but the next: those before it are not final.
 SUPPORTED_PROCESSORS = (AllowedTokens, MinNewTokens, Temperature, TopK, TopP, MinP, Typical)

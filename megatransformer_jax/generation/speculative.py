@@ -28,10 +28,10 @@ from jaxtyping import Array, Int
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState
 from megatransformer_jax.generation.placement import fetch, replicate
-from megatransformer_jax.generation.speculative_cache import sequence_ends
 from megatransformer_jax.generation.speculative_draft import draft
 from megatransformer_jax.generation.speculative_verification import verify
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
+from megatransformer_jax.nn.cache_rows import sequence_ends
 
 # More rounds than there are tokens.
 _ALL_ROUNDS = 2**31 - 1

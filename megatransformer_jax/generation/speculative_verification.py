@@ -31,11 +31,11 @@ from megatransformer_jax.generation.speculative_acceptance import (
     judge,
     stream_keys,
 )
-from megatransformer_jax.generation.speculative_cache import keep_rows
 from megatransformer_jax.generation.speculative_draft import Drafts
 from megatransformer_jax.generation.token_choice import token_log_probs
 from megatransformer_jax.models.cached_forward import CachedOutput, cached_forward
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.nn.cache_rows import keep_rows
 
 
 @struct.dataclass

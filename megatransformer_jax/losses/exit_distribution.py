@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from megatransformer_jax.nn.exit_gate import log_continue, log_stop
+from megatransformer_jax.nn.adapters import log_continue, log_stop
 
 
 class ExitLoss(NamedTuple):

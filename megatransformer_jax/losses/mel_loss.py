@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.audio import MelConfig
-from megatransformer_jax.ops.mel import log_mel
+from megatransformer_jax.ops.sound import log_mel
 
 
 def mel_loss(

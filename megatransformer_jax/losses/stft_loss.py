@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from megatransformer_jax.ops.stft import stft_magnitude
+from megatransformer_jax.ops.sound import stft_magnitude
 
 # Below, magnitudes are silence: their logarithm is that of the floor.
 MAGNITUDE_FLOOR = 1e-5

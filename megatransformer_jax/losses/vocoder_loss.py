@@ -20,7 +20,7 @@ from megatransformer_jax.models.vocoders.build import (
     build_discriminators,
     build_generator,
 )
-from megatransformer_jax.ops.mel import normalized_mel
+from megatransformer_jax.ops.sound import normalized_mel
 from megatransformer_jax.types import DTypePolicy, WaveformBatch
 
 

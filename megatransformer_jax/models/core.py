@@ -8,9 +8,9 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.adapters import build_adapter
 from megatransformer_jax.nn.block import Stack
 from megatransformer_jax.nn.context import LayerContext
-from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

@@ -41,7 +41,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.nn.exit_gate import log_continue
+from megatransformer_jax.nn.adapters import log_continue
 
 # More than any vocabulary's largest entropy, so that no first iteration settles a token.
 FIRST_ENTROPY = 100.0

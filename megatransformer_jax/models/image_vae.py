@@ -13,10 +13,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Key
 
 from megatransformer_jax.config.image import ImageVaeConfig
-from megatransformer_jax.nn.dense import Convolution
-from megatransformer_jax.nn.group_norm import GroupNorm
+from megatransformer_jax.nn.conv import Convolution
+from megatransformer_jax.nn.norms import GroupNorm
 from megatransformer_jax.nn.parameters import vector
-from megatransformer_jax.nn.unet_blocks import Downsample, ResidualBlock, Upsample
+from megatransformer_jax.nn.unet import Downsample, ResidualBlock, Upsample
 from megatransformer_jax.types import DTypePolicy
 
 # Keeps variances and their inverses finite.

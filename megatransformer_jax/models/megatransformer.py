@@ -15,14 +15,13 @@ from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.media_parts import MediaParts
 from megatransformer_jax.models.recurrence import recur
 from megatransformer_jax.models.state_init import initial_state
+from megatransformer_jax.nn.adapters import ExitGate
 from megatransformer_jax.nn.block import Stack, remat_policy
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import TextEmbedding
-from megatransformer_jax.nn.exit_gate import ExitGate
-from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
-from megatransformer_jax.nn.parameters import axes_of, matrix
+from megatransformer_jax.nn.parameters import axes_of, matrix, weight_init
 from megatransformer_jax.ops.interleave import Layout, interleave, take_places
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes, rotary_table

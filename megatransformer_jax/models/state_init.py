@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Key
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.embedding import embedding_scale
-from megatransformer_jax.nn.initializers import truncated_normal, weight_init
+from megatransformer_jax.nn.parameters import truncated_normal, weight_init
 
 
 def initial_state(

@@ -10,11 +10,10 @@ from jaxtyping import Array, Float, Int
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.attention import SelfAttention
 from megatransformer_jax.nn.context import NEW_ROWS, LayerContext
-from megatransformer_jax.nn.initializers import WeightInit
-from megatransformer_jax.nn.layer_scan import scan_layers
+from megatransformer_jax.nn.layer_sharing import scan_layers
 from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.norms import Norm
-from megatransformer_jax.nn.parameters import vector
+from megatransformer_jax.nn.parameters import WeightInit, vector
 from megatransformer_jax.nn.peer import Peer
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

@@ -8,14 +8,13 @@ from jaxtyping import Array, Bool, Float
 from megatransformer_jax.config.decoders import DitConfig
 from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
-from megatransformer_jax.nn.attention import SelfAttention
+from megatransformer_jax.nn.attention import CrossAttention, SelfAttention
 from megatransformer_jax.nn.context import LayerContext
-from megatransformer_jax.nn.cross_attention import CrossAttention
-from megatransformer_jax.nn.dense import ZEROS, Dense
-from megatransformer_jax.nn.initializers import weight_init
+from megatransformer_jax.nn.conv import ZEROS, Dense
+from megatransformer_jax.nn.embedding import patchify, unpatchify
 from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.norms import layer_normalize
-from megatransformer_jax.nn.patches import patchify, unpatchify
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.nn.time_embedding import ConditionEmbedding
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import sinusoidal_embedding

@@ -1,4 +1,4 @@
-"""Token embedding with additive positions, and the language-model head."""
+"""Token embedding with additive positions, the language-model head, and images as patches."""
 
 import math
 
@@ -7,8 +7,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.nn.initializers import WeightInit
-from megatransformer_jax.nn.parameters import matrix, vector
+from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
 from megatransformer_jax.ops.positions import sinusoidal_embedding
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -75,3 +74,36 @@ class TextEmbedding(nn.Module):
             cap = self.config.logit_softcap
             logits = cap * jnp.tanh(logits / cap)
         return self.sharder.constrain(logits, "batch", "length", "vocab")
+
+
+# ------------------------------------------------------------------------------
+# Images as patches.
+
+
+def patchify(
+    images: Float[Array, "N height width C"], patch_size: int
+) -> Float[Array, "N P pixels"]:
+    """Squares of `patch_size`, row by row, each with all its values: rows, then columns, then C.
+
+    Raises:
+      ValueError: if patches do not fill the image.
+    """
+    count, height, width, channels = images.shape
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"an image of {height}x{width} is not filled by patches of {patch_size}x{patch_size}; "
+            "choose a divisor of both sides."
+        )
+    rows, columns = height // patch_size, width // patch_size
+    squares = images.reshape(count, rows, patch_size, columns, patch_size, channels)
+    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(count, rows * columns, -1)
+
+
+def unpatchify(
+    patches: Float[Array, "N P pixels"], patch_size: int, shape: tuple[int, int, int]
+) -> Float[Array, "N height width C"]:
+    """The images of this shape (height, width, C) whose `patchify` is given."""
+    height, width, channels = shape
+    rows, columns = height // patch_size, width // patch_size
+    squares = patches.reshape(-1, rows, columns, patch_size, patch_size, channels)
+    return squares.transpose(0, 1, 3, 2, 4, 5).reshape(-1, *shape)

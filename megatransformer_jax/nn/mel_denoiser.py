@@ -6,9 +6,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.audio import AudioDecoderConfig
-from megatransformer_jax.nn.cross_attention import CrossAttention
-from megatransformer_jax.nn.dense import ZEROS, Dense
-from megatransformer_jax.nn.masked_convolution import MaskedConvolution, frame_mask
+from megatransformer_jax.nn.attention import CrossAttention
+from megatransformer_jax.nn.conv import ZEROS, Dense, MaskedConvolution, frame_mask
 from megatransformer_jax.nn.norms import layer_normalize
 from megatransformer_jax.nn.parameters import vector
 from megatransformer_jax.nn.time_embedding import ConditionEmbedding

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float
 
-from megatransformer_jax.nn.dense import Dense
+from megatransformer_jax.nn.conv import Dense
 from megatransformer_jax.nn.norms import rms_normalize
 from megatransformer_jax.nn.parameters import vector
 from megatransformer_jax.types import DTypePolicy

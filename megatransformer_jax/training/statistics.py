@@ -1,6 +1,6 @@
 """Running statistics among the parameters: no optimiser moves them, the step updates them.
 
-Their gradients are reports of what was seen (nn/running_statistics.py).
+Their gradients are reports of what was seen (nn/peer.py).
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from megatransformer_jax.nn.running_statistics import COUNT, MEAN, VARIANCE, is_statistic
+from megatransformer_jax.nn.peer import COUNT, MEAN, VARIANCE, is_statistic
 
 
 def without_statistics(gradients: Any) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_model import PLAIN, tiny
 
-from megatransformer_jax.generation.reorder_cache import reorder_new_rows
+from megatransformer_jax.nn.cache_rows import reorder_new_rows
 from megatransformer_jax.nn.kv_cache import init_cache, take_sequences
 
 NUM_SEQUENCES, CAPACITY = 6, 256

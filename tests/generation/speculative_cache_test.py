@@ -10,7 +10,7 @@ from tiny_model import tiny
 
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.generation.placement import put_rows
-from megatransformer_jax.generation.speculative_cache import keep_rows, sequence_ends
+from megatransformer_jax.nn.cache_rows import keep_rows, sequence_ends
 from megatransformer_jax.nn.kv_cache import KeyValues, constrain_cache, init_cache, write_rows
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder

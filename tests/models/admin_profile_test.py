@@ -14,8 +14,8 @@ from megatransformer_jax.models.admin_profile import profile_admin
 from megatransformer_jax.models.megatransformer import build_model, init_params, layer_context
 from megatransformer_jax.models.state_init import initial_state
 from megatransformer_jax.nn.attention import SelfAttention
-from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.mlp import Mlp
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

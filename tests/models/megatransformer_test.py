@@ -16,7 +16,7 @@ from megatransformer_jax.config.layers import (
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
-from megatransformer_jax.ops.kernel_choice import UnsupportedKernelError
+from megatransformer_jax.ops.attention import UnsupportedKernelError
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

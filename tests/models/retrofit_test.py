@@ -15,7 +15,7 @@ from megatransformer_jax.losses.cross_entropy import token_loss
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.retrofit import plan_retrofit, retrofit_params
 from megatransformer_jax.nn.adapters import build_adapter
-from megatransformer_jax.nn.initializers import weight_init
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

@@ -10,7 +10,7 @@ import pytest
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.state_init import initial_state
-from megatransformer_jax.nn.initializers import weight_init
+from megatransformer_jax.nn.parameters import weight_init
 
 WIDTH = 64
 # A normal variable cut at three standard deviations keeps this share of its standard deviation.

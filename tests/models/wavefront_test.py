@@ -16,8 +16,8 @@ from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.wavefront import refine
+from megatransformer_jax.nn.cache_rows import write_staggered_rows
 from megatransformer_jax.nn.kv_cache import init_cache
-from megatransformer_jax.nn.staggered_rows import write_staggered_rows
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.nn.adapters import INITIAL_DECAY, build_adapter
-from megatransformer_jax.nn.initializers import weight_init
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.types import DTypePolicy
 
 WIDTH = 8

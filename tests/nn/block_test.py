@@ -12,8 +12,8 @@ from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import layer_context
 from megatransformer_jax.nn.attention import SelfAttention
 from megatransformer_jax.nn.block import Block, Stack
-from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.mlp import Mlp
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.weight_decay import decay_mask

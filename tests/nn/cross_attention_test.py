@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.nn.cross_attention import CrossAttention
+from megatransformer_jax.nn.attention import CrossAttention
 from megatransformer_jax.types import DTypePolicy
 
 HEADS, HEAD_WIDTH = 2, 3

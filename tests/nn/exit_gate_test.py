@@ -12,7 +12,7 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConfig
 from megatransformer_jax.models.cost.parameter_counts import count_parameters
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
-from megatransformer_jax.nn.exit_gate import ExitGate, log_continue, log_stop
+from megatransformer_jax.nn.adapters import ExitGate, log_continue, log_stop
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

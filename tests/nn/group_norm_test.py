@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from megatransformer_jax.nn.group_norm import EPS, GroupNorm, group_normalize
+from megatransformer_jax.nn.norms import EPS, GroupNorm, group_normalize
 
 GROUPS = 2
 

@@ -10,7 +10,7 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import InitConfig, MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.nn.initializers import weight_init
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

@@ -12,9 +12,8 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.models.megatransformer import layer_context
 from megatransformer_jax.nn.block import SOWN_BY_LAYERS, Stack
-from megatransformer_jax.nn.initializers import weight_init
-from megatransformer_jax.nn.layer_scan import plan_loops
-from megatransformer_jax.nn.layer_sharing import layer_owners
+from megatransformer_jax.nn.layer_sharing import layer_owners, plan_loops
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

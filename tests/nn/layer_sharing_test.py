@@ -20,8 +20,8 @@ from megatransformer_jax.models.cost.parameter_counts import (
 )
 from megatransformer_jax.models.megatransformer import build_model, layer_context
 from megatransformer_jax.nn.block import Block, Stack
-from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.layer_sharing import layer_owners, stack_owners
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from megatransformer_jax.nn.conv_downsampling import ConvDownsampling
-from megatransformer_jax.nn.masked_convolution import MaskedConvolution, frame_mask
+from megatransformer_jax.nn.conv import ConvDownsampling, MaskedConvolution, frame_mask
 from megatransformer_jax.types import DTypePolicy
 
 F, C = 9, 3

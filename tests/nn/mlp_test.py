@@ -9,9 +9,8 @@ from flax import linen as nn
 
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ACTIVATIONS, MlpConfig, ModelConfig
-from megatransformer_jax.nn.activations import get_activation
-from megatransformer_jax.nn.initializers import weight_init
-from megatransformer_jax.nn.mlp import Mlp
+from megatransformer_jax.nn.mlp import Mlp, get_activation
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.types import DTypePolicy
 
 WIDTH, HIDDEN = 6, 10

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from megatransformer_jax.nn.patches import patchify, unpatchify
+from megatransformer_jax.nn.embedding import patchify, unpatchify
 
 
 def test_patches_are_squares_and_go_back():

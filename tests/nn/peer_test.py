@@ -13,7 +13,7 @@ from jax.extend.core import jaxprs_in_params
 from megatransformer_jax.config.layers import PeerConfig
 from megatransformer_jax.config.model import MlpConfig
 from megatransformer_jax.nn import peer as peer_module
-from megatransformer_jax.nn.initializers import WeightInit
+from megatransformer_jax.nn.parameters import WeightInit
 from megatransformer_jax.nn.peer import Peer
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

@@ -5,11 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.nn.running_statistics import (
-    RunningStatistics,
-    normalize_by_batch,
-    normalize_by_running,
-)
+from megatransformer_jax.nn.peer import RunningStatistics, normalize_by_batch, normalize_by_running
 
 CHANNELS, EPS, MOMENTUM = 3, 1e-5, 0.9
 

@@ -7,8 +7,8 @@ import numpy as np
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.nn.cache_rows import write_staggered_rows
 from megatransformer_jax.nn.kv_cache import KeyValues, constrain_cache, init_cache
-from megatransformer_jax.nn.staggered_rows import write_staggered_rows
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from megatransformer_jax.ops.attention import attention
-from megatransformer_jax.ops.attention_cudnn import attention_cudnn
+from megatransformer_jax.ops.attention import attention, attention_cudnn
 from megatransformer_jax.ops.attention_xla import attention_xla
 from megatransformer_jax.ops.masks import AttentionMask
 

@@ -10,8 +10,7 @@ from attention_reference import attention_reference
 from jax.sharding import Mesh
 
 from megatransformer_jax.ops import attention_xla
-from megatransformer_jax.ops.attention import attention
-from megatransformer_jax.ops.kernel_choice import UnsupportedKernelError
+from megatransformer_jax.ops.attention import UnsupportedKernelError, attention
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes
 from megatransformer_jax.sharding.rules import Sharder

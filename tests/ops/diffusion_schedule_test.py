@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.ops.diffusion_schedule import (
+from megatransformer_jax.ops.diffusion import (
     SCHEDULES,
     DiffusionSchedule,
     alpha_bar_table,

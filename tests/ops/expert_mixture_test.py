@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from megatransformer_jax.ops.expert_mixture import mix_experts, mix_experts_for_training
+from megatransformer_jax.ops.experts import mix_experts, mix_experts_for_training
 
 NUM_EXPERTS, WIDTH, ACTIVE, LENGTH = 9, 4, 3, 5
 RNG = np.random.default_rng(0)

@@ -8,8 +8,7 @@ import pytest
 from megatransformer_jax.config.decoders import FlowConfig, FlowSamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.models.decoders.flow import flow_loss, sample_flow
-from megatransformer_jax.ops.diffusion import per_medium
-from megatransformer_jax.ops.flow_matching import draw_flow_time, flow_noisy, flow_velocity
+from megatransformer_jax.ops.diffusion import draw_flow_time, flow_noisy, flow_velocity, per_medium
 
 MEAN, STD = 0.5, 0.3
 CONDITION = Condition(jnp.ones((2, 1, 1)), jnp.ones((2, 1), bool))

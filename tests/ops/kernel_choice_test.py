@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatransformer_jax.ops.kernel_choice import (
+from megatransformer_jax.ops.attention import (
     AttentionFeatures,
     UnsupportedKernelError,
     choose_kernel,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data import mel as host
-from megatransformer_jax.ops import mel as device
+from megatransformer_jax.ops import sound as device
 
 CONFIGS = [
     MelConfig(),

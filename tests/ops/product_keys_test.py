@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.ops.product_keys import retrieve
+from megatransformer_jax.ops.experts import retrieve
 
 
 def test_finds_the_best_of_all_keys():

@@ -6,7 +6,7 @@ import librosa
 import numpy as np
 import pytest
 
-from megatransformer_jax.ops.stft import (
+from megatransformer_jax.ops.sound import (
     hann_window,
     inverse_stft,
     num_frames,

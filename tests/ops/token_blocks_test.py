@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.ops.token_blocks import join_tokens, map_tokens, num_blocks, split_tokens
+from megatransformer_jax.ops.experts import join_tokens, map_tokens, num_blocks, split_tokens
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 7])

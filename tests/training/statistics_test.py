@@ -15,7 +15,7 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import build_model
-from megatransformer_jax.nn.running_statistics import is_statistic
+from megatransformer_jax.nn.peer import is_statistic
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.optimizers import build_optimizer

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.nn.running_statistics import is_statistic
+from megatransformer_jax.nn.peer import is_statistic
 from megatransformer_jax.training.objective import Place, make_objective
 from megatransformer_jax.training.parameter_paths import path_text
 from megatransformer_jax.types import Batch, HostOrDeviceArray

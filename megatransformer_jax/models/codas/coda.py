@@ -16,8 +16,8 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.decoders.decoder import Condition
 from megatransformer_jax.nn.block import Stack
 from megatransformer_jax.nn.context import LayerContext
-from megatransformer_jax.nn.initializers import weight_init
 from megatransformer_jax.nn.norms import Norm
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
 from megatransformer_jax.sharding.rules import Sharder

@@ -7,8 +7,12 @@ from jaxtyping import Array, Bool, Float, Key
 from megatransformer_jax.config.decoders import DiffusionConfig
 from megatransformer_jax.models.decoders.decoder import Condition, decoder_keys
 from megatransformer_jax.models.decoders.guidance import Denoiser, drop_conditions
-from megatransformer_jax.ops.diffusion import add_noise, min_snr_weight, prediction_target
-from megatransformer_jax.ops.diffusion_schedule import DiffusionSchedule
+from megatransformer_jax.ops.diffusion import (
+    DiffusionSchedule,
+    add_noise,
+    min_snr_weight,
+    prediction_target,
+)
 
 
 def schedule_of(config: DiffusionConfig) -> DiffusionSchedule:

@@ -8,7 +8,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.models.decoders.decoder import Condition
-from megatransformer_jax.nn.dense import ZEROS, Dense
+from megatransformer_jax.nn.conv import ZEROS, Dense
 from megatransformer_jax.nn.norms import rms_normalize
 from megatransformer_jax.nn.parameters import vector
 from megatransformer_jax.types import DTypePolicy

@@ -8,7 +8,7 @@ from megatransformer_jax.config.decoders import FlowConfig, FlowSamplerConfig
 from megatransformer_jax.models.decoders.decoder import Condition, decoder_keys
 from megatransformer_jax.models.decoders.diffusion import draw_noise, mean_of_valid
 from megatransformer_jax.models.decoders.guidance import Denoiser, apply_guidance, drop_conditions
-from megatransformer_jax.ops.flow_matching import (
+from megatransformer_jax.ops.diffusion import (
     draw_flow_time,
     euler_step,
     flow_noisy,

@@ -19,7 +19,7 @@ from megatransformer_jax.models.decoders.duration import (
 )
 from megatransformer_jax.models.decoders.guidance import Denoiser
 from megatransformer_jax.models.decoders.samplers import sample_diffusion
-from megatransformer_jax.nn.masked_convolution import frame_mask
+from megatransformer_jax.nn.conv import frame_mask
 from megatransformer_jax.nn.mel_denoiser import MelDenoiser
 from megatransformer_jax.types import DTypePolicy
 

@@ -9,10 +9,8 @@ from megatransformer_jax.models.codas.coda import side_context
 from megatransformer_jax.models.preludes.media_embedding import MediaEmbedding
 from megatransformer_jax.models.preludes.media_stack import media_stack
 from megatransformer_jax.models.preludes.prelude import Encoded
-from megatransformer_jax.nn.conv_downsampling import ConvDownsampling
-from megatransformer_jax.nn.initializers import weight_init
-from megatransformer_jax.nn.masked_convolution import frame_mask
-from megatransformer_jax.nn.parameters import vector
+from megatransformer_jax.nn.conv import ConvDownsampling, frame_mask
+from megatransformer_jax.nn.parameters import vector, weight_init
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

@@ -7,8 +7,7 @@ from jaxtyping import Array, Float
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.embedding import embedding_scale
-from megatransformer_jax.nn.initializers import truncated_normal, weight_init
-from megatransformer_jax.nn.parameters import matrix, vector
+from megatransformer_jax.nn.parameters import matrix, truncated_normal, vector, weight_init
 from megatransformer_jax.types import DTypePolicy
 
 

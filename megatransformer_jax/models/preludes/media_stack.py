@@ -5,7 +5,7 @@ import dataclasses
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.codas.coda import side_stack_config
 from megatransformer_jax.nn.block import Stack
-from megatransformer_jax.nn.initializers import weight_init
+from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

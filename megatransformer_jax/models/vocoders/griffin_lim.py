@@ -12,8 +12,7 @@ import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
 from megatransformer_jax.config.audio import LOWEST_MAGNITUDE, MelConfig
-from megatransformer_jax.ops.mel import denormalize, mel_filters
-from megatransformer_jax.ops.stft import inverse_stft, stft
+from megatransformer_jax.ops.sound import denormalize, inverse_stft, mel_filters, stft
 
 # Perraudin, Balazs and Sondergaard, "A fast Griffin-Lim algorithm", 2013.
 MOMENTUM = 0.99

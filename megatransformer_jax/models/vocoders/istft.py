@@ -15,7 +15,7 @@ from megatransformer_jax.models.vocoders.griffin_lim import (
 from megatransformer_jax.nn.norms import layer_normalize
 from megatransformer_jax.nn.parameters import vector
 from megatransformer_jax.nn.vocoder_blocks import ConvNextBlock, Convolution, mask
-from megatransformer_jax.ops.stft import inverse_stft
+from megatransformer_jax.ops.sound import inverse_stft
 from megatransformer_jax.types import DTypePolicy
 
 # Largest change of a log magnitude.
