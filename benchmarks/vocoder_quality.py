@@ -31,11 +31,10 @@ from experiments.run_kinds.vocoder import make_vocoder
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.build import build_audio_source
-from megatransformer_jax.data.mel import fill_hops, normalized_mel
+from megatransformer_jax.data.mel import fill_hops, griffin_lim, normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.evaluation.media.audio_quality import pesq, stoi
-from megatransformer_jax.generation.griffin_lim import griffin_lim
-from megatransformer_jax.losses.stft_loss import multi_resolution_stft_loss
+from megatransformer_jax.losses.sound import multi_resolution_stft_loss
 
 MIN_SECONDS = 0.5
 # From a mel spectrogram [F, M] to a waveform [F * hop_samples].

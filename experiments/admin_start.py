@@ -7,7 +7,7 @@ import optax
 from absl import logging
 
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.data.pipeline import Pipeline
+from megatransformer_jax.data.batches import Pipeline
 from megatransformer_jax.models.admin_profile import profile_admin
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder

@@ -14,7 +14,7 @@ from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.augmentation.text import TextAugmentation
 from megatransformer_jax.data.fingerprint import training_text_identity
-from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.reasoning import build_task
 from megatransformer_jax.data.sources import training_texts

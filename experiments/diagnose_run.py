@@ -13,7 +13,7 @@ from experiments.workdir import make_folder
 from megatransformer_jax.config.loop import DIAGNOSTIC_KINDS, DiagnosticsConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.evaluation.diagnostics.diagnoser import (
     Diagnoser,

@@ -10,7 +10,7 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_rules import media_places
-from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.types import Batch
 

@@ -13,9 +13,9 @@ from experiments.load_model import LoadedModel
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.build import audio_source_name
-from megatransformer_jax.data.media.digits import WORDS
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.tasks import task_names
+from megatransformer_jax.data.media.images import WORDS
+from megatransformer_jax.data.media.records import MediaFormats
+from megatransformer_jax.data.media.rows import task_names
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.evaluation.media.digit_referee import (
     DrawnDigitReferee,

@@ -9,10 +9,9 @@ from PIL import Image, UnidentifiedImageError
 from experiments.generate_flags import CommandOptions
 from experiments.prompts import Prompts
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.image_fitting import ImageFitter
-from megatransformer_jax.data.media.sample import AudioPart, ImagePart
-from megatransformer_jax.data.media.waveform_fitting import WaveformFitter
+from megatransformer_jax.data.media.images import ImageFitter
+from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats
+from megatransformer_jax.data.media.sounds import WaveformFitter
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.generation.media_prompt import MediaPrompt, prompt_of_text

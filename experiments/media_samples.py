@@ -10,6 +10,7 @@ from experiments.assemble import Vocabulary, trained_depth
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import MAX_SEED
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.mel import griffin_lim
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
 from megatransformer_jax.evaluation.media.sample_steps import (
@@ -20,7 +21,6 @@ from megatransformer_jax.evaluation.media.sample_steps import (
 )
 from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet, draw_mels, pixels_of
 from megatransformer_jax.evaluation.validation import depth_argument
-from megatransformer_jax.generation.griffin_lim import griffin_lim
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.training.media_hook import MediaSamples
 from megatransformer_jax.types import Batch

@@ -20,8 +20,8 @@ from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.batches import Pipeline
 from megatransformer_jax.data.fingerprint import data_fingerprint
-from megatransformer_jax.data.pipeline import Pipeline
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import TrainState, init_state

@@ -8,10 +8,9 @@ from experiments.load_vocoder import load_vocoder
 from experiments.media_measures import reject_options
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.build import build_audio_source
-from megatransformer_jax.data.mel import fill_hops, normalized_mel
+from megatransformer_jax.data.mel import fill_hops, griffin_lim, normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.evaluation.media.resynthesis import ResynthesisScores, resynthesis_scores
-from megatransformer_jax.generation.griffin_lim import griffin_lim
 
 DEFAULT_CLIPS = 8
 

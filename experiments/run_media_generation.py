@@ -18,9 +18,9 @@ from experiments.stopwatch import Stopwatch
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.generation import GenerationConfig, MediaGenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer
-from megatransformer_jax.generation.griffin_lim import griffin_lim
+from megatransformer_jax.data.mel import griffin_lim
 from megatransformer_jax.generation.media_completion import MediaCompletion
 from megatransformer_jax.generation.media_generator import MediaGenerator
 from megatransformer_jax.generation.media_plan import room_for_text, sequence_length

@@ -15,8 +15,7 @@ from rich.table import Table
 from experiments.run_kinds.run_kind import NoVocabulary, ParamsOf
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.data.batches import first_batches
-from megatransformer_jax.data.pipeline import Pipeline
+from megatransformer_jax.data.batches import Pipeline, first_batches
 from megatransformer_jax.evaluation.mean_validation import (
     Judge,
     MeanValidation,

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from rich.console import Console
 
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.data.pipeline import Pipeline
+from megatransformer_jax.data.batches import Pipeline
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.hooks import Hook
 from megatransformer_jax.training.loop import StepFunction

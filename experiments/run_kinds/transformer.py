@@ -15,8 +15,9 @@ from experiments.run_kinds.run_kind import ParamsOf
 from experiments.samples import make_sampler
 from experiments.summary import summarize
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.data.media.tasks import task_names
-from megatransformer_jax.data.pipeline import Pipeline, build_pipeline, validation_batches
+from megatransformer_jax.data.batches import Pipeline
+from megatransformer_jax.data.media.rows import task_names
+from megatransformer_jax.data.pipeline import build_pipeline, validation_batches
 from megatransformer_jax.evaluation.diagnostics.hook import DiagnosticsHook
 from megatransformer_jax.evaluation.diagnostics.subject import make_subject
 from megatransformer_jax.evaluation.eval_step import make_eval_step

@@ -12,11 +12,11 @@ import numpy as np
 from experiments.run_kinds.medium_run import MediumRun
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.vocoder import VocoderConfig
-from megatransformer_jax.data.media.waveform_batches import waveform_pipeline
+from megatransformer_jax.data.media.batches import waveform_pipeline
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
 from megatransformer_jax.evaluation.media_figures import draw_mels
-from megatransformer_jax.losses.vocoder_loss import resynthesize, spectral_losses, vocoder_loss
+from megatransformer_jax.losses.sound import resynthesize, spectral_losses, vocoder_loss
 from megatransformer_jax.models.vocoders.build import init_vocoder, vocoder_axes
 from megatransformer_jax.training.media_hook import MediaSamples
 from megatransformer_jax.types import DTypePolicy, WaveformBatch

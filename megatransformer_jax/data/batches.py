@@ -1,17 +1,30 @@
-"""Streams of batches that can be resumed, for text and for reasoning problems."""
+"""Streams of batches that can be resumed: text, reasoning problems, buckets of like length."""
 
 import dataclasses
+import json
 import sys
 import typing
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.documents import Documents, in_order, read
-from megatransformer_jax.data.packing import PackedRows, PaddedRows, Row, stack
+from megatransformer_jax.data.packing import (
+    Cuts,
+    PackedRows,
+    PaddedRows,
+    Row,
+    SpecialIds,
+    document_row,
+    num_positions,
+    stack,
+)
 from megatransformer_jax.data.reasoning import ProblemSet
-from megatransformer_jax.data.sources.combine import Records
+from megatransformer_jax.data.sources.record import BadRecordPolicy, Records
 from megatransformer_jax.types import Batch
 
 Element = typing.TypeVar("Element")
@@ -178,3 +191,183 @@ def first_batches(stream: Iterator[Batch], limit: int | None) -> list[Batch]:
             break
         batches.append(batch)
     return batches
+
+
+# ------------------------------------------------------------------------------
+# What training iterates over: a stream with a thread that makes batches ahead.
+
+
+class Pipeline:
+    """Batches of one process, made ahead by a thread, and resumable.
+
+    Training is endless; validation is one pass in a fixed order, whose last batch is filled up
+    with rows of padding. The state is that of the last batch returned, whatever was made ahead.
+
+    Example:
+      with build_pipeline(config.data, tokenizer, split="train") as batches:
+          batch = next(batches)
+          state = batches.get_state()
+    """
+
+    def __init__(self, stream: BatchStream, bad_records: BadRecordPolicy, ahead: int):
+        # A list, so that closing at the exit of Python can let go of grain's iterator: whatever is
+        # left of it when modules are torn down complains on stderr, and its workers delay the exit.
+        self._iterators = [grain.experimental.ThreadPrefetchDatasetIterator(stream, ahead)]
+        self._finalizer = weakref.finalize(self, _close, self._iterators, stream)
+        self.bad_records = bad_records
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """A JSON-able dict: where the batch after the last returned one starts.
+
+        It is the same in every process and for every number of processes and workers.
+        """
+        return dict(self._iterator.get_state())
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on exactly where `get_state` was called.
+
+        Raises:
+          UserError: if the state comes from a pipeline of another kind.
+        """
+        mine = self._iterator.get_state()
+        if state.keys() != mine.keys() or not all(
+            _is_like(value, mine[name]) for name, value in state.items()
+        ):
+            raise UserError(
+                f"the data state {json.dumps(state)} does not go with this data configuration, "
+                f"whose states look like {json.dumps(mine)}. Use the configuration of the run "
+                "that saved it, or start without it."
+            )
+        self._iterator.set_state(state)
+
+    def close(self) -> None:
+        """Stops the thread and the worker processes; the pipeline cannot be used any more."""
+        self._finalizer()
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._iterators:
+            raise ValueError("the pipeline is closed; build a new one")
+        return self._iterators[0]
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self.close()
+
+
+def _is_like(value: Any, mine: int | list[int]) -> bool:
+    """Whether a value of a state is a number, or a list of numbers, as mine is."""
+    if isinstance(mine, list):
+        return isinstance(value, list) and all(_is_like(item, 0) for item in value)
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _close(iterators: list[grain.DatasetIterator], stream: BatchStream) -> None:
+    while iterators:
+        iterators.pop().close()
+    stream.close()
+
+
+# ------------------------------------------------------------------------------
+# Batches whose rows have a length that suits their documents, so that little of them is padding.
+#
+# Documents of like length are collected until there are enough of them for a batch. There is one
+# static shape per length, and batches of shorter rows have more of them.
+
+
+class BucketBatches:
+    """Batches of rows of text with one document each (a `BatchStream`).
+
+    A document goes to the bucket of the shortest rows that it fits in; one that is longer than
+    all is cut. A bucket that has the rows of a batch is emitted and empty again. At the end of a
+    finite stream the buckets are emitted as they are, shortest first, filled up with rows of
+    padding. Every process does this for the whole stream and keeps its share of the rows.
+
+    Args:
+      documents: the stream.
+      ids: what is added to the documents.
+      shapes: rows and length of the batches, lengths increasing (`DataConfig.batch_shapes`).
+      share: which rows this process keeps.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        ids: SpecialIds,
+        shapes: Sequence[tuple[int, int]],
+        share: Share,
+    ):
+        self._documents = documents
+        self._ids = ids
+        self._num_rows = {length: rows for rows, length in shapes}
+        self._share = share
+        self.cuts = Cuts("bucket", max(self._num_rows))
+        self._document = 0
+        self._stream: Iterator[np.ndarray] | None = None  # not opened before it is needed
+        # Numbers and rows of the documents that no batch had yet.
+        self._waiting: dict[int, list[tuple[int, Row]]] = {length: [] for length in self._num_rows}
+        self._unread: list[int] = []  # numbers of a state whose documents are still to be read
+
+    def __next__(self) -> Batch:
+        self._read_waiting()
+        if self._stream is None:
+            self._stream = self._documents.open(self._document)
+        for document in self._stream:
+            number = self._document
+            self._document += 1
+            if not len(document):
+                continue
+            self.cuts.count(num_positions(document) - max(self._num_rows))
+            length = self._add(number, document)
+            if len(self._waiting[length]) == self._num_rows[length]:
+                return self._emit(length)
+        for length, waiting in self._waiting.items():
+            if waiting:
+                return self._emit(length)
+        raise StopIteration
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of the next document, and those of the documents that wait in buckets."""
+        numbers = [number for waiting in self._waiting.values() for number, _ in waiting]
+        return {"document": self._document, "waiting": sorted(numbers + self._unread)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from there; what waited is read again when the next batch is asked for."""
+        self.close()
+        self._document = state["document"]
+        self._unread = list(state["waiting"])
+        for waiting in self._waiting.values():
+            waiting.clear()
+        self._stream = None
+
+    def close(self) -> None:
+        """Stops the worker processes."""
+        self._documents.close()
+
+    def _read_waiting(self) -> None:
+        # In ascending order, as they were collected.
+        for number in self._unread:
+            self._add(number, self._documents.at(number))
+        self._unread = []
+
+    def _add(self, number: int, document: np.ndarray) -> int:
+        """Puts a document into its bucket and returns the bucket's length."""
+        fitting = (length for length in self._waiting if num_positions(document) <= length)
+        length = next(fitting, max(self._num_rows))
+        self._waiting[length].append((number, document_row(document, self._ids, length)))
+        return length
+
+    def _emit(self, length: int) -> Batch:
+        rows = [row for _, row in self._waiting[length]]
+        self._waiting[length].clear()
+        num_rows = self._num_rows[length]
+        rows += [Row.empty(length, self._ids.pad)] * (num_rows - len(rows))
+        return stack(rows[self._share.rows_of(num_rows)])

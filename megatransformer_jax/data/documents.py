@@ -13,9 +13,11 @@ from absl import flags
 
 from megatransformer_jax.config.data import AugmentationConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.augmentation.back_translation import FailedAugmentation
-from megatransformer_jax.data.augmentation.text import TextAugmentation
-from megatransformer_jax.data.augmentation.token_dropout import TokenDropout
+from megatransformer_jax.data.augmentation.text import (
+    FailedAugmentation,
+    TextAugmentation,
+    TokenDropout,
+)
 from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy, TextSource
 from megatransformer_jax.data.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""Tells cheaply whether the corpus of an earlier run is still the same.
+"""Tells cheaply whether the corpus of an earlier run is still the same: its text, its media.
 
 The configuration names files, not what is in them. A line appended to one of them changes the
 order of all documents and which of them are held out, so a run must not go on over it unseen.
@@ -6,13 +6,21 @@ order of all documents and which of them are held out, so a run must not go on o
 
 import hashlib
 import os
+import typing
 from collections.abc import Sequence
 from typing import Any
 
+import sklearn
+
 from megatransformer_jax.config.data import FILE_SOURCES, DataConfig
-from megatransformer_jax.data.augmentation.synonyms import read_synonyms
+from megatransformer_jax.config.media_data import AudioDataConfig, ImageDataConfig
+from megatransformer_jax.data.augmentation.text import read_synonyms
+from megatransformer_jax.data.media.build import audio_source_name
+from megatransformer_jax.data.media.folders import AUDIO_FOLDER, IMAGE_FOLDER, folder_files
+from megatransformer_jax.data.media.speech import espeak_version
 from megatransformer_jax.data.sources.build import open_records, source_files
 from megatransformer_jax.data.sources.record import open_file
+from megatransformer_jax.data.sources.tfds import open_tfds
 
 # A corpus of many gigabytes must not delay every start, so about this much is read of all files
 # together, but at least four blocks of each.
@@ -36,7 +44,6 @@ def data_fingerprint(config: DataConfig) -> str:
         return "generated problems"
     if config.source == "media":
         # scikit-learn and the like take a second to import, which text needs not pay.
-        from megatransformer_jax.data.media.fingerprint import media_fingerprint  # noqa: PLC0415
 
         return media_fingerprint(config, _of_files)
     words = split_fingerprint(config, "train")
@@ -106,3 +113,64 @@ def _of_files(paths: Sequence[str]) -> str:
 def _add(digest: Any, content: bytes) -> None:
     digest.update(f"{len(content)}:".encode())
     digest.update(content)
+
+
+# ------------------------------------------------------------------------------
+# The same for media.
+
+
+def media_fingerprint(
+    config: DataConfig, fingerprint_files: typing.Callable[[list[str]], str]
+) -> str:
+    """What decides the media beside the configuration, in words for a message.
+
+    Args:
+      config: with source='media'.
+      fingerprint_files: of the content of files.
+
+    Raises:
+      UserError: if the data cannot be read.
+    """
+    parts = []
+    media = config.media
+    if media.has_images:
+        parts.append(f"images: {_of_images(media.images, fingerprint_files)}")
+    if media.has_audio:
+        name = audio_source_name(config)
+        parts.append(f"audio: {_of_audio(name, media.audio, fingerprint_files)}")
+    return "; ".join(parts) or "embedded text"
+
+
+def _of_images(
+    options: ImageDataConfig, fingerprint_files: typing.Callable[[list[str]], str]
+) -> str:
+    if options.source == "tfds":
+        return _of_tfds(options, "data.media.images.source")
+    if options.source == "image_folder":
+        assert options.folder is not None  # A rule of the configuration.
+        return fingerprint_files(folder_files(options.folder, IMAGE_FOLDER))
+    return f"{options.source} of scikit-learn {sklearn.__version__.split('.', maxsplit=1)[0]}"
+
+
+def _of_audio(
+    name: str, options: AudioDataConfig, fingerprint_files: typing.Callable[[list[str]], str]
+) -> str:
+    if name == "tfds":
+        return _of_tfds(options, "data.media.audio.source")
+    if name == "audio_folder":
+        assert options.folder is not None  # A rule of the configuration.
+        return fingerprint_files(folder_files(options.folder, AUDIO_FOLDER))
+    return name if name == "tones" else f"{name} by {espeak_version()}"
+
+
+def _of_tfds(options: ImageDataConfig | AudioDataConfig, option: str) -> str:
+    """Number of records of each split, and names and types of features."""
+    words = []
+    for split in (options.tfds_split, options.tfds_validation_split):
+        if split is not None:
+            records, features, name = open_tfds(
+                options.tfds_name, options.tfds_data_dir, split, option
+            )
+            digest = hashlib.sha256(repr(features).encode()).hexdigest()[:16]
+            words.append(f"{name} has {len(records)} records, features {digest}")
+    return ", ".join(words)

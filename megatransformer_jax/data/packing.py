@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from absl import logging
 
-from megatransformer_jax.data.augmentation.token_dropout import ids_to_predict, ids_to_read
+from megatransformer_jax.data.augmentation.text import ids_to_predict, ids_to_read
 from megatransformer_jax.types import Batch
 
 # The token ids of the documents from the n-th on; an empty document takes no place in any row.

@@ -1,109 +1,26 @@
 """From the data configuration to batches: the one entry point of the data layer."""
 
-import json
-import weakref
-from collections.abc import Iterator
 from typing import Any
 
-import grain
-
 from megatransformer_jax.config.data import DataConfig
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.batches import (
     BatchStream,
+    BucketBatches,
+    Pipeline,
     ProblemBatches,
     Share,
     TextBatches,
     first_batches,
 )
-from megatransformer_jax.data.buckets import BucketBatches
 from megatransformer_jax.data.documents import Documents
-from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.packing import PackedRows, PaddedRows, Row, SpecialIds
 from megatransformer_jax.data.reasoning import ProblemSet
 from megatransformer_jax.data.sources import BadRecordPolicy, build_source
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.types import Batch
-
-
-class Pipeline:
-    """Batches of one process, made ahead by a thread, and resumable.
-
-    Training is endless; validation is one pass in a fixed order, whose last batch is filled up
-    with rows of padding. The state is that of the last batch returned, whatever was made ahead.
-
-    Example:
-      with build_pipeline(config.data, tokenizer, split="train") as batches:
-          batch = next(batches)
-          state = batches.get_state()
-    """
-
-    def __init__(self, stream: BatchStream, bad_records: BadRecordPolicy, ahead: int):
-        # A list, so that closing at the exit of Python can let go of grain's iterator: whatever is
-        # left of it when modules are torn down complains on stderr, and its workers delay the exit.
-        self._iterators = [grain.experimental.ThreadPrefetchDatasetIterator(stream, ahead)]
-        self._finalizer = weakref.finalize(self, _close, self._iterators, stream)
-        self.bad_records = bad_records
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        return next(self._iterator)
-
-    def get_state(self) -> dict[str, Any]:
-        """A JSON-able dict: where the batch after the last returned one starts.
-
-        It is the same in every process and for every number of processes and workers.
-        """
-        return dict(self._iterator.get_state())
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on exactly where `get_state` was called.
-
-        Raises:
-          UserError: if the state comes from a pipeline of another kind.
-        """
-        mine = self._iterator.get_state()
-        if state.keys() != mine.keys() or not all(
-            _is_like(value, mine[name]) for name, value in state.items()
-        ):
-            raise UserError(
-                f"the data state {json.dumps(state)} does not go with this data configuration, "
-                f"whose states look like {json.dumps(mine)}. Use the configuration of the run "
-                "that saved it, or start without it."
-            )
-        self._iterator.set_state(state)
-
-    def close(self) -> None:
-        """Stops the thread and the worker processes; the pipeline cannot be used any more."""
-        self._finalizer()
-
-    @property
-    def _iterator(self) -> grain.DatasetIterator:
-        if not self._iterators:
-            raise ValueError("the pipeline is closed; build a new one")
-        return self._iterators[0]
-
-    def __enter__(self) -> "Pipeline":
-        return self
-
-    def __exit__(self, *unused: object) -> None:
-        self.close()
-
-
-def _is_like(value: Any, mine: int | list[int]) -> bool:
-    """Whether a value of a state is a number, or a list of numbers, as mine is."""
-    if isinstance(mine, list):
-        return isinstance(value, list) and all(_is_like(item, 0) for item in value)
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _close(iterators: list[grain.DatasetIterator], stream: BatchStream) -> None:
-    while iterators:
-        iterators.pop().close()
-    stream.close()
 
 
 def build_pipeline(

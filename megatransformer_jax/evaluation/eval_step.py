@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from megatransformer_jax.losses.cross_entropy import token_loss
+from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.types import Batch
 
 

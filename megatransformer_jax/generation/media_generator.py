@@ -25,7 +25,7 @@ import numpy as np
 
 from megatransformer_jax.config.generation import GenerationConfig, for_model
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.media.formats import MediaFormats
+from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, decode
 from megatransformer_jax.generation.ending import END_OF_TEXT, FINISH_REASONS, RUNNING, Ending

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.media.check import check_prompt
-from megatransformer_jax.data.media.encoding import encode_sample
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.sample import AudioPart, ImagePart, Part, Sample
+from megatransformer_jax.data.media.encoding import check_prompt, encode_sample
+from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats, Part, Sample
 from megatransformer_jax.data.media_tokenizer import MEDIUM_AFTER, MediaTokenizer
 from megatransformer_jax.types import AUDIO, IMAGE
 

@@ -6,12 +6,12 @@ import jax
 from jaxtyping import Array, Float, Key
 
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.losses.cross_entropy import token_cross_entropy
-from megatransformer_jax.losses.exit_distribution import (
+from megatransformer_jax.losses.tokens import (
     ExitLoss,
     exit_log_probs,
     exit_loss,
     geometric_log_prior,
+    token_cross_entropy,
     uniform_log_prior,
 )
 from megatransformer_jax.models.core_pass import first_state, observe_iterations, open_core

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.losses.cross_entropy import TokenLoss, token_loss
+from megatransformer_jax.losses.tokens import TokenLoss, token_loss
 from megatransformer_jax.models.core_jacobian import random_signs, squared_jacobian
 from megatransformer_jax.models.megatransformer import LAST_STATE, MegaTransformer
 from megatransformer_jax.training.gate_term import gate_term

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.losses.cross_entropy import TokenLoss
+from megatransformer_jax.losses.tokens import TokenLoss
 from megatransformer_jax.models.fine_tuned import model_params
 from megatransformer_jax.models.media_parts import sequence_room
 from megatransformer_jax.models.megatransformer import MegaTransformer

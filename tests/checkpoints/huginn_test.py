@@ -20,7 +20,7 @@ from megatransformer_jax.checkpoints.huginn import (
 )
 from megatransformer_jax.checkpoints.safetensors_files import SafetensorsReader, WeightsFileError
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.losses.cross_entropy import token_loss
+from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

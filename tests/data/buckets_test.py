@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
-from megatransformer_jax.data.batches import Share
-from megatransformer_jax.data.buckets import BucketBatches
+from megatransformer_jax.data.batches import BucketBatches, Share
 from megatransformer_jax.data.packing import SpecialIds
 from megatransformer_jax.data.pipeline import build_pipeline, validation_batches
 from megatransformer_jax.data.tokenizer import BytesTokenizer

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.sentencepiece_training import train_sentencepiece
 from megatransformer_jax.data.sources import BadRecordError, training_texts
 from megatransformer_jax.data.tokenizer import (
     BytesTokenizer,
     SentencePieceTokenizer,
     build_tokenizer,
     load_sentencepiece,
+    train_sentencepiece,
 )
 
 SMALL = TokenizerConfig(vocab_size=400)

@@ -12,7 +12,7 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.data.reasoning import ProblemSet
-from megatransformer_jax.data.reasoning.parity import Parity
+from megatransformer_jax.data.reasoning.tasks import Parity
 from megatransformer_jax.evaluation.cached_answers import (
     CachedAnswers,
     cached_answers,

@@ -6,8 +6,11 @@ from rich.console import Console
 
 from experiments.depth_colors import Screen, color, color_ranges, token_texts
 from megatransformer_jax.config.data import TokenizerConfig
-from megatransformer_jax.data.sentencepiece_training import train_sentencepiece
-from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer
+from megatransformer_jax.data.tokenizer import (
+    BytesTokenizer,
+    SentencePieceTokenizer,
+    train_sentencepiece,
+)
 
 TOKENS = [(" a", 1), ("", 2), ("é", 8), ("!", 8)]
 

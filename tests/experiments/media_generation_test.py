@@ -19,7 +19,7 @@ from experiments.load_model import LoadedModel
 from megatransformer_jax.config.build import construct
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.data.media.sample import AudioPart, ImagePart
+from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.media_completion import (

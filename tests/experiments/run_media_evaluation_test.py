@@ -15,9 +15,7 @@ from experiments.media_measures import MediaMeasures
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.media.encoding import RowShape, encode_sample, make_batch
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.records import AudioRecord
-from megatransformer_jax.data.media.sample import AudioPart, Sample
+from megatransformer_jax.data.media.records import AudioPart, AudioRecord, MediaFormats, Sample
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import fill_hops
 from megatransformer_jax.data.sources.record import BadRecord

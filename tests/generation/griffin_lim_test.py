@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.config.audio import MelConfig
-from megatransformer_jax.data.mel import normalized_mel
-from megatransformer_jax.generation.griffin_lim import griffin_lim
+from megatransformer_jax.data.mel import griffin_lim, normalized_mel
 
 CONFIG = MelConfig(
     sample_rate_hz=8000, num_mels=40, fft_samples=512, window_samples=400, hop_samples=100

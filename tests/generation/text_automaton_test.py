@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.sentencepiece_training import train_sentencepiece
 from megatransformer_jax.data.sources import training_texts
-from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer
+from megatransformer_jax.data.tokenizer import (
+    BytesTokenizer,
+    SentencePieceTokenizer,
+    train_sentencepiece,
+)
 from megatransformer_jax.generation.text_automaton import (
     MIN_STATES,
     PieceTable,

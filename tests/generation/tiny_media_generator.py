@@ -10,7 +10,7 @@ from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, Me
 from megatransformer_jax.config.decoders import SamplerConfig, UNetConfig
 from megatransformer_jax.config.generation import GenerationConfig, MediaGenerationConfig
 from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
-from megatransformer_jax.data.media.sample import AudioPart, ImagePart
+from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.generation.media_generator import MediaGenerator
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.losses.adversarial import (
+from megatransformer_jax.losses.sound import (
     discriminator_loss,
     feature_matching_loss,
     generator_loss,

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.losses.exit_distribution import (
+from megatransformer_jax.losses.tokens import (
     exit_log_probs,
     exit_loss,
     geometric_log_prior,

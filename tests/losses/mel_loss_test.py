@@ -5,7 +5,7 @@ import numpy as np
 
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.data.mel import log_mel
-from megatransformer_jax.losses.mel_loss import mel_loss
+from megatransformer_jax.losses.sound import mel_loss
 
 MEL = MelConfig(sample_rate_hz=1000, num_mels=4, fft_samples=64, window_samples=64, hop_samples=16)
 

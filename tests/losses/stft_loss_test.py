@@ -5,11 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.signal
 
-from megatransformer_jax.losses.stft_loss import (
-    MAGNITUDE_FLOOR,
-    multi_resolution_stft_loss,
-    stft_loss,
-)
+from megatransformer_jax.losses.sound import MAGNITUDE_FLOOR, multi_resolution_stft_loss, stft_loss
 
 SIZES = (16, 32)
 

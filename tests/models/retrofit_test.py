@@ -11,7 +11,7 @@ from megatransformer_jax.config.layers import AttentionConfig, SharingConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.losses.cross_entropy import token_loss
+from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.retrofit import plan_retrofit, retrofit_params
 from megatransformer_jax.nn.adapters import build_adapter

@@ -16,7 +16,7 @@ from megatransformer_jax.config.recurrence import (
     RecurrenceConfig,
 )
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.losses.cross_entropy import token_loss
+from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.core_pass import open_core
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder

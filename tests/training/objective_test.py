@@ -10,7 +10,7 @@ from megatransformer_jax.config.loop import TrainConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig, StabilityConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.losses.cross_entropy import token_loss
+from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.core_jacobian import random_signs, squared_jacobian
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder

@@ -9,22 +9,13 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.media_data import AudioDataConfig, ImageDataConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.data.media import espeak
-from megatransformer_jax.data.media.audio_folder import AudioFolder
-from megatransformer_jax.data.media.digits import Digits
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.image_fitting import ImageFitter
-from megatransformer_jax.data.media.image_folder import ImageFolder
-from megatransformer_jax.data.media.photographs import Photographs
-from megatransformer_jax.data.media.records import AudioSource, ImageSource
-from megatransformer_jax.data.media.speech import speech, spoken_digits
-from megatransformer_jax.data.media.tasks import source_of, task_names
-from megatransformer_jax.data.media.text_pieces import TextPieces
+from megatransformer_jax.data.media.images import Digits, ImageFitter, ImageFolder, Photographs
+from megatransformer_jax.data.media.records import AudioSource, ImageSource, MediaFormats
+from megatransformer_jax.data.media.rows import TextPieces, source_of, task_names
+from megatransformer_jax.data.media.sounds import AudioFolder, Tones, WaveformFitter
+from megatransformer_jax.data.media.speech import espeak_is_installed, speech, spoken_digits
 from megatransformer_jax.data.media.tfds import TfdsAudio, TfdsImages
-from megatransformer_jax.data.media.tones import Tones
-from megatransformer_jax.data.media.waveform_fitting import WaveformFitter
-from megatransformer_jax.data.sources.combine import Records, hold_out
-from megatransformer_jax.data.sources.embedded import EmbeddedText
+from megatransformer_jax.data.sources.record import EmbeddedText, Records, hold_out
 from megatransformer_jax.data.tokenizer import Tokenizer
 
 
@@ -79,7 +70,7 @@ def audio_source_name(config: DataConfig) -> str:
     chosen = config.media.audio.source
     if chosen != "auto":
         return chosen
-    return "spoken_digits" if espeak.is_installed() else "tones"
+    return "spoken_digits" if espeak_is_installed() else "tones"
 
 
 def build_audio_source(config: DataConfig, mel: MelConfig, split: str) -> AudioSource:
@@ -95,7 +86,7 @@ def build_audio_source(config: DataConfig, mel: MelConfig, split: str) -> AudioS
         logging.info(
             "data.media.audio.source='auto' is %r: espeak-ng is %sinstalled",
             name,
-            "" if espeak.is_installed() else "not ",
+            "" if espeak_is_installed() else "not ",
         )
     match name:
         case "spoken_digits":

@@ -1,9 +1,11 @@
-"""Folders of images or clips with their texts: one JSON lines file, or a text beside each file."""
+"""Folders of images or clips with their texts: one JSON lines file, or a text next to each file."""
 
 import dataclasses
 import json
 import os
 import pathlib
+
+from absl import logging
 
 from megatransformer_jax.config.option import ConfigError, UserError
 
@@ -226,3 +228,23 @@ def _read_text(path: pathlib.Path) -> str:
     if not text:
         raise ValueError(f"its text {path.name} is empty. Write what the file shows or says.")
     return text
+
+
+# ------------------------------------------------------------------------------
+# A log line that says how often data were changed to fit.
+
+
+class CountedNote:
+    """Tells in the log how often something was changed: the 1st, 2nd, 4th, 8th, ... time."""
+
+    def __init__(self, words: str):
+        self._words = words
+        self.count = 0
+
+    # So that the log names the caller's file, which says what was changed.
+    @logging.skip_log_prefix
+    def add(self, where: str) -> None:
+        """Counts one, the latest of which is at `where`."""
+        self.count += 1
+        if self.count & (self.count - 1) == 0:
+            logging.info("%d %s; the latest: %s", self.count, self._words, where)

@@ -1,12 +1,14 @@
-"""What sources of images and sound yield."""
+"""Images and sound on the host: records of sources, samples, and the formats that a model reads."""
 
 import dataclasses
 import typing
 
 import numpy as np
 
-from megatransformer_jax.data.sources.combine import Records
-from megatransformer_jax.data.sources.record import BadRecord
+from megatransformer_jax.config.audio import AudioConfig
+from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.data.sources.record import BadRecord, Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +53,57 @@ class ImageSource(Records[ImageRecord | BadRecord], typing.Protocol):
 
 class AudioSource(Records[AudioRecord | BadRecord], typing.Protocol):
     """Clips by number. Sources pickle, so that worker processes can have one each."""
+
+
+# ------------------------------------------------------------------------------
+# Text with images and sound, as it stands on the host before it becomes a row.
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePart:
+    """An image: float32 [height, width, C] in [-1, 1]. A target is one to learn to draw."""
+
+    pixels: np.ndarray
+    is_target: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioPart:
+    """A clip: mono float32 [samples] in [-1, 1]. A target is one to learn to make.
+
+    `mel`, float32 [F, M], is its normalised log-mel spectrogram where that has been made already.
+    """
+
+    waveform: np.ndarray
+    sample_rate_hz: int
+    is_voice: bool = True
+    is_target: bool = False
+    mel: np.ndarray | None = None
+
+
+Part = str | ImagePart | AudioPart
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Text, images and sound in their order. `name` is for messages."""
+
+    parts: tuple[Part, ...]
+    name: str = "sample"
+
+
+# ------------------------------------------------------------------------------
+# The formats of images and sound that a model reads.
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaFormats:
+    """What media must look like. A medium whose section is not enabled has no slots in batches."""
+
+    image: ImageConfig = dataclasses.field(default_factory=ImageConfig)
+    audio: AudioConfig = dataclasses.field(default_factory=AudioConfig)
+
+    @classmethod
+    def of_model(cls, config: ModelConfig) -> typing.Self:
+        """Those of a model."""
+        return cls(config.image, config.audio)

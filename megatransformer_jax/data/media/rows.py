@@ -1,6 +1,10 @@
-"""Rows with media by random access: row n is a function of the configuration and n."""
+"""Rows with media by random access: row n is a function of the configuration and n.
+
+A task says how a record becomes a sample; rows without media hold plain text.
+"""
 
 import dataclasses
+import itertools
 import sys
 import typing
 from collections import OrderedDict
@@ -9,8 +13,8 @@ import grain
 import numpy as np
 
 from megatransformer_jax.config.data import DataConfig
-from megatransformer_jax.data.augmentation.audio import augment_mel, augment_waveform
-from megatransformer_jax.data.augmentation.image import augment_image
+from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
+from megatransformer_jax.data.augmentation.media import augment_image, augment_mel, augment_waveform
 from megatransformer_jax.data.augmentation.random_draws import Purpose, generator_of
 from megatransformer_jax.data.documents import in_order
 from megatransformer_jax.data.media.encoding import (
@@ -21,20 +25,18 @@ from megatransformer_jax.data.media.encoding import (
     check_waveform,
     encode_sample,
 )
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.records import AudioRecord, ImageRecord
-from megatransformer_jax.data.media.tasks import (
-    audio_sample,
-    batch_tasks,
-    image_sample,
-    source_of,
-    task_names,
-    validation_rows,
+from megatransformer_jax.data.media.records import (
+    AudioPart,
+    AudioRecord,
+    ImagePart,
+    ImageRecord,
+    MediaFormats,
+    Sample,
 )
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import normalized_mel
-from megatransformer_jax.data.sources.combine import Records
-from megatransformer_jax.data.sources.record import BadRecord
+from megatransformer_jax.data.sources.record import BadRecord, Records
+from megatransformer_jax.data.tokenizer import Tokenizer
 
 # Spectrograms kept per process: 256 MiB of 128 frames and 80 bins.
 MAX_CACHED_MELS = 6500
@@ -239,3 +241,111 @@ class ValidationRows:
         if isinstance(content, BadRecord):
             return Row(task, None, (content,))
         return Row(task, content)
+
+
+# ------------------------------------------------------------------------------
+# Tasks: how a record becomes a sample, and which task each row has.
+
+
+def task_names(config: DataConfig) -> tuple[str, ...]:
+    """Names of the tasks that rows may have, in the order of their numbers in `MediaBatch.task`."""
+    return tuple(config.media.task_weights)
+
+
+def source_of(task: str) -> str:
+    """'images', 'audio' or 'text': where a task's records come from."""
+    if task in IMAGE_TASKS:
+        return "images"
+    return "audio" if task in AUDIO_TASKS else "text"
+
+
+def image_sample(
+    task: str, record: ImageRecord, pixels: np.ndarray, rng: np.random.Generator
+) -> Sample:
+    """draw: a prompt, then the image as a target. caption: the image, then a caption.
+
+    Args:
+      task: 'draw' or 'caption'.
+      record: the texts are drawn from its.
+      pixels: the record's, or changed.
+      rng: makes one draw.
+    """
+    texts = record.prompts if task == "draw" else record.captions
+    text = texts[int(rng.integers(len(texts)))]
+    image = ImagePart(pixels, is_target=task == "draw")
+    return Sample((text, image) if task == "draw" else (image, text), record.where)
+
+
+def audio_sample(task: str, record: AudioRecord, mel: np.ndarray) -> Sample:
+    """speak: the transcript, then the clip as a target. transcribe: the clip, then its transcript.
+
+    Args:
+      task: 'speak' or 'transcribe'.
+      record: the transcript is its.
+      mel: its spectrogram, normalised, or one of a changed clip.
+    """
+    clip = AudioPart(record.waveform, record.sample_rate_hz, record.is_voice, task == "speak", mel)
+    parts = (record.transcript, clip) if task == "speak" else (clip, record.transcript)
+    return Sample(parts, record.where)
+
+
+def batch_tasks(weights: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Numbers of the tasks of a batch's rows, int [batch_size].
+
+    Systematic sampling: each task has its share of the rows in proportion to `weights`, rounded up
+    or down so that the mean over batches is the share. No task is starved by bad luck.
+    """
+    bounds = np.cumsum(weights) / np.sum(weights)
+    places = (np.arange(batch_size) + rng.random()) / batch_size
+    tasks = np.minimum(np.searchsorted(bounds, places, side="right"), len(weights) - 1)
+    return rng.permutation(tasks)
+
+
+def validation_rows(sizes: list[int]) -> list[tuple[int, int]]:
+    """Task number and record of each row of one pass over `sizes[task]` records of each task.
+
+    Tasks take turns, so that the first rows are balanced, until one has no more records.
+    """
+    turns = itertools.zip_longest(*([(task, n) for n in range(s)] for task, s in enumerate(sizes)))
+    return [row for turn in turns for row in turn if row is not None]
+
+
+# ------------------------------------------------------------------------------
+# Plain text for rows that have no media.
+
+
+class TextPieces:
+    """Documents cut into pieces that fill a row each; the last one of a document may be shorter.
+
+    Every piece starts with the start token. A document's last one has the end token as its last
+    target, the others the token that comes next.
+    """
+
+    def __init__(
+        self, documents: Records[str | BadRecord], tokenizer: Tokenizer, sequence_length: int
+    ):
+        self._bos = tokenizer.bos_id
+        self._size = sequence_length - 1  # The start token takes one place.
+        self._documents = []
+        self._pieces = []
+        for number in range(len(documents)):
+            text = documents[number]
+            assert isinstance(text, str), "our own text has no bad records"
+            ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
+            self._documents.append(ids)
+            starts = range(0, max(len(ids) - 1, 1), max(self._size, 1))
+            self._pieces += [(number, start) for start in starts]
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __getitem__(self, index: int) -> EncodedSample:
+        document, start = self._pieces[index]
+        targets = self._documents[document][start : start + self._size + 1]
+        tokens = np.concatenate(([self._bos], targets[:-1])).astype(np.int32)
+        return EncodedSample(
+            tokens=tokens,
+            targets=targets,
+            loss_mask=np.ones(len(tokens), np.float32),
+            follows=np.zeros(len(tokens), np.int32),
+        )

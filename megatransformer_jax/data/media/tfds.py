@@ -7,9 +7,9 @@ from PIL import Image
 
 from megatransformer_jax.config.media_data import AudioDataConfig, ImageDataConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.data.media.image_fitting import ImageFitter
+from megatransformer_jax.data.media.images import ImageFitter
 from megatransformer_jax.data.media.records import AudioRecord, ImageRecord
-from megatransformer_jax.data.media.waveform_fitting import WaveformFitter
+from megatransformer_jax.data.media.sounds import WaveformFitter
 from megatransformer_jax.data.sources.record import BadRecord, decoded
 from megatransformer_jax.data.sources.tfds import open_tfds
 

@@ -6,8 +6,7 @@ import numpy as np
 
 from megatransformer_jax.config.data import ReasoningConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.data.reasoning.build import build_task
-from megatransformer_jax.data.reasoning.task import PAD, Problem, Task
+from megatransformer_jax.data.reasoning.tasks import PAD, Problem, Task, build_task
 from megatransformer_jax.types import Batch
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.reasoning.task import BOS, PAD, Task
+from megatransformer_jax.data.reasoning.tasks import BOS, PAD, Task
 
 _END = "</s>"
 

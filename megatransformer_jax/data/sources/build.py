@@ -6,13 +6,15 @@ from collections.abc import Iterator
 
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.data.sources.array_record_file import ArrayRecordFile
-from megatransformer_jax.data.sources.combine import Concatenated, hold_out
-from megatransformer_jax.data.sources.embedded import EmbeddedText
-from megatransformer_jax.data.sources.jsonl_file import JsonlFile
-from megatransformer_jax.data.sources.parquet_file import ParquetFile
-from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy, TextSource
-from megatransformer_jax.data.sources.text_file import TextFile
+from megatransformer_jax.data.sources.files import ArrayRecordFile, JsonlFile, ParquetFile, TextFile
+from megatransformer_jax.data.sources.record import (
+    BadRecord,
+    BadRecordPolicy,
+    Concatenated,
+    EmbeddedText,
+    TextSource,
+    hold_out,
+)
 from megatransformer_jax.data.sources.tfds import build_tfds
 
 

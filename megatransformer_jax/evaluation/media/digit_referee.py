@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
-from megatransformer_jax.data.media.digits import WORDS
+from megatransformer_jax.data.media.images import WORDS
 from megatransformer_jax.evaluation.media.digit_judge import DigitJudge
 from megatransformer_jax.evaluation.media.features import DigitsFeatures
 from megatransformer_jax.evaluation.media.frechet import frechet_distance, moments

@@ -8,7 +8,7 @@ from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.data.media.build import build_audio_source, build_image_source
-from megatransformer_jax.data.media.digits import WORDS
+from megatransformer_jax.data.media.images import WORDS
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord
 

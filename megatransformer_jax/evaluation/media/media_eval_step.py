@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from megatransformer_jax.losses.cross_entropy import token_cross_entropy
+from megatransformer_jax.losses.tokens import token_cross_entropy
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.types import NO_MEDIUM, Batch, MediaBatch, ModelOutput
 

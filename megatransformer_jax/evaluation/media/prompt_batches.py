@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatransformer_jax.data.media.encoding import RowShape, check_fits, encode_sample, make_batch
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.sample import AudioPart, ImagePart, Sample
+from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats, Sample
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.types import AUDIO, IMAGE, Batch
 

@@ -1,7 +1,7 @@
 """A spectrum from a mel spectrogram alone, by fast Griffin-Lim on the device.
 
 Where clips end they are followed by zeros, and what is beyond never changes them. The same on the
-host, as a reference, is `generation/griffin_lim.py`.
+host, as a reference, is `data/mel.py`.
 """
 
 import functools

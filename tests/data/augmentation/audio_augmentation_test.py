@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.config.media_data import AudioAugmentationConfig
-from megatransformer_jax.data.augmentation.audio import augment_mel, augment_waveform
+from megatransformer_jax.data.augmentation.media import augment_mel, augment_waveform
 
 RATE = 8000
 TIME = np.arange(4000) / RATE

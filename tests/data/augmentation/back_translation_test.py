@@ -7,10 +7,7 @@ import types
 import pytest
 
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.data.augmentation.back_translation import (
-    BackTranslation,
-    FailedAugmentation,
-)
+from megatransformer_jax.data.augmentation.text import BackTranslation, FailedAugmentation
 
 
 @pytest.fixture

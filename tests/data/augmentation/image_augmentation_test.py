@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.config.media_data import ImageAugmentationConfig
-from megatransformer_jax.data.augmentation.image import augment_image
+from megatransformer_jax.data.augmentation.media import augment_image
 
 SIZE = 21
 

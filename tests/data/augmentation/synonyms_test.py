@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.data.augmentation.synonyms import Synonyms, read_synonyms
+from megatransformer_jax.data.augmentation.text import Synonyms, read_synonyms
 
 
 def always(text: str, table: dict[str, tuple[str, ...]]) -> str:

@@ -2,11 +2,7 @@
 
 import numpy as np
 
-from megatransformer_jax.data.augmentation.token_dropout import (
-    TokenDropout,
-    ids_to_predict,
-    ids_to_read,
-)
+from megatransformer_jax.data.augmentation.text import TokenDropout, ids_to_predict, ids_to_read
 from megatransformer_jax.data.sources.record import BadRecord
 
 

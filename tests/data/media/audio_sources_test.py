@@ -13,16 +13,16 @@ from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.media_data import AudioDataConfig, MediaDataConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.fingerprint import data_fingerprint
-from megatransformer_jax.data.media import espeak
-from megatransformer_jax.data.media.audio_folder import AudioFolder
+from megatransformer_jax.data.media import build
 from megatransformer_jax.data.media.build import audio_source_name, build_audio_source
 from megatransformer_jax.data.media.records import AudioRecord
+from megatransformer_jax.data.media.sounds import AudioFolder, Tones, WaveformFitter
 from megatransformer_jax.data.media.speech import sentences, spoken_digits
-from megatransformer_jax.data.media.tones import Tones
-from megatransformer_jax.data.media.waveform_fitting import WaveformFitter
 from megatransformer_jax.data.sources.record import BadRecord
 
-needs_espeak = pytest.mark.skipif(not espeak.is_installed(), reason="espeak-ng is not installed")
+needs_espeak = pytest.mark.skipif(
+    not build.espeak_is_installed(), reason="espeak-ng is not installed"
+)
 
 
 def config(**audio: object) -> DataConfig:
@@ -68,10 +68,10 @@ def test_tones_sound_as_their_captions_say() -> None:
 
 
 def test_auto_says_which_source_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(espeak, "is_installed", lambda: False)
+    monkeypatch.setattr(build, "espeak_is_installed", lambda: False)
     assert audio_source_name(config()) == "tones"
     assert len(build_audio_source(config(num_tones=20), MelConfig(), "validation")) == 1
-    monkeypatch.setattr(espeak, "is_installed", lambda: True)
+    monkeypatch.setattr(build, "espeak_is_installed", lambda: True)
     assert audio_source_name(config()) == "spoken_digits"
     assert audio_source_name(config(source="speech")) == "speech"
 
@@ -186,7 +186,7 @@ def test_the_log_names_the_file_that_converts(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level("INFO", logger="absl"):
         WaveformFitter(8000, "convert").fit(np.zeros(100, np.float32), 16000, "a.wav")
     (line,) = caplog.records
-    assert line.filename == "waveform_fitting.py"
+    assert line.filename == "sounds.py"
     assert line.getMessage() == (
         "1 clips mixed to mono or resampled to 8000 Hz; the latest: a.wav, 1 channel, 16000 Hz"
     )

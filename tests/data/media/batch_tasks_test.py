@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from megatransformer_jax.config.media_data import MediaDataConfig
-from megatransformer_jax.data.media.tasks import batch_tasks
+from megatransformer_jax.data.media.rows import batch_tasks
 
 WEIGHTS = st.lists(st.floats(0.01, 10), min_size=1, max_size=5)
 

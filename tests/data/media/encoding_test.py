@@ -7,16 +7,17 @@ import pytest
 
 from megatransformer_jax.config.audio import AudioConfig, MelConfig
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.data.media.check import MediaCountError, check_media, check_prompt
 from megatransformer_jax.data.media.encoding import (
+    MediaCountError,
     RowShape,
     SampleError,
     check_fits,
+    check_media,
+    check_prompt,
     encode_sample,
     make_batch,
 )
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.sample import AudioPart, ImagePart, Sample
+from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats, Sample
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.data.tokenizer import BytesTokenizer

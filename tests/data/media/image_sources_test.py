@@ -16,11 +16,14 @@ from megatransformer_jax.config.media_data import ImageDataConfig, MediaDataConf
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.fingerprint import data_fingerprint
 from megatransformer_jax.data.media.build import build_image_source
-from megatransformer_jax.data.media.digits import WORDS, Digits
 from megatransformer_jax.data.media.folders import IMAGE_FOLDER, folder_files
-from megatransformer_jax.data.media.image_fitting import ImageFitter
-from megatransformer_jax.data.media.image_folder import ImageFolder
-from megatransformer_jax.data.media.photographs import Photographs
+from megatransformer_jax.data.media.images import (
+    WORDS,
+    Digits,
+    ImageFitter,
+    ImageFolder,
+    Photographs,
+)
 from megatransformer_jax.data.media.records import ImageRecord
 from megatransformer_jax.data.sources.record import BadRecord
 

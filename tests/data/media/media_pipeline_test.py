@@ -21,15 +21,13 @@ from megatransformer_jax.config.media_data import (
     MediaDataConfig,
 )
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.media.check import check_media
-from megatransformer_jax.data.media.digits import WORDS
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.rows import MAX_ATTEMPTS
-from megatransformer_jax.data.media.tasks import task_names, validation_rows
+from megatransformer_jax.data.media.encoding import check_media
+from megatransformer_jax.data.media.images import WORDS
+from megatransformer_jax.data.media.records import MediaFormats
+from megatransformer_jax.data.media.rows import MAX_ATTEMPTS, task_names, validation_rows
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.pipeline import build_pipeline, validation_batches
-from megatransformer_jax.data.sources.embedded import EmbeddedText
-from megatransformer_jax.data.sources.record import BadRecordError
+from megatransformer_jax.data.sources.record import BadRecordError, EmbeddedText
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.types import Batch
 

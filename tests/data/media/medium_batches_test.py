@@ -9,10 +9,13 @@ from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.media_data import AudioDataConfig, MediaDataConfig
 from megatransformer_jax.config.vocoder import VocoderConfig
 from megatransformer_jax.data.batches import Share
-from megatransformer_jax.data.media.image_batches import image_pipeline
-from megatransformer_jax.data.media.medium_batches import MediumBatches
+from megatransformer_jax.data.media.batches import (
+    MediumBatches,
+    WaveformSegments,
+    image_pipeline,
+    waveform_pipeline,
+)
 from megatransformer_jax.data.media.records import AudioRecord
-from megatransformer_jax.data.media.waveform_batches import WaveformSegments, waveform_pipeline
 from megatransformer_jax.data.sources.record import BadRecord, BadRecordError, BadRecordPolicy
 
 HOP, FRAMES = 4, 3

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from megatransformer_jax.data.media.sound_files import read_sound
+from megatransformer_jax.data.media.sounds import read_sound
 
 SOUND = np.sin(np.arange(9000, dtype=np.float32) ** 1.1 / 20) / 2
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sources import BadRecord, BadRecordError, build_source, training_texts
+from megatransformer_jax.data.sources import files as text_file_module
 from megatransformer_jax.data.sources import record as record_module
-from megatransformer_jax.data.sources import text_file as text_file_module
-from megatransformer_jax.data.sources.text_file import TextFile
+from megatransformer_jax.data.sources.files import TextFile
 
 TEXTS = [f"document {number} über 汉字 😀" for number in range(7)]
 

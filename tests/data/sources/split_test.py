@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sources import build_source
-from megatransformer_jax.data.sources.combine import hold_out
+from megatransformer_jax.data.sources.record import hold_out
 
 
 def records(source) -> list:

@@ -9,7 +9,7 @@ from rich.console import Console
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.data.media.digits import WORDS
+from megatransformer_jax.data.media.images import WORDS
 from megatransformer_jax.data.media.records import AudioRecord
 from megatransformer_jax.evaluation.media import labelled_digits
 from megatransformer_jax.evaluation.media.digit_referee import DrawnDigitReferee, SpokenDigitReferee

@@ -8,8 +8,7 @@ import numpy as np
 from megatransformer_jax.config.build import construct
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.data.media.encoding import RowShape, encode_sample, make_batch
-from megatransformer_jax.data.media.formats import MediaFormats
-from megatransformer_jax.data.media.sample import AudioPart, ImagePart, Sample
+from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats, Sample
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.models.megatransformer import build_model, init_params

@@ -15,7 +15,7 @@ from megatransformer_jax.config.vocoder import (
     VocoderConfig,
     VocoderLossConfig,
 )
-from megatransformer_jax.losses.vocoder_loss import vocoder_loss
+from megatransformer_jax.losses.sound import vocoder_loss
 from megatransformer_jax.models.vocoders.build import (
     DISCRIMINATOR,
     GENERATOR,
