@@ -32,9 +32,6 @@ from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import TrainState, first_state, place_state
 from megatransformer_jax.training.writers import MultiWriter
 
-# Shows samples of a model, from its parameters.
-Show = Callable[[Any], MediaSamples]
-
 
 class MediumRun:
     """A `RunKind`, from a model, its data and its judges.

@@ -65,19 +65,8 @@ def lora_axes(axes: Any, config: LoraConfig) -> Any:
 
 
 def merge_lora(params: Any, lora: Any, config: LoraConfig) -> Any:
-    """The base with the updates added; the tree of `params`, float32.
-
-    `unmerge_lora` takes them out again, up to rounding.
-    """
-    return _add(params, lora, config.alpha / config.rank)
-
-
-def unmerge_lora(params: Any, lora: Any, config: LoraConfig) -> Any:
-    """The base from merged weights."""
-    return _add(params, lora, -config.alpha / config.rank)
-
-
-def _add(params: Any, lora: Any, factor: float) -> Any:
+    """The base with the updates added; the tree of `params`, float32."""
+    factor = config.alpha / config.rank
     weights, updates = flatten_dict(params, sep="/"), flatten_dict(lora, sep="/")
     for name in updates:
         path, _, part = name.rpartition("/")

@@ -134,17 +134,6 @@ def interleave(
     return jnp.take_along_axis(jnp.concatenate(streams, axis=1), index, axis=1)
 
 
-def uninterleave(
-    layout: Layout, sequence: Shaped[Array, "B S *D"]
-) -> tuple[Shaped[Array, "B T *D"], Shaped[Array, "B I P *D"], Shaped[Array, "B A Q *D"]]:
-    """Text, images and audio out of the sequence; zeros for padding and in unused slots."""
-    return (
-        take_places(sequence, layout.text_places),
-        take_places(sequence, layout.image_places),
-        take_places(sequence, layout.audio_places),
-    )
-
-
 def take_places(
     sequence: Shaped[Array, "B S *D"], places: Int[Array, "B *slots"]
 ) -> Shaped[Array, "B *slots_D"]:

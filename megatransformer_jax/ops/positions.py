@@ -63,13 +63,6 @@ def apply_rotary(
     raise ValueError(f"rotary convention is {convention!r}; choose one of {CONVENTIONS}.")
 
 
-def rotary(
-    x: Float[Array, "B T heads H"], positions: Int[Array, "B T"], base: float, convention: str
-) -> Float[Array, "B T heads H"]:
-    """`apply_rotary` with a table of its own, for single use. Arguments as there."""
-    return apply_rotary(x, rotary_table(positions, x.shape[-1], base), convention)
-
-
 def sinusoidal_embedding(positions: Int[Array, "B T"], width: int) -> Float[Array, "B T D"]:
     """Fixed embedding of "Attention Is All You Need" (arXiv 1706.03762), float32.
 

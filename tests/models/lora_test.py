@@ -14,7 +14,7 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.lora import init_lora, lora_axes, merge_lora, unmerge_lora
+from megatransformer_jax.models.lora import init_lora, lora_axes, merge_lora
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
 from megatransformer_jax.nn import attention as attention_module
 from megatransformer_jax.nn import mlp as mlp_module
@@ -134,12 +134,6 @@ def lora_at(lora, path):
     for name in path:
         tree = tree[name]
     return tree
-
-
-def test_unmerging_gives_the_base_back(parts):
-    _, params, _, _, drawn = parts
-    back = unmerge_lora(merge_lora(params, drawn, LORA), drawn, LORA)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), back, params)
 
 
 def test_targets_that_fit_nothing_or_no_matrix_are_refused(parts):

@@ -12,7 +12,6 @@ from megatransformer_jax.ops.interleave import (
     interleave,
     interleave_layout,
     take_places,
-    uninterleave,
     window_before,
 )
 from megatransformer_jax.types import AUDIO, IMAGE
@@ -80,7 +79,8 @@ def run(segments, follows, image_lengths, clip_lengths, text, images, clips):
     layout = interleave_layout(follows, segments, image_lengths, clip_lengths, PATCHES, FRAMES)
     sequence = interleave(layout, text, images, clips)
     window = window_before(layout, sequence, layout.image_openings, 3)
-    return layout, sequence, uninterleave(layout, sequence), window
+    places = (layout.text_places, layout.image_places, layout.audio_places)
+    return layout, sequence, tuple(take_places(sequence, each) for each in places), window
 
 
 @functools.cache

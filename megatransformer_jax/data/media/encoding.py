@@ -253,11 +253,6 @@ def check_waveform(waveform: np.ndarray, name: str) -> None:
         )
 
 
-def media_counts(follows: np.ndarray) -> tuple[int, int]:
-    """Images and clips that the opening tokens of one row ask for."""
-    return int((follows == IMAGE).sum()), int((follows == AUDIO).sum())
-
-
 # ------------------------------------------------------------------------------
 # Checks that media and their places in the text belong together.
 

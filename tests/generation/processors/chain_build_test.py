@@ -11,7 +11,6 @@ from megatransformer_jax.config.sampling import SamplingConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.history import History, history_of_prompts
 from megatransformer_jax.generation.processors.allowed_tokens import allowed_tokens
-from megatransformer_jax.generation.processors.banned_sequences import banned_sequences
 from megatransformer_jax.generation.processors.build import build_chain
 from megatransformer_jax.generation.processors.chain import Chain, apply_chain, init_chain
 
@@ -157,9 +156,3 @@ def test_an_end_token_that_pads_stays_allowed():
     is_allowed = allowed_tokens(BytesTokenizer(pad_id=2), 259).is_allowed
     assert is_allowed.all()
     assert not allowed_tokens(BYTES, 259).is_allowed[BYTES.pad_id]
-
-
-@pytest.mark.parametrize("sequences", [[], [[1], []]])
-def test_sequences_that_cannot_be_banned_are_errors(sequences):
-    with pytest.raises(ValueError, match="give at least one and no empty one"):
-        banned_sequences(sequences)

@@ -11,7 +11,6 @@ from example_rows import CAPACITY, KINDS, NUM_ROWS, VOCAB_SIZE, random_history, 
 
 from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.processors.allowed_tokens import AllowedTokens
-from megatransformer_jax.generation.processors.banned_sequences import banned_sequences
 from megatransformer_jax.generation.processors.banned_texts import BannedTexts
 from megatransformer_jax.generation.processors.chain import (
     apply_chain,
@@ -53,7 +52,6 @@ MAKERS: dict[str, Callable[[jax.Array, jax.Array], Processor]] = {
     "NoRepeatNgram": lambda number, whole: NoRepeatNgram(whole, 4),
     "AllowedTokens": lambda number, whole: AllowedTokens(jnp.arange(VOCAB_SIZE) != whole.max()),
     "MinNewTokens": lambda number, whole: MinNewTokens(whole, jnp.int32(EOS)),
-    "BannedSequences": lambda number, whole: banned_sequences([[1, int(whole.max())], [3]]),
     "BannedTexts": lambda number, whole: texts("abc"[: 1 + int(whole.max()) % 3]),
     "ForcedWords": lambda number, whole: forced_words([[[4, int(whole.max())]]], 9, EOS),
 }

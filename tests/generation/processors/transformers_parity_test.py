@@ -25,10 +25,6 @@ from megatransformer_jax.config.sampling import SamplingConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.history import History, history_of_prompts
 from megatransformer_jax.generation.processors.allowed_tokens import AllowedTokens
-from megatransformer_jax.generation.processors.banned_sequences import (
-    BannedSequences,
-    banned_sequences,
-)
 from megatransformer_jax.generation.processors.build import build_chain
 from megatransformer_jax.generation.processors.chain import (
     apply_chain,
@@ -46,7 +42,6 @@ from megatransformer_jax.generation.processors.top_p import TopP
 from megatransformer_jax.generation.processors.typical import Typical
 
 EOS = 2
-SEQUENCES = [[7], [3, 4], [1, 1], [4, 3, 0], [5, 6, 7, 8]]
 Pair = tuple[Processor, list]
 
 
@@ -94,11 +89,6 @@ def no_repeat_ngram(rng: np.random.Generator, history: History) -> Pair:
     ]
 
 
-def banned(rng: np.random.Generator, history: History) -> Pair:
-    their = theirs.NoBadWordsLogitsProcessor(SEQUENCES, eos_token_id=EOS)
-    return banned_sequences(SEQUENCES), [their] * NUM_ROWS
-
-
 def min_new_tokens(rng: np.random.Generator, history: History) -> Pair:
     values = rng.integers(0, 9, NUM_ROWS)
     prompts = np.asarray(history.prompt_lengths).tolist()
@@ -124,7 +114,6 @@ MAKERS = [
     typical,
     repetition_penalty,
     no_repeat_ngram,
-    banned,
     min_new_tokens,
     allowed,
 ]
@@ -162,20 +151,6 @@ def test_scores_are_those_of_transformers(
             expect_same(ours[row], expected)
     keeps_equal_ones = kind == "flat" and make in (top_k, min_p, typical)
     assert num_banned or keeps_equal_ones or make in (temperature, repetition_penalty)
-
-
-def test_sequences_may_differ_between_rows():
-    rng = np.random.default_rng(0)
-    history, logits = random_history(rng, num_kinds=3), random_logits(rng, "plain")
-    shared = banned_sequences([[0, 1], [1, 2], [2, 0]])
-    last_tokens = np.tile(np.asarray(shared.last_tokens), (NUM_ROWS, 1))
-    last_tokens[::2] = -1  # off
-    beginnings = jnp.tile(shared.beginnings, (NUM_ROWS, 1, 1))
-    ours = process(BannedSequences(beginnings, jnp.asarray(last_tokens)), history, logits)
-    expected = process(shared, history, logits)
-    assert np.sum(np.isneginf(expected[0::2])) and np.sum(np.isneginf(expected[1::2]))
-    np.testing.assert_array_equal(ours[0::2], logits[0::2])
-    np.testing.assert_array_equal(ours[1::2], expected[1::2])
 
 
 class NoModel(GenerationMixin):
