@@ -14,14 +14,14 @@ from benchmarks.timing import Phase
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, decode, start
-from megatransformer_jax.generation.ending import Ending
+from megatransformer_jax.generation.endings import Ending
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.prefill import prefill
 from megatransformer_jax.models.cost.flops import forward_flops
 from megatransformer_jax.models.cost.memory import cache_bytes_per_token
-from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, init_params
+from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.nn.kv_cache import KVCache, init_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

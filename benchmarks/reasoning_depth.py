@@ -41,8 +41,8 @@ from megatransformer_jax.evaluation.cached_answers import (
     cached_answers,
     cached_scores,
 )
-from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.exit_criteria import exit_criterion
+from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.nn.kv_cache import SHARINGS, init_cache
 from megatransformer_jax.types import Batch
 

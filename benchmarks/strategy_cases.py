@@ -16,7 +16,7 @@ from megatransformer_jax.config.sampling import (
     DepthConfig,
     SamplingConfig,
 )
-from megatransformer_jax.generation.completion import Completion
+from megatransformer_jax.generation.request import Completion
 
 GREEDY = "greedy"
 # How much deeper than in training the second group goes.

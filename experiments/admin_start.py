@@ -8,8 +8,8 @@ from absl import logging
 
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.batches import Pipeline
-from megatransformer_jax.models.admin_profile import profile_admin
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.observed import profile_admin
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.distributed import make_global_batch
 from megatransformer_jax.training.parameter_paths import path_text

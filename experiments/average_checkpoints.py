@@ -15,8 +15,7 @@ from experiments.load_model import (
 from experiments.workdir import make_folder
 from megatransformer_jax.checkpoints.averaging import average_trees
 from megatransformer_jax.checkpoints.compatibility import check_model
-from megatransformer_jax.checkpoints.manager import CheckpointManager
-from megatransformer_jax.checkpoints.retention import Ranking
+from megatransformer_jax.checkpoints.manager import CheckpointManager, Ranking
 from megatransformer_jax.config.build import build, save_config, to_dict
 from megatransformer_jax.config.fine_tuning import LoraConfig
 from megatransformer_jax.config.loop import BETTER_ENDS, CheckpointConfig

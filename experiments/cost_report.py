@@ -15,8 +15,13 @@ from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.evaluation.depth_table import evaluated_depths
-from megatransformer_jax.models.cost.flops import ForwardFlops, forward_flops, train_flops
-from megatransformer_jax.models.cost.media_flops import MediumFlops, media_flops
+from megatransformer_jax.models.cost.flops import (
+    ForwardFlops,
+    MediumFlops,
+    forward_flops,
+    media_flops,
+    train_flops,
+)
 from megatransformer_jax.models.cost.memory import (
     activation_memory,
     cache_bytes_per_token,

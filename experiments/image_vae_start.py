@@ -8,7 +8,7 @@ from absl import logging
 
 from experiments.load_image_vae import load_image_vae
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.models.decoders.trained_vae import check_image_vae, insert_image_vae
+from megatransformer_jax.models.media.build import check_image_vae, insert_image_vae
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.training.state import TrainState, init_state
 

@@ -13,7 +13,7 @@ from experiments.run_kinds.vocoder import make_vocoder
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.vocoder import VocoderConfig
-from megatransformer_jax.models.vocoders.build import GENERATOR, build_generator
+from megatransformer_jax.models.vocoders import GENERATOR, build_generator
 from megatransformer_jax.types import DTypePolicy
 
 # Frames are filled up to a multiple of this, so that few lengths are compiled.

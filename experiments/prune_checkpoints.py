@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from experiments.workdir_lock import hold_workdir
-from megatransformer_jax.checkpoints.manager import CheckpointManager
-from megatransformer_jax.checkpoints.retention import Ranking
+from megatransformer_jax.checkpoints.manager import CheckpointManager, Ranking
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.option import ConfigError, UserError
 

@@ -21,11 +21,15 @@ from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer
 from megatransformer_jax.data.mel import griffin_lim
-from megatransformer_jax.generation.media_completion import MediaCompletion
 from megatransformer_jax.generation.media_generator import MediaGenerator
-from megatransformer_jax.generation.media_plan import room_for_text, sequence_length
-from megatransformer_jax.generation.media_prompt import MediaPrompt, encode_media_prompt
-from megatransformer_jax.generation.media_slots import most_places
+from megatransformer_jax.generation.media_prompt import (
+    MediaCompletion,
+    MediaPrompt,
+    encode_media_prompt,
+    most_places,
+    room_for_text,
+    sequence_length,
+)
 
 
 def wants_media(command: Command, prompts: Prompts) -> bool:

@@ -17,7 +17,7 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.evaluation.generation_batches import continue_in_batches
 from megatransformer_jax.evaluation.text_metrics import score_texts
 from megatransformer_jax.evaluation.text_table import make_text_table, write_text_scores
-from megatransformer_jax.generation.prompt_encoding import encode_prompts
+from megatransformer_jax.generation.request import encode_prompts
 
 
 def evaluate_generation(

@@ -15,7 +15,7 @@ from megatransformer_jax.config.image import ImageVaeRunConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.batches import image_pipeline
 from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet
-from megatransformer_jax.models.image_vae import (
+from megatransformer_jax.models.media.image_vae import (
     ImageVae,
     build_image_vae,
     init_image_vae,

@@ -17,7 +17,7 @@ from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
 from megatransformer_jax.evaluation.media_figures import draw_mels
 from megatransformer_jax.losses.sound import resynthesize, spectral_losses, vocoder_loss
-from megatransformer_jax.models.vocoders.build import init_vocoder, vocoder_axes
+from megatransformer_jax.models.vocoders import init_vocoder, vocoder_axes
 from megatransformer_jax.training.media_hook import MediaSamples
 from megatransformer_jax.types import DTypePolicy, WaveformBatch
 

@@ -1,17 +1,20 @@
 """Saves and restores train states with everything that a bit-exact resume needs."""
 
 import contextlib
+import dataclasses
+import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+from orbax.checkpoint import checkpoint_managers
 
-from megatransformer_jax.checkpoints import compatibility, retention
+from megatransformer_jax.checkpoints import compatibility
 from megatransformer_jax.config.loop import CheckpointConfig
 from megatransformer_jax.config.option import UserError
 
@@ -22,6 +25,104 @@ UNREAD = ocp.PLACEHOLDER
 
 # A checkpoint to be deleted is renamed into here first, so that it is never seen half deleted.
 _TRASH = "deleted"
+
+
+# ------------------------------------------------------------------------------
+# Which checkpoints are kept, and which is the best.
+
+# Under this name the loss, alone, was stored before all validation scalars were.
+_OLD_LOSS = "validation_loss"
+_LOSS = "validation/loss"
+
+
+class Ranking(NamedTuple):
+    """What makes a checkpoint better than another.
+
+    Attributes:
+      metric: name of a scalar stored with the checkpoint, such as 'validation/loss'.
+      is_higher_better: otherwise a lower value is.
+    """
+
+    metric: str
+    is_higher_better: bool
+
+    @classmethod
+    def from_config(cls, config: CheckpointConfig) -> "Ranking":
+        """As `checkpoint.best_metric` and `checkpoint.best_mode` say."""
+        return cls(config.best_metric, config.is_higher_better)
+
+    def cost(self, scores: Mapping[str, Any] | None) -> float:
+        """Lower is better; infinity for a checkpoint without a finite score."""
+        score = stored_score(scores, self.metric)
+        if score is None or not math.isfinite(score):
+            return math.inf
+        return -score if self.is_higher_better else score
+
+    def best(self, scores: Iterable[Mapping[str, Any] | None], count: int) -> list[int]:
+        """Indices of the `count` best, best first; fewer if fewer have a finite score.
+
+        Of equal ones the earlier is better.
+        """
+        costs = [(self.cost(one), index) for index, one in enumerate(scores)]
+        return [index for cost, index in sorted(costs)[:count] if cost < math.inf]
+
+
+@dataclasses.dataclass
+class KeepBest:
+    """Keeps the `count` best checkpoints (Orbax's preservation policy).
+
+    A checkpoint without the score, or with one that is not finite, is no candidate.
+    """
+
+    ranking: Ranking
+    count: int
+
+    def should_preserve(self, checkpoints: Sequence, *, context: object) -> Sequence[bool]:
+        """One flag per checkpoint."""
+        best = self.ranking.best([info.metrics for info in checkpoints], self.count)
+        return [index in best for index in range(len(checkpoints))]
+
+
+class SavedCheckpoint(NamedTuple):
+    """What the rules look at (as Orbax's own record of a checkpoint)."""
+
+    step: int
+    metrics: Mapping[str, Any] | None
+
+
+def stored_score(scores: Mapping[str, Any] | None, metric: str) -> float | None:
+    """A scalar stored with a checkpoint, or None; also of checkpoints of earlier versions."""
+    scores = scores or {}
+    value = scores.get(metric, scores.get(_OLD_LOSS) if metric == _LOSS else None)
+    return None if value is None else float(value)
+
+
+def retention_policy(config: CheckpointConfig) -> checkpoint_managers.AnyPreservationPolicy:
+    """Keeps what any of the config's rules keeps: the last, the best, the multiples."""
+    policies: list = [checkpoint_managers.LatestN(config.keep_last)]
+    if config.keep_best:
+        policies.append(KeepBest(Ranking.from_config(config), config.keep_best))
+    if config.keep_every_steps is not None:
+        policies.append(checkpoint_managers.EveryNSteps(config.keep_every_steps))
+    return checkpoint_managers.AnyPreservationPolicy(policies)
+
+
+def kept_steps(config: CheckpointConfig, checkpoints: Sequence[SavedCheckpoint]) -> set[int]:
+    """Steps of the checkpoints that the rules keep.
+
+    Args:
+      config: the rules.
+      checkpoints: all there are, by ascending step.
+    """
+    flags = retention_policy(config).should_preserve(
+        checkpoints,
+        context=checkpoint_managers.PreservationContext(),
+    )
+    return {saved.step for saved, is_kept in zip(checkpoints, flags, strict=True) if is_kept}
+
+
+# ------------------------------------------------------------------------------
+# The manager.
 
 
 class DamagedCheckpoint(UserError):
@@ -88,23 +189,23 @@ class CheckpointManager:
         best = self.best_steps(self.ranking(), 1)
         return best[0] if best else None
 
-    def best_steps(self, ranking: retention.Ranking, count: int) -> list[int]:
+    def best_steps(self, ranking: Ranking, count: int) -> list[int]:
         """Steps of the `count` best checkpoints, best first; fewer if fewer have a finite score."""
         steps = self.steps()
         return [steps[index] for index in ranking.best(map(self.scores, steps), count)]
 
-    def ranking(self) -> retention.Ranking:
+    def ranking(self) -> Ranking:
         """What makes a checkpoint the best: as the config says.
 
         When opened for reading only it is the config saved with the newest checkpoint.
         """
         if self._config is not None:
-            return retention.Ranking.from_config(self._config)
+            return Ranking.from_config(self._config)
         step = self.latest_step()
         saved = {} if step is None else self.run_info(step).get("config", {}).get("checkpoint", {})
         # Checkpoints of earlier versions do not have these options.
         names = ("best_metric", "best_mode")
-        return retention.Ranking.from_config(
+        return Ranking.from_config(
             CheckpointConfig(**{name: saved[name] for name in names if name in saved})
         )
 
@@ -233,8 +334,8 @@ class CheckpointManager:
         Raises:
           ValueError: if the manager is for reading only and it is no dry run.
         """
-        saved = [retention.SavedCheckpoint(step, self.scores(step)) for step in self.steps()]
-        kept = retention.kept_steps(config, saved)
+        saved = [SavedCheckpoint(step, self.scores(step)) for step in self.steps()]
+        kept = kept_steps(config, saved)
         sizes = {
             one.step: _folder_bytes(self._directory / str(one.step))
             for one in saved
@@ -314,7 +415,7 @@ def _options(config: CheckpointConfig | None) -> ocp.CheckpointManagerOptions:
         # every option that it overrules.)
         return ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False, **metrics)
     return ocp.CheckpointManagerOptions(
-        preservation_policy=retention.retention_policy(config),
+        preservation_policy=retention_policy(config),
         cleanup_tmp_directories=True,
         todelete_subdir=_TRASH,
         **metrics,

@@ -19,9 +19,9 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Int, Key
 
-from megatransformer_jax.models.cached_forward import CachedOutput, cached_forward
-from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.cached import CachedOutput, cached_forward
+from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.nn.kv_cache import KVCache
 from megatransformer_jax.types import Batch
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import MAX_SEED
-from megatransformer_jax.generation.completion import Completion
 from megatransformer_jax.generation.generator import Generator
+from megatransformer_jax.generation.request import Completion
 
 
 def continue_in_batches(

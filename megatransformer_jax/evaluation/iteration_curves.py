@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Key
 
-from megatransformer_jax.models.core_pass import core_step, first_state, open_core
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
 from megatransformer_jax.types import Batch
 
 

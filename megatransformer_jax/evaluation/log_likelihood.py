@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from megatransformer_jax.models.cached_forward import token_states
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.cached import token_states
 
 # Rows are padded to a power of two from here on.
 MIN_LENGTH = 16

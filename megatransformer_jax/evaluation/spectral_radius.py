@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
-from megatransformer_jax.models.core_pass import core_step, first_state, open_core
 from megatransformer_jax.models.megatransformer import MegaTransformer, with_xla_attention
+from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
 from megatransformer_jax.types import Batch
 
 

@@ -23,14 +23,13 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.generation.beam_loop import BeamSettings, search
+from megatransformer_jax.generation.beam_loop import BeamSettings, Hypotheses, search
 from megatransformer_jax.generation.decode_loop import DecodeSettings
 from megatransformer_jax.generation.history import History
-from megatransformer_jax.generation.hypotheses import Hypotheses
 from megatransformer_jax.generation.placement import constrain_rows, fetch, replicate
 from megatransformer_jax.generation.prefill import Prefilled, repeat_rows
-from megatransformer_jax.models.cached_forward import cached_forward
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
+from megatransformer_jax.models.passes.cached import cached_forward
 from megatransformer_jax.nn.cache_rows import reorder_new_rows
 from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache
 

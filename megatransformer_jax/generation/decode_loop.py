@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from megatransformer_jax.generation.ending import Ending, EndState, exhaust
+from megatransformer_jax.generation.endings import Ending, EndState, exhaust
 from megatransformer_jax.generation.history import History, put_in_rows
 from megatransformer_jax.generation.placement import constrain_rows
 from megatransformer_jax.generation.prefill import Prefilled
-from megatransformer_jax.generation.processors.chain import Chain, init_chain, update_chain
+from megatransformer_jax.generation.processors.processor import Chain, init_chain, update_chain
 from megatransformer_jax.generation.token_choice import choose
-from megatransformer_jax.models.cached_forward import cached_forward
-from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
+from megatransformer_jax.models.passes.cached import cached_forward
+from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.nn.kv_cache import KVCache
 from megatransformer_jax.sharding.rules import Sharder
 

@@ -22,22 +22,18 @@ from megatransformer_jax.config.generation import GenerationConfig, for_model
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.generation.cache_plan import CachePlan, plan_cache
-from megatransformer_jax.generation.completion import (
-    Completion,
-    StreamedToken,
-    TextStream,
-    continuation_text,
-)
 from megatransformer_jax.generation.decode_loop import (
     DecodeSettings,
     DecodeState,
     start,
 )
-from megatransformer_jax.generation.ending import (
+from megatransformer_jax.generation.endings import (
     END_OF_TEXT,
     FINISH_REASONS,
     Ending,
+    cut_at_stop,
+    piece_table,
+    stop_strings,
 )
 from megatransformer_jax.generation.history import History, history_of_prompts
 from megatransformer_jax.generation.placement import (
@@ -51,19 +47,27 @@ from megatransformer_jax.generation.placement import (
 )
 from megatransformer_jax.generation.prefill import Prefilled, prefill, repeat_rows
 from megatransformer_jax.generation.processors.build import build_chain
-from megatransformer_jax.generation.processors.chain import Chain
-from megatransformer_jax.generation.prompt_encoding import Prompt, encode_prompts
-from megatransformer_jax.generation.row_keys import prompt_keys, sample_keys
-from megatransformer_jax.generation.stop_strings import cut_at_stop, stop_strings
+from megatransformer_jax.generation.processors.processor import Chain
+from megatransformer_jax.generation.request import (
+    CachePlan,
+    Completion,
+    Prompt,
+    StreamedToken,
+    TextStream,
+    continuation_text,
+    encode_prompts,
+    plan_cache,
+    prompt_keys,
+    sample_keys,
+)
 from megatransformer_jax.generation.strategies import (
     add_tokens,
     rows_for_new_tokens,
     search_beams,
 )
-from megatransformer_jax.generation.text_automaton import piece_table
-from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache
 from megatransformer_jax.sharding.rules import Sharder
 

@@ -28,19 +28,29 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, decode
-from megatransformer_jax.generation.ending import END_OF_TEXT, FINISH_REASONS, RUNNING, Ending
+from megatransformer_jax.generation.endings import (
+    END_OF_TEXT,
+    FINISH_REASONS,
+    RUNNING,
+    Ending,
+    piece_table,
+    stop_strings,
+)
 from megatransformer_jax.generation.generator import check_depth, depth_rule
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.media_completion import MediaCompletion, parts_of_ids
-from megatransformer_jax.generation.media_making import MediaMaker
-from megatransformer_jax.generation.media_plan import MediaPlan, plan_media
+from megatransformer_jax.generation.media_making import MediaMaker, begin, enter_prompts, read_media
 from megatransformer_jax.generation.media_prompt import (
     EncodedPrompt,
+    MediaCompletion,
+    MediaPlan,
     MediaPrompt,
+    MediaRow,
     encode_media_prompt,
+    follows_of,
+    media_batch,
+    parts_of_ids,
+    plan_media,
 )
-from megatransformer_jax.generation.media_slots import MediaRow, follows_of, media_batch
-from megatransformer_jax.generation.media_steps import begin, enter_prompts, read_media
 from megatransformer_jax.generation.placement import (
     empty_cache,
     fetch,
@@ -49,12 +59,9 @@ from megatransformer_jax.generation.placement import (
     replicate,
 )
 from megatransformer_jax.generation.prefill import prefill_columns
-from megatransformer_jax.generation.processors.allowed_tokens import AllowedTokens
 from megatransformer_jax.generation.processors.build import build_chain
-from megatransformer_jax.generation.processors.chain import Chain
-from megatransformer_jax.generation.row_keys import prompt_keys, sample_keys
-from megatransformer_jax.generation.stop_strings import stop_strings
-from megatransformer_jax.generation.text_automaton import piece_table
+from megatransformer_jax.generation.processors.processor import AllowedTokens, Chain
+from megatransformer_jax.generation.request import prompt_keys, sample_keys
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.types import AUDIO, IMAGE
 

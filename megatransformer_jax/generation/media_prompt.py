@@ -1,4 +1,4 @@
-"""Prompts of text, images and sound, and how a text with markers becomes one."""
+"""Prompts and completions of text, images and sound: rows on the host, arrays of fixed shape."""
 
 import dataclasses
 import re
@@ -6,11 +6,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.media.encoding import check_prompt, encode_sample
 from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats, Part, Sample
 from megatransformer_jax.data.media_tokenizer import MEDIUM_AFTER, MediaTokenizer
-from megatransformer_jax.types import AUDIO, IMAGE
+from megatransformer_jax.generation.endings import cut_at_stop
+from megatransformer_jax.generation.request import (
+    CachePlan,
+    continuation_text,
+    plan_cache,
+    round_columns,
+)
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.types import AUDIO, IMAGE, NO_MEDIUM, MediaBatch
 
 _PLACEHOLDER = re.compile(r"<\|(IMAGE|AUDIO|VOICE)\|><\|/\1\|>")
 
@@ -124,3 +134,294 @@ def check_opens(prompt: MediaPrompt, formats: MediaFormats) -> None:
                 f"{prompt.name}: ends with {prompt.opens}, and the model has no {name} decoder "
                 f"(model.{name}.enabled=False); leave it out, or use another model."
             )
+
+
+# ------------------------------------------------------------------------------
+# Rows of text and media on the host, and the arrays that the model takes of them.
+
+
+@dataclasses.dataclass
+class MediaRow:
+    """One text while it is generated.
+
+    Attributes:
+      images: those of the prompt, then those that were made.
+      mels: the same.
+      num_given: images and clips of the prompt.
+    """
+
+    images: list[np.ndarray]
+    mels: list[np.ndarray]
+    num_given: tuple[int, int]
+
+    @property
+    def num_made(self) -> int:
+        """Media that were made."""
+        return len(self.images) + len(self.mels) - sum(self.num_given)
+
+
+def media_batch(
+    config: ModelConfig,
+    follows: np.ndarray,
+    images: Sequence[Sequence[np.ndarray]],
+    mels: Sequence[Sequence[np.ndarray]],
+    num_slots: tuple[int, int],
+) -> MediaBatch:
+    """Media of rows in slots, as NumPy arrays.
+
+    Args:
+      config: of the model.
+      follows: int32 [B, T].
+      images: of each row; not read if the model takes none.
+      mels: the same.
+      num_slots: of images and of clips, per row.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    if config.image.enabled:
+        shape = (len(follows), num_slots[0])
+        pixels = np.zeros((*shape, *config.image.shape), np.float32)
+        is_image = np.zeros(shape, bool)
+        for row, own in enumerate(images):
+            is_image[row, : len(own)] = True
+            for slot, image in enumerate(own):
+                pixels[row, slot] = image
+        arrays |= {"images": pixels, "is_image": is_image}
+    if config.audio.enabled:
+        shape = (len(follows), num_slots[1])
+        frames = (config.audio.max_frames, config.audio.mel.num_mels)
+        spectrograms = np.zeros((*shape, *frames), np.float32)
+        lengths = np.zeros(shape, np.int32)
+        for row, own in enumerate(mels):
+            for slot, mel in enumerate(own):
+                spectrograms[row, slot, : len(mel)] = mel
+                lengths[row, slot] = len(mel)
+        arrays |= {"mels": spectrograms, "mel_lengths": lengths}
+    return MediaBatch(follows.astype(np.int32), **arrays)
+
+
+def follows_of(tokens: np.ndarray, lengths: np.ndarray, tokenizer: MediaTokenizer) -> np.ndarray:
+    """`MediaBatch.follows` of left-aligned ids, int32 [B, T]."""
+    kinds = np.zeros(tokens.shape, np.int32)
+    for opening in tokenizer.opening_ids:
+        kinds[tokens == opening] = tokenizer.medium_after(opening)
+    kinds[np.arange(tokens.shape[1]) >= lengths[:, None]] = 0
+    return kinds
+
+
+def places_of(config: ModelConfig, num_images: int, mels: Sequence[np.ndarray]) -> int:
+    """Places that media take in a sequence."""
+    places = num_images * config.image.num_tokens if num_images else 0
+    return places + sum(-(-len(mel) // config.audio.downsampling) for mel in mels)
+
+
+def most_places(config: ModelConfig) -> int:
+    """Places of the longest medium that the model makes."""
+    return max(kind.num_tokens for kind in (config.image, config.audio) if kind.enabled)
+
+
+# ------------------------------------------------------------------------------
+# What generation with media gives back: texts, images and clips in their order.
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedImage:
+    """float32 [height, width, C] in [-1, 1]."""
+
+    pixels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedClip:
+    """A normalised mel spectrogram, float32 [frames, M]. `is_voice` if it was asked for as speech.
+
+    Vocoders and `griffin_lim` make a waveform of it.
+    """
+
+    mel: np.ndarray
+    is_voice: bool
+
+
+GeneratedPart = str | GeneratedImage | GeneratedClip
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaCompletion:
+    """A finished continuation.
+
+    Attributes:
+      prompt: what it continues.
+      parts: texts, images and clips, in the order in which they were made; no text is empty.
+      token_ids: new tokens, those around media included, without an end token. A prompt's own
+        opening token is none.
+      score: sum of the log-probabilities of the tokens that the model chose.
+      finish_reason: 'end_of_text', 'stop', 'length', or 'exhausted' if every token was banned.
+    """
+
+    prompt: MediaPrompt
+    parts: tuple[GeneratedPart, ...]
+    token_ids: tuple[int, ...]
+    score: float
+    finish_reason: str
+
+    @property
+    def text(self) -> str:
+        """Its texts, joined."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        """Its images, see `GeneratedImage`."""
+        return [part.pixels for part in self.parts if isinstance(part, GeneratedImage)]
+
+    @property
+    def mels(self) -> list[np.ndarray]:
+        """Its clips, see `GeneratedClip`."""
+        return [part.mel for part in self.parts if isinstance(part, GeneratedClip)]
+
+
+def parts_of_ids(
+    tokenizer: MediaTokenizer,
+    prompt_ids: Sequence[int],
+    new_ids: Sequence[int],
+    images: Sequence[np.ndarray],
+    mels: Sequence[np.ndarray],
+    stops: Sequence[str] = (),
+) -> tuple[GeneratedPart, ...]:
+    """The parts that new tokens stand for.
+
+    Args:
+      tokenizer: of the model.
+      prompt_ids: before them. A medium that they open at their end is the first of the new ones.
+      new_ids: without an end token.
+      images: that were made, in order.
+      mels: the same.
+      stops: texts that end a text, which are not part of it.
+    """
+    parts: list[GeneratedPart] = []
+    left_images, left_mels = iter(images), iter(mels)
+    # Text right behind the prompt's own continues it, other text begins anew.
+    before: list[int] = []
+    for token in prompt_ids:
+        before = [] if tokenizer.marker_of(token) else [*before, int(token)]
+    run: list[int] = []
+
+    def end_run() -> None:
+        text = cut_at_stop(continuation_text(tokenizer.base, before, run), stops) if run else ""
+        if text:
+            parts.append(text)
+
+    for token in [*_opened_by(tokenizer, prompt_ids), *new_ids]:
+        if tokenizer.marker_of(token) is None:
+            run.append(int(token))
+            continue
+        end_run()
+        before, run = [], []
+        kind = tokenizer.medium_after(token)
+        if kind == IMAGE:
+            parts.append(GeneratedImage(next(left_images)))
+        elif kind != NO_MEDIUM:
+            is_voice = tokenizer.marker_of(token) == "<|VOICE|>"
+            parts.append(GeneratedClip(next(left_mels), is_voice))
+    end_run()
+    return tuple(parts)
+
+
+def _opened_by(tokenizer: MediaTokenizer, prompt_ids: Sequence[int]) -> list[int]:
+    last = int(prompt_ids[-1])
+    return [last] if tokenizer.medium_after(last) else []
+
+
+# ------------------------------------------------------------------------------
+# Static sizes of a request with media.
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaPlan:
+    """Sizes that all rows share.
+
+    Attributes:
+      cache: of the key/value cache, for text and media.
+      num_prompt_tokens: text of prompts is padded to it.
+      num_tokens: text of prompts and of what is generated.
+      prompt_slots: of images and of clips in prompts.
+      slots: the same with those that are made.
+    """
+
+    cache: CachePlan
+    num_prompt_tokens: int
+    num_tokens: int
+    prompt_slots: tuple[int, int]
+    slots: tuple[int, int]
+
+
+def plan_media(
+    model: MegaTransformer,
+    config: GenerationConfig,
+    trained_depth: int | None,
+    prompts: Sequence[EncodedPrompt],
+) -> MediaPlan:
+    """The sizes for prompts and all that may follow.
+
+    Args:
+      model: the model.
+      config: of the generation; its depth is a number.
+      trained_depth: mean iterations in training.
+      prompts: of one batch.
+
+    Raises:
+      UserError: if that is more than the cache or the model takes.
+    """
+    places = most_places(model.config)
+    lengths = [sequence_length(model.config, prompt) for prompt in prompts]
+    _check_room(model.config, config, max(lengths), places)
+    max_media = config.media.max_media
+    # Rows write in turns at worst: each round of text costs all rows its longest.
+    new_rows = (max_media + 1) * config.max_new_tokens + max_media * (1 + places)
+    cache = plan_cache(
+        model.config,
+        config,
+        trained_depth,
+        longest_prompt=max(lengths),
+        new_rows=new_rows,
+        platform=model.platform,
+    )
+    num_prompt_tokens = round_columns(max(len(prompt.ids) for prompt in prompts))
+    # A slot at least, since encoders take no empty batches.
+    images = max(1, *(len(prompt.images) for prompt in prompts))
+    clips = max(1, *(len(prompt.mels) for prompt in prompts))
+    return MediaPlan(
+        cache,
+        num_prompt_tokens,
+        # The closing token of a medium at the very end is one more.
+        num_prompt_tokens + config.max_new_tokens + 1,
+        (images, clips),
+        (images + max_media, clips + max_media),
+    )
+
+
+def sequence_length(config: ModelConfig, prompt: EncodedPrompt) -> int:
+    """Places of a prompt with its media."""
+    return len(prompt.ids) + places_of(config, len(prompt.images), prompt.mels)
+
+
+def room_for_text(config: ModelConfig, length: int, max_media: int) -> int:
+    """New tokens that fit in the model behind a prompt of `length` places and with new media."""
+    return config.max_length - length - max_media * most_places(config)
+
+
+def _check_room(
+    config: ModelConfig, generation: GenerationConfig, length: int, places: int
+) -> None:
+    max_media, max_new = generation.media.max_media, generation.max_new_tokens
+    room = room_for_text(config, length, max_media)
+    if max_new <= room:
+        return
+    total = length + max_media * places + max_new
+    problem = (
+        f"{max_new} new tokens after {length} of the longest prompt with its media, and up to "
+        f"max_media={max_media} of up to {places} places, make {total}, more than the model's "
+        f"max_length={config.max_length}"
+    )
+    if room >= 1:
+        raise ConfigError("max_new_tokens", f"{problem}; set it to {room} or less.")
+    raise UserError(f"{problem}; shorten the prompt or lower max_media.")

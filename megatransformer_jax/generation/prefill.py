@@ -10,9 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax.generation.history import NO_TOKEN, History
 from megatransformer_jax.generation.placement import constrain_rows
-from megatransformer_jax.models.cached_forward import Inserted, cached_forward
-from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.cached import Inserted, cached_forward
+from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.nn.kv_cache import KVCache, repeat_sequences
 
 

@@ -18,20 +18,31 @@ have equal scores but for the last bits, `decode` and `speculate` may take diffe
 """
 
 import functools
+import typing
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState
-from megatransformer_jax.generation.placement import fetch, replicate
-from megatransformer_jax.generation.speculative_draft import draft
-from megatransformer_jax.generation.speculative_verification import verify
+from megatransformer_jax.generation.endings import EndState, exhaust
+from megatransformer_jax.generation.history import History, put_in_rows
+from megatransformer_jax.generation.placement import constrain_rows, fetch, replicate
+from megatransformer_jax.generation.processors.processor import (
+    apply_chain,
+    argmax,
+    is_exhausted,
+    safe_softmax,
+    update_chain,
+)
+from megatransformer_jax.generation.token_choice import token_log_probs
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
-from megatransformer_jax.nn.cache_rows import sequence_ends
+from megatransformer_jax.models.passes.cached import CachedOutput, cached_forward
+from megatransformer_jax.nn.cache_rows import keep_rows, sequence_ends
+from megatransformer_jax.nn.kv_cache import KVCache, drop_rows
 
 # More rounds than there are tokens.
 _ALL_ROUNDS = 2**31 - 1
@@ -201,3 +212,324 @@ def _demand(settings: DecodeSettings, state: DecodeState) -> tuple[jax.Array, ..
     )
     rows = jnp.max(sequence_ends(state.cache) + num_left)
     return rows, jnp.max(history.lengths + num_left), jnp.max(settings.rule.depth)
+
+
+# ------------------------------------------------------------------------------
+# Drafts tokens with few iterations of the core.
+#
+# A draft needs no cache of its own. In a full cache every iteration has its own slot, so a shallow
+# pass reads what the first iterations of the full passes have left there, and of the drafted tokens
+# what the shallow passes have just written behind it. Those rows are dropped before the
+# verification.
+
+
+@struct.dataclass
+class Drafts:
+    """Drafted tokens of one round.
+
+    Attributes:
+      tokens: int32 [B, K].
+      is_drafted: bool [B, K], in each row a first part.
+      scores: float32 [K, B, V], what they were drawn from, after the logits processors; None if the
+        likeliest were taken.
+    """
+
+    tokens: Any
+    is_drafted: Any
+    scores: Any
+
+
+@struct.dataclass
+class _Drafting:
+    cache: KVCache
+    history: History
+    chain_states: tuple[Any, ...]
+    end: EndState
+
+
+def draft(
+    model: MegaTransformer,
+    params: Any,
+    settings: DecodeSettings,
+    state: DecodeState,
+    draft_depth: jax.Array,
+    draft_length: int,
+) -> tuple[Drafts, KVCache]:
+    """Continues each running row by up to `draft_length` tokens.
+
+    A row stops where its draft ends the text, and one token before its limit of new tokens, since
+    a verification adds one token to the drafts.
+
+    Returns:
+      The drafts; and the cache, which remembers nothing of them.
+    """
+    depth = jnp.minimum(draft_depth, settings.rule.depth)
+    rule = settings.rule.replace(depth=depth)  # type: ignore[attr-defined]
+
+    def add_one(carry: _Drafting, _: None) -> tuple[_Drafting, tuple[jax.Array, ...]]:
+        has_room = carry.history.num_generated + 1 < settings.ending.max_new_tokens
+        goes_on = carry.end.is_running & has_room
+        output = cached_forward(
+            model,
+            params,
+            carry.history.suffix(1),
+            goes_on[:, None],
+            carry.cache,
+            rule,
+            state_keys=settings.row_keys,
+        )
+        logits = constrain_rows(settings.sharder, output.logits[:, 0])
+        scores = apply_chain(settings.chain, carry.chain_states, carry.history, logits)
+        if settings.is_drawn:
+            tokens = draw(scores, stream_keys(settings.row_keys, carry.history, DRAFT))
+        else:
+            tokens = argmax(scores)
+        end = exhaust(carry.end, is_exhausted(scores))
+        is_drafted = goes_on & end.is_running
+        history = carry.history.append(tokens, is_drafted)
+        carry = _Drafting(
+            output.cache,
+            history,
+            update_chain(settings.chain, carry.chain_states, history, tokens),
+            settings.ending.update(end, tokens, history.num_generated),
+        )
+        drafted = (tokens, is_drafted)
+        return carry, (*drafted, scores) if settings.is_drawn else drafted
+
+    carry = _Drafting(state.cache, state.history, state.chain_states, state.end)
+    carry, (tokens, is_drafted, *scores) = jax.lax.scan(add_one, carry, length=draft_length)
+    cache = drop_rows(carry.cache, jnp.zeros(tokens.T.shape, bool))
+    return Drafts(tokens.T, is_drafted.T, scores[0] if scores else None), cache
+
+
+# ------------------------------------------------------------------------------
+# Speculative sampling: keeps a drafted token or replaces it, without changing the distribution.
+#
+# Leviathan et al. 2022 (arXiv 2211.17192): a token drawn from q is kept with probability
+# min(1, p / q); otherwise one is drawn from max(p - q, 0), normalised. The result is distributed as
+# p
+# whatever q is.
+
+# Streams of random numbers. Each serves one purpose at each place of a row.
+DRAFT, ACCEPT, REPLACE = range(3)
+
+
+class Verdict(typing.NamedTuple):
+    """What comes of drafted tokens.
+
+    Attributes:
+      tokens: int32 [B], the drafted ones or their replacements.
+      is_accepted: bool [B], which are the drafted ones.
+    """
+
+    tokens: jax.Array
+    is_accepted: jax.Array
+
+
+def judge(
+    scores: Float[Array, "B V"],
+    draft_scores: Float[Array, "B V"],
+    drafts: Int[Array, "B"],
+    is_drafted: Bool[Array, "B"],
+    accept_keys: Key[Array, "B"],
+    replace_keys: Key[Array, "B"],
+) -> Verdict:
+    """Keeps or replaces one drafted token per row; a row without one gets a draw from p.
+
+    Args:
+      scores: log p up to a constant per row, -inf for banned tokens. A row that has all banned gets
+        token 0, which means nothing.
+      draft_scores: log q likewise.
+      drafts: drawn from q.
+      is_drafted: False where there is no draft.
+      accept_keys: keys of the decision.
+      replace_keys: keys of the replacement.
+    """
+    target = safe_softmax(scores)
+    # Without a draft nothing can be kept, and what q leaves of p is p.
+    draft = jnp.where(is_drafted[:, None], safe_softmax(draft_scores), 0.0)
+    chance = jnp.take_along_axis(target, drafts[:, None], axis=1)[:, 0]
+    draft_chance = jnp.take_along_axis(draft, drafts[:, None], axis=1)[:, 0]
+    uniform = jax.vmap(jax.random.uniform)(accept_keys)
+    is_accepted = is_drafted & (uniform * draft_chance < chance)
+
+    residual = jnp.maximum(target - draft, 0.0)
+    # Only rounding can reject where p and q are the same; then nothing is left of p.
+    is_left = jnp.any(residual > 0, axis=-1, keepdims=True)
+    residual = jnp.where(is_left, residual, target)
+    replacements = draw(jnp.log(residual), replace_keys)
+    return Verdict(jnp.where(is_accepted, drafts, replacements), is_accepted)
+
+
+def draw(scores: Float[Array, "B V"], keys: Key[Array, "B"]) -> Int[Array, "B"]:
+    """A token per row from softmax(scores): `jax.random.categorical` with a faster argmax."""
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
+    return argmax(scores + noise)
+
+
+def stream_keys(row_keys: Key[Array, "B"], history: History, stream: int) -> Key[Array, "B"]:
+    """The keys of one stream for the tokens that come next.
+
+    They depend on a row's key and on its length. So rows do not influence each other, and it does
+    not matter how often the place was drafted before in vain: those drafts were dropped for what
+    came before them, and their numbers decided nothing.
+    """
+
+    def derive(key: jax.Array, length: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, length), stream)
+
+    return jax.vmap(derive)(row_keys, history.lengths)
+
+
+# ------------------------------------------------------------------------------
+# Verifies drafts: one pass at full depth over all of them, then token by token what comes of it.
+#
+# The pass gives the model's scores behind the last token and behind each draft. They go through the
+# logits processors in order, as in `decode_loop`: each sees the history and the state behind the
+# drafts that were accepted before. A row leaves at its first rejected draft, with the replacement;
+# at
+# the end of its drafts, with one more token; or where its text ends. So nothing has to be rolled
+# back
+# but the cache.
+
+
+@struct.dataclass
+class Verified:
+    """What a round adds.
+
+    Attributes:
+      state: with the new tokens.
+      num_added: new tokens of each row.
+      num_accepted: how many of them were drafted.
+    """
+
+    state: DecodeState
+    num_added: Int[Array, "B"]
+    num_accepted: Int[Array, "B"]
+
+
+@struct.dataclass
+class _Verifying:
+    column: jax.Array
+    is_live: jax.Array  # Rows whose drafts have all been accepted so far.
+    verified: Verified
+
+
+def verify(
+    model: MegaTransformer,
+    params: Any,
+    settings: DecodeSettings,
+    state: DecodeState,
+    drafts: Drafts,
+    ends: Int[Array, "B"],
+) -> Verified:
+    """Adds the accepted drafts and one token more to each running row.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      settings: of the whole generation.
+      state: before the drafts.
+      drafts: of all rows.
+      ends: `sequence_ends` of the cache.
+    """
+    was_running = state.end.is_running
+    output = cached_forward(
+        model,
+        params,
+        jnp.concatenate((state.history.suffix(1), drafts.tokens), axis=1),
+        jnp.concatenate((was_running[:, None], drafts.is_drafted), axis=1),
+        state.cache,
+        settings.rule,
+        state_keys=settings.row_keys,
+    )
+    logits = constrain_rows(settings.sharder, output.logits)
+    # Behind the last draft there is none to be judged.
+    drafts = Drafts(
+        jnp.pad(drafts.tokens, ((0, 0), (0, 1))),
+        jnp.pad(drafts.is_drafted, ((0, 0), (0, 1))),
+        drafts.scores,
+    )
+    num_columns = logits.shape[1]
+    nothing = jnp.zeros_like(ends)
+    state = state.replace(cache=output.cache)  # type: ignore[attr-defined]
+    carry = jax.lax.while_loop(
+        lambda carry: (carry.column < num_columns) & jnp.any(carry.is_live),
+        lambda carry: _add_token(settings, logits, output.num_steps, drafts, carry),
+        _Verifying(jnp.int32(0), was_running, Verified(state, nothing, nothing)),
+    )
+    verified: Any = carry.verified
+    num_added = verified.num_added
+    state = verified.state.replace(
+        cache=keep_rows(verified.state.cache, ends, num_added, num_columns, settings.sharder),
+        core_state=_last_state(output, state.core_state, num_added),
+    )
+    replaced: Verified = verified.replace(state=state)
+    return replaced
+
+
+def _add_token(
+    settings: DecodeSettings,
+    all_logits: Float[Array, "B T V"],
+    all_steps: Int[Array, "B T"],
+    drafts: Drafts,
+    carry: _Verifying,
+) -> _Verifying:
+    """Judges one column: its draft, or a token instead of it, is added to the live rows."""
+    state = carry.verified.state
+    logits, num_steps, tokens, is_drafted = (
+        jax.lax.dynamic_index_in_dim(array, carry.column, axis=1, keepdims=False)
+        for array in (all_logits, all_steps, drafts.tokens, drafts.is_drafted)
+    )
+    scores = apply_chain(settings.chain, state.chain_states, state.history, logits)
+    if settings.is_drawn:
+        # The index stays at the last scores where there are none and no draft either.
+        draft_scores = jax.lax.dynamic_index_in_dim(drafts.scores, carry.column, keepdims=False)
+        keys = [
+            stream_keys(settings.row_keys, state.history, stream) for stream in (ACCEPT, REPLACE)
+        ]
+        tokens, is_accepted = judge(scores, draft_scores, tokens, is_drafted, *keys)
+    else:
+        likeliest = argmax(scores)
+        tokens, is_accepted = Verdict(likeliest, is_drafted & (likeliest == tokens))
+
+    end = exhaust(state.end, is_exhausted(scores) & carry.is_live)
+    is_added = carry.is_live & end.is_running
+    history = state.history.append(tokens, is_added)
+    chain_states = update_chain(settings.chain, state.chain_states, history, tokens)
+    new_end = settings.ending.update(end, tokens, history.num_generated)
+    end = _where_rows(is_added, new_end, end)
+    changes = {
+        "history": history,
+        "chain_states": _where_rows(is_added, chain_states, state.chain_states),
+        "end": end,
+        "steps": put_in_rows(
+            state.steps, jnp.where(is_added, state.history.lengths, history.capacity), num_steps
+        ),
+        "scores": state.scores + jnp.where(is_added, token_log_probs(logits, tokens), 0.0),
+    }
+    changed: Any = state
+    verified = Verified(
+        changed.replace(**constrain_rows(settings.sharder, changes)),
+        carry.verified.num_added + is_added,
+        carry.verified.num_accepted + (is_added & is_accepted),
+    )
+    return _Verifying(carry.column + 1, is_added & is_accepted & end.is_running, verified)
+
+
+def _where_rows(is_new: Bool[Array, "B"], new: Any, old: Any) -> Any:
+    """Of trees whose every leaf begins with [B], the rows of one or of the other."""
+
+    def choose(new: jax.Array, old: jax.Array) -> jax.Array:
+        return jnp.where(is_new.reshape(-1, *(1,) * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, new, old)
+
+
+def _last_state(
+    output: CachedOutput, before: Float[Array, "B 1 D"], num_added: Int[Array, "B"]
+) -> Float[Array, "B 1 D"]:
+    """The core's state at the newest token that stays in the cache."""
+    last = jnp.maximum(num_added - 1, 0)[:, None, None]
+    state = jnp.take_along_axis(output.state, last, axis=1)
+    return jnp.where((num_added > 0)[:, None, None], state, before)

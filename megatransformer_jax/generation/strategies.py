@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.generation import parallel_sampler, speculative
+from megatransformer_jax.generation import parallel as parallel_sampler
+from megatransformer_jax.generation import speculative
 from megatransformer_jax.generation.beam_search import BeamResult, beam_search
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, decode
 from megatransformer_jax.generation.history import History

@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from megatransformer_jax.generation.argmax import argmax
 from megatransformer_jax.generation.history import History
-from megatransformer_jax.generation.processors.chain import Chain, apply_chain, is_exhausted
+from megatransformer_jax.generation.processors.processor import (
+    Chain,
+    apply_chain,
+    argmax,
+    is_exhausted,
+)
 
 
 class Choice(typing.NamedTuple):

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.vocoder import VocoderConfig
-from megatransformer_jax.models.vocoders.build import (
+from megatransformer_jax.models.vocoders import (
     DISCRIMINATOR,
     GENERATOR,
     build_discriminators,

@@ -1,16 +1,34 @@
-"""One iteration of the recurrent core."""
+"""The recurrent core: its iteration, the loop in two phases, the first state, the draw of depth.
+
+Reverse-mode differentiation needs a loop of known length, and memory for each of its turns.
+Truncated backpropagation (arXiv 2502.05171, section 3) needs both only for the last
+`backprop_depth` iterations. So the loop has two phases:
+
+1. a loop with a traced count, on arguments behind `stop_gradient`: it stores nothing;
+2. a scan of static length `backprop_depth`, differentiated and, if asked, rematerialised.
+
+So one compilation serves every depth. Rows (or tokens) may have counts of their own. All end
+together: a row with a smaller count joins later and shows its initial state until then. Aligned at
+the end, every row's last iterations lie in the second phase; aligned at the start, a short row
+would end before it and would train nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
-from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.model import ModelConfig, RecurrenceConfig
 from megatransformer_jax.nn.adapters import build_adapter
 from megatransformer_jax.nn.block import Stack
 from megatransformer_jax.nn.context import LayerContext
+from megatransformer_jax.nn.embedding import embedding_scale
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
-from megatransformer_jax.nn.parameters import weight_init
+from megatransformer_jax.nn.parameters import truncated_normal, weight_init
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -51,3 +69,250 @@ class RecurrentCore(nn.Module):
     ) -> jax.Array:
         """Touches every parameter once; used to initialise them."""
         return self(state, self.prepare(injected), context)
+
+
+# ------------------------------------------------------------------------------
+# The loop: first without gradients, then with.
+
+# (parameters, state, prepared injection, iteration) -> next state
+Iterate = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def recur(
+    iterate: Iterate,
+    params: Any,
+    prepared: Float[Array, "B T D"],
+    state: Float[Array, "B T D"],
+    num_steps: Int[Array, "*draws"],
+    *,
+    backprop_depth: int,
+    unroll: int = 1,
+) -> Float[Array, "B T D"]:
+    """Applies `iterate` to `state` `num_steps` times.
+
+    Args:
+      iterate: one iteration of the core; pure.
+      params: its parameters. They and `prepared` are arguments, not captured, so that the first
+        phase can cut their gradients.
+      prepared: what is injected in every iteration.
+      state: the state to begin with.
+      num_steps: traced count: one for all ([]), per row ([B]) or per token ([B, T]). May be 0.
+      backprop_depth: last iterations that gradients flow through. 0: the whole loop has a traced
+        count and cannot be differentiated in reverse (inference).
+      unroll: iterations of the second phase that are laid out per turn of its scan.
+
+    Returns:
+      The state after the last iteration; rows whose count is 0 keep theirs.
+    """
+    total = jnp.max(num_steps)
+    begin = _first_iteration(num_steps, total)
+
+    def advance(params: Any, prepared: jax.Array, state: jax.Array, step: jax.Array) -> jax.Array:
+        return jnp.where(step >= begin, iterate(params, state, prepared, step), state)
+
+    num_stopped = jnp.maximum(total - backprop_depth, 0)
+    if backprop_depth:
+        stopped_params, stopped_prepared, state = jax.lax.stop_gradient((params, prepared, state))
+    else:
+        stopped_params, stopped_prepared = params, prepared
+    state = jax.lax.fori_loop(
+        0, num_stopped, lambda i, s: advance(stopped_params, stopped_prepared, s, i), state
+    )
+    if not backprop_depth:
+        return state
+    # Draws below backprop_depth make the first of these iterations negative: before every begin.
+    steps = total - backprop_depth + jnp.arange(backprop_depth)
+    state, _ = jax.lax.scan(
+        lambda s, i: (advance(params, prepared, s, i), None), state, steps, unroll=unroll
+    )
+    return state
+
+
+def recur_observed(
+    iterate: Iterate,
+    params: Any,
+    prepared: Float[Array, "B T D"],
+    state: Float[Array, "B T D"],
+    observe: Callable[[jax.Array], Any],
+    *,
+    num_steps: int,
+    backprop_depth: int,
+) -> Any:
+    """Iterates a known number of times and looks at every state.
+
+    Gradients flow through iterations as in `recur`. They reach whatever `observe` captures from all
+    iterations, and the core from the last `backprop_depth`.
+
+    Args:
+      iterate: one iteration of the core; pure.
+      params: its parameters.
+      prepared: what is injected in every iteration.
+      state: the state to begin with.
+      observe: state -> pytree; recomputed in the backward pass, so that its inside is not stored.
+      num_steps: static, at least 1.
+      backprop_depth: static; more than `num_steps` counts as `num_steps`.
+
+    Returns:
+      The observations, stacked along a new first axis of length `num_steps`.
+    """
+    num_stopped = max(num_steps - backprop_depth, 0)
+    # What is observed is smaller than what it is computed from: logits of every iteration.
+    observe = jax.checkpoint(observe)
+
+    def advance(params: Any, prepared: jax.Array) -> Callable[[jax.Array, jax.Array], Any]:
+        def body(state: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
+            state = iterate(params, state, prepared, step)
+            return state, observe(state)
+
+        return body
+
+    stopped_params, stopped_prepared, state = jax.lax.stop_gradient((params, prepared, state))
+    parts = []
+    if num_stopped:  # Else a loop of no turns would be compiled for nothing.
+        body = advance(stopped_params, stopped_prepared)
+        state, early = jax.lax.scan(body, state, jnp.arange(num_stopped))
+        parts.append(early)
+    steps = jnp.arange(num_stopped, num_steps)
+    _, late = jax.lax.scan(advance(params, prepared), state, steps)
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts, late)
+
+
+def _first_iteration(num_steps: jax.Array, total: jax.Array) -> jax.Array:
+    """The iteration in which each row or token joins, shaped to broadcast over [B, T, D]."""
+    begin = total - num_steps
+    return begin.reshape(begin.shape + (1,) * (3 - begin.ndim)) if begin.ndim else begin
+
+
+# ------------------------------------------------------------------------------
+# The first state.
+
+
+def initial_state(
+    config: ModelConfig, key: Key[Array, ""] | None, injected: Float[Array, "B T D"]
+) -> Float[Array, "B T D"]:
+    """The state before the first iteration, as `recurrence.state_init` says.
+
+    Args:
+      config: the model.
+      key: randomness; 'zero' and 'none' need none.
+      injected: the embedding that every iteration is given, [B, T, core width].
+
+    Returns:
+      An array like `injected`.
+
+    Raises:
+      ValueError: if a kind that needs a key has none.
+    """
+    kind, shape, dtype = config.recurrence.state_init, injected.shape, injected.dtype
+    if kind == "zero":
+        return jnp.zeros(shape, dtype)
+    if kind == "none":
+        return injected
+    if key is None:
+        raise ValueError(f"state_init={kind!r} draws the state at random; give a key")
+    match kind:
+        case "normal":
+            return jax.random.normal(key, shape).astype(dtype)
+        case "embed":
+            return (jax.random.normal(key, shape) / jnp.sqrt(shape[-1])).astype(dtype)
+        case "unit":
+            state = jax.random.normal(key, shape)
+            state = state - jnp.mean(state, axis=-1, keepdims=True)
+            return (state / jnp.std(state, axis=-1, keepdims=True)).astype(dtype)
+        case "like_init":
+            std = weight_init(config, config.core_width).embedding_std
+            state = truncated_normal(std)(key, shape, jnp.float32)
+            return (state * embedding_scale(config)).astype(dtype)
+    raise ValueError(f"unknown state_init {kind!r}")
+
+
+# ------------------------------------------------------------------------------
+# How many iterations the core makes in a training step.
+
+# Sequential Poisson and geometric draws are integers of this type.
+STEP_DTYPE = jnp.int32
+
+
+def mean_at_step(config: RecurrenceConfig, step: Int[Array, ""] | int) -> Float[Array, ""]:
+    """The mean number of iterations at an optimiser step: the curriculum's ramp.
+
+    Grows from `ramp_from` to `mean_steps` over `ramp_steps`: in proportion to t ('linear') or to
+    1 - sqrt(1 - t) ('one_minus_sqrt'), slow at first and fast at the end, t in [0, 1].
+    """
+    if config.ramp == "none":
+        return jnp.float32(config.mean_steps)
+    progress = jnp.clip(jnp.asarray(step, jnp.float32) / config.ramp_steps, 0.0, 1.0)
+    if config.ramp == "one_minus_sqrt":
+        progress = 1.0 - jnp.sqrt(1.0 - progress)
+    return config.ramp_from + progress * (config.mean_steps - config.ramp_from)
+
+
+def draw_num_steps(
+    config: RecurrenceConfig,
+    key: Key[Array, ""],
+    step: Int[Array, ""] | int,
+    batch_size: int,
+    length: int,
+) -> Int[Array, "*draws"]:
+    """Draws the number of iterations, 1 to `max_steps`, for a training step.
+
+    Args:
+      config: distribution, ramp and what gets a draw of its own.
+      key: the run's key; the draw depends on (key, step) alone, so it is the same on every host
+        and after a resume.
+      step: optimiser step.
+      batch_size: B.
+      length: T.
+
+    Returns:
+      int32 [], [B] or [B, T], as `draw_per` says.
+    """
+    shapes = {"batch": (), "sequence": (batch_size,), "token": (batch_size, length)}
+    mean = mean_at_step(config, step)
+    draws = _sample(config, jax.random.fold_in(key, step), mean, shapes[config.draw_per])
+    return jnp.clip(draws, 1, config.max_steps).astype(STEP_DTYPE)
+
+
+def _sample(
+    config: RecurrenceConfig, key: jax.Array, mean: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
+    match config.sampling:
+        case "lognormal_poisson":
+            return _lognormal_poisson(key, mean, config.sampling_sigma, shape)
+        case "fixed":
+            return jnp.broadcast_to(jnp.round(mean), shape)
+        case "uniform":
+            # 1 .. 2 * mean - 1, every value equally likely.
+            highest = jnp.round(2 * mean).astype(STEP_DTYPE)
+            return jax.random.randint(key, shape, 1, jnp.maximum(highest, 2), STEP_DTYPE)
+        case "poisson":
+            return jax.random.poisson(key, mean - 1.0, shape) + 1
+        case "truncated_poisson":
+            return _truncated_poisson(key, mean, config.max_steps, shape)
+        case "geometric":
+            return jax.random.geometric(key, 1.0 / mean, shape)
+    raise ValueError(f"unknown sampling {config.sampling!r}; see RecurrenceConfig.sampling")
+
+
+def _lognormal_poisson(
+    key: jax.Array, mean: jax.Array, sigma: float, shape: tuple[int, ...]
+) -> jax.Array:
+    """Poisson(exp(normal)) + 1 (arXiv 2502.05171).
+
+    The log-normal rate has mean `mean`, as upstream; so the draw's mean is mean + 1 less what the
+    upstream `filling` variant's clamp takes off.
+    """
+    rate_key, count_key = jax.random.split(key)
+    # A log-normal variable with this location has mean `mean`.
+    location = jnp.log(mean) - sigma**2 / 2
+    rate = jnp.exp(location + sigma * jax.random.normal(rate_key, shape))
+    return jax.random.poisson(count_key, rate, shape) + 1
+
+
+def _truncated_poisson(
+    key: jax.Array, mean: jax.Array, max_steps: int, shape: tuple[int, ...]
+) -> jax.Array:
+    """Poisson(mean) given that it lies in 1 .. max_steps, by its exact probabilities."""
+    values = jnp.arange(1, max_steps + 1)
+    log_probability = values * jnp.log(mean) - jax.lax.lgamma(values + 1.0)
+    return jax.random.categorical(key, log_probability, shape=shape) + 1

@@ -10,11 +10,9 @@ from flax.core import unfreeze
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.core import RecurrentCore
-from megatransformer_jax.models.decoders.decoder import Condition
-from megatransformer_jax.models.media_parts import MediaParts
-from megatransformer_jax.models.recurrence import recur
-from megatransformer_jax.models.state_init import initial_state
+from megatransformer_jax.models.core import RecurrentCore, initial_state, recur
+from megatransformer_jax.models.media.decoder import Condition
+from megatransformer_jax.models.media.parts import MediaParts
 from megatransformer_jax.nn.adapters import ExitGate
 from megatransformer_jax.nn.block import Stack, remat_policy
 from megatransformer_jax.nn.context import LayerContext

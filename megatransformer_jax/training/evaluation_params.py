@@ -6,7 +6,7 @@ import jax
 import optax
 
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.models.fine_tuned import model_params
+from megatransformer_jax.models.adaptation import model_params
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.statistics import keep_statistics
 from megatransformer_jax.training.trainable import join_params, split_params

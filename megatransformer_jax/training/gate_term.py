@@ -14,8 +14,8 @@ from megatransformer_jax.losses.tokens import (
     token_cross_entropy,
     uniform_log_prior,
 )
-from megatransformer_jax.models.core_pass import first_state, observe_iterations, open_core
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
+from megatransformer_jax.models.passes.observed import first_state, observe_iterations, open_core
 from megatransformer_jax.types import Batch
 
 

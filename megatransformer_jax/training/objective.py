@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.tokens import TokenLoss, token_loss
-from megatransformer_jax.models.core_jacobian import random_signs, squared_jacobian
 from megatransformer_jax.models.megatransformer import LAST_STATE, MegaTransformer
+from megatransformer_jax.models.passes.observed import random_signs, squared_jacobian
 from megatransformer_jax.training.gate_term import gate_term
 from megatransformer_jax.training.media_term import (
     MediaCounts,

@@ -10,7 +10,7 @@ from flax import struct
 from jaxtyping import Array, Key
 
 from megatransformer_jax.config.fine_tuning import TRAIN_ALL, FineTuningConfig
-from megatransformer_jax.models.fine_tuned import kept_axes, kept_params
+from megatransformer_jax.models.adaptation import kept_axes, kept_params
 from megatransformer_jax.models.megatransformer import MegaTransformer, init_params
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizer_sharding import optimizer_shardings

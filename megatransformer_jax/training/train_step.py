@@ -9,10 +9,10 @@ import optax
 
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.tokens import TokenLoss
-from megatransformer_jax.models.fine_tuned import model_params
-from megatransformer_jax.models.media_parts import sequence_room
+from megatransformer_jax.models.adaptation import model_params
+from megatransformer_jax.models.core import draw_num_steps
+from megatransformer_jax.models.media.parts import sequence_room
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.models.step_schedule import draw_num_steps
 from megatransformer_jax.training.accumulation import sum_micro_batches
 from megatransformer_jax.training.media_term import count_media
 from megatransformer_jax.training.objective import ObjectiveSums, Place, make_objective

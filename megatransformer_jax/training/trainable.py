@@ -12,8 +12,8 @@ import jax
 
 from megatransformer_jax.config.fine_tuning import EXIT_GATE, FineTuningConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.models.decoders.trained_vae import IMAGE_VAE
-from megatransformer_jax.models.fine_tuned import BASE, LORA
+from megatransformer_jax.models.adaptation import BASE, LORA
+from megatransformer_jax.models.media.build import IMAGE_VAE
 from megatransformer_jax.training.parameter_paths import map_named, path_text
 
 

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from megatransformer_jax.checkpoints.manager import CheckpointManager
-from megatransformer_jax.checkpoints.retention import (
+from megatransformer_jax.checkpoints.manager import (
+    CheckpointManager,
     Ranking,
     SavedCheckpoint,
     kept_steps,

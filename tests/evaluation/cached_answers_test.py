@@ -19,10 +19,10 @@ from megatransformer_jax.evaluation.cached_answers import (
     cached_scores,
 )
 from megatransformer_jax.evaluation.eval_step import make_eval_step
-from megatransformer_jax.models.cached_forward import cached_forward
-from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.models.passes.cached import cached_forward
+from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.nn.kv_cache import init_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch, DTypePolicy

@@ -11,8 +11,8 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.evaluation.log_likelihood import Continuation, LogLikelihoodScorer
-from megatransformer_jax.models.cached_forward import token_states
 from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.models.passes.cached import token_states
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

@@ -22,12 +22,12 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
-from megatransformer_jax.generation.media_completion import (
+from megatransformer_jax.generation.media_prompt import (
     GeneratedClip,
     GeneratedImage,
     MediaCompletion,
+    MediaPrompt,
 )
-from megatransformer_jax.generation.media_prompt import MediaPrompt
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

@@ -22,7 +22,7 @@ from megatransformer_jax.config.build import build, merge, save_config
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
-from megatransformer_jax.models.fine_tuned import kept_params, model_params
+from megatransformer_jax.models.adaptation import kept_params, model_params
 from megatransformer_jax.models.megatransformer import init_params
 from megatransformer_jax.training.trainable import split_params
 

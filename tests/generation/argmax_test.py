@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megatransformer_jax.generation.argmax import argmax
+from megatransformer_jax.generation.processors.processor import argmax
 
 scores = st.sampled_from([-np.inf, -1.5, 0.0, 0.5, 2.0])
 

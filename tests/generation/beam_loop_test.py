@@ -12,12 +12,18 @@ import torch
 import transformers
 
 from megatransformer_jax.generation.beam_loop import BeamModel, BeamSettings, search
-from megatransformer_jax.generation.ending import END_OF_TEXT, EXHAUSTED, LENGTH, STOP, Ending
+from megatransformer_jax.generation.endings import (
+    END_OF_TEXT,
+    EXHAUSTED,
+    LENGTH,
+    STOP,
+    Ending,
+    PieceTable,
+    text_automaton,
+)
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.processors.allowed_tokens import AllowedTokens
-from megatransformer_jax.generation.processors.no_repeat_ngram import NoRepeatNgram
-from megatransformer_jax.generation.processors.repetition_penalty import RepetitionPenalty
-from megatransformer_jax.generation.text_automaton import PieceTable, text_automaton
+from megatransformer_jax.generation.processors.penalties import NoRepeatNgram, RepetitionPenalty
+from megatransformer_jax.generation.processors.processor import AllowedTokens
 
 WIDTH, FIRST_STEPS = 5, 7
 PENALTIES = (-1.5, 0.0, 0.6, 1.0, 2.0)

@@ -23,14 +23,19 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.generation import beam_search as beam_search_module
 from megatransformer_jax.generation.beam_search import beam_search
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
-from megatransformer_jax.generation.ending import END_OF_TEXT, LENGTH, STOP, Ending
+from megatransformer_jax.generation.endings import (
+    END_OF_TEXT,
+    LENGTH,
+    STOP,
+    Ending,
+    piece_table,
+    stop_strings,
+)
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.placement import for_rows
 from megatransformer_jax.generation.prefill import prefill
-from megatransformer_jax.generation.stop_strings import stop_strings
-from megatransformer_jax.generation.text_automaton import piece_table
-from megatransformer_jax.models.cached_forward import cached_forward
 from megatransformer_jax.models.megatransformer import build_model
+from megatransformer_jax.models.passes.cached import cached_forward
 from megatransformer_jax.nn.kv_cache import init_cache
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder

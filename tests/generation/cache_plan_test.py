@@ -8,7 +8,7 @@ from tiny_model import PLAIN, tiny
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.sampling import CacheConfig, DepthConfig
-from megatransformer_jax.generation.cache_plan import CachePlan, plan_cache
+from megatransformer_jax.generation.request import CachePlan, plan_cache
 
 MODEL = tiny(max_length=4096)
 

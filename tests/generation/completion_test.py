@@ -9,8 +9,8 @@ from sentencepiece import SentencePieceTrainer
 from tiny_model import Pieces
 
 from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer
-from megatransformer_jax.generation.completion import TextStream, continuation_text
-from megatransformer_jax.generation.stop_strings import cut_at_stop
+from megatransformer_jax.generation.endings import cut_at_stop
+from megatransformer_jax.generation.request import TextStream, continuation_text
 
 BYTES, PIECES = BytesTokenizer(), Pieces()
 

@@ -20,15 +20,11 @@ from tiny_model import (
 
 from megatransformer_jax.config.layers import SharingConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
-from megatransformer_jax.generation.ending import (
-    END_OF_TEXT,
-    LENGTH,
-    Ending,
-)
+from megatransformer_jax.generation.endings import END_OF_TEXT, LENGTH, Ending
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.prefill import prefill
-from megatransformer_jax.generation.processors.temperature import Temperature
-from megatransformer_jax.models.cached_forward import cached_forward
+from megatransformer_jax.generation.processors.cuts import Temperature
+from megatransformer_jax.models.passes.cached import cached_forward
 from megatransformer_jax.nn.kv_cache import init_cache
 
 CAPACITY, COUNT = 64, 10

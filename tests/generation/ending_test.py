@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from tiny_model import Pieces
 
-from megatransformer_jax.generation.ending import (
+from megatransformer_jax.generation.endings import (
     END_OF_TEXT,
     EXHAUSTED,
     FINISH_REASONS,
@@ -13,9 +13,9 @@ from megatransformer_jax.generation.ending import (
     STOP,
     Ending,
     exhaust,
+    piece_table,
+    stop_strings,
 )
-from megatransformer_jax.generation.stop_strings import stop_strings
-from megatransformer_jax.generation.text_automaton import piece_table
 
 
 def ending(end_ids=(2,), max_new_tokens=10, stop=()):

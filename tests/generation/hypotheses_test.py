@@ -4,15 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.generation.ending import EXHAUSTED, RUNNING, Ending
-from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.hypotheses import (
+from megatransformer_jax.generation.beam_loop import (
     NO_TEXT,
     best_of,
     first_hypotheses,
     no_hypotheses,
     penalise_length,
 )
+from megatransformer_jax.generation.endings import EXHAUSTED, RUNNING, Ending
+from megatransformer_jax.generation.history import history_of_prompts
 
 
 def hypotheses(scores):

@@ -21,20 +21,25 @@ from megatransformer_jax.config.generation import GenerationConfig, MediaGenerat
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.mel import normalized_mel
-from megatransformer_jax.generation.media_completion import (
+from megatransformer_jax.generation.media_generator import MediaGenerator
+from megatransformer_jax.generation.media_making import (
+    _MEDIA_STREAM,
+    draw_images,
+    make_clips,
+    sampler_settings,
+)
+from megatransformer_jax.generation.media_prompt import (
     GeneratedClip,
     GeneratedImage,
+    MediaPrompt,
+    follows_of,
+    media_batch,
     parts_of_ids,
 )
-from megatransformer_jax.generation.media_generator import MediaGenerator
-from megatransformer_jax.generation.media_making import _MEDIA_STREAM, sampler_settings
-from megatransformer_jax.generation.media_prompt import MediaPrompt
-from megatransformer_jax.generation.media_slots import follows_of, media_batch
-from megatransformer_jax.generation.media_steps import draw_images, make_clips
-from megatransformer_jax.generation.processors.allowed_tokens import allowed_tokens
-from megatransformer_jax.generation.row_keys import prompt_keys, sample_keys
-from megatransformer_jax.models.cached_forward import token_states
-from megatransformer_jax.models.decoders.decoder import Condition
+from megatransformer_jax.generation.processors.processor import allowed_tokens
+from megatransformer_jax.generation.request import prompt_keys, sample_keys
+from megatransformer_jax.models.media.decoder import Condition
+from megatransformer_jax.models.passes.cached import token_states
 
 PROMPTS = (
     MediaPrompt(("ab", IMAGE_PART, "c")),

@@ -7,18 +7,23 @@ import pytest
 from tiny_model import DEPTH, PLAIN, PROMPTS, TINY, Pieces, depth_rule, make, tiny
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.generation import parallel_sampler
+from megatransformer_jax.generation import parallel as parallel_sampler
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
-from megatransformer_jax.generation.ending import END_OF_TEXT, EXHAUSTED, LENGTH, STOP, Ending
+from megatransformer_jax.generation.endings import (
+    END_OF_TEXT,
+    EXHAUSTED,
+    LENGTH,
+    STOP,
+    Ending,
+    piece_table,
+    stop_strings,
+)
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.parallel_sampler import rows_needed, sample_parallel
+from megatransformer_jax.generation.parallel import rows_needed, sample_parallel
 from megatransformer_jax.generation.prefill import prefill
-from megatransformer_jax.generation.processors.allowed_tokens import AllowedTokens
-from megatransformer_jax.generation.processors.min_new_tokens import MinNewTokens
-from megatransformer_jax.generation.processors.no_repeat_ngram import NoRepeatNgram
-from megatransformer_jax.generation.processors.temperature import Temperature
-from megatransformer_jax.generation.stop_strings import stop_strings
-from megatransformer_jax.generation.text_automaton import piece_table
+from megatransformer_jax.generation.processors.cuts import Temperature
+from megatransformer_jax.generation.processors.penalties import MinNewTokens, NoRepeatNgram
+from megatransformer_jax.generation.processors.processor import AllowedTokens
 from megatransformer_jax.nn.kv_cache import init_cache
 
 CAPACITY, COUNT, W, ROWS = 64, 12, 4, 3

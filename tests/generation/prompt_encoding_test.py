@@ -9,7 +9,7 @@ from tiny_model import Pieces
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
-from megatransformer_jax.generation.prompt_encoding import encode_prompts
+from megatransformer_jax.generation.request import encode_prompts
 
 
 def test_texts_get_the_start_token_and_ids_are_taken_as_they_are():

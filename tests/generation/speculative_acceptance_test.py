@@ -9,7 +9,7 @@ import pytest
 from chi_square import p_value
 
 from megatransformer_jax.generation.history import History
-from megatransformer_jax.generation.speculative_acceptance import (
+from megatransformer_jax.generation.speculative import (
     ACCEPT,
     DRAFT,
     REPLACE,

@@ -14,10 +14,9 @@ from tiny_model import PROMPTS, TINY, make, tiny
 from megatransformer_jax.generation.decode_loop import start
 from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.prefill import repeat_rows
-from megatransformer_jax.generation.processors.chain import apply_chain, init_chain
-from megatransformer_jax.generation.processors.repetition_penalty import RepetitionPenalty
-from megatransformer_jax.generation.processors.temperature import Temperature
-from megatransformer_jax.generation.processors.top_p import TopP
+from megatransformer_jax.generation.processors.cuts import Temperature, TopP
+from megatransformer_jax.generation.processors.penalties import RepetitionPenalty
+from megatransformer_jax.generation.processors.processor import apply_chain, init_chain
 from megatransformer_jax.generation.speculative import speculate
 
 V, COUNT, ROWS, DEPTH = 4, 4, 4096, 4

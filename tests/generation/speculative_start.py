@@ -6,7 +6,7 @@ import numpy as np
 from tiny_model import PROMPTS, depth_rule, make
 
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
-from megatransformer_jax.generation.ending import Ending
+from megatransformer_jax.generation.endings import Ending
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.prefill import prefill
 from megatransformer_jax.generation.speculative import speculate

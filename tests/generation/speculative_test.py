@@ -12,14 +12,20 @@ from tiny_model import PLAIN, TINY, Pieces, depth_rule, make, tiny
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.generation import speculative
 from megatransformer_jax.generation.decode_loop import decode
-from megatransformer_jax.generation.ending import END_OF_TEXT, EXHAUSTED, STOP
-from megatransformer_jax.generation.processors.count_penalty import CountPenalty
-from megatransformer_jax.generation.processors.forced_words import forced_words
-from megatransformer_jax.generation.processors.no_repeat_ngram import NoRepeatNgram
-from megatransformer_jax.generation.processors.repetition_penalty import RepetitionPenalty
+from megatransformer_jax.generation.endings import (
+    END_OF_TEXT,
+    EXHAUSTED,
+    STOP,
+    piece_table,
+    stop_strings,
+)
+from megatransformer_jax.generation.processors.penalties import (
+    CountPenalty,
+    NoRepeatNgram,
+    RepetitionPenalty,
+)
+from megatransformer_jax.generation.processors.words import forced_words
 from megatransformer_jax.generation.speculative import rows_needed, speculate
-from megatransformer_jax.generation.stop_strings import stop_strings
-from megatransformer_jax.generation.text_automaton import piece_table
 
 COUNT = 40
 CONFIGS = {

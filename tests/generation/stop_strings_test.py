@@ -6,8 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatransformer_jax.data.tokenizer import BytesTokenizer
-from megatransformer_jax.generation.stop_strings import cut_at_stop, num_held_back, stop_strings
-from megatransformer_jax.generation.text_automaton import piece_table
+from megatransformer_jax.generation.endings import (
+    cut_at_stop,
+    num_held_back,
+    piece_table,
+    stop_strings,
+)
 
 BYTES = BytesTokenizer()
 texts = st.text("ab\n", max_size=12)

@@ -17,7 +17,7 @@ from megatransformer_jax.data.tokenizer import (
     SentencePieceTokenizer,
     train_sentencepiece,
 )
-from megatransformer_jax.generation.text_automaton import (
+from megatransformer_jax.generation.endings import (
     MIN_STATES,
     PieceTable,
     TextAutomaton,

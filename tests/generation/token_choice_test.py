@@ -5,10 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.processors.allowed_tokens import AllowedTokens
-from megatransformer_jax.generation.processors.chain import init_chain
-from megatransformer_jax.generation.processors.temperature import Temperature
-from megatransformer_jax.generation.processors.top_k import TopK
+from megatransformer_jax.generation.processors.cuts import Temperature, TopK
+from megatransformer_jax.generation.processors.processor import AllowedTokens, init_chain
 from megatransformer_jax.generation.token_choice import choose, token_log_probs
 
 V = 12

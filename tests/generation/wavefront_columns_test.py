@@ -5,12 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatransformer_jax.generation.wavefront_columns import (
-    Wavefront,
-    begin,
-    count_settled,
-    move_up,
-)
+from megatransformer_jax.generation.parallel import Wavefront, begin, count_settled, move_up
 
 W, B, WIDTH = 4, 3, 2
 

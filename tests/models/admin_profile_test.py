@@ -10,9 +10,9 @@ import pytest
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig, NormConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.admin_profile import profile_admin
+from megatransformer_jax.models.core import initial_state
 from megatransformer_jax.models.megatransformer import build_model, init_params, layer_context
-from megatransformer_jax.models.state_init import initial_state
+from megatransformer_jax.models.passes.observed import profile_admin
 from megatransformer_jax.nn.attention import SelfAttention
 from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.parameters import weight_init

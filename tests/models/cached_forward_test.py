@@ -22,8 +22,8 @@ from cached_passes import (
 
 from megatransformer_jax.checkpoints.huginn import load_huginn
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.cached_forward import cached_forward
 from megatransformer_jax.models.megatransformer import build_model
+from megatransformer_jax.models.passes.cached import cached_forward
 from megatransformer_jax.nn.kv_cache import drop_rows, take_sequences
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

@@ -10,8 +10,8 @@ import pytest
 from cached_passes import empty_cache, make, rule
 from tiny_media_model import CONFIG, tiny_media_batch
 
-from megatransformer_jax.models.cached_forward import Inserted, cached_forward, token_states
-from megatransformer_jax.models.media_sequence import media_sequence
+from megatransformer_jax.models.passes.cached import Inserted, cached_forward, token_states
+from megatransformer_jax.models.passes.media import media_sequence
 
 DEPTH, NUM_SLOTS, COLUMNS, CHUNK = 2, 4, 20, 5
 LENGTHS = jnp.array([7, 6])

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 
 from megatransformer_jax.config.image import ImageVaeConfig
-from megatransformer_jax.models.image_vae import build_image_vae, init_image_vae, vae_loss
+from megatransformer_jax.models.media.image_vae import build_image_vae, init_image_vae, vae_loss
 from megatransformer_jax.types import DTypePolicy
 
 CONFIG = ImageVaeConfig(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.models.int8_weights import (
+from megatransformer_jax.models.adaptation import (
     dequantize_params,
     is_quantized,
     quantize_params,

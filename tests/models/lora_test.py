@@ -14,7 +14,7 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.lora import init_lora, lora_axes, merge_lora
+from megatransformer_jax.models.adaptation import init_lora, lora_axes, merge_lora
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
 from megatransformer_jax.nn import attention as attention_module
 from megatransformer_jax.nn import mlp as mlp_module

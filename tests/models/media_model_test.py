@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tiny_media_model import CONFIG, LENGTH, tiny_media_batch, tiny_media_model
 
-from megatransformer_jax.models.codas.coda import Coda
-from megatransformer_jax.models.media_parts import sequence_room
+from megatransformer_jax.models.media.coda import Coda
+from megatransformer_jax.models.media.parts import sequence_room
 from megatransformer_jax.models.megatransformer import init_params, param_axes
 from megatransformer_jax.types import MediaBatch
 

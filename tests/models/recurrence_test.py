@@ -14,9 +14,8 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models import megatransformer
-from megatransformer_jax.models.core import RecurrentCore
+from megatransformer_jax.models.core import RecurrentCore, recur, recur_observed
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.recurrence import recur, recur_observed
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

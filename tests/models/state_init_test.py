@@ -9,7 +9,7 @@ import pytest
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.state_init import initial_state
+from megatransformer_jax.models.core import initial_state
 from megatransformer_jax.nn.parameters import weight_init
 
 WIDTH = 64

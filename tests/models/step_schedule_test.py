@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.step_schedule import draw_num_steps, mean_at_step
+from megatransformer_jax.models.core import draw_num_steps, mean_at_step
 
 NUM_DRAWS = 20_000
 SAMPLINGS = ("lognormal_poisson", "fixed", "uniform", "poisson", "truncated_poisson", "geometric")

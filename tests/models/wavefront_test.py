@@ -11,11 +11,11 @@ import pytest
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.cached_forward import cached_forward, token_states
-from megatransformer_jax.models.depth_loop import DepthRule
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.wavefront import refine
+from megatransformer_jax.models.passes.cached import cached_forward, token_states
+from megatransformer_jax.models.passes.depth_loop import DepthRule
+from megatransformer_jax.models.passes.wavefront import refine
 from megatransformer_jax.nn.cache_rows import write_staggered_rows
 from megatransformer_jax.nn.kv_cache import init_cache
 from megatransformer_jax.sharding.rules import Sharder

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.config.decoders import FlowConfig, FlowSamplerConfig
-from megatransformer_jax.models.decoders.decoder import Condition
-from megatransformer_jax.models.decoders.flow import flow_loss, sample_flow
+from megatransformer_jax.models.media.decoder import Condition
+from megatransformer_jax.models.media.flow import flow_loss, sample_flow
 from megatransformer_jax.ops.diffusion import draw_flow_time, flow_noisy, flow_velocity, per_medium
 
 MEAN, STD = 0.5, 0.3

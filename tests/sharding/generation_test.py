@@ -20,7 +20,7 @@ from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
-from megatransformer_jax.generation.ending import Ending
+from megatransformer_jax.generation.endings import Ending
 from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.placement import (
@@ -31,10 +31,10 @@ from megatransformer_jax.generation.placement import (
     replicate,
 )
 from megatransformer_jax.generation.prefill import prefill
-from megatransformer_jax.generation.processors.temperature import Temperature
-from megatransformer_jax.models.depth_loop import DepthRule
+from megatransformer_jax.generation.processors.cuts import Temperature
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
+from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

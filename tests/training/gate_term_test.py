@@ -17,8 +17,8 @@ from megatransformer_jax.config.recurrence import (
 )
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.tokens import token_loss
-from megatransformer_jax.models.core_pass import open_core
 from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.models.passes.observed import open_core
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.gate_term import gate_steps
 from megatransformer_jax.training.objective import Place, make_objective

@@ -10,7 +10,7 @@ import pytest
 from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig
 from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.decoders.decoder import Condition
+from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.media_term import (

@@ -11,8 +11,8 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig, StabilityConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.tokens import token_loss
-from megatransformer_jax.models.core_jacobian import random_signs, squared_jacobian
 from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.models.passes.observed import random_signs, squared_jacobian
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.objective import Place, make_objective
 from megatransformer_jax.types import Batch, DTypePolicy

@@ -13,8 +13,8 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.tokens import token_loss
+from megatransformer_jax.models.core import draw_num_steps
 from megatransformer_jax.models.megatransformer import build_model
-from megatransformer_jax.models.step_schedule import draw_num_steps
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import init_state
 from megatransformer_jax.training.train_step import make_train_step

@@ -14,8 +14,8 @@ from megatransformer_jax.evaluation.diagnostics.observed_layers import (
     observe_iteration,
     observe_prelude,
 )
-from megatransformer_jax.models.core_pass import core_step, first_state, open_core
 from megatransformer_jax.models.megatransformer import MegaTransformer, pass_context
+from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
 from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, masked_softmax
 from megatransformer_jax.ops.masks import AttentionMask, dense_mask, row_distance
 from megatransformer_jax.ops.positions import alibi_slopes

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 from megatransformer_jax.config.model import RecurrenceConfig
-from megatransformer_jax.models.step_schedule import draw_num_steps
+from megatransformer_jax.models.core import draw_num_steps
 from megatransformer_jax.training.step_keys import step_keys
 
 

@@ -13,8 +13,8 @@ from megatransformer_jax.evaluation.diagnostics.observed_layers import (
     observe_iteration,
     observe_prelude,
 )
-from megatransformer_jax.models.core_pass import first_state, open_core
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.observed import first_state, open_core
 from megatransformer_jax.types import Batch, HostOrDeviceArray
 
 # Values of a layer that a histogram is made of: enough for its shape at any width.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Int, Key
 
 from megatransformer_jax.evaluation.media.media_eval_step import is_after_media, run_model
 from megatransformer_jax.generation.placement import for_rows
-from megatransformer_jax.models.decoders.decoder import Condition
+from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
 from megatransformer_jax.types import Batch, HostOrDeviceArray, MediaBatch
 

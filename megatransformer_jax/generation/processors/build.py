@@ -11,24 +11,15 @@ from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.sampling import SamplingConfig
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.generation.processors.allowed_tokens import allowed_tokens
-from megatransformer_jax.generation.processors.banned_texts import BannedTexts
-from megatransformer_jax.generation.processors.chain import Chain
-from megatransformer_jax.generation.processors.count_penalty import CountPenalty
-from megatransformer_jax.generation.processors.forced_words import ForcedWords, forced_words
-from megatransformer_jax.generation.processors.min_p import MinP
-from megatransformer_jax.generation.processors.no_repeat_ngram import NoRepeatNgram
-from megatransformer_jax.generation.processors.processor import Processor
-from megatransformer_jax.generation.processors.repetition_penalty import RepetitionPenalty
-from megatransformer_jax.generation.processors.temperature import Temperature
-from megatransformer_jax.generation.processors.top_k import TopK
-from megatransformer_jax.generation.processors.top_p import TopP
-from megatransformer_jax.generation.processors.typical import Typical
-from megatransformer_jax.generation.text_automaton import (
-    PieceTable,
-    piece_table,
-    text_automaton,
+from megatransformer_jax.generation.endings import PieceTable, piece_table, text_automaton
+from megatransformer_jax.generation.processors.cuts import MinP, Temperature, TopK, TopP, Typical
+from megatransformer_jax.generation.processors.penalties import (
+    CountPenalty,
+    NoRepeatNgram,
+    RepetitionPenalty,
 )
+from megatransformer_jax.generation.processors.processor import Chain, Processor, allowed_tokens
+from megatransformer_jax.generation.processors.words import BannedTexts, ForcedWords, forced_words
 
 # Up to this size another n-gram compiles nothing.
 USUAL_NGRAM = 4

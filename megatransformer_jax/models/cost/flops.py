@@ -1,14 +1,24 @@
-"""Floating-point operations per token, from the config alone.
+"""Floating-point operations: of a text model per token, of media per medium, of any function.
 
 Matrix products only: one with an m x n matrix costs 2 m n per token. What acts channel by channel
 (norms, activations, rotary positions, softmax) is left out, as is usual; at common widths it is a
-few percent.
+few percent. Costs come from the config alone; only networks whose formulas would repeat their code
+are traced, on abstract arrays.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
 
 from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.models.cost.parameter_counts import abstract_params
+from megatransformer_jax.models.media.decoder import Condition
+from megatransformer_jax.models.megatransformer import MegaTransformer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,3 +167,166 @@ def _recomputed(config: ModelConfig, products: Mapping[str, float]) -> float:
         case "dots":  # Keeps products with weights that all tokens share.
             return always + without_weights
     raise ValueError(f"unknown remat {config.remat!r}; known: none, full, dots")
+
+
+# ------------------------------------------------------------------------------
+# Floating-point operations of images and sound, per medium, from the config alone.
+
+
+@dataclasses.dataclass(frozen=True)
+class MediumFlops:
+    """FLOPs of one image, or of one clip of the most frames, in forward passes.
+
+    Attributes:
+      places: positions of the sequence that it takes.
+      prelude: its encoder.
+      coda: what its decoder reads, from a full window.
+      decoder: what a training step asks of its decoder: one call of the network.
+      sampling: making it, all steps of the config's sampler, with guidance if it has one.
+      sampling_steps: how many these are.
+    """
+
+    places: int
+    prelude: float
+    coda: float
+    decoder: float
+    sampling: float
+    sampling_steps: int
+
+    @property
+    def forward(self) -> float:
+        """Encoder, coda and decoder once each, as for a medium that is learned to be made."""
+        return self.prelude + self.coda + self.decoder
+
+
+def media_flops(model: MegaTransformer) -> dict[str, MediumFlops]:
+    """'image' and 'audio', as far as the model has them, counted by tracing their parts.
+
+    Args:
+      model: off any mesh; a kernel of attention that cannot be counted does not matter, as these
+        parts take none.
+    """
+    config, params = model.config, abstract_params(model)
+    found = {}
+    if config.image.enabled:
+        image = jax.ShapeDtypeStruct((1, *config.image.shape), jnp.float32)
+        found["image"] = _count(model, params, "image", (image,))
+    if config.audio.enabled:
+        shape = (1, config.audio.max_frames, config.audio.mel.num_mels)
+        clip = jax.ShapeDtypeStruct(shape, jnp.float32)
+        lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+        found["audio"] = _count(model, params, "audio", (clip, lengths))
+    return found
+
+
+def _count(
+    model: MegaTransformer, params: Any, kind: str, media: tuple[jax.ShapeDtypeStruct, ...]
+) -> MediumFlops:
+    config: Any = getattr(model.config, kind)
+    window = (1, config.context_length)
+    latents = jax.ShapeDtypeStruct((*window, model.config.width), model.policy.compute)
+    exists = jax.ShapeDtypeStruct(window, jnp.bool_)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    sampler = config.decoder.settings if kind == "image" else config.decoder.sampler
+
+    def apply(method: Any, *arguments: Any) -> float:
+        def call(params: Any, *arguments: Any) -> Any:
+            return model.apply({"params": params}, *arguments, method=method)
+
+        return product_flops(call, params, *arguments)
+
+    def encode(model: MegaTransformer, media: jax.Array, lengths: jax.Array | None = None) -> Any:
+        prelude = getattr(model.media, f"{kind}_prelude")
+        return prelude(media, lengths, True).embeddings
+
+    def conclude(model: MegaTransformer, latents: jax.Array, exists: jax.Array) -> Condition:
+        return cast(Condition, getattr(model.media, f"{kind}_coda")(latents, exists, True))
+
+    # Conditions are put together inside, from arrays: here there are only shapes.
+    def learn(model: MegaTransformer, media: Any, context: Any, exists: Any, key: Any) -> Any:
+        learn_one: Any = model.image_loss if kind == "image" else model.audio_loss
+        return learn_one(*media, Condition(context, exists), key)
+
+    def make(model: MegaTransformer, context: Any, exists: Any, key: Any) -> Any:
+        make_one: Any = model.sample_images if kind == "image" else model.sample_audio
+        return make_one(Condition(context, exists), key)
+
+    return MediumFlops(
+        places=config.num_tokens,
+        prelude=apply(encode, *media),
+        coda=apply(conclude, latents, exists),
+        decoder=apply(learn, media, latents, exists, key),
+        sampling=apply(make, latents, exists, key),
+        sampling_steps=sampler.num_steps,
+    )
+
+
+# ------------------------------------------------------------------------------
+# Floating-point operations of a function, read off its trace on abstract arrays.
+#
+# For networks whose formulas would repeat their code: nothing is computed or allocated. As in
+# `flops`, matrix products only, and convolutions, which are sums of them.
+
+
+def product_flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Counts the products of one call: 2 for every multiplication that is added up.
+
+    A loop counts as often as it runs, of alternatives the most expensive one. A convolution counts
+    its whole kernel at every output, also where it meets the zeros around its input.
+
+    Args:
+      function: of arrays, to arrays.
+      arguments: arrays, or `jax.ShapeDtypeStruct`s in their place.
+
+    Raises:
+      ValueError: if the number of a loop's iterations is not known from the trace.
+    """
+    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def _of_jaxpr(jaxpr: core.Jaxpr) -> float:
+    return sum((_of_equation(equation) for equation in jaxpr.eqns), 0.0)
+
+
+def _of_equation(equation: Any) -> float:
+    inner = [_of_jaxpr(jaxpr) for jaxpr in _jaxprs(equation.params)]
+    match equation.primitive.name:
+        case "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            return 2.0 * _size(equation) * math.prod(shape[axis] for axis in contracted)
+        case "conv_general_dilated":
+            numbers = equation.params["dimension_numbers"]
+            kernel = equation.invars[1].aval.shape
+            # The second entry is the inputs of one group.
+            taps = math.prod(kernel[axis] for axis in numbers.rhs_spec[1:])
+            return 2.0 * _size(equation) * taps
+        case "scan":
+            return equation.params["length"] * sum(inner)
+        case "cond":
+            return max(inner)
+        case "while":
+            if sum(inner):
+                raise ValueError(
+                    "a loop whose number of iterations is data has no count; count one iteration"
+                )
+            return 0.0
+        case "pallas_call":
+            raise ValueError("a kernel written in Pallas has no count; trace the XLA one")
+    return sum(inner, 0.0)
+
+
+def _size(equation: Any) -> int:
+    return math.prod(equation.outvars[0].aval.shape)
+
+
+def _jaxprs(params: dict[str, Any]) -> list[core.Jaxpr]:
+    """The functions that an equation calls."""
+    found = []
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(item, core.ClosedJaxpr):
+                found.append(item.jaxpr)
+            elif isinstance(item, core.Jaxpr):
+                found.append(item)
+    return found

@@ -21,13 +21,13 @@ from megatransformer_jax.evaluation.diagnostics.observed_layers import (
     observe_coda,
     observe_prelude,
 )
+from megatransformer_jax.models.core import draw_num_steps
 from megatransformer_jax.models.megatransformer import (
     build_model,
     init_params,
     off_mesh,
     pass_context,
 )
-from megatransformer_jax.models.step_schedule import draw_num_steps
 from megatransformer_jax.nn.attention import SelfAttention
 from megatransformer_jax.ops.attention import attention
 from megatransformer_jax.ops.masks import AttentionMask

@@ -6,9 +6,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatransformer_jax.generation.endings import PieceTable, text_automaton
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.processors.banned_texts import BannedTexts
-from megatransformer_jax.generation.text_automaton import PieceTable, text_automaton
+from megatransformer_jax.generation.processors.words import BannedTexts
 
 PIECES = ("x", "a", "b", "ab", "ba", "bab", "aab", "xa")
 

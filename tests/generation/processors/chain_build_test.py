@@ -10,9 +10,13 @@ from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.sampling import SamplingConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.history import History, history_of_prompts
-from megatransformer_jax.generation.processors.allowed_tokens import allowed_tokens
 from megatransformer_jax.generation.processors.build import build_chain
-from megatransformer_jax.generation.processors.chain import Chain, apply_chain, init_chain
+from megatransformer_jax.generation.processors.processor import (
+    Chain,
+    allowed_tokens,
+    apply_chain,
+    init_chain,
+)
 
 BYTES = BytesTokenizer()
 ALL = SamplingConfig(

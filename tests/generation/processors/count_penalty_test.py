@@ -13,7 +13,7 @@ from example_rows import (
     random_logits,
 )
 
-from megatransformer_jax.generation.processors.count_penalty import CountPenalty
+from megatransformer_jax.generation.processors.penalties import CountPenalty
 
 
 @jax.jit

@@ -9,27 +9,24 @@ import numpy as np
 import pytest
 from example_rows import CAPACITY, KINDS, NUM_ROWS, VOCAB_SIZE, random_history, random_logits
 
+from megatransformer_jax.generation.endings import PieceTable, text_automaton
 from megatransformer_jax.generation.history import History
-from megatransformer_jax.generation.processors.allowed_tokens import AllowedTokens
-from megatransformer_jax.generation.processors.banned_texts import BannedTexts
-from megatransformer_jax.generation.processors.chain import (
+from megatransformer_jax.generation.processors.cuts import MinP, Temperature, TopK, TopP, Typical
+from megatransformer_jax.generation.processors.penalties import (
+    CountPenalty,
+    MinNewTokens,
+    NoRepeatNgram,
+    RepetitionPenalty,
+)
+from megatransformer_jax.generation.processors.processor import (
+    AllowedTokens,
+    Processor,
     apply_chain,
     init_chain,
     is_exhausted,
     update_chain,
 )
-from megatransformer_jax.generation.processors.count_penalty import CountPenalty
-from megatransformer_jax.generation.processors.forced_words import forced_words
-from megatransformer_jax.generation.processors.min_new_tokens import MinNewTokens
-from megatransformer_jax.generation.processors.min_p import MinP
-from megatransformer_jax.generation.processors.no_repeat_ngram import NoRepeatNgram
-from megatransformer_jax.generation.processors.processor import Processor
-from megatransformer_jax.generation.processors.repetition_penalty import RepetitionPenalty
-from megatransformer_jax.generation.processors.temperature import Temperature
-from megatransformer_jax.generation.processors.top_k import TopK
-from megatransformer_jax.generation.processors.top_p import TopP
-from megatransformer_jax.generation.processors.typical import Typical
-from megatransformer_jax.generation.text_automaton import PieceTable, text_automaton
+from megatransformer_jax.generation.processors.words import BannedTexts, forced_words
 
 EOS = 2
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.generation.history import NO_TOKEN, history_of_prompts
-from megatransformer_jax.generation.processors.forced_words import ForcedWords, forced_words
+from megatransformer_jax.generation.processors.words import ForcedWords, forced_words
 
 EOS = 0
 VOCAB_SIZE = 4

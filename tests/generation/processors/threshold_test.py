@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from megatransformer_jax.generation.processors.threshold import largest_threshold, ordered_keys
+from megatransformer_jax.generation.processors.processor import largest_threshold, ordered_keys
 
 SHAPE = (2, 7)
 floats = st.floats(width=32, allow_nan=False)

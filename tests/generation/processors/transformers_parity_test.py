@@ -24,22 +24,20 @@ from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.sampling import SamplingConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.history import History, history_of_prompts
-from megatransformer_jax.generation.processors.allowed_tokens import AllowedTokens
 from megatransformer_jax.generation.processors.build import build_chain
-from megatransformer_jax.generation.processors.chain import (
+from megatransformer_jax.generation.processors.cuts import MinP, Temperature, TopK, TopP, Typical
+from megatransformer_jax.generation.processors.penalties import (
+    MinNewTokens,
+    NoRepeatNgram,
+    RepetitionPenalty,
+)
+from megatransformer_jax.generation.processors.processor import (
+    AllowedTokens,
+    Processor,
     apply_chain,
     init_chain,
     update_chain,
 )
-from megatransformer_jax.generation.processors.min_new_tokens import MinNewTokens
-from megatransformer_jax.generation.processors.min_p import MinP
-from megatransformer_jax.generation.processors.no_repeat_ngram import NoRepeatNgram
-from megatransformer_jax.generation.processors.processor import Processor
-from megatransformer_jax.generation.processors.repetition_penalty import RepetitionPenalty
-from megatransformer_jax.generation.processors.temperature import Temperature
-from megatransformer_jax.generation.processors.top_k import TopK
-from megatransformer_jax.generation.processors.top_p import TopP
-from megatransformer_jax.generation.processors.typical import Typical
 
 EOS = 2
 Pair = tuple[Processor, list]

@@ -9,7 +9,7 @@ from megatransformer_jax.config.decoders import DitConfig, FlowSamplerConfig, Sa
 from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
-from megatransformer_jax.models.cost.media_flops import media_flops
+from megatransformer_jax.models.cost.flops import media_flops
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from megatransformer_jax.models.cost.traced_flops import product_flops
+from megatransformer_jax.models.cost.flops import product_flops
 
 X, W = jax.ShapeDtypeStruct((4, 8), jnp.float32), jax.ShapeDtypeStruct((8, 8), jnp.float32)
 PRODUCT = 2 * 4 * 8 * 8

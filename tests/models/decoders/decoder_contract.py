@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from megatransformer_jax.models.decoders.decoder import Condition
+from megatransformer_jax.models.media.decoder import Condition
 
 CONTEXT_LENGTH = 3
 

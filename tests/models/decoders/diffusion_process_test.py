@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.config.decoders import DiffusionConfig, SamplerConfig
-from megatransformer_jax.models.decoders.decoder import Condition
-from megatransformer_jax.models.decoders.diffusion import diffusion_loss, schedule_of
-from megatransformer_jax.models.decoders.guidance import drop_conditions, guided, without_context
-from megatransformer_jax.models.decoders.samplers import limit, sample_diffusion
+from megatransformer_jax.models.media.decoder import (
+    Condition,
+    drop_conditions,
+    guided,
+    without_context,
+)
+from megatransformer_jax.models.media.diffusion import (
+    diffusion_loss,
+    limit,
+    sample_diffusion,
+    schedule_of,
+)
 from megatransformer_jax.ops.diffusion import implied_noise, per_medium
 
 MEAN, STD = 0.5, 0.3

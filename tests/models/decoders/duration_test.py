@@ -6,7 +6,7 @@ import numpy as np
 from decoder_contract import random_condition
 from flax import linen as nn
 
-from megatransformer_jax.models.decoders.duration import (
+from megatransformer_jax.models.media.mel_diffusion import (
     DurationHead,
     duration_error,
     whole_frames,

@@ -23,10 +23,10 @@ from megatransformer_jax.config.decoders import (
     UNetConfig,
 )
 from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig, ImageVaeConfig
-from megatransformer_jax.models.decoders.build import build_image_decoder
-from megatransformer_jax.models.decoders.decoder import MediaDecoder
-from megatransformer_jax.models.decoders.diffusion_decoder import DiffusionDecoder
-from megatransformer_jax.models.decoders.flow_decoder import FlowDecoder
+from megatransformer_jax.models.media.build import build_image_decoder
+from megatransformer_jax.models.media.decoder import MediaDecoder
+from megatransformer_jax.models.media.diffusion import DiffusionDecoder
+from megatransformer_jax.models.media.flow import FlowDecoder
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

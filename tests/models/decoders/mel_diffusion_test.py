@@ -10,7 +10,7 @@ from decoder_contract import CHECKS, DecoderCase, check_gradients_reach_all_para
 
 from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, MelConfig
 from megatransformer_jax.config.decoders import SamplerConfig
-from megatransformer_jax.models.decoders.build import build_audio_decoder
+from megatransformer_jax.models.media.build import build_audio_decoder
 from megatransformer_jax.types import DTypePolicy
 
 CONTEXT_WIDTH, FRAMES, BINS = 6, 7, 5

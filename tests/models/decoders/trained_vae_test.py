@@ -13,7 +13,7 @@ from megatransformer_jax.config.image import (
     ImageVaeRunConfig,
 )
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.models.decoders.trained_vae import check_image_vae, insert_image_vae
+from megatransformer_jax.models.media.build import check_image_vae, insert_image_vae
 
 VAE = ImageVaeConfig(base_width=16)
 CONFIG = ImageConfig(

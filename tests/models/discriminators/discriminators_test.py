@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.models.discriminators.multi_period import PeriodDiscriminator
-from megatransformer_jax.models.discriminators.multi_scale import half_rate
+from megatransformer_jax.models.vocoders import PeriodDiscriminator, half_rate
 from megatransformer_jax.types import DTypePolicy
 
 

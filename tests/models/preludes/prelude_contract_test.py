@@ -12,8 +12,12 @@ from megatransformer_jax.config.audio import AudioConfig, MelConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig, NormConfig
-from megatransformer_jax.models.preludes.build import build_audio_prelude, build_image_prelude
-from megatransformer_jax.models.preludes.prelude import Encoded, Prelude
+from megatransformer_jax.models.media.preludes import (
+    Encoded,
+    Prelude,
+    build_audio_prelude,
+    build_image_prelude,
+)
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

@@ -16,7 +16,7 @@ from megatransformer_jax.config.vocoder import (
     VocoderLossConfig,
 )
 from megatransformer_jax.losses.sound import vocoder_loss
-from megatransformer_jax.models.vocoders.build import (
+from megatransformer_jax.models.vocoders import (
     DISCRIMINATOR,
     GENERATOR,
     build_generator,

@@ -1,0 +1,255 @@
+"""A request on the host: prompts to ids, size of the cache, keys of rows, and what comes back."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.generation.endings import cut_at_stop, num_held_back
+from megatransformer_jax.nn.kv_cache import rows_to_blocks
+
+# Ids may be in a list, a tuple or an array.
+Prompt = str | Sequence[int] | np.ndarray | jax.Array
+
+
+def encode_prompts(
+    prompts: Sequence[Any] | np.ndarray, tokenizer: Tokenizer | None, vocab_size: int
+) -> list[list[int]]:
+    """The ids of each prompt.
+
+    A text gets the start token in front, unless it spells it itself, as chat formats do. Ids are
+    taken as they are.
+
+    Args:
+      prompts: texts or ids (see `Prompt`; anything else is refused); ids may also be the rows of
+        one array.
+      tokenizer: of the model. None: all prompts must be ids.
+      vocab_size: of the model.
+
+    Raises:
+      UserError: if there is no prompt, or one is empty or has something that is no id.
+    """
+    if isinstance(prompts, str):
+        raise UserError(f"prompts are a list of texts, not the text {prompts!r}; put it in a list.")
+    if not len(prompts):
+        raise UserError("there is no prompt to continue; give at least one.")
+    return [_encode(prompt, tokenizer, vocab_size) for prompt in prompts]
+
+
+def _encode(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[int]:
+    if not hasattr(prompt, "__len__"):
+        raise UserError(f"a prompt is a text or a sequence of token ids, not {prompt!r}.")
+    if not len(prompt):
+        raise UserError("the prompt is empty; give it text, or token ids such as the start's.")
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise UserError("this model has no tokenizer; give prompts as token ids.")
+        ids = tokenizer.encode(prompt)
+        return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    array = np.asarray(prompt)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"prompt ids must be whole numbers, one after the other, not {prompt!r}.")
+    # A model may have more rows than its tokenizer has ids; nothing has been learned for them.
+    size = vocab_size if tokenizer is None else min(vocab_size, tokenizer.vocab_size)
+    wrong = array[(array < 0) | (array >= size)]
+    if wrong.size:
+        raise UserError(f"prompt ids must be in 0 .. {size - 1}, not {wrong[0]}.")
+    return [int(token) for token in array]
+
+
+# ------------------------------------------------------------------------------
+# How large a cache a request needs; sizes are rounded so that most requests compile nothing.
+
+# A full cache has a multiple of this many slots per core layer.
+SLOT_MULTIPLE = 8
+# Prompts are padded to a power of two from here on, and above MAX_DOUBLED to a multiple of it.
+MIN_COLUMNS = 16
+MAX_DOUBLED = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class CachePlan:
+    """Static sizes of one request.
+
+    Attributes:
+      num_columns: what prompts are padded to.
+      capacity: rows of the cache, and tokens of a history.
+      num_slots: slots of each core layer.
+    """
+
+    num_columns: int
+    capacity: int
+    num_slots: int
+
+
+def plan_cache(
+    model: ModelConfig,
+    config: GenerationConfig,
+    trained_depth: int | None,
+    longest_prompt: int,
+    new_rows: int,
+    platform: str,
+) -> CachePlan:
+    """The sizes for prompts of up to `longest_prompt` tokens.
+
+    Args:
+      model: the model.
+      config: of the generation; its depth is a number.
+      trained_depth: mean iterations in training.
+      longest_prompt: tokens, the start token included.
+      new_rows: rows that the new tokens may take: max_new_tokens, or more if some are rejected.
+      platform: of the devices.
+
+    Raises:
+      UserError: if prompt and new tokens exceed the cache or the model.
+    """
+    _check_length(model, config, longest_prompt)
+    columns, rows = round_columns(longest_prompt), config.cache.capacity
+    if rows is None:
+        rows = columns + new_rows
+    elif longest_prompt + new_rows > rows:
+        raise ConfigError(
+            "cache.capacity",
+            f"{rows} is less than the {longest_prompt} tokens of the longest prompt and {new_rows} "
+            f"rows for new ones; raise it to {longest_prompt + new_rows}, or lower max_new_tokens.",
+        )
+    capacity = rows_to_blocks(rows, platform)
+    columns = min(columns, capacity - new_rows)
+    return CachePlan(columns, capacity, _num_slots(config, trained_depth))
+
+
+def _num_slots(config: GenerationConfig, trained_depth: int | None) -> int:
+    if config.cache.slots is not None:
+        return config.cache.slots
+    deepest = max(config.depth.depth or 1, trained_depth or 1)
+    return -(-deepest // SLOT_MULTIPLE) * SLOT_MULTIPLE
+
+
+def round_columns(longest: int) -> int:
+    """What prompts of up to `longest` tokens are padded to."""
+    if longest > MAX_DOUBLED:
+        return -(-longest // MAX_DOUBLED) * MAX_DOUBLED
+    return max(MIN_COLUMNS, 1 << (longest - 1).bit_length())
+
+
+def _check_length(model: ModelConfig, config: GenerationConfig, longest_prompt: int) -> None:
+    total = longest_prompt + config.max_new_tokens
+    if total > model.max_length:
+        raise UserError(
+            f"the longest prompt has {longest_prompt} tokens (the start token included); with "
+            f"max_new_tokens={config.max_new_tokens} that is more than the model's "
+            f"max_length={model.max_length}. Shorten it or lower max_new_tokens."
+        )
+
+
+# ------------------------------------------------------------------------------
+# Keys of draws: every text has its own, whatever else is generated in the same batch.
+
+
+def prompt_keys(seed: int, numbers: Sequence[int]) -> Key[Array, "B"]:
+    """A key per prompt; which batch it is in does not matter."""
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return fold(jax.random.key(seed), jnp.asarray(numbers, jnp.int32))
+
+
+def sample_keys(prompt_keys: Key[Array, "B"], count: int) -> Key[Array, "B2"]:
+    """A key per text. The first text of a prompt has the same whatever `num_samples` is."""
+    split = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count)))
+    return split(prompt_keys).reshape(-1)
+
+
+# ------------------------------------------------------------------------------
+# What generation gives back: finished texts, and tokens as they come.
+
+# What decoders write for bytes that are no character (yet).
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """A finished text.
+
+    Attributes:
+      prompt: what it continues; None if that was given as ids.
+      text: the continuation, without a stop text; empty without a tokenizer.
+      token_ids: the new tokens, without an end token; those of a stop text included.
+      steps: iterations of the pass that led to each of them; 0 for a model without a core.
+      score: sum of the log-probabilities of all new tokens under the model, the end token's
+        included; of beam search its penalised score.
+      finish_reason: 'end_of_text', 'stop', 'length', or 'exhausted' if every token was banned.
+    """
+
+    prompt: str | None
+    text: str
+    token_ids: tuple[int, ...]
+    steps: tuple[int, ...]
+    score: float
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedToken:
+    """A token as it comes.
+
+    Attributes:
+      text: what it adds to the text; empty while a character, or what may become a stop text, is
+        not complete. The last token brings all that was held back.
+      token_id: its id.
+      steps: iterations of the pass that led to it.
+    """
+
+    text: str
+    token_id: int
+    steps: int
+
+
+def continuation_text(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], new_ids: Sequence[int]
+) -> str:
+    """Text of the new tokens behind the prompt's.
+
+    Decoded together, since a token's text can depend on the one before: SentencePiece drops a blank
+    at the start.
+    """
+    prompt = [token for token in prompt_ids if token != tokenizer.bos_id]
+    before = tokenizer.decode(prompt)
+    after = tokenizer.decode([*prompt, *new_ids])
+    # A prompt whose last character was not complete has none to compare with.
+    return after[len(before) :] if after.startswith(before) else tokenizer.decode(new_ids)
+
+
+class TextStream:
+    """Turns tokens into text piece by piece.
+
+    Args:
+      tokenizer: of the model.
+      prompt_ids: what is continued.
+      stops: stop texts, which are never shown.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]):
+        self._tokenizer = tokenizer
+        self._prompt_ids = prompt_ids
+        self._stops = stops
+        self._new_ids: list[int] = []
+        self._num_shown = 0
+
+    def add(self, token: int, is_last: bool) -> str:
+        """What can be shown once this token has come; all that is left if it is the last."""
+        self._new_ids.append(token)
+        text = continuation_text(self._tokenizer, self._prompt_ids, self._new_ids)
+        text = cut_at_stop(text, self._stops)
+        if not is_last:
+            text = text.rstrip(_INCOMPLETE)
+            text = text[: len(text) - num_held_back(text, self._stops)]
+        piece = text[self._num_shown :]
+        self._num_shown += len(piece)
+        return piece

@@ -1,0 +1,263 @@
+"""One forward pass over new tokens with a key/value cache: prefill, a chunk of it, or one token."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.models.core import initial_state
+from megatransformer_jax.models.megatransformer import (
+    MegaTransformer,
+    gather_weights,
+    layer_context,
+)
+from megatransformer_jax.models.passes.depth_loop import (
+    DepthRule,
+    iterate_core,
+    stack_rows,
+    with_cache,
+)
+from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
+from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, constrain_cache, write_rows
+from megatransformer_jax.nn.layer_sharing import stack_owners
+from megatransformer_jax.ops.cached_attention import CachedRows
+from megatransformer_jax.ops.masks import AttentionMask
+
+# Keeps these draws apart from those that others make from the same key, such as of tokens.
+_STATE_STREAM = 0x57A7E
+
+
+@struct.dataclass
+class Inserted:
+    """Images and sound among the new tokens, as their encoders leave them.
+
+    Attributes:
+      values: what the core gets in place of the text's prelude.
+      is_medium: where.
+    """
+
+    values: Float[Array, "B T D"]
+    is_medium: Bool[Array, "B T"]
+
+
+@struct.dataclass
+class CachedOutput:
+    """What a pass returns.
+
+    Attributes:
+      logits: of every new token, or of each sequence's last one ([B, 1, V]).
+      state: the core's raw state, [B, T, core width]; the prelude's output without a core.
+      num_steps: iterations that each token took; 0 for padding.
+      cache: with the new tokens.
+    """
+
+    logits: Float[Array, "B T2 V"]
+    state: Float[Array, "B T D"]
+    num_steps: Int[Array, "B T"]
+    cache: KVCache
+
+
+def cached_forward(
+    model: MegaTransformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    is_token: Bool[Array, "B T"],
+    cache: KVCache,
+    rule: DepthRule,
+    *,
+    state: Float[Array, "B T D"] | None = None,
+    state_keys: Key[Array, "B"] | None = None,
+    is_first: bool = False,
+    last_logits_only: bool = False,
+    inserted: Inserted | None = None,
+) -> CachedOutput:
+    """Passes new tokens through the model.
+
+    Args:
+      model: the model; on a mesh, its sharder must suit B sequences of T tokens.
+      params: parameters.
+      tokens: new token ids, padded on either side.
+      is_token: False for padding. Places of media are none.
+      cache: what came before, with room for T rows.
+      rule: how deep tokens go. Ignored without a core.
+      state: the core's first state. None: `recurrence.state_init`.
+      state_keys: a key per sequence, for first states that are drawn at random. A token's draw
+        depends on its sequence's key and on its position, not on how the prompt is chunked.
+      is_first: static; promises that the cache is empty, so that fused attention kernels can serve.
+      last_logits_only: static; computes logits of each sequence's last token only.
+      inserted: media at places of the new tokens, whose ids there do not matter; the cache must be
+        one with media. The text's prelude does not see them, as without a cache.
+
+    Raises:
+      ValueError: if the state is drawn at random and there are no keys, the rule's criterion needs
+        an exit gate that the model has not, or there are media and the cache has no room for them.
+    """
+    config = model.config
+    if inserted is not None and cache.is_medium is None:
+        raise ValueError("the cache was made for text alone; make it with_media=True.")
+    params = gather_weights(model, params)
+    positions = cache.next_position[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
+    places = jnp.maximum(positions, 0)
+    positions = jnp.where(is_token, positions, -1)
+    mask = AttentionMask(is_causal=True, window=config.attention.window)
+    outer = layer_context(config, places, mask, config.width)
+
+    def outer_context(rows: CachedRows, positions: jax.Array) -> LayerContext:
+        return with_cache(outer, CachedPass(rows, positions, positions, None, None, is_first))
+
+    def run_coda(x: jax.Array) -> tuple[jax.Array, KeyValues]:
+        context = outer_context(read_entries(cache.coda, cache), positions)
+        return apply_coda(model, params, x, context, cache)
+
+    text = positions if inserted is None else jnp.where(inserted.is_medium, -1, positions)
+    context = outer_context(read_prelude(cache), text)
+    x, prelude_rows = apply_prelude(model, params, tokens, places, context, cache)
+    if inserted is not None:
+        x = jnp.where(inserted.is_medium[..., None], inserted.values.astype(x.dtype), x)
+        x = model.sharder.constrain(x, "batch", "length", None)
+    num_steps, core_rows = jnp.zeros(tokens.shape, jnp.int32), None
+    if config.is_recurrent:
+        core_params, injected, prepared = cast(
+            Any, model.apply({"params": params}, x, method="enter_core")
+        )
+        if state is None:
+            state = token_states(config, state_keys, places, injected)
+
+        def logits_of(state: jax.Array) -> jax.Array:
+            return apply_head(model, params, run_coda(state)[0])
+
+        def gate_of(state: jax.Array) -> jax.Array:
+            return cast(jax.Array, model.apply({"params": params}, state, method="run_gate"))
+
+        result = iterate_core(
+            model.core(),
+            core_params,
+            prepared,
+            state.astype(injected.dtype),
+            layer_context(config, places, mask, config.core_width),
+            cache,
+            positions,
+            rule,
+            logits_of,
+            gate_of,
+            is_first=is_first,
+        )
+        x, core_rows, num_steps = result.state, result.rows, result.num_steps
+    hidden, coda_rows = run_coda(x)
+    if last_logits_only:
+        hidden = last_token(hidden, is_token)[:, None]
+    cache = cache.replace(length=_known_after(cache.length, hidden))  # type: ignore[attr-defined]
+    is_medium = None if inserted is None else inserted.is_medium
+    cache = write_rows(cache, prelude_rows, core_rows, coda_rows, positions, num_steps, is_medium)
+    cache = constrain_cache(model.sharder, cache)
+    return CachedOutput(apply_head(model, params, hidden), x, num_steps, cache)
+
+
+def last_token(array: Float[Array, "B T X"], is_token: Bool[Array, "B T"]) -> Float[Array, "B X"]:
+    """Each sequence's entry at its last token; at 0 if it has none."""
+    rows = jnp.arange(is_token.shape[1])
+    last = jnp.max(jnp.where(is_token, rows, 0), axis=1)
+    return jnp.take_along_axis(array, last[:, None, None], axis=1)[:, 0]
+
+
+def token_states(
+    config: ModelConfig,
+    keys: Key[Array, "B"] | None,
+    places: Int[Array, "B T"],
+    injected: Float[Array, "B T D"],
+) -> Float[Array, "B T D"]:
+    """First states, one draw per token, from its sequence's key and its position.
+
+    Raises:
+      ValueError: if `recurrence.state_init` draws and there are no keys.
+    """
+    if keys is None:
+        return initial_state(config, None, injected)
+
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _STATE_STREAM)
+
+    def draw(key: jax.Array, place: jax.Array, injected: jax.Array) -> jax.Array:
+        state = initial_state(config, jax.random.fold_in(key, place), injected[None, None])
+        return state[0, 0]
+
+    over_tokens = jax.vmap(draw, in_axes=(None, 0, 0))
+    return jax.vmap(over_tokens)(keys, places, injected)
+
+
+def _known_after(index: jax.Array, array: jax.Array) -> jax.Array:
+    """The index, in a form that XLA can compute only when it has the array.
+
+    The cache must be written after everything is read. Otherwise XLA may write a layer's rows,
+    which are known early, before the layer has read the others, and copies the whole cache to be
+    able to. An optimisation barrier is gone by the time that XLA orders the two.
+    """
+    is_nan = jnp.isnan(array.ravel()[0]).astype(index.dtype)
+    return index + jnp.minimum(is_nan, 0)
+
+
+# ------------------------------------------------------------------------------
+# The parts of a model outside its core, applied to new tokens with a cache.
+
+
+def apply_prelude(
+    model: MegaTransformer,
+    params: Any,
+    tokens: jax.Array,
+    places: jax.Array,
+    context: LayerContext,
+    cache: KVCache,
+) -> tuple[jax.Array, KeyValues]:
+    """Embedding and prelude of tokens [B, T]: [B, T, D], and the rows for the cache."""
+    x, sown = _apply(model, params, tokens, places, context, method="run_prelude")
+    return x, _rows_of(model.config, sown, "prelude", cache.prelude, x)
+
+
+def apply_coda(
+    model: MegaTransformer, params: Any, state: jax.Array, context: LayerContext, cache: KVCache
+) -> tuple[jax.Array, KeyValues]:
+    """The coda's output [B, T, D] from the core's state, and the rows for the cache."""
+    (_, hidden), sown = _apply(model, params, state, context, method="run_coda")
+    return hidden, _rows_of(model.config, sown, "coda", cache.coda, hidden)
+
+
+def apply_head(model: MegaTransformer, params: Any, hidden: jax.Array) -> jax.Array:
+    """Logits [B, T, V], float32, from the coda's output."""
+    return cast(jax.Array, model.apply({"params": params}, hidden, method="run_head"))
+
+
+def read_entries(entries: KeyValues, cache: KVCache, first: jax.Array | int = 0) -> CachedRows:
+    """The cache as a stack's layers read it; `first` is the entry of the first layer."""
+    return CachedRows(
+        entries.key, entries.value, first, cache.positions, cache.length, cache.block_rows
+    )
+
+
+def read_prelude(cache: KVCache) -> CachedRows:
+    """The cache as the text's prelude reads it: places of media are none of its own."""
+    rows: Any = read_entries(cache.prelude, cache)
+    if cache.is_medium is None:
+        return cast(CachedRows, rows)
+    positions = jnp.where(cache.is_medium, -1, cache.positions)
+    return cast(CachedRows, rows.replace(positions=positions))
+
+
+def _apply(
+    model: MegaTransformer, params: Any, *arguments: Any, method: str
+) -> tuple[Any, dict[str, Any]]:
+    result, sown = cast(
+        Any, model.apply({"params": params}, *arguments, method=method, mutable=[NEW_ROWS])
+    )
+    return result, sown.get(NEW_ROWS, {})
+
+
+def _rows_of(
+    config: ModelConfig, sown: dict[str, Any], stack: str, entries: KeyValues, x: jax.Array
+) -> KeyValues:
+    """A stack's new rows; of no layers if it has none."""
+    if stack in sown:
+        return stack_rows(sown[stack], stack_owners(config, stack))
+    shape = (0, *entries.key.shape[1:3], x.shape[1], entries.key.shape[-1])
+    return KeyValues(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
