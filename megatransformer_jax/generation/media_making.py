@@ -39,6 +39,9 @@ from megatransformer_jax.models.passes.media import (
 )
 from megatransformer_jax.types import AUDIO, IMAGE, MediaBatch
 
+# ------------------------------------------------------------------------------
+# Who waits for which medium.
+
 # Keeps these draws apart from those of tokens and first states from the same key.
 _MEDIA_STREAM = 0x3ED1A
 

@@ -22,6 +22,9 @@ from megatransformer_jax.generation.request import (
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.types import AUDIO, IMAGE, NO_MEDIUM, MediaBatch
 
+# ------------------------------------------------------------------------------
+# Prompts.
+
 _PLACEHOLDER = re.compile(r"<\|(IMAGE|AUDIO|VOICE)\|><\|/\1\|>")
 
 

@@ -16,6 +16,9 @@ from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.endings import cut_at_stop, num_held_back
 from megatransformer_jax.nn.kv_cache import rows_to_blocks
 
+# ------------------------------------------------------------------------------
+# Prompts.
+
 # Ids may be in a list, a tuple or an array.
 Prompt = str | Sequence[int] | np.ndarray | jax.Array
 

@@ -44,6 +44,9 @@ from megatransformer_jax.models.passes.cached import CachedOutput, cached_forwar
 from megatransformer_jax.nn.cache_rows import keep_rows, sequence_ends
 from megatransformer_jax.nn.kv_cache import KVCache, drop_rows
 
+# ------------------------------------------------------------------------------
+# Rounds.
+
 # More rounds than there are tokens.
 _ALL_ROUNDS = 2**31 - 1
 

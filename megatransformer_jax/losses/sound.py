@@ -21,6 +21,9 @@ from megatransformer_jax.models.vocoders import (
 from megatransformer_jax.ops.sound import log_mel, normalized_mel, stft_magnitude
 from megatransformer_jax.types import DTypePolicy, WaveformBatch
 
+# ------------------------------------------------------------------------------
+# What training a vocoder minimises.
+
 
 def resynthesize(
     config: VocoderConfig, policy: DTypePolicy, params: Any, batch: WaveformBatch

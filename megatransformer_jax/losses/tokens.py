@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.nn.adapters import log_continue, log_stop
 
+# ------------------------------------------------------------------------------
+# Cross-entropy.
+
 
 class TokenLoss(typing.NamedTuple):
     """Sums over the tokens that count; divide by `tokens` for means."""

@@ -21,6 +21,9 @@ from megatransformer_jax.config.fine_tuning import ATTENTION_AND_MLP, FineTuning
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.models.megatransformer import MegaTransformer, init_params, param_axes
 
+# ------------------------------------------------------------------------------
+# Low-rank updates next to frozen weights.
+
 _TARGETS = "fine_tuning.lora.targets"
 
 

@@ -32,6 +32,9 @@ from megatransformer_jax.nn.parameters import truncated_normal, weight_init
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# One iteration.
+
 
 class RecurrentCore(nn.Module):
     """Adapter, layers, and the optional norm at the end of an iteration."""

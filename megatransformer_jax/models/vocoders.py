@@ -231,6 +231,74 @@ def unit(spectrum: Complex[Array, "N F bins"]) -> Complex[Array, "N F bins"]:
 
 
 # ------------------------------------------------------------------------------
+# A discriminator that hears a waveform at one rate (MelGAN, arXiv 1910.06711).
+
+# Channels relative to the first, kernel and stride of each convolution.
+_LAYERS = ((1, 15, 1), (2, 21, 4), (4, 21, 4), (8, 21, 4))
+
+
+class ScaleDiscriminator(nn.Module):
+    """Strided convolutions."""
+
+    width: int
+    policy: DTypePolicy
+
+    @nn.compact
+    def __call__(self, waveforms: Float[Array, "N samples"]) -> list[Array]:
+        """Outputs of the convolutions, [N, ...] each; the last has one channel."""
+        x = waveforms[..., None]
+        features = []
+        for index, (multiple, kernel, stride) in enumerate(_LAYERS):
+            x = leaky_relu(
+                Convolution(
+                    multiple * self.width, kernel, self.policy, stride, name=f"strided_{index}"
+                )(x)
+            )
+            features.append(x)
+        x = leaky_relu(Convolution(x.shape[-1], 5, self.policy, name="plain")(x))
+        return [*features, x, Convolution(1, 3, self.policy, name="score")(x)]
+
+
+def half_rate(waveforms: Float[Array, "N samples"]) -> Float[Array, "N half"]:
+    """Means of two samples; of an odd number the last is left out."""
+    even = waveforms.shape[1] // 2 * 2
+    return waveforms[:, :even].reshape(len(waveforms), -1, 2).mean(axis=-1)
+
+
+# ------------------------------------------------------------------------------
+# A discriminator that hears every p-th sample (HiFi-GAN, arXiv 2010.05646).
+
+# Channels relative to the first, each convolution with a stride of 3.
+_MULTIPLES = (1, 2, 4, 8)
+
+
+class PeriodDiscriminator(nn.Module):
+    """The waveform folded into `period` columns, each seen by the same convolutions."""
+
+    period: int
+    width: int
+    policy: DTypePolicy
+
+    @nn.compact
+    def __call__(self, waveforms: Float[Array, "N samples"]) -> list[Array]:
+        """Outputs of the convolutions, [N * period, ...] each; the last has one channel."""
+        num_media, samples = waveforms.shape
+        rows = -(-samples // self.period)
+        x = jnp.pad(waveforms, ((0, 0), (0, rows * self.period - samples)))
+        x = x.reshape(num_media, rows, self.period).swapaxes(1, 2).reshape(-1, rows, 1)
+        features = []
+        for index, multiple in enumerate(_MULTIPLES):
+            x = leaky_relu(
+                Convolution(
+                    multiple * self.width, 5, self.policy, stride=3, name=f"strided_{index}"
+                )(x)
+            )
+            features.append(x)
+        x = leaky_relu(Convolution(x.shape[-1], 5, self.policy, name="plain")(x))
+        return [*features, x, Convolution(1, 3, self.policy, name="score")(x)]
+
+
+# ------------------------------------------------------------------------------
 # All discriminators of a vocoder as one module.
 
 # Of one discriminator, all its convolutions in order; the last one's output is the score.
@@ -309,71 +377,3 @@ def _init_boxed(config: VocoderConfig, policy: DTypePolicy, key: Key[Array, ""])
         waveform = jnp.zeros((1, frames * config.mel.hop_samples))
         params[DISCRIMINATOR] = discriminators.init(discriminator_key, waveform)["params"]
     return params
-
-
-# ------------------------------------------------------------------------------
-# A discriminator that hears a waveform at one rate (MelGAN, arXiv 1910.06711).
-
-# Channels relative to the first, kernel and stride of each convolution.
-_LAYERS = ((1, 15, 1), (2, 21, 4), (4, 21, 4), (8, 21, 4))
-
-
-class ScaleDiscriminator(nn.Module):
-    """Strided convolutions."""
-
-    width: int
-    policy: DTypePolicy
-
-    @nn.compact
-    def __call__(self, waveforms: Float[Array, "N samples"]) -> list[Array]:
-        """Outputs of the convolutions, [N, ...] each; the last has one channel."""
-        x = waveforms[..., None]
-        features = []
-        for index, (multiple, kernel, stride) in enumerate(_LAYERS):
-            x = leaky_relu(
-                Convolution(
-                    multiple * self.width, kernel, self.policy, stride, name=f"strided_{index}"
-                )(x)
-            )
-            features.append(x)
-        x = leaky_relu(Convolution(x.shape[-1], 5, self.policy, name="plain")(x))
-        return [*features, x, Convolution(1, 3, self.policy, name="score")(x)]
-
-
-def half_rate(waveforms: Float[Array, "N samples"]) -> Float[Array, "N half"]:
-    """Means of two samples; of an odd number the last is left out."""
-    even = waveforms.shape[1] // 2 * 2
-    return waveforms[:, :even].reshape(len(waveforms), -1, 2).mean(axis=-1)
-
-
-# ------------------------------------------------------------------------------
-# A discriminator that hears every p-th sample (HiFi-GAN, arXiv 2010.05646).
-
-# Channels relative to the first, each convolution with a stride of 3.
-_MULTIPLES = (1, 2, 4, 8)
-
-
-class PeriodDiscriminator(nn.Module):
-    """The waveform folded into `period` columns, each seen by the same convolutions."""
-
-    period: int
-    width: int
-    policy: DTypePolicy
-
-    @nn.compact
-    def __call__(self, waveforms: Float[Array, "N samples"]) -> list[Array]:
-        """Outputs of the convolutions, [N * period, ...] each; the last has one channel."""
-        num_media, samples = waveforms.shape
-        rows = -(-samples // self.period)
-        x = jnp.pad(waveforms, ((0, 0), (0, rows * self.period - samples)))
-        x = x.reshape(num_media, rows, self.period).swapaxes(1, 2).reshape(-1, rows, 1)
-        features = []
-        for index, multiple in enumerate(_MULTIPLES):
-            x = leaky_relu(
-                Convolution(
-                    multiple * self.width, 5, self.policy, stride=3, name=f"strided_{index}"
-                )(x)
-            )
-            features.append(x)
-        x = leaky_relu(Convolution(x.shape[-1], 5, self.policy, name="plain")(x))
-        return [*features, x, Convolution(1, 3, self.policy, name="score")(x)]

@@ -17,6 +17,9 @@ from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# Adapters.
+
 # exp(-dt A) at initialisation: the square root of 1/5, which keeps the variance of a state under
 # repeated decay and unit input near what Parcae (arXiv 2604.12946) starts from.
 INITIAL_DECAY = math.sqrt(1 / 5)

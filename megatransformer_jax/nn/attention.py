@@ -21,6 +21,9 @@ from megatransformer_jax.ops.positions import apply_rotary
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# Self-attention.
+
 
 class SelfAttention(nn.Module):
     """Multi-head (K = N) or grouped-query (K < N) attention over one sequence.

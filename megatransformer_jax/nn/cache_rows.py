@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Int
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, drop_rows
 from megatransformer_jax.sharding.rules import Sharder
 
+# ------------------------------------------------------------------------------
+# Sequences that advance at different speeds: each fills its own rows, without gaps.
+
 
 def write_staggered_rows(
     cache: KVCache,

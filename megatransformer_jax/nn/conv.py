@@ -11,6 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 from megatransformer_jax.nn.parameters import Initializer, matrix, vector
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# A product with a matrix, and convolutions of images.
+
 FAN_IN = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 ZEROS = nn.initializers.zeros
 

@@ -12,6 +12,9 @@ from megatransformer_jax.ops.positions import sinusoidal_embedding
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# Tokens.
+
 
 def embedding_scale(config: ModelConfig) -> float:
     """What token embeddings are multiplied by."""

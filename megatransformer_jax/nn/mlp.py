@@ -12,6 +12,9 @@ from megatransformer_jax.config.model import MlpConfig
 from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# The layers.
+
 
 class Mlp(nn.Module):
     """down(act(up(x))), or gated: down(act(gate(x)) * up(x)) (arXiv 2002.05202).

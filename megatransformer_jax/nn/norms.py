@@ -8,6 +8,9 @@ from jaxtyping import Array, Float
 from megatransformer_jax.config.model import NormConfig
 from megatransformer_jax.nn.parameters import vector
 
+# ------------------------------------------------------------------------------
+# Norms of tokens.
+
 
 def rms_normalize(
     array: Float[Array, "*batch D"], scale: Float[Array, "D"], eps: float

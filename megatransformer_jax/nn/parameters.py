@@ -12,6 +12,9 @@ from flax import linen as nn
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# Parameters.
+
 # From (key, shape, type) to an array.
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 

@@ -17,6 +17,9 @@ from megatransformer_jax.ops.attention_xla import attention_xla
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# The network.
+
 # Width of the vector of time and condition, over base_width.
 EMBEDDING_FACTOR = 4
 

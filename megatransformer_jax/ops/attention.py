@@ -23,6 +23,9 @@ from megatransformer_jax.ops.attention_xla import attention_xla
 from megatransformer_jax.ops.masks import AttentionMask, check_mask, dense_mask, zero_blind_rows
 from megatransformer_jax.sharding.rules import Sharder
 
+# ------------------------------------------------------------------------------
+# The one function.
+
 
 def attention(
     query: Float[Array, "B T N H"],

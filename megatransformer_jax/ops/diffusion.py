@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Key
 
+# ------------------------------------------------------------------------------
+# Noising, predictions and steps of a diffusion.
+
 PREDICTIONS = ("epsilon", "v")
 
 

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+# ------------------------------------------------------------------------------
+# The mixture: gathers, computes and sums experts, block by block.
+
 Activation = Callable[[jax.Array], jax.Array]
 
 

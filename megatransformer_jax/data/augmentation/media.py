@@ -6,6 +6,9 @@ from scipy import ndimage
 
 from megatransformer_jax.config.media_data import AudioAugmentationConfig, ImageAugmentationConfig
 
+# ------------------------------------------------------------------------------
+# Images: geometry, then colour.
+
 
 def augment_image(
     pixels: np.ndarray, options: ImageAugmentationConfig, rng: np.random.Generator

@@ -26,6 +26,9 @@ from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy, Records
 from megatransformer_jax.types import Batch, ImageBatch, WaveformBatch
 
+# ------------------------------------------------------------------------------
+# Rows with media.
+
 NumberedBatch = tuple[Batch, tuple[BadRecord, ...]]
 
 

@@ -11,6 +11,9 @@ from megatransformer_jax.data.media.folders import IMAGE_FOLDER, CountedNote, it
 from megatransformer_jax.data.media.records import ImageRecord
 from megatransformer_jax.data.sources.record import BadRecord
 
+# ------------------------------------------------------------------------------
+# scikit-learn's handwritten digits, with captions.
+
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
     "{word}",

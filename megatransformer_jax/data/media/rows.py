@@ -38,6 +38,9 @@ from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord, Records
 from megatransformer_jax.data.tokenizer import Tokenizer
 
+# ------------------------------------------------------------------------------
+# Rows.
+
 # Spectrograms kept per process: 256 MiB of 128 frames and 80 bins.
 MAX_CACHED_MELS = 6500
 # A row whose record is bad tries others this often, then stays empty.

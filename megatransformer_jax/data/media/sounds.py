@@ -14,6 +14,9 @@ from megatransformer_jax.data.media.folders import AUDIO_FOLDER, CountedNote, it
 from megatransformer_jax.data.media.records import AudioRecord
 from megatransformer_jax.data.sources.record import BadRecord
 
+# ------------------------------------------------------------------------------
+# Tones, chirps and chords with captions, generated: sound that needs no data and no program.
+
 # Pitches in Hz of what captions call low, middle and high; within each, pitch varies a little.
 PITCHES_HZ = {"low": 220.0, "middle": 440.0, "high": 880.0}
 PITCH_SPREAD = 0.1

@@ -10,6 +10,9 @@ import numpy as np
 
 from megatransformer_jax.config.data import REASONING_TASKS, ReasoningConfig
 
+# ------------------------------------------------------------------------------
+# What every task has in common.
+
 PAD = 0
 BOS = 1
 

@@ -21,6 +21,9 @@ from megatransformer_jax.data.sources.record import (
     unreadable,
 )
 
+# ------------------------------------------------------------------------------
+# Plain text files, cut at empty lines into documents of a moderate size.
+
 MINIMUM_BYTES = 16 * 1024
 MAXIMUM_BYTES = 64 * 1024
 CUTS = (re.compile(rb"\r?\n[ \t]*\r?\n"), re.compile(rb"\n"), re.compile(rb" "))

@@ -11,6 +11,9 @@ from absl import logging
 
 from megatransformer_jax.config.option import ConfigError, UserError
 
+# ------------------------------------------------------------------------------
+# Records.
+
 
 class BadRecordError(UserError):
     """A record that cannot be used, with `data.on_bad_record='error'`."""

@@ -17,6 +17,9 @@ from megatransformer_jax.generation.processors.processor import (
     safe_softmax,
 )
 
+# ------------------------------------------------------------------------------
+# Temperature: divides the scores.
+
 # Scores that differ by 0.001 would be 100 e-folds apart: nothing but the highest can be drawn,
 # and a lower divisor only risks an overflow.
 GREEDY_BELOW = 1e-5

@@ -14,6 +14,9 @@ from megatransformer_jax.generation.processors.processor import (
     per_row,
 )
 
+# ------------------------------------------------------------------------------
+# Repetition penalty (Keskar et al. 2019, arXiv 1909.05858).
+
 
 @flax.struct.dataclass
 class RepetitionPenalty:

@@ -17,6 +17,9 @@ from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.history import History
 
+# ------------------------------------------------------------------------------
+# The protocol.
+
 # A pytree whose every leaf has the leading axis B, so that beam search can gather rows; or ().
 State = typing.Any
 

@@ -13,6 +13,9 @@ from megatransformer_jax.generation.endings import TextAutomaton
 from megatransformer_jax.generation.history import NO_TOKEN, History
 from megatransformer_jax.generation.processors.processor import BANNED, Number
 
+# ------------------------------------------------------------------------------
+# Words that every generated text contains.
+
 
 @flax.struct.dataclass
 class ForcedWords:

@@ -20,6 +20,9 @@ from megatransformer_jax.models.cost.parameter_counts import abstract_params
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer
 
+# ------------------------------------------------------------------------------
+# The text model.
+
 
 @dataclasses.dataclass(frozen=True)
 class ForwardFlops:

@@ -20,6 +20,9 @@ from megatransformer_jax.nn.unet import UNet
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# From a config to decoders.
+
 
 def build_image_decoder(
     config: ImageConfig, policy: DTypePolicy, sharder: Sharder, platform: str

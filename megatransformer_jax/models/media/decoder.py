@@ -12,6 +12,9 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+# ------------------------------------------------------------------------------
+# The protocol.
+
 
 @struct.dataclass
 class Condition:

@@ -26,6 +26,9 @@ from megatransformer_jax.ops.diffusion import (
     prediction_target,
 )
 
+# ------------------------------------------------------------------------------
+# The loss, over any network that predicts noise or velocity.
+
 
 def schedule_of(config: DiffusionConfig) -> DiffusionSchedule:
     """The configured schedule."""

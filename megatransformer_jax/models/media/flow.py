@@ -25,6 +25,9 @@ from megatransformer_jax.ops.diffusion import (
     heun_step,
 )
 
+# ------------------------------------------------------------------------------
+# Loss and sampler, over any network that predicts the velocity.
+
 
 def flow_loss(
     denoise: Denoiser,

@@ -19,6 +19,9 @@ from megatransformer_jax.nn.norms import rms_normalize
 from megatransformer_jax.nn.parameters import vector
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# The decoder.
+
 
 class MelDiffusionDecoder(nn.Module):
     """Normalised mels [F, M] of any length up to `max_frames`, as a `MediaDecoder`."""

@@ -17,6 +17,9 @@ from megatransformer_jax.nn.parameters import matrix, truncated_normal, vector, 
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
+# ------------------------------------------------------------------------------
+# The protocol.
+
 
 class Encoded(NamedTuple):
     """N media as vectors for the sequence.

@@ -26,6 +26,9 @@ from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
 
+# ------------------------------------------------------------------------------
+# The pass.
+
 # Keeps these draws apart from those that others make from the same key, such as of tokens.
 _STATE_STREAM = 0x57A7E
 

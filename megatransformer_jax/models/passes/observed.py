@@ -21,6 +21,9 @@ from megatransformer_jax.models.megatransformer import (
 from megatransformer_jax.nn.block import RESIDUAL_UPDATES, remat_policy
 from megatransformer_jax.nn.context import LayerContext
 
+# ------------------------------------------------------------------------------
+# Everything that iterations of the core need, taken from one pass over a batch.
+
 
 @struct.dataclass
 class CorePass:
