@@ -16,7 +16,6 @@ setup(
     package_data={"megatransformer_jax.gin": ["*.gin"]},
     install_requires=[
         "absl-py>=2.1",
-        "clu>=0.0.12",
         "flax>=0.12,<0.13",
         "gin-config>=0.5,<0.6",
         "grain>=0.2.18,<0.3",

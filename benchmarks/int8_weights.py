@@ -17,8 +17,7 @@ from experiments.load_model import load_model
 from megatransformer_jax.config.build import load_config
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.evaluation.depth_table import score_depths
-from megatransformer_jax.evaluation.eval_step import make_eval_step
-from megatransformer_jax.evaluation.validation import ValidationSet
+from megatransformer_jax.evaluation.validation import ValidationSet, make_eval_step
 from megatransformer_jax.models.adaptation import dequantize_params, quantize_params
 from megatransformer_jax.models.cost.memory import tree_bytes
 from megatransformer_jax.models.megatransformer import param_axes

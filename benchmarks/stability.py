@@ -30,10 +30,8 @@ from experiments.load_model import LoadedModel, load_model
 from megatransformer_jax.config.build import load_config
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.pipeline import validation_batches
-from megatransformer_jax.evaluation.eval_step import make_eval_step
-from megatransformer_jax.evaluation.iteration_curves import iteration_curves
-from megatransformer_jax.evaluation.spectral_radius import spectral_radius
-from megatransformer_jax.evaluation.validation import ValidationSet
+from megatransformer_jax.evaluation.recurrence import iteration_curves, spectral_radius
+from megatransformer_jax.evaluation.validation import ValidationSet, make_eval_step
 from megatransformer_jax.types import Batch
 
 

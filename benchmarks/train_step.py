@@ -33,7 +33,7 @@ from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import init_state
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.step import make_train_step
 from megatransformer_jax.types import Batch, DTypePolicy
 
 MATMUL_SIZE = 1024

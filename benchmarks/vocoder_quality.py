@@ -33,7 +33,7 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.build import build_audio_source
 from megatransformer_jax.data.mel import fill_hops, griffin_lim, normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord
-from megatransformer_jax.evaluation.media.audio_quality import pesq, stoi
+from megatransformer_jax.evaluation.media.sound_scores import pesq, stoi
 from megatransformer_jax.losses.sound import multi_resolution_stft_loss
 
 MIN_SECONDS = 0.5

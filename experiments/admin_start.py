@@ -12,8 +12,8 @@ from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.observed import profile_admin
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.distributed import make_global_batch
-from megatransformer_jax.training.parameter_paths import path_text
 from megatransformer_jax.training.state import TrainState, init_state
+from megatransformer_jax.training.trainable import path_text
 from megatransformer_jax.types import Batch
 
 

@@ -8,7 +8,7 @@ import pathlib
 import sys
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.evaluation.depth_comparison import (
+from megatransformer_jax.evaluation.depth_table import (
     METRICS,
     default_metric,
     markdown_table,

@@ -15,13 +15,15 @@ from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.pipeline import validation_batches
-from megatransformer_jax.evaluation.diagnostics.diagnoser import (
+from megatransformer_jax.evaluation.diagnostics.kinds import (
     Diagnoser,
+    Moment,
+    Subject,
+    kinds_of,
+    make_subject,
     write_images,
     write_scalars,
 )
-from megatransformer_jax.evaluation.diagnostics.kinds import Moment, kinds_of
-from megatransformer_jax.evaluation.diagnostics.subject import Subject, make_subject
 from megatransformer_jax.sharding.rules import Sharder
 
 _DRAWS = "depth_draws"

@@ -19,7 +19,7 @@ from experiments.model_options import (
     weights_option,
 )
 from megatransformer_jax.config.option import MAX_COUNT, MAX_SEED, UserError, check_options, option
-from megatransformer_jax.evaluation.lm_eval_adapter import MAX_GEN_TOKS, MegaTransformerLM
+from megatransformer_jax.evaluation.lm_eval import MAX_GEN_TOKS, MegaTransformerLM
 
 NAME = "megatransformer"
 # lm-eval's command line passes it on if the user names none.

@@ -15,8 +15,8 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.medium_model import MediumModel
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.evaluation_params import restore_judged_params
 from megatransformer_jax.training.optimizers import build_optimizer
-from megatransformer_jax.training.restore_evaluation import restore_judged_params
 
 
 def load_medium_run(

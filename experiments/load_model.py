@@ -27,8 +27,10 @@ from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_s
 from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, param_axes
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.evaluation_params import evaluates_an_average
-from megatransformer_jax.training.restore_evaluation import restore_evaluation_params
+from megatransformer_jax.training.evaluation_params import (
+    evaluates_an_average,
+    restore_evaluation_params,
+)
 from megatransformer_jax.types import DTypePolicy
 
 # Which checkpoint of a run.

@@ -17,29 +17,31 @@ from megatransformer_jax.data.media.images import WORDS
 from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media.rows import task_names
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
-from megatransformer_jax.evaluation.media.digit_referee import (
+from megatransformer_jax.evaluation.media.judges import (
     DrawnDigitReferee,
     DrawnScores,
+    Recognition,
     SpokenDigitReferee,
+    labelled_clips,
+    labelled_images,
 )
-from megatransformer_jax.evaluation.media.greedy_answers import (
+from megatransformer_jax.evaluation.media.making import (
     greedy_answers,
+    make_all,
+    make_draw_step,
     make_next_tokens,
+    make_speak_step,
+    prompt_batches,
     right_answers,
     rows_of_task,
 )
-from megatransformer_jax.evaluation.media.labelled_digits import labelled_clips, labelled_images
-from megatransformer_jax.evaluation.media.make_media import (
-    make_all,
-    make_draw_step,
-    make_speak_step,
+from megatransformer_jax.evaluation.media.sound_scores import TranscriptErrors, transcript_errors
+from megatransformer_jax.evaluation.media.table import Tile, contact_sheet
+from megatransformer_jax.evaluation.media.validation import (
+    MediaScores,
+    make_media_eval_step,
+    mean_media_scores,
 )
-from megatransformer_jax.evaluation.media.media_eval_step import make_media_eval_step
-from megatransformer_jax.evaluation.media.prompt_batches import prompt_batches
-from megatransformer_jax.evaluation.media.recognition import Recognition
-from megatransformer_jax.evaluation.media.validation import MediaScores, mean_media_scores
-from megatransformer_jax.evaluation.media.word_errors import TranscriptErrors, transcript_errors
-from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet
 from megatransformer_jax.evaluation.validation import depth_argument
 from megatransformer_jax.types import AUDIO, IMAGE, Batch
 

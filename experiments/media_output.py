@@ -12,7 +12,7 @@ from PIL import Image
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.media.records import ImagePart
-from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet, pixels_of
+from megatransformer_jax.evaluation.media.table import Tile, contact_sheet, pixels_of
 from megatransformer_jax.generation.media_prompt import GeneratedImage, MediaCompletion, MediaPrompt
 
 RESULTS, SHEET = "results.jsonl", "contact_sheet.png"

@@ -13,13 +13,13 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.mel import griffin_lim
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
-from megatransformer_jax.evaluation.media.sample_steps import (
+from megatransformer_jax.evaluation.media.making import (
     Answered,
     Made,
     make_answering_step,
     make_making_step,
 )
-from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet, draw_mels, pixels_of
+from megatransformer_jax.evaluation.media.table import Tile, contact_sheet, draw_mels, pixels_of
 from megatransformer_jax.evaluation.validation import depth_argument
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.training.media_hook import MediaSamples

@@ -22,7 +22,7 @@ from megatransformer_jax.training.micro_batch import (
     compile_step,
     possible_accumulations,
 )
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)

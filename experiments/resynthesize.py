@@ -10,7 +10,7 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.build import build_audio_source
 from megatransformer_jax.data.mel import fill_hops, griffin_lim, normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord
-from megatransformer_jax.evaluation.media.resynthesis import ResynthesisScores, resynthesis_scores
+from megatransformer_jax.evaluation.media.sound_scores import ResynthesisScores, resynthesis_scores
 
 DEFAULT_CLIPS = 8
 

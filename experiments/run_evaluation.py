@@ -27,11 +27,19 @@ from experiments.workdir import make_folder
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.depth_table import make_table, write_depth_table
-from megatransformer_jax.evaluation.eval_step import make_eval_step
-from megatransformer_jax.evaluation.text_metrics import TextScores, score_texts
-from megatransformer_jax.evaluation.text_size import predicted_text_size
-from megatransformer_jax.evaluation.text_table import make_text_table, write_text_scores
-from megatransformer_jax.evaluation.validation import Scores, depth_argument, mean_scores
+from megatransformer_jax.evaluation.text_metrics import (
+    TextScores,
+    make_text_table,
+    predicted_text_size,
+    score_texts,
+    write_text_scores,
+)
+from megatransformer_jax.evaluation.validation import (
+    Scores,
+    depth_argument,
+    make_eval_step,
+    mean_scores,
+)
 from megatransformer_jax.types import Batch
 
 

@@ -28,7 +28,7 @@ from megatransformer_jax.training.lr_finder import (
     suggest,
 )
 from megatransformer_jax.training.optimizers import optimizer_with_schedule
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.step import make_train_step
 
 _ROWS = 12
 

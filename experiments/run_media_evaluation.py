@@ -13,7 +13,7 @@ from experiments.load_model import LoadedModel
 from experiments.media_measures import MediaMeasures
 from experiments.resynthesize import resynthesize
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.evaluation.media.media_table import (
+from megatransformer_jax.evaluation.media.table import (
     MediaRow,
     make_class_table,
     make_media_table,

@@ -14,9 +14,12 @@ from experiments.load_model import LoadedModel
 from experiments.reference_file import Reference, read_references
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.evaluation.generation_batches import continue_in_batches
-from megatransformer_jax.evaluation.text_metrics import score_texts
-from megatransformer_jax.evaluation.text_table import make_text_table, write_text_scores
+from megatransformer_jax.evaluation.lm_eval import continue_in_batches
+from megatransformer_jax.evaluation.text_metrics import (
+    make_text_table,
+    score_texts,
+    write_text_scores,
+)
 from megatransformer_jax.generation.request import encode_prompts
 
 

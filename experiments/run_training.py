@@ -22,14 +22,17 @@ from megatransformer_jax.config.build import save_config, to_dict
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.training.distributed import start_distributed
 from megatransformer_jax.training.evaluation_params import evaluation_params
-from megatransformer_jax.training.hooks import CheckpointHook, Hook
-from megatransformer_jax.training.loop import LoopResult, train_loop
-from megatransformer_jax.training.metrics_file import MetricsFile
+from megatransformer_jax.training.loop import (
+    CheckpointHook,
+    Hook,
+    LoopResult,
+    StopRequest,
+    train_loop,
+)
+from megatransformer_jax.training.optimizers import build_schedule
 from megatransformer_jax.training.progress import build_progress
-from megatransformer_jax.training.recorder import MetricRecorder
-from megatransformer_jax.training.schedules import build_schedule
+from megatransformer_jax.training.recorder import MetricRecorder, MetricsFile
 from megatransformer_jax.training.state import TrainState
-from megatransformer_jax.training.stop import StopRequest
 from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.training.writers import MultiWriter, build_writer
 

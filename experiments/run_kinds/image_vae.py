@@ -14,7 +14,7 @@ from experiments.run_kinds.medium_run import MediumRun
 from megatransformer_jax.config.image import ImageVaeRunConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.batches import image_pipeline
-from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet
+from megatransformer_jax.evaluation.media.table import Tile, contact_sheet
 from megatransformer_jax.models.media.image_vae import (
     ImageVae,
     build_image_vae,

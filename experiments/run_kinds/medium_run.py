@@ -16,20 +16,15 @@ from experiments.run_kinds.run_kind import NoVocabulary, ParamsOf
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.batches import Pipeline, first_batches
-from megatransformer_jax.evaluation.mean_validation import (
-    Judge,
-    MeanValidation,
-    MeanValidationHook,
-)
+from megatransformer_jax.evaluation.validation import Judge, MeanValidation, MeanValidationHook
 from megatransformer_jax.models.medium_model import MediumModel
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.hooks import Hook
-from megatransformer_jax.training.loop import StepFunction
-from megatransformer_jax.training.loss_step import make_loss_step
+from megatransformer_jax.training.loop import Hook, StepFunction
 from megatransformer_jax.training.media_hook import MediaSampleHook, MediaSamples
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import TrainState, first_state, place_state
+from megatransformer_jax.training.step import make_loss_step
 from megatransformer_jax.training.writers import MultiWriter
 
 

@@ -9,8 +9,7 @@ from rich.console import Console
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.batches import Pipeline
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.hooks import Hook
-from megatransformer_jax.training.loop import StepFunction
+from megatransformer_jax.training.loop import Hook, StepFunction
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.writers import MultiWriter
 

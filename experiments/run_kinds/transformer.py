@@ -18,20 +18,20 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.batches import Pipeline
 from megatransformer_jax.data.media.rows import task_names
 from megatransformer_jax.data.pipeline import build_pipeline, validation_batches
-from megatransformer_jax.evaluation.diagnostics.hook import DiagnosticsHook
-from megatransformer_jax.evaluation.diagnostics.subject import make_subject
-from megatransformer_jax.evaluation.eval_step import make_eval_step
-from megatransformer_jax.evaluation.media.media_eval_step import make_media_eval_step
-from megatransformer_jax.evaluation.media.validation import MediaValidationHook, MediaValidationSet
-from megatransformer_jax.evaluation.validation import ValidationHook, ValidationSet
+from megatransformer_jax.evaluation.diagnostics.kinds import DiagnosticsHook, make_subject
+from megatransformer_jax.evaluation.media.validation import (
+    MediaValidationHook,
+    MediaValidationSet,
+    make_media_eval_step,
+)
+from megatransformer_jax.evaluation.validation import ValidationHook, ValidationSet, make_eval_step
 from megatransformer_jax.training.distributed import make_global_batch
-from megatransformer_jax.training.hooks import Hook, SampleHook
-from megatransformer_jax.training.loop import StepFunction
+from megatransformer_jax.training.loop import Hook, SampleHook, StepFunction
 from megatransformer_jax.training.media_hook import MediaSampleHook
 from megatransformer_jax.training.micro_batch import CompiledStep
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import TrainState
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.step import make_train_step
 from megatransformer_jax.training.writers import MultiWriter
 from megatransformer_jax.types import Batch
 

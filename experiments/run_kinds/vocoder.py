@@ -15,7 +15,7 @@ from megatransformer_jax.config.vocoder import VocoderConfig
 from megatransformer_jax.data.media.batches import waveform_pipeline
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
-from megatransformer_jax.evaluation.media_figures import draw_mels
+from megatransformer_jax.evaluation.media.table import draw_mels
 from megatransformer_jax.losses.sound import resynthesize, spectral_losses, vocoder_loss
 from megatransformer_jax.models.vocoders import init_vocoder, vocoder_axes
 from megatransformer_jax.training.media_hook import MediaSamples

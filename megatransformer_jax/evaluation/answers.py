@@ -1,14 +1,25 @@
-"""Shows problems of a batch with the model's answers, at several depths."""
+"""Answers to generated problems: shown at several depths, and scored as generation gives them."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jaxtyping import Array, Int, Key
 
-from megatransformer_jax.evaluation.eval_step import EvalStep
-from megatransformer_jax.evaluation.validation import depth_argument
+from megatransformer_jax.evaluation.validation import EvalStep, depth_argument
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.cached import CachedOutput, cached_forward
+from megatransformer_jax.models.passes.depth_loop import DepthRule
+from megatransformer_jax.nn.kv_cache import KVCache
 from megatransformer_jax.types import Batch
+
+# ------------------------------------------------------------------------------
+# Problems of a batch with the model's answers.
 
 
 def answer_samples(
@@ -63,3 +74,125 @@ def _first_rows(array: jax.Array, count: int) -> np.ndarray:
     if array.is_fully_addressable:
         return np.asarray(jax.device_get(array))[:count]
     return np.asarray(jax.device_get(first.data))[:count]
+
+
+# ------------------------------------------------------------------------------
+# Scores answers to problems as generation would give them: token by token, with a cache.
+#
+# `eval_step` runs all tokens side by side at one depth. Here a token reads what the cache kept of
+# the
+# tokens before it, so what exits, few slots or a warm start do to accuracy can be measured.
+#
+# A problem's tokens are given, and the right answer so far with them. Feeding predictions back
+# instead would give the same exact-answer accuracy: up to the first wrong prediction both are the
+# same, and a wrong one makes the answer wrong whatever follows.
+
+
+@struct.dataclass
+class CachedAnswers:
+    """What a model says about a batch.
+
+    Attributes:
+      predictions: likeliest token at each position; nothing meant at padding.
+      num_steps: iterations that each token took; 0 at padding.
+    """
+
+    predictions: Int[Array, "B T"]
+    num_steps: Int[Array, "B T"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedScores:
+    """Means over problems.
+
+    Attributes:
+      exact_accuracy: share of problems whose whole answer is right.
+      accuracy: share of answer tokens that are right.
+      mean_steps: iterations per token, of all tokens that are not padding.
+      problems: how many.
+    """
+
+    exact_accuracy: float
+    accuracy: float
+    mean_steps: float
+    problems: int
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("one_by_one", "warm_start"))
+def cached_answers(
+    model: MegaTransformer,
+    params: Any,
+    batch: Batch,
+    cache: KVCache,
+    rule: DepthRule,
+    state_keys: Key[Array, "B"] | None,
+    *,
+    one_by_one: bool = True,
+    warm_start: bool = False,
+) -> CachedAnswers:
+    """Passes a batch of problems through the model; one compilation serves all depths.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      batch: one problem per row, padded on the right.
+      cache: empty, with room for the batch's columns.
+      rule: how deep.
+      state_keys: see `cached_forward`.
+      one_by_one: a pass per token, as in decoding; otherwise one pass for all, as in reading a
+        prompt.
+      warm_start: a token's first state is the last one of the token before.
+
+    Raises:
+      ValueError: if `warm_start` is wanted in one pass, where the token before has no last state
+        yet.
+    """
+    if warm_start and not one_by_one:
+        raise ValueError("warm_start needs one_by_one=True: in one pass all tokens start together.")
+    is_token = batch.segment_ids > 0
+    run = functools.partial(cached_forward, model, params, rule=rule, state_keys=state_keys)
+
+    def answer(output: CachedOutput) -> tuple[jax.Array, jax.Array]:
+        return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.num_steps
+
+    num_first = 1 if one_by_one else batch.tokens.shape[1]
+    first = run(batch.tokens[:, :num_first], is_token[:, :num_first], cache, is_first=True)
+    if not one_by_one:
+        return CachedAnswers(*answer(first))
+
+    def read_one(carry: tuple[KVCache, Any], column: tuple[jax.Array, jax.Array]) -> Any:
+        cache, state = carry
+        tokens, is_token = column
+        output = run(tokens[:, None], is_token[:, None], cache, state=state if warm_start else None)
+        return (output.cache, output.state), answer(output)
+
+    columns = (batch.tokens[:, 1:].T, is_token[:, 1:].T)
+    _, others = jax.lax.scan(read_one, (first.cache, first.state), columns)
+
+    def join(first: jax.Array, others: jax.Array) -> jax.Array:
+        return jnp.concatenate([first, others[:, :, 0].T], axis=1)
+
+    return CachedAnswers(*map(join, answer(first), others))
+
+
+def cached_scores(batches: Iterable[Batch], answers: Iterable[CachedAnswers]) -> CachedScores:
+    """Scores the answers to batches; rows without an answer do not count.
+
+    Raises:
+      ValueError: if there is no problem, or one batch more or less than answers.
+    """
+    problems = exact = right = answer_tokens = tokens = steps = 0
+    for batch, answer in zip(batches, answers, strict=True):
+        counts = np.asarray(batch.loss_mask) > 0
+        is_right = np.asarray(answer.predictions) == np.asarray(batch.targets)
+        has_answer = np.asarray(counts.any(axis=1))
+        problems += int(has_answer.sum())
+        exact += int(((is_right | ~counts).all(axis=1) & has_answer).sum())
+        right += int((is_right & counts).sum())
+        answer_tokens += int(counts.sum())
+        is_token = (np.asarray(batch.segment_ids) > 0) & has_answer[:, None]
+        tokens += int(is_token.sum())
+        steps += int(np.asarray(answer.num_steps)[is_token].sum())
+    if not problems:
+        raise ValueError("no row of the batches has an answer, so there is nothing to score.")
+    return CachedScores(exact / problems, right / answer_tokens, steps / tokens, problems)

@@ -3,15 +3,78 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.evaluation.eval_step import EvalStep, EvalSums
+from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.types import Batch
+
+# ------------------------------------------------------------------------------
+# Scores one batch at one depth.
+
+
+class EvalSums(NamedTuple):
+    """Sums over a batch; batches add up field by field."""
+
+    cross_entropy: Float[Array, ""]  # nats, over the tokens that count
+    tokens: Float[Array, ""]  # tokens that count
+    correct: Float[Array, ""]  # of these, predicted right
+    exact_rows: Float[Array, ""]  # rows with all their tokens right
+    rows: Float[Array, ""]  # rows with any token that counts
+
+
+EvalStep = Callable[[Any, Batch, Any], tuple[EvalSums, Int[Array, "B T"]]]
+
+
+def make_eval_step(model: nn.Module, key: Key[Array, ""]) -> EvalStep:
+    """Builds (params, batch, num_steps) -> (sums, predictions); jit it once for all depths.
+
+    `num_steps`, int32 [], is traced. Nothing is random: the thought state's first value comes from
+    the same `key` for every batch and depth.
+
+    Args:
+      model: called like `MegaTransformer`.
+      key: for the rng stream 'state'.
+    """
+
+    def eval_step(params: Any, batch: Batch, num_steps: Any) -> tuple[EvalSums, Int[Array, "B T"]]:
+        output: Any = model.apply(
+            {"params": params},
+            batch.tokens,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            num_steps=num_steps,
+            backprop_depth=0,
+            deterministic=True,
+            rngs={"state": key},
+            media=batch.media,
+        )
+        totals = token_loss(output.logits, batch.targets, batch.loss_mask)
+        predictions = jnp.argmax(output.logits, axis=-1).astype(jnp.int32)
+        counts = batch.loss_mask > 0
+        has_tokens = jnp.any(counts, axis=-1)
+        is_exact = jnp.all((predictions == batch.targets) | ~counts, axis=-1) & has_tokens
+        sums = EvalSums(
+            cross_entropy=totals.cross_entropy,
+            tokens=totals.tokens,
+            correct=totals.correct,
+            exact_rows=jnp.sum(is_exact, dtype=jnp.float32),
+            rows=jnp.sum(has_tokens, dtype=jnp.float32),
+        )
+        return sums, predictions
+
+    return eval_step
+
+
+# ------------------------------------------------------------------------------
+# A validation set.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,3 +194,66 @@ class ValidationHook:
         if self._is_reasoning:
             names.append("exact_accuracy")
         return {f"validation/{name}": getattr(scores, name) for name in names}
+
+
+# ------------------------------------------------------------------------------
+# Validation of a model whose scores are means over rows, such as a vocoder's losses.
+
+# From (params, batch) to scalars by name, means over the rows of the batch.
+Judge = Callable[[Any, Any], Mapping[str, jax.Array]]
+
+
+class MeanValidation:
+    """Held-out batches and what they are judged by.
+
+    Args:
+      batches: on the mesh.
+      rows: of each batch that count, the weights of the batches' means.
+      judge: compiled.
+
+    Raises:
+      ValueError: if there is no batch, or no row counts.
+    """
+
+    def __init__(self, batches: Sequence[Any], rows: Sequence[int], judge: Judge):
+        if len(batches) != len(rows) or sum(rows) <= 0:
+            raise ValueError(f"{len(batches)} batches with {list(rows)} rows; at least one counts")
+        self.batches = tuple(batches)
+        self._weights = np.array(rows, np.float64) / sum(rows)
+        self._judge = judge
+
+    def score(self, params: Any) -> dict[str, float]:
+        """Means over all rows, by name; the same on every process."""
+        scores = jax.device_get([self._judge(params, batch) for batch in self.batches])
+        return {
+            name: float(np.dot(self._weights, [float(score[name]) for score in scores]))
+            for name in scores[0]
+        }
+
+
+class MeanValidationHook:
+    """Scores held-out batches (a `Hook` of the training loop).
+
+    Args:
+      every_steps: steps between validations; the last step is validated too.
+      validation: what is scored.
+      params_of: from the train state to the parameters that are scored.
+    """
+
+    at_end = True
+    at_stop = False
+    skips_bad_steps = False
+
+    def __init__(
+        self, every_steps: int, validation: MeanValidation, params_of: Callable[[Any], Any]
+    ):
+        self.every_steps = every_steps
+        self._validation = validation
+        self._params_of = params_of
+
+    def __call__(self, step: int, state: Any, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Returns each mean as validation/<its name>."""
+        scores = self._validation.score(self._params_of(state))
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        logging.info("validation after step %d: %s", step, shown)
+        return {f"validation/{name}": value for name, value in scores.items()}

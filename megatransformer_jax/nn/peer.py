@@ -144,7 +144,7 @@ class Peer(nn.Module):
 #
 #     new = running - (1 - momentum) * gradient / count's gradient
 #
-# moves towards the mean of all that was seen (training/statistics.py). A call whose output has no
+# moves towards the mean of all that was seen (training/trainable.py). A call whose output has no
 # influence on what is differentiated, such as a masked iteration, counts for nothing.
 
 # Names of the parameters; `optimizer.update` must see no gradient of theirs.

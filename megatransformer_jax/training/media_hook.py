@@ -11,8 +11,7 @@ import soundfile
 from absl import logging
 from matplotlib.image import imsave
 
-from megatransformer_jax.training.media_values import audio_batch, image_batch
-from megatransformer_jax.training.metric_interface import MetricWriter
+from megatransformer_jax.training.writers import MetricWriter, audio_batch, image_batch
 
 PREFIX = "samples"
 

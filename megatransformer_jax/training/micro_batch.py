@@ -14,7 +14,7 @@ from absl import logging
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import TrainState
-from megatransformer_jax.training.train_step import Metrics, TrainStep
+from megatransformer_jax.training.step import Metrics, TrainStep
 from megatransformer_jax.types import Batch
 
 GIB = 2**30

@@ -5,6 +5,7 @@ decoupled weight decay and schedule after it, so that these mean the same whatev
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,17 +21,19 @@ from megatransformer_jax.config.optimizer import (
     ParameterGroup,
     parse_groups,
 )
-from megatransformer_jax.training.grokfast import grokfast_ema, grokfast_ma
-from megatransformer_jax.training.muon import check_muon, labels, scale_by_muon
-from megatransformer_jax.training.parameter_groups import (
-    check_groups,
-    decay_rates,
-    learning_rate_factors,
-    scale_by_learning_rate,
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.training.trainable import map_named, path_text
+from megatransformer_jax.training.transforms import (
+    average_weights,
+    check_muon,
+    grokfast_ema,
+    grokfast_ma,
+    labels,
+    scale_by_muon,
 )
-from megatransformer_jax.training.schedules import build_schedule
-from megatransformer_jax.training.weight_average import average_weights
-from megatransformer_jax.training.weight_decay import add_decayed_weights
+
+# ------------------------------------------------------------------------------
+# The optimiser.
 
 
 def build_optimizer(
@@ -154,3 +157,209 @@ def _rate_factors(config: OptimizerConfig, groups: tuple[ParameterGroup, ...], p
         factors,
         labels(params),
     )
+
+
+# ------------------------------------------------------------------------------
+# Learning rate as a function of the step.
+#
+# Every schedule warms up linearly, reaches the peak at the last warmup step and its last value at
+# the last step of the run, so that the first step already learns and the last one is the smallest.
+
+
+def build_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """The configured schedule, for a run of `total_steps` steps counted from 0.
+
+    Returns:
+      A function from the step (int or int32 []) to the learning rate, float32 [].
+
+    Raises:
+      ValueError: if the name is unknown or warmup and decay do not fit into the run.
+    """
+    if config.warmup_steps + config.decay_steps > total_steps:
+        raise ValueError(
+            f"warmup_steps={config.warmup_steps} + decay_steps={config.decay_steps} exceed the "
+            f"{total_steps} steps of the run; shorten them."
+        )
+    match config.schedule:
+        case "warmup_cosine":
+            shape = _cosine(config.warmup_steps, total_steps, config.final_fraction)
+        case "wsd":
+            shape = _stable_then_decay(config.decay_steps, total_steps, config.final_fraction)
+        case "constant":
+            shape = jnp.ones_like
+        case _:
+            raise ValueError(
+                f"unknown schedule {config.schedule!r}; known: warmup_cosine, wsd, constant"
+            )
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        warmup = jnp.minimum(1.0, (step + 1.0) / max(config.warmup_steps, 1))
+        return jnp.float32(config.learning_rate) * warmup * shape(step)
+
+    return schedule
+
+
+def _cosine(warmup_steps: int, total_steps: int, final_fraction: float) -> optax.Schedule:
+    """Half a cosine from 1 at the end of warmup to `final_fraction` at the last step."""
+    span = max(total_steps - 1 - warmup_steps, 1)
+
+    def shape(step: jax.Array) -> jax.Array:
+        progress = jnp.clip((step - warmup_steps) / span, 0.0, 1.0)
+        return final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+    return shape
+
+
+def _stable_then_decay(decay_steps: int, total_steps: int, final_fraction: float) -> optax.Schedule:
+    """1 until the last `decay_steps` steps, then 1 - sqrt decay (arXiv 2405.18392)."""
+
+    def shape(step: jax.Array) -> jax.Array:
+        progress = jnp.clip((step + 1.0 - (total_steps - decay_steps)) / decay_steps, 0.0, 1.0)
+        return 1.0 - (1.0 - final_fraction) * jnp.sqrt(progress)
+
+    return shape
+
+
+# ------------------------------------------------------------------------------
+# Weight decay: which parameters have it, and the transformation that adds it.
+
+# Leaf names of parameters without weight decay. Rank does not tell: a fused norm scale or a bias
+# per head is a matrix by shape, and a fused kernel has three or four axes.
+UNDECAYED_NAMES = ("scale", "bias", "embedding", "a_log", "dt_bias", "b_matrix", "alpha")
+
+
+def decay_mask(params: Any) -> Any:
+    """A tree of bools: True where weight decay applies, which is on matrices.
+
+    Vectors have none, nor has any parameter whose name is or ends in one of `UNDECAYED_NAMES`
+    (`bias`, `qk_bias`, `scale`, ...).
+    """
+    return map_named(_is_decayed, params)
+
+
+def add_decayed_weights(rates: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
+    """Adds to each update its parameter times a rate of its own (`optax.add_decayed_weights`).
+
+    Args:
+      rates: from a tree of parameters, which may lack some, to a tree of floats. Where the rate is
+        0 the update is left as it is.
+
+    Example:
+      >>> decay = add_decayed_weights(lambda params: jax.tree.map(lambda p: 0.1, params))
+      >>> optimizer = optax.chain(optax.scale_by_adam(), decay, optax.scale(-1e-3))
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if params is None:
+            raise ValueError("weight decay needs the parameters: update(updates, state, params)")
+        decayed = jax.tree.map(lambda u, rate, p: u + rate * p, updates, rates(updates), params)
+        return decayed, state
+
+    decay = optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.masked(decay, lambda params: jax.tree.map(lambda rate: rate > 0, rates(params)))
+
+
+def _is_decayed(path: str, leaf: Any) -> bool:
+    name = path.rpartition("/")[2]
+    undecayed = any(name == plain or name.endswith("_" + plain) for plain in UNDECAYED_NAMES)
+    return not undecayed and jnp.ndim(leaf) > 1
+
+
+# ------------------------------------------------------------------------------
+# Learning rate and weight decay of each parameter: by its name, or by the group it is in.
+
+_SHOWN = 12
+
+
+def group_of(groups: Sequence[ParameterGroup], path: str) -> ParameterGroup | None:
+    """The first group whose expression is found in the path, or None."""
+    return next((group for group in groups if group.pattern.search(path)), None)
+
+
+def decay_rates(groups: Sequence[ParameterGroup], weight_decay: float, params: Any) -> Any:
+    """A tree of floats: the group's weight decay, or `weight_decay` on matrices and 0 elsewhere."""
+
+    def rate(path: str, is_decayed: bool) -> float:
+        group = group_of(groups, path)
+        if group is not None and group.weight_decay is not None:
+            return group.weight_decay
+        return weight_decay if is_decayed else 0.0
+
+    return map_named(rate, decay_mask(params))
+
+
+def learning_rate_factors(groups: Sequence[ParameterGroup], params: Any) -> Any:
+    """A tree of floats: the group's factor on the schedule, or 1."""
+
+    def factor(path: str, _: Any) -> float:
+        group = group_of(groups, path)
+        return 1.0 if group is None or group.learning_rate is None else group.learning_rate
+
+    return map_named(factor, params)
+
+
+def check_groups(groups: Sequence[ParameterGroup], params: Any) -> None:
+    """Checks that each group decides for some parameter.
+
+    Raises:
+      ConfigError: naming the group, with paths that there are.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    paths = [path_text(path) for path, _ in leaves]
+    deciding = [group_of(groups, path) for path in paths]
+    for group in groups:
+        if any(group is decider for decider in deciding):
+            continue
+        matched = [path for path in paths if group.pattern.search(path)]
+        reason = (
+            f"matches only parameters of groups before it, such as {matched[0]}; put it before them"
+            if matched
+            else "matches no parameter; mend it. There are " + _some(paths)
+        )
+        raise ConfigError("optimizer.groups", f"{group.pattern.pattern!r} {reason}.")
+
+
+def scale_by_learning_rate(
+    schedule: optax.Schedule, factors: Callable[[Any], Any], check: Callable[[Any], None]
+) -> optax.GradientTransformation:
+    """Multiplies each update by -schedule(updates so far) times a factor of its own.
+
+    The state is that of `optax.scale_by_learning_rate` with a schedule.
+
+    Args:
+      schedule: from the number of updates, int32 [], to a rate.
+      factors: from a tree of parameters to a tree of floats.
+      check: called with the whole tree of parameters when the state is made.
+
+    Example:
+      >>> ones = lambda params: jax.tree.map(lambda p: 1.0, params)
+      >>> rate = scale_by_learning_rate(optax.constant_schedule(0.1), ones, lambda params: None)
+    """
+
+    def init(params: Any) -> optax.ScaleByScheduleState:
+        check(params)
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update(
+        updates: Any, state: optax.ScaleByScheduleState, params: Any = None
+    ) -> tuple[Any, optax.ScaleByScheduleState]:
+        del params
+        step_size = -schedule(state.count)
+        scaled = jax.tree.map(
+            lambda u, factor: u * jnp.asarray(step_size * factor, u.dtype),
+            updates,
+            factors(updates),
+        )
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformation(init, update)
+
+
+def _some(paths: Sequence[str]) -> str:
+    """A path for each last name, so that they show what kinds there are."""
+    by_name: dict[str, str] = {}
+    for path in paths:
+        by_name.setdefault(path.rpartition("/")[2], path)
+    shown = list(by_name.values())[:_SHOWN]
+    return ", ".join(shown) + (" and others" if len(shown) < len(paths) else "")

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 
 from megatransformer_jax.evaluation.answers import answer_samples
-from megatransformer_jax.evaluation.eval_step import EvalSums
+from megatransformer_jax.evaluation.validation import EvalSums
 from megatransformer_jax.types import Batch
 
 

@@ -13,12 +13,8 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.data.reasoning import ProblemSet
 from megatransformer_jax.data.reasoning.tasks import Parity
-from megatransformer_jax.evaluation.cached_answers import (
-    CachedAnswers,
-    cached_answers,
-    cached_scores,
-)
-from megatransformer_jax.evaluation.eval_step import make_eval_step
+from megatransformer_jax.evaluation.answers import CachedAnswers, cached_answers, cached_scores
+from megatransformer_jax.evaluation.validation import make_eval_step
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.passes.cached import cached_forward

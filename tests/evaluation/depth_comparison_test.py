@@ -6,7 +6,7 @@ import pytest
 
 from experiments.compare import main
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.evaluation.depth_comparison import markdown_table, read_curve
+from megatransformer_jax.evaluation.depth_table import markdown_table, read_curve
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from megatransformer_jax.evaluation.depth_table import (
     make_table,
     write_depth_table,
 )
-from megatransformer_jax.evaluation.text_size import TextSize
+from megatransformer_jax.evaluation.text_metrics import TextSize
 from megatransformer_jax.evaluation.validation import Scores
 
 SCORES = [Scores(d, 3.0 / d, math.exp(3.0 / d), 0.1 * d, 0.05 * d, 99) for d in (1, 2, 4, 8)]

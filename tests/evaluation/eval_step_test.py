@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from megatransformer_jax.evaluation.eval_step import EvalSums, make_eval_step
 from megatransformer_jax.evaluation.validation import (
+    EvalSums,
     ValidationHook,
     ValidationSet,
     depth_argument,
+    make_eval_step,
     mean_scores,
 )
 from megatransformer_jax.types import Batch, ModelOutput

@@ -18,7 +18,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer
-from megatransformer_jax.evaluation.lm_eval_adapter import MegaTransformerLM
+from megatransformer_jax.evaluation.lm_eval import MegaTransformerLM
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from megatransformer_jax.evaluation.mean_validation import MeanValidation, MeanValidationHook
+from megatransformer_jax.evaluation.validation import MeanValidation, MeanValidationHook
 
 
 def test_batches_weigh_as_many_rows_as_count() -> None:

@@ -3,7 +3,7 @@ import pytest
 
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
-from megatransformer_jax.evaluation.media_figures import Tile, contact_sheet, draw_mels, pixels_of
+from megatransformer_jax.evaluation.media.table import Tile, contact_sheet, draw_mels, pixels_of
 
 
 def test_pixels_are_the_whole_range():

@@ -8,7 +8,7 @@ import pytest
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.evaluation.spectral_radius import growth_rate, spectral_radius
+from megatransformer_jax.evaluation.recurrence import growth_rate, spectral_radius
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
 from megatransformer_jax.sharding.rules import Sharder

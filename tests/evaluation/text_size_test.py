@@ -7,7 +7,7 @@ import pytest
 
 from megatransformer_jax.data.packing import PackedRows, SpecialIds, stack
 from megatransformer_jax.data.tokenizer import BytesTokenizer
-from megatransformer_jax.evaluation.text_size import TextSize, predicted_text_size
+from megatransformer_jax.evaluation.text_metrics import TextSize, predicted_text_size
 
 TOKENIZER = BytesTokenizer()
 

@@ -11,8 +11,8 @@ from experiments.load_model import load_model
 from experiments.run_training import train
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.build import build, merge
-from megatransformer_jax.training.metrics_file import read_metrics
-from megatransformer_jax.training.stop import StopRequest
+from megatransformer_jax.training.loop import StopRequest
+from megatransformer_jax.training.recorder import read_metrics
 
 pytestmark = pytest.mark.slow
 

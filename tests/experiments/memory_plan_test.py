@@ -9,7 +9,7 @@ from experiments.run_kinds import transformer
 from experiments.run_training import train
 from megatransformer_jax.config.build import build, load_config, merge
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.training.stop import StopRequest
+from megatransformer_jax.training.loop import StopRequest
 
 pytestmark = pytest.mark.slow
 

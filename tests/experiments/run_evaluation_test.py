@@ -14,8 +14,7 @@ from experiments.load_model import load_model
 from megatransformer_jax.config.build import build
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.data.sources import build_source
-from megatransformer_jax.evaluation.eval_step import make_eval_step
-from megatransformer_jax.evaluation.validation import Scores, ValidationSet
+from megatransformer_jax.evaluation.validation import Scores, ValidationSet, make_eval_step
 
 DEPTHS = (1, 3)
 

@@ -20,7 +20,7 @@ from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import fill_hops
 from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.data.tokenizer import BytesTokenizer
-from megatransformer_jax.evaluation.media.labelled_digits import LabelledClips
+from megatransformer_jax.evaluation.media.judges import LabelledClips
 from megatransformer_jax.models.megatransformer import init_params
 
 TOKENIZER = MediaTokenizer(BytesTokenizer())

@@ -15,10 +15,9 @@ from experiments.run_training import train
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.build import build, load_config
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.training.metrics_file import read_metrics
-from megatransformer_jax.training.recorder import TooManyBadSteps
-from megatransformer_jax.training.stop import StopRequest
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.loop import StopRequest
+from megatransformer_jax.training.recorder import TooManyBadSteps, read_metrics
+from megatransformer_jax.training.step import make_train_step
 
 pytestmark = pytest.mark.slow
 

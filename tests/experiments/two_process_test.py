@@ -12,7 +12,7 @@ import time
 import pytest
 from cheap_compilation import CHEAP_COMPILATION
 
-from megatransformer_jax.training.metrics_file import read_metrics
+from megatransformer_jax.training.recorder import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.weight_decay import decay_mask
+from megatransformer_jax.training.optimizers import decay_mask
 from megatransformer_jax.types import DTypePolicy
 
 WIDTH, LENGTH = 8, 5

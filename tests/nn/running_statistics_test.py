@@ -30,7 +30,7 @@ def differentiate(x, is_token, running, cotangent):
 
 
 def move(running, reports):
-    """The rule of training/statistics.py."""
+    """The rule of training/trainable.py."""
     step = (1 - MOMENTUM) / reports.count
     return running.replace(
         mean=running.mean - step * reports.mean,

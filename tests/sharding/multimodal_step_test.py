@@ -23,7 +23,7 @@ from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.distributed import make_global_batch
 from megatransformer_jax.training.state import init_state, state_shardings
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.step import make_train_step
 from megatransformer_jax.types import AUDIO, IMAGE, Batch, DTypePolicy, MediaBatch
 
 # Sequences have 8 + 4 + 2 = 14 places.

@@ -19,7 +19,7 @@ from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import init_state, state_shardings
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.step import make_train_step
 from megatransformer_jax.types import Batch, DTypePolicy
 
 ROWS, LENGTH, VOCAB = 8, 16, 32

@@ -20,8 +20,7 @@ from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.passes.observed import open_core
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.gate_term import gate_steps
-from megatransformer_jax.training.objective import Place, make_objective
+from megatransformer_jax.training.objective import Place, gate_steps, make_objective
 from megatransformer_jax.types import Batch, DTypePolicy
 
 ROWS, LENGTH, VOCAB, STEPS, WEIGHT, KL = 2, 4, 8, 3, 0.7, 0.2

@@ -8,10 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.training.grokfast import grokfast_ema, grokfast_ma
-from megatransformer_jax.training.parameter_groups import scale_by_learning_rate
-from megatransformer_jax.training.weight_average import average_weights
-from megatransformer_jax.training.weight_decay import add_decayed_weights
+from megatransformer_jax.training.optimizers import add_decayed_weights, scale_by_learning_rate
+from megatransformer_jax.training.transforms import average_weights, grokfast_ema, grokfast_ma
 
 
 def everywhere(value):

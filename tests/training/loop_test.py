@@ -8,13 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.training.hooks import CheckpointHook, SampleHook, is_due
-from megatransformer_jax.training.loop import train_loop
-from megatransformer_jax.training.metrics_file import MetricsFile, read_metrics
+from megatransformer_jax.training.loop import (
+    CheckpointHook,
+    SampleHook,
+    StopRequest,
+    is_due,
+    train_loop,
+)
 from megatransformer_jax.training.progress import LineProgress
-from megatransformer_jax.training.recorder import MetricRecorder, TooManyBadSteps
+from megatransformer_jax.training.recorder import (
+    MetricRecorder,
+    MetricsFile,
+    TooManyBadSteps,
+    read_metrics,
+)
 from megatransformer_jax.training.state import TrainState
-from megatransformer_jax.training.stop import StopRequest
 from megatransformer_jax.training.writers import MultiWriter
 
 

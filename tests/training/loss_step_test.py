@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from megatransformer_jax.training.loss_step import make_loss_step
 from megatransformer_jax.training.state import first_state
+from megatransformer_jax.training.step import make_loss_step
 
 RATE = 0.1
 

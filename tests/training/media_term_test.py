@@ -13,7 +13,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.media_term import (
+from megatransformer_jax.training.objective import (
     MediaCounts,
     MediaRoom,
     MediaTerm,

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.training.metrics_file import MetricsFile, read_metrics
+from megatransformer_jax.training.recorder import MetricsFile, read_metrics
 
 
 @given(st.integers(0, 2**32 - 1))

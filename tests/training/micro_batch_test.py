@@ -26,7 +26,7 @@ from megatransformer_jax.training.micro_batch import (
 )
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import init_state
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.step import make_train_step
 from megatransformer_jax.types import Batch, DTypePolicy
 
 SHORT, LONG = (16, 8), (8, 16)

@@ -12,8 +12,8 @@ from megatransformer_jax.config.optimizer import MuonConfig, OptimizerConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.muon import labels, muon_axes, scale_by_muon
 from megatransformer_jax.training.optimizers import build_optimizer
+from megatransformer_jax.training.transforms import labels, muon_axes, scale_by_muon
 from megatransformer_jax.types import DTypePolicy
 
 SHAPES = {"qkv": (8, 2, 4, 3), "output": (4, 3, 8), "up": (8, 2, 6), "down": (6, 8)}

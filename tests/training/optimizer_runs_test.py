@@ -24,9 +24,11 @@ from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.evaluation_params import evaluation_params
+from megatransformer_jax.training.evaluation_params import (
+    evaluation_params,
+    restore_evaluation_params,
+)
 from megatransformer_jax.training.optimizers import build_optimizer
-from megatransformer_jax.training.restore_evaluation import restore_evaluation_params
 from megatransformer_jax.training.state import TrainState, state_shardings
 from megatransformer_jax.types import DTypePolicy
 

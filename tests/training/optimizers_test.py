@@ -20,8 +20,7 @@ from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import find_average
-from megatransformer_jax.training.optimizers import build_optimizer
-from megatransformer_jax.training.weight_decay import decay_mask
+from megatransformer_jax.training.optimizers import build_optimizer, decay_mask
 from megatransformer_jax.types import DTypePolicy
 
 CONFIG = OptimizerConfig(schedule="constant", warmup_steps=0, final_fraction=0.1)

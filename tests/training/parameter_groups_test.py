@@ -6,8 +6,11 @@ import pytest
 
 from megatransformer_jax.config.optimizer import OptimizerConfig, parse_groups
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.training.optimizers import build_optimizer
-from megatransformer_jax.training.parameter_groups import decay_rates, learning_rate_factors
+from megatransformer_jax.training.optimizers import (
+    build_optimizer,
+    decay_rates,
+    learning_rate_factors,
+)
 
 PARAMS = {
     "core": {

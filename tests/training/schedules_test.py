@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatransformer_jax.config.optimizer import OptimizerConfig
-from megatransformer_jax.training.schedules import build_schedule
+from megatransformer_jax.training.optimizers import build_schedule
 
 PEAK = 2e-3
 

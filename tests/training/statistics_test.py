@@ -20,8 +20,8 @@ from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import init_state
-from megatransformer_jax.training.statistics import keep_statistics, update_statistics
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.step import make_train_step
+from megatransformer_jax.training.trainable import keep_statistics, update_statistics
 from megatransformer_jax.types import Batch, DTypePolicy
 
 ROWS, LENGTH = 4, 6

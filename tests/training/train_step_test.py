@@ -17,8 +17,8 @@ from megatransformer_jax.models.core import draw_num_steps
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import init_state
-from megatransformer_jax.training.train_step import make_train_step
-from megatransformer_jax.training.weight_average import average_weights
+from megatransformer_jax.training.step import make_train_step
+from megatransformer_jax.training.transforms import average_weights
 from megatransformer_jax.types import Batch, DTypePolicy
 
 ROWS, LENGTH, VOCAB = 4, 8, 16

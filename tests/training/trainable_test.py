@@ -19,10 +19,14 @@ from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.optimizers import build_optimizer
-from megatransformer_jax.training.parameter_paths import map_named
 from megatransformer_jax.training.state import TrainState, init_state
-from megatransformer_jax.training.train_step import make_train_step
-from megatransformer_jax.training.trainable import join_params, split_params, trained_mask
+from megatransformer_jax.training.step import make_train_step
+from megatransformer_jax.training.trainable import (
+    join_params,
+    map_named,
+    split_params,
+    trained_mask,
+)
 from megatransformer_jax.types import Batch, DTypePolicy
 
 ROWS, LENGTH, VOCAB = 2, 8, 16

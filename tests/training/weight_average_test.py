@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from megatransformer_jax.training.weight_average import average_weights
+from megatransformer_jax.training.transforms import average_weights
 
 
 def test_it_equals_the_formula():

@@ -9,21 +9,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatransformer_jax.config.loop import LoggingConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.training.metric_interface import MetricWriter
-from megatransformer_jax.training.wandb_writer import WandbWriter
-from megatransformer_jax.training.writers import build_writer
+from megatransformer_jax.training.writers import WandbWriter, build_writer
 
 
 def events(folder) -> EventAccumulator:
     accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     accumulator.Reload()
     return accumulator
-
-
-def test_interface_is_clus_and_needs_no_tensorflow():
-    assert MetricWriter.__module__ == "clu.metric_writers.interface"
-    assert sys.modules["clu.metric_writers.interface"].MetricWriter is MetricWriter
-    assert "tensorflow" not in sys.modules
 
 
 def test_tensorboard_reads_back_what_was_written(tmp_path):
@@ -91,16 +83,6 @@ def test_what_is_no_image_or_sound_is_an_error(tmp_path, method, values, problem
     options = {"sample_rate": 8000} if method == "write_audios" else {}
     with pytest.raises(ValueError, match=problem):
         getattr(writer, method)(1, {"m": values}, **options)
-
-
-def test_what_no_back_end_has_means_for_is_an_error(tmp_path):
-    writer = build_writer(LoggingConfig(), tmp_path, is_primary=True)
-    for call in (
-        lambda: writer.write_videos(1, {"a": np.zeros((1, 2, 4, 4, 3))}),
-        lambda: writer.write_summaries(1, {"a": np.zeros(2)}),
-    ):
-        with pytest.raises(NotImplementedError):
-            call()
 
 
 def test_other_processes_write_nothing(tmp_path):

@@ -1,23 +1,93 @@
-"""What each kind of diagnostic measures, and what it shows."""
+"""Kinds of diagnostics: what each measures and shows, and the hook that makes them in training."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from matplotlib.figure import Figure
+from matplotlib.image import imsave
 
 from megatransformer_jax.config.loop import DIAGNOSTIC_KINDS, RECURRENT_KINDS
+from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.diagnostics import figures
-from megatransformer_jax.evaluation.diagnostics.attention_maps import attention_maps
-from megatransformer_jax.evaluation.diagnostics.depth_draws import count_draws
-from megatransformer_jax.evaluation.diagnostics.gradient_norms import LayerNorms, gradient_norms
-from megatransformer_jax.evaluation.diagnostics.layer_order import in_model_order
-from megatransformer_jax.evaluation.diagnostics.layer_states import LayerStates, layer_states
-from megatransformer_jax.evaluation.diagnostics.subject import Subject
-from megatransformer_jax.evaluation.iteration_curves import IterationCurves, iteration_curves
-from megatransformer_jax.evaluation.spectral_radius import spectral_radius
+from megatransformer_jax.evaluation.diagnostics.figures import to_image
+from megatransformer_jax.evaluation.diagnostics.measures import (
+    LayerNorms,
+    LayerStates,
+    attention_maps,
+    count_draws,
+    gradient_norms,
+    in_model_order,
+    layer_states,
+)
+from megatransformer_jax.evaluation.recurrence import (
+    IterationCurves,
+    iteration_curves,
+    spectral_radius,
+)
+from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.writers import MetricWriter
+from megatransformer_jax.types import Batch
+
+# ------------------------------------------------------------------------------
+# What diagnostics look at: the model, a few rows, and how deep.
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """Made once per run by `make_subject`.
+
+    Attributes:
+      config: of the run.
+      model: for rows of any number: no constraint of a mesh, XLA attention, no rematerialisation.
+      rows: tokens and targets, the same on every device.
+      mean_steps: the trained mean number of iterations; 0 without a core.
+      num_steps: iterations that are shown; 0 without a core.
+      sharder: of the run's parameters.
+    """
+
+    config: RunConfig
+    model: MegaTransformer
+    rows: Batch
+    mean_steps: int
+    num_steps: int
+    sharder: Sharder
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function` compiled so that every process can read its whole result."""
+        if self.sharder.mesh is None:
+            return jax.jit(function)
+        return jax.jit(function, out_shardings=self.sharder.sharding())
+
+
+def make_subject(
+    config: RunConfig, model: MegaTransformer, batch: Batch, sharder: Sharder
+) -> Subject:
+    """Takes the first `diagnostics.num_rows` rows of a global batch on the mesh."""
+    plain = off_mesh(model)
+    plain = plain.copy(config=dataclasses.replace(plain.config, remat="none"))
+    mean_steps = config.model.recurrence.mean_steps if config.model.is_recurrent else 0
+    subject = Subject(
+        config=config,
+        model=plain,
+        rows=batch,
+        mean_steps=mean_steps,
+        num_steps=config.diagnostics.num_steps or 2 * mean_steps,
+        sharder=sharder,
+    )
+    count = config.diagnostics.num_rows
+    first_rows = subject.compile(lambda batch: jax.tree.map(lambda part: part[:count], batch))
+    return dataclasses.replace(subject, rows=first_rows(batch))
+
+
+# ------------------------------------------------------------------------------
+# Kinds.
 
 # Two digits or so; see `spectral_radius`.
 POWER_ITERATIONS = 30
@@ -228,3 +298,117 @@ def _present_draws(counts: np.ndarray, moment: Moment) -> Finding:
 def _at(values: np.ndarray, mean_steps: int) -> float:
     """The value at the trained mean, or at the last iteration that was looked at."""
     return float(values[min(mean_steps, len(values)) - 1])
+
+
+# ------------------------------------------------------------------------------
+# Several kinds at once, each measurement made one time.
+
+
+class Diagnoser:
+    """Compiles each measurement on its first use.
+
+    Args:
+      subject: what is looked at.
+      kinds: which, see `kinds_of`.
+    """
+
+    def __init__(self, subject: Subject, kinds: Sequence[str]):
+        self._subject = subject
+        self._kinds = tuple(kinds)
+        names = dict.fromkeys(map(measurement_of, self._kinds))
+        self._measures = {name: build_measure(name, subject) for name in names}
+
+    def measure(self, moment: Moment) -> Mapping[str, object]:
+        """NumPy arrays by measurement. All processes call this together."""
+        return jax.device_get({name: measure(moment) for name, measure in self._measures.items()})
+
+    def present(self, measured: Mapping[str, object], moment: Moment) -> dict[str, Finding]:
+        """What to show of them, by kind."""
+        return {
+            kind: present(kind, measured[measurement_of(kind)], self._subject, moment)
+            for kind in self._kinds
+        }
+
+
+def write_images(findings: Mapping[str, Finding], folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Writes `<kind>.png` into the folder, which is made, and returns the pixels by kind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images = {kind: to_image(finding.figure) for kind, finding in findings.items()}
+    for kind, image in images.items():
+        imsave(folder / f"{kind}.png", image)
+    return images
+
+
+def finite_scalars(findings: Mapping[str, Finding]) -> dict[str, float]:
+    """The scalars of all findings without those that are not finite."""
+    return {
+        name: float(value)
+        for finding in findings.values()
+        for name, value in finding.scalars.items()
+        if np.isfinite(value)
+    }
+
+
+def write_scalars(findings: Mapping[str, Finding], path: pathlib.Path) -> None:
+    """Writes them to a JSON file."""
+    path.write_text(json.dumps(finite_scalars(findings), indent=2) + "\n", encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------
+# The hook of the training loop.
+
+PREFIX = "diagnostics"
+
+
+class DiagnosticsHook:
+    """Measures on all processes; the primary one draws and writes (a `Hook`).
+
+    A figure of kind K after step n goes to `<folder>/step_<n>/K.png` and to the writer's images,
+    histograms to the writer, scalars back to the loop. All are named `diagnostics/...`.
+
+    Args:
+      subject: what is looked at.
+      params_of: from the train state to the model's parameters.
+      writer: takes images and histograms.
+      folder: where PNGs go. None: this process writes nothing.
+    """
+
+    at_stop = False
+    skips_bad_steps = True
+
+    def __init__(
+        self,
+        subject: Subject,
+        params_of: Callable[[Any], Any],
+        writer: MetricWriter,
+        folder: pathlib.Path | None,
+    ):
+        self.every_steps = subject.config.diagnostics.every_steps
+        self.at_end = self.every_steps > 0
+        self._diagnoser = Diagnoser(subject, kinds_of(subject))
+        self._params_of = params_of
+        self._writer = writer
+        self._folder = folder
+
+    def __call__(self, step: int, state: Any, scalars: Mapping[str, float]) -> dict[str, float]:
+        """Returns the scalars that are finite."""
+        previous = (step - 1) // self.every_steps * self.every_steps
+        moment = Moment(self._params_of(state), state.key_data, step, previous)
+        measured = self._diagnoser.measure(moment)
+        if self._folder is None:
+            return {}
+        findings = self._diagnoser.present(measured, moment)
+        folder = self._folder / f"step_{step:06d}"
+        self._write(step, findings, folder)
+        logging.info("diagnostics after step %d: %s", step, folder)
+        return {f"{PREFIX}/{name}": value for name, value in finite_scalars(findings).items()}
+
+    def _write(self, step: int, findings: Mapping[str, Finding], folder: pathlib.Path) -> None:
+        images = write_images(findings, folder)
+        self._writer.write_images(step, {f"{PREFIX}/{k}": image for k, image in images.items()})
+        finite = {
+            f"{PREFIX}/{name}": values[np.isfinite(values)]
+            for finding in findings.values()
+            for name, values in finding.histograms.items()
+        }
+        self._writer.write_histograms(step, {k: v for k, v in finite.items() if v.size})

@@ -1,4 +1,4 @@
-"""Features and class probabilities of images: what FID and Inception score are computed from.
+"""Features of images, and what is computed from them: Frechet distance, Inception score.
 
 The published scores use Inception-v3, whose weights must be downloaded. The extractor here needs
 none: a small network trained on the data set's own real images in a second. Its numbers compare
@@ -12,6 +12,9 @@ from jaxtyping import Float, Int
 from sklearn.neural_network import MLPClassifier
 
 from megatransformer_jax.config.option import UserError
+
+# ------------------------------------------------------------------------------
+# The extractor.
 
 _HIDDEN_UNITS = 64
 _MAX_EPOCHS = 200
@@ -119,3 +122,124 @@ def flat_pixels(
             "them."
         )
     return np.asarray(images, np.float64).reshape(len(images), -1)
+
+
+# ------------------------------------------------------------------------------
+# Frechet distance between the features of two sets of media (Heusel et al., 2017, 1706.08500).
+#
+# With Inception-v3 as the extractor of image features this is the FID. With any other extractor it
+# is another number, which compares only with those of the same extractor: name it with the result.
+
+# Eigenvalues that rounding made negative; relative to the largest.
+_ROUNDING = 1e-6
+
+
+class Moments(NamedTuple):
+    """Mean and covariance of features, float64."""
+
+    mean: Float[np.ndarray, "K"]
+    covariance: Float[np.ndarray, "K K"]
+
+
+def moments(features: Float[np.ndarray, "N K"]) -> Moments:
+    """Mean and unbiased covariance of N rows of features.
+
+    Raises:
+      UserError: if there are fewer than two rows, or a value is not finite.
+    """
+    if len(features) < 2:
+        raise UserError(
+            f"a covariance needs at least 2 media, and there are {len(features)}; give more."
+        )
+    rows = np.asarray(features, np.float64)
+    if not np.isfinite(rows).all():
+        raise UserError(
+            "features hold values that are not finite; look at the media they come from."
+        )
+    mean = rows.mean(axis=0)
+    centred = rows - mean
+    return Moments(mean, centred.T @ centred / (len(rows) - 1))
+
+
+def frechet_distance(first: Moments, second: Moments) -> float:
+    """Squared Frechet (2-Wasserstein) distance between two Gaussians; 0 to infinity, 0 is best.
+
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). The trace of the root comes from the eigenvalues
+    of C1^(1/2) C2 C1^(1/2), which is symmetric, so that nothing complex arises and covariances
+    without full rank do no harm.
+
+    Raises:
+      UserError: if the numbers of features differ.
+    """
+    if first.mean.shape != second.mean.shape:
+        raise UserError(
+            f"{first.mean.size} and {second.mean.size} features do not compare; take both from one "
+            "extractor."
+        )
+    root = _symmetric_root(first.covariance)
+    eigenvalues = _non_negative(np.linalg.eigvalsh(root @ second.covariance @ root))
+    trace = np.trace(first.covariance) + np.trace(second.covariance)
+    difference = first.mean - second.mean
+    distance = difference @ difference + trace - 2 * np.sqrt(eigenvalues).sum()
+    return max(float(distance), 0.0)
+
+
+def _symmetric_root(matrix: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(_non_negative(values))) @ vectors.T
+
+
+def _non_negative(eigenvalues: np.ndarray) -> np.ndarray:
+    if eigenvalues.min() < -_ROUNDING * max(eigenvalues.max(), 1.0):
+        raise UserError(
+            f"a covariance has the eigenvalue {eigenvalues.min():g}; it must have none below 0."
+        )
+    return np.maximum(eigenvalues, 0.0)
+
+
+# ------------------------------------------------------------------------------
+# Inception score (Salimans et al., 2016, 1606.03498) of class probabilities.
+#
+# Named after Inception-v3, whose probabilities it was first computed from. With another classifier
+# it is another number: name the classifier with the result.
+
+
+class InceptionScore(NamedTuple):
+    """Mean and standard deviation over splits; 1 (worst) to the number of classes (best)."""
+
+    mean: float
+    deviation: float
+
+
+def inception_score(probabilities: Float[np.ndarray, "N C"], num_splits: int = 1) -> InceptionScore:
+    """exp of the mean over media of KL(p(class | medium) || p(class)), in each split.
+
+    Args:
+      probabilities: of the classes, each row adds up to 1.
+      num_splits: parts of nearly equal size, in the order of the rows; p(class) is each part's own.
+
+    Raises:
+      UserError: if rows are no distributions, or there are fewer rows than splits.
+    """
+    if not 1 <= num_splits <= len(probabilities):
+        raise UserError(
+            f"num_splits={num_splits} does not go with {len(probabilities)} media; use 1 to "
+            f"{max(len(probabilities), 1)} splits, and at least one medium."
+        )
+    rows = np.asarray(probabilities, np.float64)
+    if not (np.all(rows >= 0) and np.allclose(rows.sum(axis=1), 1, atol=1e-3)):
+        raise UserError(
+            "each row of probabilities must be at least 0 everywhere and add up to 1; give the "
+            "classifier's probabilities, not its logits."
+        )
+    scores = np.array([_score(part) for part in np.array_split(rows, num_splits)])
+    return InceptionScore(float(scores.mean()), float(scores.std()))
+
+
+def _score(rows: np.ndarray) -> float:
+    # The mutual information of medium and class: H(class) - mean of H(class | medium).
+    return float(np.exp(_entropy(rows.mean(axis=0, keepdims=True))[0] - _entropy(rows).mean()))
+
+
+def _entropy(rows: np.ndarray) -> np.ndarray:
+    return -(rows * np.log(np.where(rows > 0, rows, 1.0))).sum(axis=-1)

@@ -11,18 +11,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.loop import DIAGNOSTIC_KINDS, LoggingConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.evaluation.diagnostics.hook import DiagnosticsHook
 from megatransformer_jax.evaluation.diagnostics.kinds import (
+    DiagnosticsHook,
     Moment,
+    Subject,
     build_measure,
     kinds_of,
+    make_subject,
     present,
 )
-from megatransformer_jax.evaluation.diagnostics.subject import Subject, make_subject
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.hooks import Hook, is_due
+from megatransformer_jax.training.loop import Hook, is_due
 from megatransformer_jax.training.writers import MultiWriter, build_writer
 from megatransformer_jax.types import Batch, DTypePolicy
 

@@ -1,4 +1,4 @@
-from megatransformer_jax.evaluation.diagnostics.layer_order import in_model_order
+from megatransformer_jax.evaluation.diagnostics.measures import in_model_order
 
 
 def test_layers_come_in_the_order_of_a_pass():

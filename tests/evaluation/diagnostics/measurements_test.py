@@ -8,18 +8,17 @@ import pytest
 
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.evaluation.diagnostics.attention_maps import attention_weights
-from megatransformer_jax.evaluation.diagnostics.depth_draws import count_draws
-from megatransformer_jax.evaluation.diagnostics.gradient_norms import layer_of, norms_by_layer
-from megatransformer_jax.evaluation.diagnostics.layer_states import (
+from megatransformer_jax.evaluation.diagnostics.measures import (
     MAX_SAMPLES,
+    attention_weights,
+    count_draws,
+    layer_of,
     layer_states,
-    summarize,
-    token_correlation,
-)
-from megatransformer_jax.evaluation.diagnostics.observed_layers import (
+    norms_by_layer,
     observe_coda,
     observe_prelude,
+    summarize,
+    token_correlation,
 )
 from megatransformer_jax.models.core import draw_num_steps
 from megatransformer_jax.models.megatransformer import (
@@ -33,7 +32,7 @@ from megatransformer_jax.ops.attention import attention
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.step_keys import step_keys
+from megatransformer_jax.training.step import step_keys
 from megatransformer_jax.types import Batch, DTypePolicy
 
 

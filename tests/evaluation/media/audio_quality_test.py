@@ -8,8 +8,8 @@ import pytest
 import stoi_reference
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.evaluation.media import extra_library
-from megatransformer_jax.evaluation.media.audio_quality import pesq, si_sdr, stoi
+from megatransformer_jax.evaluation.media import sound_scores as extra_library
+from megatransformer_jax.evaluation.media.sound_scores import pesq, si_sdr, stoi
 
 RNG = np.random.default_rng(0)
 

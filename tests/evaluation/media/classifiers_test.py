@@ -5,10 +5,13 @@ import pytest
 from sklearn.datasets import load_digits
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.evaluation.media.digit_judge import DigitJudge
 from megatransformer_jax.evaluation.media.features import DigitsFeatures, FeatureExtractor
-from megatransformer_jax.evaluation.media.recognition import ClassCount, recognition
-from megatransformer_jax.evaluation.media.spoken_digit_judge import SpokenDigitJudge
+from megatransformer_jax.evaluation.media.judges import (
+    ClassCount,
+    DigitJudge,
+    SpokenDigitJudge,
+    recognition,
+)
 
 NAMES = ("zero", "one", "two")
 

@@ -11,17 +11,21 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.data.media.images import WORDS
 from megatransformer_jax.data.media.records import AudioRecord
-from megatransformer_jax.evaluation.media import labelled_digits
-from megatransformer_jax.evaluation.media.digit_referee import DrawnDigitReferee, SpokenDigitReferee
-from megatransformer_jax.evaluation.media.labelled_digits import labelled_clips, labelled_images
-from megatransformer_jax.evaluation.media.media_table import (
+from megatransformer_jax.evaluation.media import judges as labelled_digits
+from megatransformer_jax.evaluation.media.judges import (
+    DrawnDigitReferee,
+    SpokenDigitReferee,
+    labelled_clips,
+    labelled_images,
+)
+from megatransformer_jax.evaluation.media.sound_scores import TranscriptErrors
+from megatransformer_jax.evaluation.media.table import (
     MediaRow,
     make_class_table,
     make_media_table,
     write_media_scores,
 )
 from megatransformer_jax.evaluation.media.validation import MediaScores, TaskScores
-from megatransformer_jax.evaluation.media.word_errors import TranscriptErrors
 
 DIGITS = ImageConfig(height=8, width=8, channels=1)
 MEL = MelConfig(

@@ -5,7 +5,7 @@ import pytest
 import scipy.linalg
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.evaluation.media.frechet import Moments, frechet_distance, moments
+from megatransformer_jax.evaluation.media.features import Moments, frechet_distance, moments
 
 RNG = np.random.default_rng(0)
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.evaluation.media.inception_score import inception_score
+from megatransformer_jax.evaluation.media.features import inception_score
 
 
 def test_it_equals_the_formula_by_scipy():

@@ -7,21 +7,19 @@ import numpy as np
 import pytest
 from smallest_media_model import TOKENIZER, Medium, make_model, media_batch
 
-from megatransformer_jax.evaluation.media.greedy_answers import (
+from megatransformer_jax.evaluation.media.making import (
     greedy_answers,
     make_next_tokens,
     right_answers,
     rows_of_task,
 )
-from megatransformer_jax.evaluation.media.media_eval_step import (
-    is_after_media,
-    make_media_eval_step,
-    run_model,
-)
 from megatransformer_jax.evaluation.media.validation import (
     MediaValidationHook,
     MediaValidationSet,
+    is_after_media,
+    make_media_eval_step,
     mean_media_scores,
+    run_model,
 )
 from megatransformer_jax.types import AUDIO, IMAGE
 

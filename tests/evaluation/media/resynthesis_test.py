@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from megatransformer_jax.evaluation.media import extra_library
-from megatransformer_jax.evaluation.media.audio_quality import pesq, si_sdr, stoi
-from megatransformer_jax.evaluation.media.media_table import make_resynthesis_table
-from megatransformer_jax.evaluation.media.resynthesis import MeanScore, resynthesis_scores
+from megatransformer_jax.evaluation.media import sound_scores as extra_library
+from megatransformer_jax.evaluation.media.sound_scores import (
+    MeanScore,
+    pesq,
+    resynthesis_scores,
+    si_sdr,
+    stoi,
+)
+from megatransformer_jax.evaluation.media.table import make_resynthesis_table
 
 
 def clips(rate_hz):

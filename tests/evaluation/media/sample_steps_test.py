@@ -8,10 +8,11 @@ import pytest
 from smallest_media_model import TOKENIZER, Medium, make_model, media_batch
 
 from megatransformer_jax.config.loop import MeshConfig
-from megatransformer_jax.evaluation.media.greedy_answers import greedy_answers, make_next_tokens
-from megatransformer_jax.evaluation.media.sample_steps import (
+from megatransformer_jax.evaluation.media.making import (
+    greedy_answers,
     make_answering_step,
     make_making_step,
+    make_next_tokens,
 )
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder

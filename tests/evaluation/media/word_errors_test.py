@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.evaluation.media.word_errors import transcript_errors
+from megatransformer_jax.evaluation.media.sound_scores import transcript_errors
 
 TEXTS = st.lists(st.sampled_from(["a", "bc", "d"]), min_size=1, max_size=6).map(" ".join)
 

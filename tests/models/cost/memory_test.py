@@ -25,7 +25,7 @@ from megatransformer_jax.models.cost.parameter_counts import abstract_params
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import TrainState
-from megatransformer_jax.training.train_step import make_train_step
+from megatransformer_jax.training.step import make_train_step
 from megatransformer_jax.types import Batch, DTypePolicy, MediaBatch
 
 ROWS, LENGTH = 4, 64

@@ -6,17 +6,24 @@
 Importing this module needs lm-eval (extra 'eval'). `experiments.lm_eval` is the command line.
 """
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from lm_eval.models.utils import normalize_gen_kwargs
+
 from megatransformer_jax.config.generation import GenerationConfig
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.option import MAX_SEED, UserError
+from megatransformer_jax.config.sampling import DepthConfig, SamplingConfig
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.evaluation.generation_batches import continue_in_batches
 from megatransformer_jax.evaluation.log_likelihood import Continuation, LogLikelihoodScorer
 from megatransformer_jax.generation.generator import Generator
+from megatransformer_jax.generation.request import Completion
 from megatransformer_jax.models.megatransformer import MegaTransformer
+
+# ------------------------------------------------------------------------------
+# The adapter.
 
 try:
     from lm_eval.api.instance import Instance
@@ -24,7 +31,6 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 
-    from megatransformer_jax.evaluation.lm_eval_generation import generation_config
 except ImportError as missing:
     raise UserError(
         f"this needs lm-eval ({missing}); install the extra 'eval': "
@@ -219,3 +225,119 @@ class MegaTransformerLM(TemplateLM):
         return Generator(
             self._model, self._params, self._tokenizer, config, self._depth, self._end_ids
         )
+
+
+# ------------------------------------------------------------------------------
+# The generation arguments of lm-eval's tasks as a `GenerationConfig`.
+
+# What lm-eval's other models take as "does nothing". Our options are left out instead.
+_NEUTRAL = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0, "repetition_penalty": 1.0}
+_NAMES_OF_LENGTH = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+
+
+def generation_config(
+    arguments: Mapping[str, Any],
+    *,
+    max_gen_toks: int,
+    batch_size: int,
+    depth: int | None,
+    seed: int,
+) -> GenerationConfig:
+    """From a task's `generation_kwargs`: greedy unless it samples with a temperature.
+
+    Known are until, do_sample, temperature, top_k, top_p, min_p, typical_p, repetition_penalty and
+    the number of tokens (max_gen_toks or one of its other names).
+
+    Args:
+      arguments: of the request.
+      max_gen_toks: tokens if the request does not say.
+      batch_size: texts at once.
+      depth: iterations of the core; None: the model has none.
+      seed: of draws.
+
+    Raises:
+      UserError: for an argument that is not known or out of range.
+    """
+    values: dict[str, Any] = dict(normalize_gen_kwargs(dict(arguments), max_gen_toks))
+    # As lm-eval's own models do, an empty text ends nothing.
+    stop = tuple(text for text in values.pop("until") if text)
+    length = values.pop("max_gen_toks")
+    temperature = float(values.pop("temperature", 0.0))
+    is_drawn = values.pop("do_sample")
+    unknown = sorted(values.keys() - _NEUTRAL.keys())
+    if unknown:
+        known = ", ".join(("until", "do_sample", "temperature", *_NEUTRAL, *_NAMES_OF_LENGTH))
+        raise UserError(
+            f"generation_kwargs have {unknown[0]}={values[unknown[0]]!r}, which this model does "
+            f"not know; known: {known}. Remove it from the task or from --gen_kwargs."
+        )
+    if is_drawn and temperature == 0:
+        raise UserError(
+            "generation_kwargs have do_sample=True and no temperature above 0; give one, or "
+            "do_sample=False for the likeliest token."
+        )
+    sampling = {
+        name: value for name, value in values.items() if value not in (None, _NEUTRAL[name])
+    }
+    if is_drawn:
+        sampling["temperature"] = temperature
+    return GenerationConfig(
+        strategy="sample" if is_drawn else "greedy",
+        max_new_tokens=length,
+        batch_size=batch_size,
+        seed=seed,
+        stop=stop,
+        depth=DepthConfig(depth=depth),
+        sampling=SamplingConfig(**sampling),
+    )
+
+
+# ------------------------------------------------------------------------------
+# Continues many prompts, batch by batch, with progress.
+
+
+def continue_in_batches(
+    make_generator: Callable[[GenerationConfig], Generator],
+    config: GenerationConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[Completion]:
+    """One completion per prompt, in the order of the prompts.
+
+    The longest prompts come first and stand beside others of their length, and a batch that is not
+    full is filled up, so that few programs are compiled. If tokens are drawn, each batch has a seed
+    of its own.
+
+    Args:
+      make_generator: from a configuration to a generator of the model.
+      config: of one text per prompt.
+      prompts: token ids.
+      batch_size: prompts that are continued at once.
+      progress: called with the number of prompts that were continued since.
+
+    Raises:
+      ValueError: if `config` asks for several texts per prompt, or batch_size is not positive.
+      UserError: if a prompt does not fit.
+    """
+    if config.num_samples != 1:
+        raise ValueError(f"num_samples is {config.num_samples}; one text per prompt is scored.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    generator = make_generator(config)
+    longest_first = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    found: dict[int, Completion] = {}
+    for first in range(0, len(prompts), batch_size):
+        if first and not config.is_deterministic:
+            generator = make_generator(_with_next_seed(config, first))
+        numbers = longest_first[first : first + batch_size]
+        filled = [*numbers, *numbers[:1] * (batch_size - len(numbers))]
+        completions = generator.generate([prompts[number] for number in filled])
+        found.update(zip(numbers, completions[: len(numbers)], strict=True))
+        progress(len(numbers))
+    return [found[number] for number in range(len(prompts))]
+
+
+def _with_next_seed(config: GenerationConfig, batch: int) -> GenerationConfig:
+    return dataclasses.replace(config, seed=(config.seed + batch) % (MAX_SEED + 1))
