@@ -8,12 +8,18 @@ setup(
     description="Depth-recurrent transformers in JAX",
     python_requires=">=3.11",
     packages=[
-        *find_packages(include=["megatransformer_jax*", "experiments*"]),
+        *find_packages(include=["megatransformer_jax*"]),
         "megatransformer_jax.gin",
+        "megatransformer_jax.experiments",
     ],
-    # The presets live at the top level of the repository and inside the package once installed.
-    package_dir={"megatransformer_jax.gin": "gin"},
+    # Presets and experiments live at the top level of the repository, and inside the package once
+    # it is installed.
+    package_dir={
+        "megatransformer_jax.gin": "gin",
+        "megatransformer_jax.experiments": "experiments/configs",
+    },
     package_data={"megatransformer_jax.gin": ["*.gin"]},
+    entry_points={"console_scripts": ["megatransformer = megatransformer_jax.cli.commands:main"]},
     install_requires=[
         "absl-py>=2.1",
         "flax>=0.12,<0.13",

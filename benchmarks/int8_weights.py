@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-from experiments.load_model import load_model
 from megatransformer_jax.config.build import load_config
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.evaluation.depth_table import score_depths
@@ -21,6 +20,7 @@ from megatransformer_jax.evaluation.validation import ValidationSet, make_eval_s
 from megatransformer_jax.models.adaptation import dequantize_params, quantize_params
 from megatransformer_jax.models.cost.memory import tree_bytes
 from megatransformer_jax.models.megatransformer import param_axes
+from megatransformer_jax.runs.load import load_model
 
 
 def main() -> None:

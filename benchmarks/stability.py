@@ -26,12 +26,12 @@ import jax
 import jaxlib
 import numpy as np
 
-from experiments.load_model import LoadedModel, load_model
 from megatransformer_jax.config.build import load_config
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.evaluation.recurrence import iteration_curves, spectral_radius
 from megatransformer_jax.evaluation.validation import ValidationSet, make_eval_step
+from megatransformer_jax.runs.load import LoadedModel, load_model
 from megatransformer_jax.types import Batch
 
 

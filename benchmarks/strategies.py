@@ -31,13 +31,13 @@ import numpy as np
 
 from benchmarks.strategy_cases import GREEDY, Case, make_cases
 from benchmarks.timing import Phase, alternate, by_round, call_first, environment, quartiles
-from experiments.load_model import LoadedModel, load_model
 from megatransformer_jax.config.build import build, read_values
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sources import build_source
 from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.runs.load import LoadedModel, load_model
 
 
 def parse_arguments() -> argparse.Namespace:

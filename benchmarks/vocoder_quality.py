@@ -25,9 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.load_medium_run import load_medium_run
-from experiments.load_vocoder import LoadedVocoder, load_vocoder
-from experiments.run_kinds.vocoder import make_vocoder
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.media.build import build_audio_source
@@ -35,6 +32,8 @@ from megatransformer_jax.data.mel import fill_hops, griffin_lim, normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.evaluation.media.sound_scores import pesq, stoi
 from megatransformer_jax.losses.sound import multi_resolution_stft_loss
+from megatransformer_jax.runs.tasks.load_medium import LoadedVocoder, load_medium_run, load_vocoder
+from megatransformer_jax.runs.tasks.vocoder import make_vocoder
 
 MIN_SECONDS = 0.5
 # From a mel spectrogram [F, M] to a waveform [F * hop_samples].

@@ -11,16 +11,15 @@ Expected on 2 CPU cores: 25 to 45 minutes, and results within a few points of th
 
 from ml_collections import ConfigDict
 
-from experiments.configs import audio, image
-from megatransformer_jax.config.build import parse_variants
+from megatransformer_jax.config.build import experiment_config, parse_variants
 
 VARIANTS = ("tiny",)
 
 
 def get_config(arg: str = "") -> ConfigDict:
     variants = parse_variants(arg, VARIANTS)
-    config = image.get_config(arg)
-    sound = audio.get_config(arg)
+    config = experiment_config("image", arg)
+    sound = experiment_config("audio", arg)
     config.update(
         {
             "workdir": "runs/multimodal_tiny" if "tiny" in variants else "runs/multimodal",

@@ -6,6 +6,7 @@ reads the files that values come from: YAML and JSON, the presets of gin/, Pytho
 
 import collections
 import dataclasses
+import difflib
 import importlib.resources
 import importlib.util
 import inspect
@@ -54,6 +55,42 @@ def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
     if nested.get("preset") is not None:
         nested = merge(load_preset(nested["preset"]), nested)
     return construct(RunConfig, nested)
+
+
+def configure(reference: str | None, given: Mapping[str, Any]) -> RunConfig:
+    """The run that a reference and some values describe.
+
+    What comes later wins: defaults, preset, experiment file, `given`.
+
+    Args:
+      reference: an experiment (see `read_experiment`) or the name of a preset. None: `given` must
+        name a preset.
+      given: nested values of options.
+
+    Raises:
+      UserError: if a value cannot be used, there is nothing to start from, or a preset is given
+        that would be ignored.
+    """
+    if reference in preset_names():
+        reference, given = None, merge({"preset": reference}, given)
+    file_values = read_experiment(reference) if reference is not None else {}
+    name = given.get("preset", file_values.get("preset"))
+    if reference is None and name is None:
+        raise ConfigError(
+            "config",
+            f"no experiment given; name one ({', '.join(experiment_names())}, or a file such as "
+            "my/experiment.py), or a preset, whose other options are the defaults "
+            f"({', '.join(preset_names())}).",
+        )
+    if name is not None and "preset" in given:
+        preset_values = load_preset(name)
+        if merge(preset_values, file_values) == file_values:
+            raise ConfigError(
+                "preset",
+                f"{name!r} would be ignored, because {reference} itself sets all that the preset "
+                "sets; leave the preset out, or use a file that leaves sizes to the preset.",
+            )
+    return build(merge(file_values, given))
 
 
 def plain(values: Any) -> Any:
@@ -200,6 +237,26 @@ def read_text(path: pathlib.Path) -> str:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
+def json_object(line: str, where: str, form: str) -> dict[str, Any]:
+    """The object that a line holds.
+
+    Args:
+      line: the text.
+      where: file and line, for the error.
+      form: says how a line should look, for the error.
+
+    Raises:
+      UserError: if the line is not JSON, or not an object.
+    """
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); {form}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a JSON {type(record).__name__}, not an object; {form}")
+    return record
+
+
 def _neighbours(folder: pathlib.Path) -> str:
     if not folder.is_dir():
         return f"There is no folder {folder} either; paths count from {pathlib.Path.cwd()}."
@@ -307,21 +364,25 @@ def parse_preset(text: str, filename: str) -> dict[str, Any]:
 
 
 def preset_folder() -> Traversable:
-    """The folder with the presets, of an installed package or of a checkout.
+    """The folder with the presets, of an installed package or of a checkout."""
+    return _shipped_folder("gin", "gin", "tiny.gin")
+
+
+def _shipped_folder(installed: str, in_checkout: str, file_name: str) -> Traversable:
+    """A folder that comes along: inside an installed package, next to it in a checkout.
 
     Raises:
-      UserError: if there is none, which means a broken installation.
+      UserError: if there is none with that file, which means a broken installation.
     """
     package = importlib.resources.files("megatransformer_jax")
-    # In a wheel the presets are inside the package; in a checkout they are beside it.
-    places = [package / "gin"]
+    places = [package / installed]
     if hasattr(package, "parent"):
-        places.append(package.parent / "gin")
+        places.append(package.parent / in_checkout)
     for place in places:
-        if place.is_dir() and any(file.name == "tiny.gin" for file in place.iterdir()):
+        if place.is_dir() and any(file.name == file_name for file in place.iterdir()):
             return place
     raise UserError(
-        f"no gin presets in {' or '.join(map(str, places))}; the installation is incomplete. "
+        f"no {file_name} in {' or '.join(map(str, places))}; the installation is incomplete. "
         "Install again: pip install -e . in a checkout, or the wheel."
     )
 
@@ -384,28 +445,24 @@ def _parse(text: str, filename: str) -> list[gin.config_parser.BindingStatement]
 # Reads an experiment: a Python file with `get_config`, or a YAML or JSON file of values.
 
 _REFERENCE = re.compile(r"(?P<path>.+?\.(py|yaml|yml|json))(:(?P<argument>.*))?", re.DOTALL)
+_NAME = re.compile(r"(?P<name>\w+)(:(?P<argument>.*))?", re.DOTALL)
 
 
 def read_experiment(reference: str) -> dict[str, Any]:
     """The nested values of `path/to/file.py`, `file.py:argument`, `file.yaml` or `file.json`.
 
+    A name alone, such as `recurrent` or `recurrent:tiny`, is an experiment that is shipped.
     Only names and types are checked; the values may be a part of a configuration.
 
     Raises:
       UserError: if the file is missing or faulty, or a name or a type in it is wrong.
     """
-    match = _REFERENCE.fullmatch(reference)
-    if match is None:
-        raise UserError(
-            f"--config={reference}: not a config file; its name must end in .py, .yaml, .yml or "
-            ".json (a .py file may be followed by ':argument')."
-        )
-    path, argument = pathlib.Path(match["path"]), match["argument"]
+    path, argument = _located(reference)
     if path.suffix == ".py":
         values = plain(_run_get_config(path, argument))
     elif argument is not None:
-        raise UserError(
-            f"--config={reference}: only .py files take an argument; remove ':{argument}'."
+        raise ConfigError(
+            "config", f"{reference!r}: only .py files take an argument; remove ':{argument}'."
         )
     else:
         values = plain(read_values(path))
@@ -418,6 +475,40 @@ def read_experiment(reference: str) -> dict[str, Any]:
     except ConfigError as error:
         raise UserError(f"{path}: {error}") from error
     return values
+
+
+def _located(reference: str) -> tuple[pathlib.Path, str | None]:
+    """The file that a reference names, and the argument behind its colon."""
+    if match := _REFERENCE.fullmatch(reference):
+        return pathlib.Path(match["path"]), match["argument"]
+    names = [*experiment_names(), *preset_names()]
+    match = _NAME.fullmatch(reference)
+    if match and match["name"] in experiment_names():
+        return pathlib.Path(str(experiment_folder() / f"{match['name']}.py")), match["argument"]
+    nearest = difflib.get_close_matches(match["name"] if match else reference, names, n=1)
+    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    raise ConfigError(
+        "config",
+        f"{reference!r} is not an experiment; {hint}A file must end in .py, .yaml, .yml or .json; "
+        f"names are {', '.join(names)} (a .py file or a name may be followed by ':argument').",
+    )
+
+
+def experiment_names() -> tuple[str, ...]:
+    """The experiments that are shipped, sorted."""
+    files = (file.name for file in experiment_folder().iterdir())
+    names = (name.removesuffix(".py") for name in files if name.endswith(".py"))
+    return tuple(sorted(name for name in names if not name.startswith("_")))
+
+
+def experiment_folder() -> Traversable:
+    """The folder with the experiments, of an installed package or of a checkout."""
+    return _shipped_folder("experiments", "experiments/configs", "recurrent.py")
+
+
+def experiment_config(name: str, argument: str | None = None) -> Any:
+    """What `get_config` of a shipped experiment returns, for experiments that build on it."""
+    return _run_get_config(pathlib.Path(str(experiment_folder() / f"{name}.py")), argument)
 
 
 def parse_variants(argument: str, known: Sequence[str]) -> set[str]:

@@ -305,8 +305,7 @@ def _parse_tuple(text: str, declared: Any) -> tuple[Any, ...]:
 # The options of a configuration dataclass as a flat list of dotted paths.
 #
 # Command-line flags, error messages, the options page and the gin presets all read this list, so
-# the
-# dataclasses stay the only place where an option is declared.
+# the dataclasses stay the only place where an option is declared.
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,8 +80,7 @@ def _first_rows(array: jax.Array, count: int) -> np.ndarray:
 # Scores answers to problems as generation would give them: token by token, with a cache.
 #
 # `eval_step` runs all tokens side by side at one depth. Here a token reads what the cache kept of
-# the
-# tokens before it, so what exits, few slots or a warm start do to accuracy can be measured.
+# the tokens before it, so what exits, few slots or a warm start do to accuracy can be measured.
 #
 # A problem's tokens are given, and the right answer so far with them. Feeding predictions back
 # instead would give the same exact-answer accuracy: up to the first wrong prediction both are the

@@ -89,19 +89,24 @@ def write_depth_table(
       The paths of the JSON file and of the plot.
     """
     json_path = Path(directory, "depth_table.json")
+    rows = depth_rows(scores, text_size)
+    content = {"trained_depth": trained_depth, "is_reasoning": is_reasoning, "rows": rows}
+    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    png_path = Path(directory, "depth_table.png")
+    plot_scores(scores, trained_depth, is_reasoning=is_reasoning).savefig(png_path, dpi=120)
+    return json_path, png_path
+
+
+def depth_rows(scores: Sequence[Scores], text_size: TextSize | None = None) -> list[dict[str, Any]]:
+    """The scores as plain values, one dictionary per depth; what is not finite is None."""
     values = [
         dataclasses.asdict(row) | (_scores_per_text(row, text_size) if text_size else {})
         for row in scores
     ]
-    rows = [
+    return [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         for row in values
     ]
-    content = {"trained_depth": trained_depth, "is_reasoning": is_reasoning, "rows": rows}
-    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    png_path = Path(directory, "depth_table.png")
-    _plot(scores, trained_depth, is_reasoning).savefig(png_path, dpi=120)
-    return json_path, png_path
 
 
 def _scores_per_text(row: Scores, text_size: TextSize) -> dict[str, float]:
@@ -112,7 +117,10 @@ def _scores_per_text(row: Scores, text_size: TextSize) -> dict[str, float]:
     }
 
 
-def _plot(scores: Sequence[Scores], trained_depth: int | None, is_reasoning: bool) -> Figure:
+def plot_scores(
+    scores: Sequence[Scores], trained_depth: int | None, *, is_reasoning: bool
+) -> Figure:
+    """Loss and accuracy over depth, on a logarithmic axis."""
     # The object interface: pyplot would keep global state.
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)

@@ -274,17 +274,22 @@ def write_text_scores(
       The paths of the files.
     """
     json_path = directory / "text_scores.json"
-    rows = [{"depth": depth, **dataclasses.asdict(row)} for depth, row in scores.items()]
-    content = {"trained_depth": trained_depth, "rows": rows}
+    content = {"trained_depth": trained_depth, "rows": text_rows(scores)}
     json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if len(scores) < 2:
         return [json_path]
     png_path = directory / "text_scores.png"
-    _plot(scores, trained_depth).savefig(png_path, dpi=120)
+    plot_text_scores(scores, trained_depth).savefig(png_path, dpi=120)
     return [json_path, png_path]
 
 
-def _plot(scores: ScoresByDepth, trained_depth: int | None) -> Figure:
+def text_rows(scores: ScoresByDepth) -> list[dict[str, Any]]:
+    """The scores as plain values, one dictionary per depth."""
+    return [{"depth": depth, **dataclasses.asdict(row)} for depth, row in scores.items()]
+
+
+def plot_text_scores(scores: ScoresByDepth, trained_depth: int | None) -> Figure:
+    """All scores over depth, on a logarithmic axis."""
     # The object interface: pyplot would keep global state.
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)

@@ -27,12 +27,10 @@ from megatransformer_jax.data.tokenizer import Tokenizer
 #
 # A text may begin in the middle of one token and end in the middle of another. An automaton over
 # bytes (Aho and Corasick 1975) knows how much of a text stands at the end; for each of its states
-# and
-# each token, the state behind the token's bytes is computed beforehand.
+# and each token, the state behind the token's bytes is computed beforehand.
 #
 # Text here is what the tokens' bytes make up. For a SentencePiece model with a dummy prefix it has
-# a
-# space before the first token that `decode` of the same tokens drops.
+# a space before the first token that `decode` of the same tokens drops.
 
 # Bounds the table, which has a row per byte of the texts and a column per token.
 MAX_TEXT_BYTES = 4096

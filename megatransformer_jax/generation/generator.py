@@ -11,7 +11,7 @@ Another generator with other numbers compiles nothing new; what is compiled anew
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megatransformer_jax.config.generation import GenerationConfig, for_model
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.option import MAX_SEED, ConfigError, UserError
 from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.decode_loop import (
@@ -391,3 +391,54 @@ def _new_tokens(decoded: Decoded, row: int, prompt_length: int) -> tuple[list[in
     is_ended = decoded.reasons[row] == END_OF_TEXT
     columns = slice(prompt_length, decoded.lengths[row] - is_ended)
     return decoded.tokens[row, columns].tolist(), decoded.steps[row, columns].tolist()
+
+
+# ------------------------------------------------------------------------------
+# Continues many prompts, batch by batch, with progress.
+
+
+def continue_in_batches(
+    make_generator: Callable[[GenerationConfig], Generator],
+    config: GenerationConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda count: None,
+) -> list[Completion]:
+    """One completion per prompt, in the order of the prompts.
+
+    The longest prompts come first and go together with others of their length, and a batch that is
+    not full is filled up, so that few programs are compiled. If tokens are drawn, each batch has
+    its own seed.
+
+    Args:
+      make_generator: from a configuration to a generator of the model.
+      config: of one text per prompt.
+      prompts: token ids.
+      batch_size: prompts that are continued at once.
+      progress: called with the number of prompts that were continued since.
+
+    Raises:
+      ValueError: if `config` asks for several texts per prompt, or batch_size is not positive.
+      UserError: if a prompt does not fit.
+    """
+    if config.num_samples != 1:
+        raise ValueError(f"num_samples is {config.num_samples}; one text per prompt is scored.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1.")
+    generator = make_generator(config)
+    longest_first = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    found: dict[int, Completion] = {}
+    for first in range(0, len(prompts), batch_size):
+        if first and not config.is_deterministic:
+            generator = make_generator(_with_next_seed(config, first))
+        numbers = longest_first[first : first + batch_size]
+        filled = [*numbers, *numbers[:1] * (batch_size - len(numbers))]
+        completions = generator.generate([prompts[number] for number in filled])
+        found.update(zip(numbers, completions[: len(numbers)], strict=True))
+        progress(len(numbers))
+    return [found[number] for number in range(len(prompts))]
+
+
+def _with_next_seed(config: GenerationConfig, batch: int) -> GenerationConfig:
+    return dataclasses.replace(config, seed=(config.seed + batch) % (MAX_SEED + 1))

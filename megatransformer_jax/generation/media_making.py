@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from megatransformer_jax import streams
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
@@ -41,9 +42,6 @@ from megatransformer_jax.types import AUDIO, IMAGE, MediaBatch
 
 # ------------------------------------------------------------------------------
 # Who waits for which medium.
-
-# Keeps these draws apart from those of tokens and first states from the same key.
-_MEDIA_STREAM = 0x3ED1A
 
 
 class MediaMaker:
@@ -188,7 +186,7 @@ def _media_keys(keys: jax.Array, rows: jax.Array, counts: jax.Array) -> jax.Arra
     """A key per medium: of its row, and of how many media the row has made before."""
 
     def fold(key: jax.Array, count: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, _MEDIA_STREAM), count)
+        return jax.random.fold_in(jax.random.fold_in(key, streams.GENERATED_MEDIA), count)
 
     return jax.vmap(fold)(keys[rows], counts)
 

@@ -1,7 +1,8 @@
 """A request on the host: prompts to ids, size of the cache, keys of rows, and what comes back."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -256,3 +257,26 @@ class TextStream:
         piece = text[self._num_shown :]
         self._num_shown += len(piece)
         return piece
+
+
+# ------------------------------------------------------------------------------
+# Memory that a request asks for and does not get.
+
+
+@contextlib.contextmanager
+def out_of_memory_is_bad_input() -> Iterator[None]:
+    """Turns exhausted memory into an error of one line that names what takes it.
+
+    Raises:
+      UserError: instead of the allocator's error, be it NumPy's or XLA's.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = (str(error) or "out of memory").splitlines()[0].rstrip(".")
+        raise UserError(
+            f"there is not enough memory: {reason}; lower batch_size, num_samples, num_beams, "
+            "max_new_tokens, depth or cache_capacity, or set cache_slots."
+        ) from error

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from megatransformer_jax import streams
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState
 from megatransformer_jax.generation.endings import EndState, exhaust
@@ -284,7 +285,7 @@ def draft(
         logits = constrain_rows(settings.sharder, output.logits[:, 0])
         scores = apply_chain(settings.chain, carry.chain_states, carry.history, logits)
         if settings.is_drawn:
-            tokens = draw(scores, stream_keys(settings.row_keys, carry.history, DRAFT))
+            tokens = draw(scores, stream_keys(settings.row_keys, carry.history, streams.DRAFT))
         else:
             tokens = argmax(scores)
         end = exhaust(carry.end, is_exhausted(scores))
@@ -308,13 +309,9 @@ def draft(
 # ------------------------------------------------------------------------------
 # Speculative sampling: keeps a drafted token or replaces it, without changing the distribution.
 #
-# Leviathan et al. 2022 (arXiv 2211.17192): a token drawn from q is kept with probability
-# min(1, p / q); otherwise one is drawn from max(p - q, 0), normalised. The result is distributed as
-# p
-# whatever q is.
-
-# Streams of random numbers. Each serves one purpose at each place of a row.
-DRAFT, ACCEPT, REPLACE = range(3)
+# Leviathan et al. 2022 (arXiv 2211.17192): a token drawn from q is kept with probability min(1, p /
+# q); otherwise one is drawn from max(p - q, 0), normalised. The result is distributed as p whatever
+# q is.
 
 
 class Verdict(typing.NamedTuple):
@@ -390,10 +387,8 @@ def stream_keys(row_keys: Key[Array, "B"], history: History, stream: int) -> Key
 # The pass gives the model's scores behind the last token and behind each draft. They go through the
 # logits processors in order, as in `decode_loop`: each sees the history and the state behind the
 # drafts that were accepted before. A row leaves at its first rejected draft, with the replacement;
-# at
-# the end of its drafts, with one more token; or where its text ends. So nothing has to be rolled
-# back
-# but the cache.
+# at the end of its drafts, with one more token; or where its text ends. So nothing has to be rolled
+# back but the cache.
 
 
 @struct.dataclass
@@ -489,7 +484,8 @@ def _add_token(
         # The index stays at the last scores where there are none and no draft either.
         draft_scores = jax.lax.dynamic_index_in_dim(drafts.scores, carry.column, keepdims=False)
         keys = [
-            stream_keys(settings.row_keys, state.history, stream) for stream in (ACCEPT, REPLACE)
+            stream_keys(settings.row_keys, state.history, stream)
+            for stream in (streams.ACCEPT, streams.REPLACE)
         ]
         tokens, is_accepted = judge(scores, draft_scores, tokens, is_drafted, *keys)
     else:

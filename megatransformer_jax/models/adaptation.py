@@ -136,8 +136,7 @@ def _peer_hint(paths: Iterable[str], config: LoraConfig) -> str:
 #
 # Symmetric: the largest value of a channel becomes 127. Storage is qwix's `QArray`, a pytree of the
 # whole numbers (`qvalue`) and the scales (`scale`, of length 1 along the input). They become
-# float32
-# once per pass, before the model reads them.
+# float32 once per pass, before the model reads them.
 
 
 def quantize_params(params: Any, axes: Any) -> Any:
@@ -205,8 +204,7 @@ def _qwix() -> Any:
 # Which axes of a weight are its input and which its output, from their logical names.
 #
 # Kernels are fused: [D, K, G+2, H] for queries, keys and values, [D, 2, F] for gate and up, [N, H,
-# D]
-# for the attention's output. The axis `embed` (the residual stream) tells which side is which.
+# D] for the attention's output. The axis `embed` (the residual stream) tells which side is which.
 
 # The first axis of a table, whose rows are looked up; as a head its rows are the outputs.
 _ROWS = ("vocab", "experts", None)

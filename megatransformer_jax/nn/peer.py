@@ -139,8 +139,7 @@ class Peer(nn.Module):
 # The whole library passes one tree of parameters around, so running statistics live in it too. They
 # are updated through their gradients: in training, `normalize_by_batch` gives the running mean and
 # variance the cotangent (running - statistic of the batch), and a count the cotangent 1, whatever
-# is
-# differentiated. These sum over the iterations of a core, micro-batches and devices, so that
+# is differentiated. These sum over the iterations of a core, micro-batches and devices, so that
 #
 #     new = running - (1 - momentum) * gradient / count's gradient
 #

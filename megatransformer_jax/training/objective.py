@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from megatransformer_jax import streams
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.tokens import (
@@ -277,9 +278,6 @@ def _shares(
 # ------------------------------------------------------------------------------
 # The text, and all terms together.
 
-# Keep these draws apart from each other's and from the first state's and dropout's.
-_GATE_STREAM, _PROBE_STREAM, _MEDIA_STREAM = 2, 3, 4
-
 
 class ObjectiveSums(NamedTuple):
     """What micro-batches add up.
@@ -359,7 +357,7 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
         share = weighted / place.num_tokens
         terms: dict[str, jax.Array] = {}
         if place.media is not None:
-            media_key = jax.random.fold_in(key, _MEDIA_STREAM)
+            media_key = jax.random.fold_in(key, streams.MEDIA)
             term = media_term(model, params, part, output, place.media, room, media_key)
             added = sum(weighted_losses(config.model, term).values(), jnp.float32(0))
             terms = {"text_loss": share, **term.metrics, "media_loss": added}
@@ -390,7 +388,7 @@ def _gate_share(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The exit gate's share of the loss, and its metrics."""
     options = config.train.exit_gate
-    sums = gate_term(model, config, params, part, jax.random.fold_in(key, _GATE_STREAM))
+    sums = gate_term(model, config, params, part, jax.random.fold_in(key, streams.GATE))
     means = {
         "exit_expected_loss": sums.expected_loss / place.num_tokens,
         "exit_kl": sums.divergence / place.num_tokens,
@@ -411,7 +409,7 @@ def _jacobian_share(
 ) -> jax.Array:
     """|J^T v|^2 / |v|^2, v being random signs at the tokens that count."""
     width = state.shape[-1]
-    probe = random_signs(jax.random.fold_in(key, _PROBE_STREAM), part.loss_mask, width)
+    probe = random_signs(jax.random.fold_in(key, streams.PROBE), part.loss_mask, width)
     square = squared_jacobian(
         model,
         params,

@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Key
 
+from megatransformer_jax import streams
 from megatransformer_jax.config.fine_tuning import TRAIN_ALL, FineTuningConfig
 from megatransformer_jax.models.adaptation import kept_axes, kept_params
 from megatransformer_jax.models.megatransformer import MegaTransformer, init_params
@@ -59,7 +60,9 @@ def init_state(
     params = init_params(model, init_key)
     if adjust is not None:
         params = adjust(params)
-    params = kept_params(model, fine_tuning, params, jax.random.fold_in(init_key, 1))
+    params = kept_params(
+        model, fine_tuning, params, jax.random.fold_in(init_key, streams.ADDED_WEIGHTS)
+    )
     return first_state(params, optimizer, run_key, fine_tuning=fine_tuning)
 
 

@@ -11,6 +11,7 @@ PACKAGE = "megatransformer_jax"
 LAYERS: Mapping[str, int] = {
     "config": 0,
     "types": 0,
+    "streams": 0,
     "sharding": 0,
     "ops": 1,
     "data": 1,
@@ -21,8 +22,10 @@ LAYERS: Mapping[str, int] = {
     "generation": 4,
     "training": 5,
     "evaluation": 5,
-    "serving": 6,
-    "experiments": 7,
+    "runs": 6,
+    "serving": 7,
+    "cli": 8,
+    "experiments": 9,
 }
 
 # Forbidden although they do not point upward: (importer, imported).

@@ -20,7 +20,7 @@ def test_the_whole_tree_is_read(repository):
     assert "megatransformer_jax.models.megatransformer" in files
     imported = {item.imported for item in read_imports(repository)}
     # train.py imports it inside a function.
-    assert "experiments.run_training" in imported
+    assert "megatransformer_jax.runs.train" in imported
 
 
 @pytest.mark.parametrize(

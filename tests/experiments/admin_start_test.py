@@ -7,10 +7,11 @@ import numpy as np
 import optax
 from absl import logging
 
-from experiments import assemble, resume
-from experiments.admin_start import admin_state, first_batch
 from megatransformer_jax.config.build import build
 from megatransformer_jax.data.pipeline import build_pipeline
+from megatransformer_jax.runs import build as assemble
+from megatransformer_jax.runs.tasks import start as resume
+from megatransformer_jax.runs.tasks.start import admin_state, first_batch
 
 
 def test_a_fresh_run_starts_from_its_first_batch(tmp_path, small_run, monkeypatch):

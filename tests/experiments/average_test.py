@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from written_run import write_run
 
-from experiments import assemble, resume
 from experiments.average import main
-from experiments.load_model import load_model
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import build, load_config, merge, to_dict
 from megatransformer_jax.config.loop import CheckpointConfig
+from megatransformer_jax.runs import build as assemble
+from megatransformer_jax.runs.load import load_model
+from megatransformer_jax.runs.tasks import start as resume
 from megatransformer_jax.training.evaluation_params import evaluation_params, find_average
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import init_state

@@ -9,8 +9,8 @@ import pytest
 from experiments import lm_eval_model, run_evaluation
 from experiments.evaluate_flags import EvaluateOptions
 from experiments.evaluation_data import evaluation_batches
-from experiments.load_model import load_model
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.runs.load import load_model
 
 tokenizers = pytest.importorskip("tokenizers")
 

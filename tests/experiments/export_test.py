@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from written_run import write_run
 
-from experiments import export_model
 from experiments.export import main
-from experiments.load_model import load_model
 from megatransformer_jax.config.build import build, merge
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.runs import checkpoint_tools as export_model
+from megatransformer_jax.runs.load import load_model
 
 HUGINN = {
     "model": {

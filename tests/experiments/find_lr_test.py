@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from experiments.run_find_lr import find_learning_rate
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.runs.find_lr import find_learning_rate
 
 
 def test_it_writes_a_suggestion_and_no_checkpoint(tmp_path, small_run, capsys):

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from written_run import write_run
 
-from experiments.load_model import load_model
-from experiments.run_training import train
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.build import build, merge
+from megatransformer_jax.runs.load import load_model
+from megatransformer_jax.runs.train import train
 from megatransformer_jax.training.loop import StopRequest
 from megatransformer_jax.training.recorder import read_metrics
 

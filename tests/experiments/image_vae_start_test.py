@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import image_vae_start
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.decoders import FlowSamplerConfig
 from megatransformer_jax.config.image import (
@@ -18,6 +17,7 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import build_model
+from megatransformer_jax.runs.tasks import start as image_vae_start
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import init_state

@@ -13,14 +13,19 @@ import jax
 import pytest
 from rich.console import Console
 
-from experiments.cost_report import CostReport, make_report
-from experiments.cost_tables import format_bytes, format_number, print_tables
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import ExitGateConfig, StabilityConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.cost.memory import tree_bytes
 from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.runs.cost import (
+    CostReport,
+    format_bytes,
+    format_number,
+    make_report,
+    print_tables,
+)
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.types import DTypePolicy

@@ -15,12 +15,12 @@ from written_run import write_run
 
 from experiments import lm_eval as command
 from experiments import lm_eval_model
-from experiments.load_model import load_model
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.pipeline import build_pipeline
 from megatransformer_jax.evaluation.log_likelihood import Continuation, LogLikelihoodScorer
+from megatransformer_jax.runs.load import load_model
 
 TASK = """
 task: local_likelihood

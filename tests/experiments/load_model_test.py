@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from written_run import write_run
 
-from experiments.load_model import load_model, parse_step
-from experiments.run_training import train
 from megatransformer_jax.checkpoints.huginn import save_huginn
 from megatransformer_jax.config.build import build, merge, save_config
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer
 from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.runs.load import load_model, parse_step
+from megatransformer_jax.runs.train import train
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.types import DTypePolicy

@@ -15,7 +15,6 @@ import soundfile
 from PIL import Image
 
 from experiments import generate, run_generation, run_media_generation
-from experiments.load_model import LoadedModel
 from megatransformer_jax.config.build import construct
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
@@ -29,6 +28,7 @@ from megatransformer_jax.generation.media_prompt import (
     MediaPrompt,
 )
 from megatransformer_jax.models.megatransformer import build_model
+from megatransformer_jax.runs.load import LoadedModel
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

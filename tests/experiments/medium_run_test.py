@@ -7,14 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.load_image_vae import load_image_vae
-from experiments.load_model import load_model
-from experiments.load_vocoder import load_vocoder
-from experiments.run_find_lr import find_learning_rate
-from experiments.run_training import train
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.build import build, merge
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.runs.find_lr import find_learning_rate
+from megatransformer_jax.runs.load import load_model
+from megatransformer_jax.runs.tasks.load_medium import load_image_vae, load_vocoder
+from megatransformer_jax.runs.train import train
 from megatransformer_jax.training.loop import StopRequest
 from megatransformer_jax.training.recorder import read_metrics
 

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import memory_plan
-from experiments.run_kinds import transformer
-from experiments.run_training import train
 from megatransformer_jax.config.build import build, load_config, merge
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.runs import build as memory_plan
+from megatransformer_jax.runs.tasks import transformer
+from megatransformer_jax.runs.train import train
 from megatransformer_jax.training.loop import StopRequest
 
 pytestmark = pytest.mark.slow

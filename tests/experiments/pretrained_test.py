@@ -9,12 +9,7 @@ import pytest
 from absl import logging
 from written_run import write_run
 
-from experiments import assemble
 from experiments.export import main as export
-from experiments.inherited_tokenizer import inherited_tokenizer
-from experiments.load_model import load_model
-from experiments.pretrained import _adopt, pretrained_state
-from experiments.resume import fresh_state, run_info
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.checkpoints.huginn import save_huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager
@@ -24,6 +19,10 @@ from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.models.adaptation import kept_params, model_params
 from megatransformer_jax.models.megatransformer import init_params
+from megatransformer_jax.runs import build as assemble
+from megatransformer_jax.runs.build import inherited_tokenizer
+from megatransformer_jax.runs.load import load_model
+from megatransformer_jax.runs.tasks.start import _adopt, fresh_state, pretrained_state, run_info
 from megatransformer_jax.training.trainable import split_params
 
 OPTIMIZER = optax.sgd(1.0)

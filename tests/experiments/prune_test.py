@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from experiments.prune import main
-from experiments.workdir_lock import hold_workdir
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import build, to_dict
 from megatransformer_jax.config.loop import CheckpointConfig
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.runs.workdir import hold_workdir
 
 LOSSES = {4: 1.0, 8: 3.0, 12: 2.0, 16: 2.5}
 ACCURACIES = {4: 0.1, 8: 0.4, 12: 0.2, 16: 0.3}

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from absl import logging
 
-from experiments.assemble import Vocabulary
-from experiments.resume import check_workdir, run_info
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.runs.build import Vocabulary
+from megatransformer_jax.runs.tasks.start import check_workdir, run_info
 
 VOCABULARY = Vocabulary(None, 2, str, "digest")
 

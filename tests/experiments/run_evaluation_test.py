@@ -10,11 +10,11 @@ import sacrebleu
 from written_run import write_run
 
 from experiments import evaluate, run_evaluation
-from experiments.load_model import load_model
 from megatransformer_jax.config.build import build
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.data.sources import build_source
 from megatransformer_jax.evaluation.validation import Scores, ValidationSet, make_eval_step
+from megatransformer_jax.runs.load import load_model
 
 DEPTHS = (1, 3)
 

@@ -9,12 +9,12 @@ import pytest
 from absl import logging
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from experiments.run_find_lr import find_learning_rate
-from experiments.run_kinds import transformer
-from experiments.run_training import train
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.build import build, load_config
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.runs.find_lr import find_learning_rate
+from megatransformer_jax.runs.tasks import transformer
+from megatransformer_jax.runs.train import train
 from megatransformer_jax.training.loop import StopRequest
 from megatransformer_jax.training.recorder import TooManyBadSteps, read_metrics
 from megatransformer_jax.training.step import make_train_step

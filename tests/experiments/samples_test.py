@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.assemble import Vocabulary
-from experiments.samples import make_sampler
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.sampling import DepthConfig
 from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.runs.build import Vocabulary
+from megatransformer_jax.runs.tasks.transformer import make_sampler
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

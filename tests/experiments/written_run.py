@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments import assemble, resume
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import save_config
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import init_params
+from megatransformer_jax.runs import build as assemble
+from megatransformer_jax.runs.tasks import start as resume
 
 
 def write_run(

@@ -10,13 +10,11 @@ from chi_square import p_value
 
 from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.speculative import (
-    ACCEPT,
-    DRAFT,
-    REPLACE,
     draw,
     judge,
     stream_keys,
 )
+from megatransformer_jax.streams import ACCEPT, DRAFT, REPLACE
 
 ROWS, V = 20_000, 6
 NEVER = -np.inf

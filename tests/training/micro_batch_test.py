@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.assemble import abstract_train_state
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.models.cost.memory import tree_bytes
 from megatransformer_jax.models.megatransformer import build_model
+from megatransformer_jax.runs.build import abstract_train_state
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.distributed import make_global_batch

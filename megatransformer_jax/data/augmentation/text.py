@@ -18,7 +18,7 @@ import numpy as np
 
 from megatransformer_jax.config.data import AugmentationConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.data.augmentation.random_draws import Purpose, generator_of
+from megatransformer_jax.streams import Purpose, generator_of
 
 # ------------------------------------------------------------------------------
 # Words replaced by synonyms from a user's file.
@@ -269,8 +269,7 @@ class TextAugmentation(grain.transforms.MapWithIndex):
 # Hides tokens of a document where they are read, but not where they are predicted.
 #
 # Word dropout in the input (Bowman et al., arXiv 1511.06349, section 3.1): the model must guess
-# from
-# what is left of the context. Only tokens of documents are hidden, so never a start token.
+# from what is left of the context. Only tokens of documents are hidden, so never a start token.
 #
 # A hidden token t travels as its complement ~t, which is negative. So a document stays one array,
 # and packing splits and counts it as any other.

@@ -11,7 +11,6 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.vocoder import VocoderConfig
-from megatransformer_jax.data.augmentation.random_draws import Purpose, generator_of
 from megatransformer_jax.data.batches import NumberedStream, Pipeline, Share
 from megatransformer_jax.data.documents import in_order
 from megatransformer_jax.data.media.build import (
@@ -24,6 +23,7 @@ from megatransformer_jax.data.media.records import AudioRecord, ImageRecord, Med
 from megatransformer_jax.data.media.rows import Row, RowMaker, TrainingRows, ValidationRows
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy, Records
+from megatransformer_jax.streams import Purpose, generator_of
 from megatransformer_jax.types import Batch, ImageBatch, WaveformBatch
 
 # ------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ from sklearn.datasets import load_digits, load_sample_images
 
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.data.augmentation.random_draws import Purpose, generator_of
 from megatransformer_jax.data.media.folders import IMAGE_FOLDER, CountedNote, item_text, list_folder
 from megatransformer_jax.data.media.records import ImageRecord
 from megatransformer_jax.data.sources.record import BadRecord
+from megatransformer_jax.streams import Purpose, generator_of
 
 # ------------------------------------------------------------------------------
 # scikit-learn's handwritten digits, with captions.

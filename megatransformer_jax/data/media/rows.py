@@ -15,7 +15,6 @@ import numpy as np
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
 from megatransformer_jax.data.augmentation.media import augment_image, augment_mel, augment_waveform
-from megatransformer_jax.data.augmentation.random_draws import Purpose, generator_of
 from megatransformer_jax.data.documents import in_order
 from megatransformer_jax.data.media.encoding import (
     EncodedSample,
@@ -37,6 +36,7 @@ from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord, Records
 from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.streams import Purpose, generator_of
 
 # ------------------------------------------------------------------------------
 # Rows.

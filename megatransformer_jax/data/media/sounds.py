@@ -9,10 +9,10 @@ import numpy as np
 import soundfile
 import soxr
 
-from megatransformer_jax.data.augmentation.random_draws import Purpose, generator_of
 from megatransformer_jax.data.media.folders import AUDIO_FOLDER, CountedNote, item_text, list_folder
 from megatransformer_jax.data.media.records import AudioRecord
 from megatransformer_jax.data.sources.record import BadRecord
+from megatransformer_jax.streams import Purpose, generator_of
 
 # ------------------------------------------------------------------------------
 # Tones, chirps and chords with captions, generated: sound that needs no data and no program.

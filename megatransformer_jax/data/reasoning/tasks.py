@@ -198,8 +198,7 @@ class Hop(Task):
 # The word problem of the symmetric group: running products of permutations.
 #
 # For degree 5 and above it is complete for NC1 (Barrington 1989), which a transformer of fixed
-# depth
-# is believed not to solve for every length (Merrill et al. 2024, arXiv 2404.08819).
+# depth is believed not to solve for every length (Merrill et al. 2024, arXiv 2404.08819).
 
 FIRST_ELEMENT = 2
 

@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 import numpy as np
 from absl import logging
 
+from megatransformer_jax import streams
 from megatransformer_jax.config.option import ConfigError, UserError
 
 # ------------------------------------------------------------------------------
@@ -138,9 +139,6 @@ def text_of(value: typing.Any, field: str, where: str) -> str | BadRecord:
 # ------------------------------------------------------------------------------
 # Sources made of sources.
 
-# Philox stream of the held-out draw; orders and problems use other streams of the same seed.
-SPLIT_STREAM = 1 << 62
-
 
 class Concatenated:
     """The records of several sources, one source after the other."""
@@ -201,7 +199,7 @@ def hold_out(
             "data.tfds_validation_split).",
         )
     held_out = min(max(round(size * fraction), 1), size - 1)
-    rng = np.random.Generator(np.random.Philox(key=np.array([seed, SPLIT_STREAM], np.uint64)))
+    rng = np.random.Generator(np.random.Philox(key=np.array([seed, streams.SPLIT], np.uint64)))
     order = rng.permutation(size)
     return Subset(source, np.sort(order[held_out:])), Subset(source, np.sort(order[:held_out]))
 

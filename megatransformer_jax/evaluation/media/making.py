@@ -270,8 +270,7 @@ def _everywhere(model: MegaTransformer, step: Callable[..., Any]) -> Callable[..
 # Makes images and clips for prompts whose text is given, many at once.
 #
 # Only the medium is made; the tokens before it are the prompt's, and the closing token is not
-# needed.
-# So there is one pass over the text, and one run of the decoder's sampler.
+# needed. So there is one pass over the text, and one run of the decoder's sampler.
 
 DrawStep = Callable[[Any, Batch, Any, Key[Array, ""]], Float[Array, "B height width C"]]
 SpeakStep = Callable[
@@ -363,8 +362,7 @@ def _first_slots(condition: Any, num_rows: int) -> Any:
 # Greedy answers to media: captions and transcripts, without a cache.
 #
 # Every new token takes a pass over the whole batch. Answers are short, and the passes are those
-# that
-# validation has compiled already, or would.
+# that validation has compiled already, or would.
 
 NextTokens = Callable[[Any, Batch, Any], Int[Array, "B T"]]
 

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from megatransformer_jax import streams
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.evaluation.validation import depth_argument
 from megatransformer_jax.losses.tokens import token_cross_entropy
@@ -19,9 +20,6 @@ from megatransformer_jax.types import NO_MEDIUM, Batch, MediaBatch, ModelOutput
 
 # ------------------------------------------------------------------------------
 # Scores one batch of text, images and sound at one depth.
-
-# Keep the decoders' draws apart from the first state's.
-_IMAGE_STREAM, _AUDIO_STREAM = 1, 2
 
 
 class TaskSums(NamedTuple):
@@ -144,7 +142,7 @@ def _image_terms(
         {"params": params},
         media.images.reshape(-1, *media.images.shape[2:]),
         output.conditions["image"],
-        jax.random.fold_in(key, _IMAGE_STREAM),
+        jax.random.fold_in(key, streams.VALIDATED_IMAGES),
         method="image_loss",
     )
     return _sums(terms, (media.is_image & media.is_drawn).reshape(-1))
@@ -161,7 +159,7 @@ def _audio_terms(
         media.mels.reshape(-1, *media.mels.shape[2:]),
         lengths,
         output.conditions["audio"],
-        jax.random.fold_in(key, _AUDIO_STREAM),
+        jax.random.fold_in(key, streams.VALIDATED_CLIPS),
         method="audio_loss",
     )
     return _sums(terms, (lengths > 0) & media.is_spoken.reshape(-1))

@@ -89,13 +89,11 @@ def safe_softmax(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
 # A chain of processors: a tuple, passed through jit as an ordinary argument.
 #
 # Adding or removing a processor compiles once; changing its numbers compiles nothing. `build.py`
-# puts
-# the processors in the order in which Hugging Face's `generate` has them.
+# puts the processors in the order in which Hugging Face's `generate` has them.
 #
 # A chain may ban every token of a row, for example a no-repeat n-gram of one token once all have
-# been
-# used. The row is then -inf throughout, never NaN, and nothing can be drawn from it; `is_exhausted`
-# says so and the caller has to end the row.
+# been used. The row is then -inf throughout, never NaN, and nothing can be drawn from it;
+# `is_exhausted` says so and the caller has to end the row.
 
 Chain = tuple[Processor, ...]
 
@@ -134,9 +132,8 @@ def is_exhausted(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
 # Finds by bisection where to cut a row of scores, without sorting it.
 #
 # The bits of a float32 are, up to the sign, in the order of the numbers. So the cut is found one
-# bit
-# at a time, by 32 passes of compare and sum over the row. On a CPU core a row of 4096 takes 30 us,
-# where XLA's sort takes 470 us and its top-k 400 us. The result is exact.
+# bit at a time, by 32 passes of compare and sum over the row. On a CPU core a row of 4096 takes 30
+# us, where XLA's sort takes 470 us and its top-k 400 us. The result is exact.
 
 _LOWEST = -(2**31)
 

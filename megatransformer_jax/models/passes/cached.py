@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from megatransformer_jax import streams
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.core import initial_state
 from megatransformer_jax.models.megatransformer import (
@@ -28,9 +29,6 @@ from megatransformer_jax.ops.masks import AttentionMask
 
 # ------------------------------------------------------------------------------
 # The pass.
-
-# Keeps these draws apart from those that others make from the same key, such as of tokens.
-_STATE_STREAM = 0x57A7E
 
 
 @struct.dataclass
@@ -180,7 +178,7 @@ def token_states(
     if keys is None:
         return initial_state(config, None, injected)
 
-    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, _STATE_STREAM)
+    keys = jax.vmap(jax.random.fold_in, (0, None))(keys, streams.FIRST_STATE)
 
     def draw(key: jax.Array, place: jax.Array, injected: jax.Array) -> jax.Array:
         state = initial_state(config, jax.random.fold_in(key, place), injected[None, None])

@@ -182,11 +182,9 @@ def squared_jacobian(
 # Admin's profiling pass: where the weights of the residual stream start (arXiv 2004.08249).
 #
 # With post-norm, layer i computes x_i = norm(omega_i x_{i-1} + f_i(x_{i-1})). Admin starts omega_i
-# at
-# the standard deviation that the stream would have by then if nothing were normalised:
-# omega_i^2 = sum of Var[f_j] over j < i, measured with all omega at 1. f_0 is what enters the
-# stream.
-# The first layer's input is not normalised, so its omega stays 1, as in the authors' code.
+# at the standard deviation that the stream would have by then if nothing were normalised: omega_i^2
+# = sum of Var[f_j] over j < i, measured with all omega at 1. f_0 is what enters the stream. The
+# first layer's input is not normalised, so its omega stays 1, as in the authors' code.
 
 
 def profile_admin(

@@ -1,0 +1,395 @@
+"""All commands of `megatransformer`: their names, and those that take a few lines."""
+
+import dataclasses
+import difflib
+import functools
+import importlib.metadata
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from megatransformer_jax.cli.checkpoint_commands import AVERAGE, EXPORT, OLD_OUTPUT, PRUNE
+from megatransformer_jax.cli.flags import PROGRAM, Command, Parsed
+from megatransformer_jax.cli.launch import errors_in_one_line, run_command
+from megatransformer_jax.cli.model_options import (
+    OLD_MODEL_NAMES,
+    model_folder,
+    model_option,
+    step_option,
+)
+from megatransformer_jax.config.option import (
+    MAX_COUNT,
+    ConfigError,
+    UserError,
+    check_options,
+    option,
+    rule,
+)
+from megatransformer_jax.config.run import RunConfig
+
+# A pipe or a file has no width, and a table should not be cut there.
+PLAIN_WIDTH = 140
+
+
+def main(name: str | None = None, arguments: Sequence[str] | None = None) -> None:
+    """Runs a command.
+
+    Args:
+      name: of the command. None: the first word of the command line says.
+      arguments: the words after the name; None: those of the process.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if name is None:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(overview())
+            return
+        if arguments[0] == "--version":
+            print(f"{PROGRAM} {importlib.metadata.version('megatransformer_jax')}")
+            return
+        name, *arguments = arguments
+    with errors_in_one_line():
+        found = COMMANDS.get(name.replace("_", "-"))
+        if found is None:
+            raise _unknown_command(name)
+        _, run = found
+        run(arguments)
+
+
+def overview() -> str:
+    """What `megatransformer --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (summary, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"Usage: {PROGRAM} COMMAND [--option=value ...]",
+            "",
+            "Depth-recurrent transformers in JAX.",
+            "",
+            "Commands:",
+            *lines,
+            "",
+            f"{PROGRAM} COMMAND --help lists the options of a command. In Python: "
+            "import megatransformer_jax as mt.",
+        ]
+    )
+
+
+def _unknown_command(name: str) -> UserError:
+    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    return UserError(f"{name!r} is not a command; {hint}There are: {', '.join(COMMANDS)}.")
+
+
+def _require_run(parsed: Parsed, command: str) -> RunConfig:
+    if parsed.config is None:
+        raise ConfigError(
+            "config",
+            f"is missing; name an experiment, such as {PROGRAM} {command} --config=recurrent.",
+        )
+    return parsed.config
+
+
+# ------------------------------------------------------------------------------
+# Runs: train, find-lr, inspect.
+
+
+@dataclasses.dataclass(frozen=True)
+class NoOptions:
+    """A run's configuration says all."""
+
+
+def train(parsed: Parsed) -> None:
+    """Runs the training that the configuration describes."""
+    config = _require_run(parsed, "train")
+    # JAX reads its environment when it is imported, which is set just before.
+    from megatransformer_jax.runs.train import train as train_run  # noqa: PLC0415
+
+    train_run(config)
+
+
+TRAIN = Command(
+    name="train",
+    doc="""Trains a model, resuming if the workdir has a checkpoint.
+
+Writes into the workdir: config.json, train.log, metrics.jsonl (every step, exact), events/
+(TensorBoard), checkpoints/, tokenizer.model and .json, depth_table.json and .png. Ctrl-C or SIGTERM
+saves and leaves; the same command goes on.""",
+    options=NoOptions,
+    run=train,
+    examples=(
+        "--config=recurrent",
+        "--config=reasoning:diagonal --config.workdir=runs/mine",
+        "--config=my/experiment.py --config.train.steps=1000",
+    ),
+    takes_run=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class FindLrOptions:
+    """Which rates are tried."""
+
+    start: float = option(1e-6, "First learning rate.", above=0)
+    end: float = option(1.0, "Last learning rate.", above=0)
+    steps: int = option(
+        100, "Steps between them, if the loss does not blow up.", minimum=2, maximum=MAX_COUNT
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def find_lr(parsed: Parsed) -> None:
+    """Runs the test on a configuration."""
+    config = _require_run(parsed, "find-lr")
+    from megatransformer_jax.runs.find_lr import find_learning_rate  # noqa: PLC0415
+
+    find_learning_rate(config, parsed.options.start, parsed.options.end, parsed.options.steps)
+
+
+FIND_LR = Command(
+    name="find-lr",
+    doc="""Suggests a learning rate: trains for some steps while the rate rises.
+
+Starts as a new run with this configuration would, with its optimiser, and keeps nothing of what it
+trains. Writes find_lr.json and find_lr.png into the workdir; checkpoints there are left alone.""",
+    options=FindLrOptions,
+    run=find_lr,
+    examples=("--config=recurrent", "--config=recurrent --start=1e-5 --end=0.1 --steps=200"),
+    takes_run=True,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectOptions:
+    """What is inspected, and where the numbers go."""
+
+    model: str | None = option(None, "Folder of a run, instead of --config: what it costs.")
+    json: str | None = option(None, "Also writes the numbers, exact, to this file.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def inspect(parsed: Parsed) -> None:
+    """Prints the costs of a run."""
+    # JAX reads its environment when it is imported, which is set just before.
+    from rich.console import Console  # noqa: PLC0415
+
+    from megatransformer_jax.runs.cost import make_report, print_tables  # noqa: PLC0415
+
+    options: InspectOptions = parsed.options
+    config = parsed.config
+    if options.model is not None:
+        if config is not None:
+            raise ConfigError("model", "does not go together with --config; give one of the two.")
+        from megatransformer_jax.runs.load import read_run_config  # noqa: PLC0415
+
+        config = read_run_config(model_folder(options.model))
+    if config is None:
+        config = _require_run(parsed, "inspect")
+    report = make_report(config)
+    console = Console()
+    if not console.is_terminal:
+        console.width = PLAIN_WIDTH
+    print_tables(console, report, config)
+    if options.json is not None:
+        _write("json", options.json, json.dumps(report.to_dict(), indent=2) + "\n")
+
+
+def _write(name: str, path: str, text: str) -> None:
+    try:
+        pathlib.Path(path).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            name, f"{path} cannot be written ({error.strerror}); choose another file."
+        ) from error
+
+
+INSPECT = Command(
+    name="inspect",
+    doc="""Shows what a run costs, without allocating the model.
+
+Parameters by module, FLOPs per token and key/value cache as a function of depth, memory of
+training. The depths are evaluation.final_depths, the mesh need not exist here, and types and
+attention kernels are those of this machine's kind of device.""",
+    options=InspectOptions,
+    run=inspect,
+    examples=("--config.preset=huginn_3_5b", "--config=recurrent --json=cost.json"),
+    takes_run=True,
+    old_names=OLD_MODEL_NAMES,
+)
+
+
+# ------------------------------------------------------------------------------
+# Finished runs: diagnose, compare.
+
+
+@dataclasses.dataclass(frozen=True)
+class DiagnoseOptions:
+    """What is drawn of which run, and where the files go."""
+
+    model: str | None = model_option()
+    step: str = step_option()
+    kinds: tuple[str, ...] = option((), "Which figures. Empty: all that the model has.")
+    num_rows: int = option(2, "Rows of the first validation batch.", minimum=1, maximum=MAX_COUNT)
+    num_steps: int | None = option(
+        None, "Iterations. None: twice the trained mean.", minimum=1, maximum=MAX_COUNT
+    )
+    output: str | None = option(
+        None, "Folder for the files. None: diagnostics/step_STEP in the folder of the run."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+def diagnose(parsed: Parsed) -> None:
+    """Draws figures of a run."""
+    options: DiagnoseOptions = parsed.options
+    folder = model_folder(options.model)
+    from megatransformer_jax.runs.diagnose import diagnose_run  # noqa: PLC0415
+
+    written = diagnose_run(
+        folder,
+        step=options.step,
+        kinds=options.kinds,
+        num_rows=options.num_rows,
+        num_steps=options.num_steps,
+        output=options.output,
+    )
+    print(f"figures and numbers: {written}")
+
+
+DIAGNOSE = Command(
+    name="diagnose",
+    doc="""Looks into the model of a run: draws the figures that diagnostics draw during training.
+
+The figures (.png) and scalars.json with their numbers go to a folder. The kinds are those of
+diagnostics.kinds except for depth_draws, which only a run that is going on has.""",
+    options=DiagnoseOptions,
+    run=diagnose,
+    examples=(
+        "--model=runs/recurrent",
+        "--model=runs/recurrent --kinds=recurrence,spectral_radius",
+        "--model=runs/recurrent --step=best --num_steps=64 --output=figures",
+    ),
+    old_names=OLD_MODEL_NAMES | OLD_OUTPUT,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """Which runs are compared by what, and where the plot goes."""
+
+    model: tuple[str, ...] = option((), "Folders of finished runs; --model may be left out.")
+    metric: str | None = option(
+        None,
+        "What is compared. None: exact_accuracy if all runs are of reasoning tasks, otherwise "
+        "loss.",
+        choices=("loss", "accuracy", "exact_accuracy"),
+    )
+    output: str = option("depth.png", "File for the plot; its ending says the format.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("model")
+    def _runs_are_named(self) -> None:
+        """At least one."""
+        if not self.model:
+            raise ConfigError("model", "is missing; give folders of runs, as runs/a runs/b.")
+
+
+def compare(parsed: Parsed) -> None:
+    """Reads the runs' depth_table.json files, prints the table and writes the plot."""
+    from megatransformer_jax.evaluation.depth_table import (  # noqa: PLC0415
+        METRICS,
+        default_metric,
+        markdown_table,
+        plot_curves,
+        plot_formats,
+        read_curve,
+    )
+
+    options: CompareOptions = parsed.options
+    folders = [pathlib.Path(name).expanduser() for name in options.model]
+    metric = options.metric or default_metric(folders)
+    curves = [read_curve(folder, metric) for folder in folders]
+    path = pathlib.Path(options.output)
+    if not path.parent.is_dir():
+        raise ConfigError("output", f"folder {path.parent} does not exist; make it first.")
+    if path.suffix.removeprefix(".") not in plot_formats():
+        raise ConfigError(
+            "output",
+            f"{path}: {path.suffix!r} is not a format of plots; end the name in one of "
+            f".{', .'.join(plot_formats())}.",
+        )
+    print(f"{METRICS[metric]}\n")
+    print(markdown_table(curves))
+    plot_curves(curves, metric).savefig(path, dpi=120)
+    print(f"plot: {path}")
+
+
+COMPARE = Command(
+    name="compare",
+    doc="Compares finished runs by depth: a Markdown table on the screen and a plot in a file.",
+    options=CompareOptions,
+    run=compare,
+    examples=("runs/reasoning runs/reasoning_diagonal --output=depth.png",),
+    repeated=("model",),
+    words="model",
+)
+
+
+# ------------------------------------------------------------------------------
+# The table of commands.
+
+
+def _generate(arguments: Sequence[str]) -> None:
+    from megatransformer_jax.cli.generate import COMMAND  # noqa: PLC0415
+
+    run_command(COMMAND, arguments)
+
+
+def _evaluate(arguments: Sequence[str]) -> None:
+    from megatransformer_jax.cli.evaluate import COMMAND  # noqa: PLC0415
+
+    run_command(COMMAND, arguments)
+
+
+def _lm_eval(arguments: Sequence[str]) -> None:
+    # Hugging Face's libraries read this when they are imported.
+    if "--online" not in arguments:
+        offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+        os.environ.update(dict.fromkeys(offline, "1"))
+    from megatransformer_jax.cli.lm_eval import run  # noqa: PLC0415
+
+    run(arguments)
+
+
+# A line for the overview, and what runs the command.
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "train": (
+        "Trains a model, resuming if the workdir has a checkpoint.",
+        functools.partial(run_command, TRAIN),
+    ),
+    "generate": ("Continues prompts, at any depth and by any decoding strategy.", _generate),
+    "evaluate": ("Scores a model at several depths.", _evaluate),
+    "inspect": (
+        "Shows parameters, memory and FLOPs of a run before it starts.",
+        functools.partial(run_command, INSPECT),
+    ),
+    "find-lr": ("Suggests a learning rate.", functools.partial(run_command, FIND_LR)),
+    "diagnose": (
+        "Draws figures of what happens inside a model.",
+        functools.partial(run_command, DIAGNOSE),
+    ),
+    "compare": ("Compares finished runs by depth.", functools.partial(run_command, COMPARE)),
+    "average": ("Averages checkpoints.", functools.partial(run_command, AVERAGE)),
+    "prune": ("Deletes checkpoints.", functools.partial(run_command, PRUNE)),
+    "export": ("Writes a model in Huginn's format.", functools.partial(run_command, EXPORT)),
+    "lm-eval": ("Runs tasks of EleutherAI's lm-eval.", _lm_eval),
+}

@@ -1,0 +1,91 @@
+"""What every command shares: it sets the environment, logs, and reports bad input in one line."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from absl import logging
+
+from megatransformer_jax.cli.flags import Command, help_page, named_as_written, parse
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.runs.workdir import LineFormatter, quiet_libraries
+
+# Exit codes.
+BAD_INPUT = 2
+INTERRUPTED = 130  # As a shell reports a program that Ctrl-C has ended.
+
+
+def run_command(command: Command, arguments: Sequence[str]) -> None:
+    """Does what a command line asks for.
+
+    Bad input (`UserError`) is printed without a traceback, exit code 2; Ctrl-C is one line, exit
+    code 130.
+
+    Args:
+      command: the command.
+      arguments: the words after its name.
+    """
+    with errors_in_one_line():
+        if wants_help(arguments):
+            print(help_page(command, full=wants_full_help(arguments)))
+            return
+        parsed = parse(command, arguments)
+        level = "info"
+        if parsed.config is not None:
+            set_environment(parsed.config)
+            level = parsed.config.logging.level
+        start_logging(level)
+        with quiet_libraries(level), named_as_written(command.known):
+            command.run(parsed)
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the program on bad input (exit code 2) and on Ctrl-C (130), without a traceback."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # `run` has closed what it opened. A usual exit crashes where the interpreter is taken down
+        # after Ctrl-C inside JAX's native code (jaxlib on CPU: segmentation fault).
+        os._exit(INTERRUPTED)
+
+
+def start_logging(level: str) -> None:
+    """Shows messages from `level` upwards on stderr, each with the time."""
+    logging.use_absl_handler()
+    logging.get_absl_handler().setFormatter(LineFormatter())
+    logging.set_verbosity(level)
+
+
+def set_environment(config: RunConfig) -> None:
+    """Puts `config.environment` into the process environment.
+
+    Raises:
+      RuntimeError: if JAX has been imported already, which would not see it.
+    """
+    if config.environment and "jax" in sys.modules:
+        raise RuntimeError(
+            "JAX is already imported, so config.environment would have no effect; import JAX "
+            "inside the command's function."
+        )
+    os.environ.update(dict(pair.split("=", 1) for pair in config.environment))
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether a command line asks for help and nothing else."""
+    return wants_full_help(arguments) or any(
+        word in ("-h", "-help", "--help") for word in arguments
+    )
+
+
+def wants_full_help(arguments: Sequence[str]) -> bool:
+    """Whether it asks for every option of a run."""
+    return any(word in ("-helpfull", "--helpfull") for word in arguments)

@@ -1,0 +1,133 @@
+"""The options by which commands name a finished model, the same in all of them."""
+
+import dataclasses
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from absl import logging
+
+from megatransformer_jax.config.option import ConfigError, check_options, option, rule
+
+if TYPE_CHECKING:
+    from megatransformer_jax.runs.load import LoadedModel
+
+# What commands called the folder of a model before all of them said --model.
+OLD_MODEL_NAMES = {"workdir": "model", "from": "model"}
+
+
+def model_option() -> Any:
+    """The folder."""
+    return option(
+        None,
+        "Folder of the model: a run of ours, or a Huginn checkpoint (config.json, *.safetensors).",
+    )
+
+
+def step_option() -> Any:
+    """Which checkpoint of a run."""
+    return option(
+        "latest",
+        "Checkpoint of a run: latest, best (by checkpoint.best_metric) or the number of its step.",
+    )
+
+
+def weights_option() -> Any:
+    """Averaged weights or those that are trained."""
+    return option(
+        "average",
+        "Of a run that averages its weights (train.ema_decay, schedule-free): average, or raw for "
+        "the weights it trains.",
+        choices=("average", "raw"),
+    )
+
+
+def precision_option() -> Any:
+    """Type of activations."""
+    return option(
+        None,
+        "Type of activations. None: as in training. auto: bfloat16 on accelerators, float32 on "
+        "CPU.",
+        choices=("auto", "float32", "bfloat16"),
+    )
+
+
+def param_dtype_option() -> Any:
+    """Type of parameters in memory."""
+    return option(
+        "float32",
+        "Type of a Huginn checkpoint's parameters in memory. stored: as they are in the file.",
+        choices=("float32", "stored"),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions:
+    """Which finished model, and as what."""
+
+    model: str | None = model_option()
+    step: str = step_option()
+    weights: str = weights_option()
+    precision: str | None = precision_option()
+    param_dtype: str = param_dtype_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("step")
+    def _step_is_known(self) -> None:
+        """latest, best, or a whole number."""
+        if self.step not in ("best", "latest") and not self.step.isdecimal():
+            raise ConfigError(
+                "step",
+                f"{self.step!r} is not a checkpoint; use best, latest or a number such as 600.",
+            )
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder.
+
+        Raises:
+          ConfigError: if none is given.
+        """
+        return model_folder(self.model)
+
+    def check_model_is_named(self) -> None:
+        """Raises ConfigError unless a folder is given; it may still be the wrong one."""
+        _ = self.folder
+
+
+def model_folder(name: str | None) -> pathlib.Path:
+    """The folder that --model names.
+
+    Raises:
+      ConfigError: if it is missing.
+    """
+    if not name:
+        raise ConfigError("model", "is missing; give the folder of a run, as runs/recurrent.")
+    return pathlib.Path(name).expanduser()
+
+
+def load_chosen_model(options: ModelOptions) -> "LoadedModel":
+    """The model that the options name.
+
+    Raises:
+      UserError: if an option does not fit the folder, or something in it cannot be used.
+    """
+    from megatransformer_jax.runs.load import is_huginn_folder, load_model  # noqa: PLC0415
+
+    folder = options.folder
+    if options.param_dtype != "float32" and not is_huginn_folder(folder):
+        raise ConfigError(
+            "param_dtype",
+            f"{options.param_dtype!r} is for Huginn checkpoints, and {folder} is a run of ours; "
+            "leave it out.",
+        )
+    loaded = load_model(
+        folder,
+        step=options.step,
+        precision=options.precision,
+        param_dtype="stored" if options.param_dtype == "stored" else "float32",
+        weights="raw" if options.weights == "raw" else "average",
+    )
+    logging.info("%s", loaded.description)
+    return loaded

@@ -1,0 +1,144 @@
+"""Options of scoring a finished model, the same on the command line and in Python."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+from megatransformer_jax.config.option import (
+    MAX_COUNT,
+    MAX_SEED,
+    ConfigError,
+    check_options,
+    option,
+    require_defaults,
+    rule,
+)
+
+# Sources of files, by the ending of their names.
+FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+# What only the making of media, and of sound from spectrograms, heeds.
+MEDIA_OPTIONS = ("media_per_class", "guidance_scale", "sampler_steps")
+SOUND_OPTIONS = ("resynthesized_clips", "vocoder")
+# Options of which 0 asks for nothing.
+_COUNTS = ("media_per_class", "resynthesized_clips")
+_OF_DATA = ("files", "text_field", "num_batches", "sequence_length", *MEDIA_OPTIONS, *SOUND_OPTIONS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoringConfig:
+    """On what a model is scored, and how."""
+
+    depths: tuple[int, ...] = option(
+        (),
+        "Iterations of the core, one row of the table for each. Empty: evaluation.final_depths of "
+        "the run; of other models a quarter, half, all and twice of the mean in training.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    files: tuple[str, ...] = option(
+        (),
+        "Files with text to score (.txt, .jsonl, .parquet). Empty: the validation split of the "
+        "run.",
+    )
+    text_field: str = option("text", "Field with the text, of .jsonl and .parquet files.")
+    num_batches: int | None = option(
+        None, "Batches that are scored, at most. None: all.", minimum=1, maximum=MAX_COUNT
+    )
+    sequence_length: int | None = option(
+        None,
+        "Tokens per row of a batch. None: data.sequence_length of the run; of other models 1024, "
+        "or less if the model reads less.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    batch_size: int | None = option(
+        None,
+        "Rows that are scored, or prompts that are continued, at once. None: data.batch_size of "
+        "the run; otherwise 8.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    references: str | None = option(
+        None,
+        'JSON lines {"prompt": "...", "reference": "..."}, or a list of references: the model '
+        "continues each prompt, and the texts are scored.",
+    )
+    media_per_class: int | None = option(
+        None,
+        "Of a model that draws or speaks digits: how many it makes of each, at each depth, for "
+        "judges that know real ones. None: 20; 0: none.",
+        minimum=0,
+        maximum=MAX_COUNT,
+    )
+    guidance_scale: float | None = option(
+        None, "Classifier-free guidance of what is made. None: as in the run's config.", minimum=0
+    )
+    sampler_steps: int | None = option(
+        None,
+        "Steps of the sampler for what is made. None: as in the run's config.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    resynthesized_clips: int | None = option(
+        None,
+        "Of a model with sound: held-out clips that are made again from their spectrograms and "
+        "compared with themselves (PESQ, STOI, SI-SDR). None: 8; 0: none.",
+        minimum=0,
+        maximum=MAX_COUNT,
+    )
+    vocoder: str | None = option(
+        None,
+        "Folder of a run with kind='vocoder' that makes them. None: Griffin and Lim's method.",
+    )
+    seed: int | None = option(
+        None,
+        "Seed of the core's first states and of draws. None: what validation in training has; of "
+        "models that are not a run, and of generation, 0.",
+        minimum=0,
+        maximum=MAX_SEED,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule(*_OF_DATA)
+    def _data_is_scored_without_references(self) -> None:
+        """Only without references."""
+        if self.references is not None:
+            require_defaults(self, _OF_DATA, "with references", "leave references out")
+
+    @rule("depths")
+    def _depths_differ(self) -> None:
+        """Each once."""
+        if len(set(self.depths)) != len(self.depths):
+            raise ConfigError("depths", f"{self.depths} names one twice; give each once.")
+
+    @rule("text_field")
+    def _fields_need_files(self) -> None:
+        """Only with files."""
+        if not self.files:
+            require_defaults(self, ("text_field",), "without files", "name files")
+
+    @rule("files")
+    def _files_are_of_one_kind(self) -> None:
+        """All .txt, all .jsonl or all .parquet."""
+        kinds = {pathlib.PurePath(name).suffix for name in self.files}
+        unknown = sorted(kinds - FILE_KINDS.keys())
+        if unknown or len(kinds) > 1:
+            problem = f"{unknown[0]!r} is not known" if unknown else f"has {' and '.join(kinds)}"
+            raise ConfigError(
+                "files", f"{problem}; all names must end in one of {', '.join(FILE_KINDS)}."
+            )
+
+    def reject_media(
+        self, why: str, names: Sequence[str] = (*MEDIA_OPTIONS, *SOUND_OPTIONS)
+    ) -> None:
+        """Checks that options of media which would be ignored are not given, other than as 0.
+
+        Raises:
+          ConfigError: naming the option, and `why`.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and (name not in _COUNTS or value != 0):
+                raise ConfigError(name, f"{value!r} would be ignored, as {why}; leave it out.")

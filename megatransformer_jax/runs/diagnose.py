@@ -1,0 +1,94 @@
+"""Draws the diagnostics of a checkpoint."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+from absl import logging
+
+from megatransformer_jax.config.loop import DIAGNOSTIC_KINDS, DiagnosticsConfig
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.media.records import MediaFormats
+from megatransformer_jax.data.pipeline import validation_batches
+from megatransformer_jax.evaluation.diagnostics.kinds import (
+    Diagnoser,
+    Moment,
+    Subject,
+    kinds_of,
+    make_subject,
+    write_images,
+    write_scalars,
+)
+from megatransformer_jax.runs.load import LoadedModel, is_huginn_folder, load_model, read_run_config
+from megatransformer_jax.runs.workdir import make_folder
+from megatransformer_jax.sharding.rules import Sharder
+
+_DRAWS = "depth_draws"
+
+
+def diagnose_run(
+    source: pathlib.Path,
+    *,
+    step: str,
+    kinds: Sequence[str],
+    num_rows: int,
+    num_steps: int | None,
+    output: str | None,
+) -> pathlib.Path:
+    """Writes figures and numbers of a run's checkpoint.
+
+    Args:
+      source: workdir of the run.
+      step: which checkpoint, see `load_model`.
+      kinds: which; empty: all that the model has.
+      num_rows: as `diagnostics.num_rows`.
+      num_steps: as `diagnostics.num_steps`.
+      output: folder. None: diagnostics/step_<step> in the workdir.
+
+    Returns:
+      The folder with the files.
+
+    Raises:
+      UserError: if the folder is no run, or an option does not fit it.
+    """
+    source = source.expanduser()
+    if is_huginn_folder(source):
+        raise ConfigError(
+            "model", f"{source} is a Huginn folder, which has no data to look at; name a run."
+        )
+    config = _with_options(read_run_config(source), kinds, num_rows, num_steps)
+    loaded = load_model(source, step=step)
+    logging.info("%s", loaded.description)
+    subject = _subject(config, loaded)
+    chosen = [kind for kind in kinds_of(subject) if kind != _DRAWS]
+    diagnoser = Diagnoser(subject, chosen)
+    moment = Moment(loaded.params, key_data=None, step=config.train.steps, previous=0)
+    findings = diagnoser.present(diagnoser.measure(moment), moment)
+    folder = make_folder("output", str(output or source / "diagnostics" / f"step_{step}"))
+    write_images(findings, folder)
+    write_scalars(findings, folder / "scalars.json")
+    return folder
+
+
+def _with_options(
+    config: RunConfig, kinds: Sequence[str], num_rows: int, num_steps: int | None
+) -> RunConfig:
+    if _DRAWS in kinds:
+        others = ", ".join(kind for kind in DIAGNOSTIC_KINDS if kind != _DRAWS)
+        raise ConfigError("kinds", f"{_DRAWS!r} is for a run that is going on; known: {others}.")
+    try:
+        # Some interval, as the options mean nothing without one; it is not read here.
+        options = DiagnosticsConfig(1, tuple(kinds), num_rows, num_steps)
+        return dataclasses.replace(config, diagnostics=options)
+    except ConfigError as error:
+        raise ConfigError(error.path.removeprefix("diagnostics."), error.problem) from None
+
+
+def _subject(config: RunConfig, loaded: LoadedModel) -> Subject:
+    tokenizer = None if config.data.source == "reasoning" else loaded.tokenizer
+    media = MediaFormats.of_model(config.model)
+    (batch,) = validation_batches(config.data, tokenizer, num_batches=1, media=media)
+    on_device = jax.device_put(batch, jax.local_devices()[0])
+    return make_subject(config, loaded.model, on_device, Sharder())

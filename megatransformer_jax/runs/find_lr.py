@@ -1,0 +1,143 @@
+"""The learning-rate range test of a run's configuration."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.pipeline import build_pipeline
+from megatransformer_jax.runs.build import (
+    MemoryPlan,
+    build_sharded_model,
+    build_vocabulary,
+    check_augmentation,
+    media_formats,
+    require_transformer,
+)
+from megatransformer_jax.runs.tasks.start import fresh_state
+from megatransformer_jax.runs.workdir import make_workdir
+from megatransformer_jax.training.distributed import make_global_batch, start_distributed
+from megatransformer_jax.training.lr_finder import (
+    RangeTest,
+    check_range,
+    exponential_schedule,
+    has_diverged,
+    suggest,
+)
+from megatransformer_jax.training.optimizers import optimizer_with_schedule
+from megatransformer_jax.training.step import make_train_step
+
+_ROWS = 12
+
+
+def find_learning_rate(config: RunConfig, start: float, end: float, steps: int) -> RangeTest:
+    """Trains with rates from `start` to `end`, then shows and writes what that says.
+
+    Raises:
+      UserError: if the range cannot be used, the loss never falls, or the run trains no
+        transformer.
+    """
+    require_transformer(config)
+    check_range(start, end, steps)
+    start_distributed(config.distributed)
+    check_augmentation(config)
+    workdir = make_workdir(config.workdir)
+    schedule = exponential_schedule(start, end, steps)
+    losses: list[float] = []
+    with contextlib.ExitStack() as stack:
+        next_loss = _start(config, workdir, schedule, stack)
+        while len(losses) < steps and not (losses and has_diverged(losses)):
+            losses.append(next_loss())
+    rates = [float(schedule(step)) for step in range(len(losses))]
+    if len(losses) < steps:
+        logging.info("stopped at a learning rate of %.2e: the loss blew up", rates[-1])
+    result = suggest(rates, losses)
+    if jax.process_index() == 0:
+        _show(result, config)
+        _write(result, config, workdir)
+    return result
+
+
+def _start(
+    config: RunConfig,
+    workdir: pathlib.Path,
+    schedule: Callable[[Any], jax.Array],
+    stack: contextlib.ExitStack,
+) -> Callable[[], float]:
+    """A function that makes one step of a new run and returns its loss."""
+    vocabulary = build_vocabulary(config, workdir)
+    model, sharder = build_sharded_model(config)
+    # No average of the weights: it has no part in the steps.
+    optimizer = optimizer_with_schedule(config.optimizer, schedule)
+    if config.train.memory_budget_gib is None:
+        train_step: Any = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0)
+    else:
+        plan = MemoryPlan(config.train.memory_budget_gib, None)
+        config, train_step = plan.compile(config, model, optimizer, sharder)
+    batches = build_pipeline(
+        config.data,
+        vocabulary.tokenizer,
+        split="train",
+        media=media_formats(config),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    stack.callback(batches.close)
+    state = fresh_state(config, model, optimizer, sharder, vocabulary, batches)
+
+    def next_loss() -> float:
+        nonlocal state
+        state, metrics = train_step(state, make_global_batch(next(batches), sharder))
+        # A step whose gradients are not finite is skipped whatever its loss.
+        return float("nan") if metrics["skipped_in_row"] > 0 else float(metrics["loss"])
+
+    return next_loss
+
+
+def _show(result: RangeTest, config: RunConfig) -> None:
+    table = Table("learning rate", "loss", "smoothed", title=f"{config.optimizer.name}")
+    stride = max(1, -(-len(result.losses) // _ROWS))
+    rows = zip(result.learning_rates, result.losses, result.smoothed, strict=True)
+    for rate, loss, smoothed in list(rows)[::stride]:
+        table.add_row(f"{rate:.2e}", f"{loss:.4f}", f"{smoothed:.4f}")
+    console = Console()
+    console.print(table)
+    console.print(f"fastest fall at {result.steepest:.2e}, lowest at {result.minimum:.2e}")
+    console.print(
+        f"suggestion (a tenth of the latter): "
+        f"--config.optimizer.learning_rate={result.suggestion:.1e}"
+    )
+    if result.is_still_falling:
+        logging.warning("the loss was still falling at the last rate; try a higher --end.")
+
+
+def _write(result: RangeTest, config: RunConfig, workdir: pathlib.Path) -> None:
+    values = {"optimizer": config.optimizer.name, **dataclasses.asdict(result)}
+    (workdir / "find_lr.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    plot(result).savefig(workdir / "find_lr.png", dpi=120)
+    logging.info("numbers and plot: %s, %s", workdir / "find_lr.json", workdir / "find_lr.png")
+
+
+def plot(result: RangeTest) -> Figure:
+    """Losses over learning rates, with what was found."""
+    figure = Figure(figsize=(6, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(result.learning_rates, result.losses, color="0.75", label="loss")
+    axes.plot(result.learning_rates, result.smoothed, label="smoothed")
+    for name, style in {"suggestion": "-", "steepest": "--", "minimum": ":"}.items():
+        rate = getattr(result, name)
+        axes.axvline(rate, linestyle=style, color="0.4", label=f"{name} {rate:.1e}")
+    axes.set(xscale="log", xlabel="learning rate", ylabel="loss")
+    axes.legend()
+    return figure

@@ -1,0 +1,401 @@
+"""Reads a model for generation: the workdir of a run of ours, or a Huginn folder."""
+
+import dataclasses
+import pathlib
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from absl import logging
+
+from megatransformer_jax.checkpoints.huginn import load_huginn
+from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.config.build import build, read_values
+from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.hf_tokenizer import (
+    TOKENIZER_FILE,
+    HuggingFaceTokenizer,
+    load_huggingface_tokenizer,
+)
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
+from megatransformer_jax.data.reasoning import build_task
+from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
+from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_sentencepiece
+from megatransformer_jax.generation.generator import Generator
+from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, param_axes
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.evaluation_params import (
+    evaluates_an_average,
+    restore_evaluation_params,
+)
+from megatransformer_jax.types import DTypePolicy
+
+# Which checkpoint of a run.
+Step = Literal["latest", "best"] | int
+
+SENTENCEPIECE_FILE = "tokenizer.model"
+# In a workdir: Hugging Face's files, if the run started from a model that came with them.
+HUGGINGFACE_FOLDER = "tokenizer"
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to generate.
+
+    Attributes:
+      config: the architecture.
+      model: the module, without a mesh.
+      params: its parameters, on the first local device or where `load_model` was told to.
+      tokenizer: between text and ids; of a reasoning task its symbols. None: the folder has none,
+        so that prompts must be ids.
+      trained_depth: mean iterations in training, None without a core.
+      description: what was loaded, for people.
+      run_config: of the run that the model comes from; None: it comes from no run of ours.
+    """
+
+    config: ModelConfig
+    model: MegaTransformer
+    params: Any
+    tokenizer: Tokenizer | None
+    trained_depth: int | None
+    description: str
+    run_config: RunConfig | None = None
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end a text; none without a tokenizer."""
+        if self.tokenizer is None:
+            return ()
+        if isinstance(self.tokenizer, HuggingFaceTokenizer):
+            return self.tokenizer.end_ids
+        return (self.tokenizer.eos_id,)
+
+    def generator(self, config: GenerationConfig) -> Generator:
+        """Generates with this model as `config` says, which must have been checked against it."""
+        return Generator(
+            self.model, self.params, self.tokenizer, config, self.trained_depth, self.end_ids
+        )
+
+
+def load_model(
+    path: str | pathlib.Path,
+    *,
+    step: Step | str = "latest",
+    precision: str | None = None,
+    param_dtype: Literal["float32", "stored"] = "float32",
+    sharder: Sharder | None = None,
+    weights: Literal["average", "raw"] = "average",
+) -> LoadedModel:
+    """Reads the parameters of a run or of a Huginn folder; its files tell which it is.
+
+    Of a run only the checkpoint and the tokenizer are read, never its data, and nothing in the
+    workdir is changed; the run may be going on.
+
+    Args:
+      path: a workdir (checkpoints/ in it), or a folder with Huginn's config.json.
+      step: which checkpoint of a run; see `parse_step` for the values.
+      precision: type of activations, one of `PRECISIONS`. None: as the run was trained, and 'auto'
+        for a Huginn folder.
+      param_dtype: of a Huginn folder's parameters, see `load_huginn`. Those of runs are float32.
+      sharder: places the parameters on its mesh. None: on the first local device.
+      weights: 'average' is what the run was judged by: the average of its weights, if it keeps one.
+        'raw' is what it trains then.
+
+    Raises:
+      UserError: if the folder is neither, or something in it is missing or damaged.
+    """
+    folder = pathlib.Path(path).expanduser()
+    step = parse_step(step)
+    if precision is not None and precision not in PRECISIONS:
+        raise UserError(f"precision is {precision!r}; known: {', '.join(PRECISIONS)}.")
+    if is_huginn_folder(folder):
+        if step != "latest":
+            raise UserError(
+                f"step={step!r} does not go with {folder}: a Huginn folder has one set of weights. "
+                "Leave step out."
+            )
+        if weights != "average":
+            raise _no_average(weights, folder)
+        return _load_huginn_folder(folder, precision or "auto", param_dtype, sharder)
+    return _load_run(folder, step, precision, sharder, weights)
+
+
+def parse_step(value: str | int) -> Step:
+    """Which checkpoint: 'latest', 'best' (by its checkpoint.best_metric), or the number of a step.
+
+    Raises:
+      UserError: for anything else.
+    """
+    match value:
+        case "latest":
+            return "latest"
+        case "best":
+            return "best"
+        case int() if not isinstance(value, bool) and value >= 0:
+            return value
+        case str() if value.isdecimal():
+            return int(value)
+    raise UserError(f"step={value!r}: give latest, best, or the number of a step.")
+
+
+def is_huginn_folder(folder: pathlib.Path) -> bool:
+    """Whether the folder is Huginn's; otherwise it is the workdir of a run.
+
+    Raises:
+      UserError: if it is neither, saying what was looked for.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder. Name the workdir of a run, or a Huginn folder; paths count "
+            f"from {pathlib.Path.cwd()}."
+        )
+    config_file = folder / "config.json"
+    values = read_values(config_file) if config_file.is_file() else {}
+    if "n_embd" in values or "architectures" in values:
+        return True
+    if (folder / "checkpoints").is_dir():
+        return False
+    if "model" in values and "train" in values:
+        raise UserError(f"{folder}: this run has no checkpoints/ yet; train it first.")
+    found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"{folder} is neither the workdir of a run (a folder checkpoints/ in it) nor a Huginn "
+        "folder (config.json with n_embd, beside model.safetensors or its shards). It has: "
+        f"{found}."
+    )
+
+
+def _load_huginn_folder(
+    folder: pathlib.Path,
+    precision: str,
+    param_dtype: Literal["float32", "stored"],
+    sharder: Sharder | None,
+) -> LoadedModel:
+    device = jax.local_devices()[0]
+
+    def place(tensor: Any) -> Any:
+        return jax.device_put(tensor, device) if sharder is None else np.asarray(tensor)
+
+    config, params = load_huginn(folder, param_dtype=param_dtype, place=place)
+    model = _build(config, precision)
+    if sharder is not None:
+        params = _distribute(params, param_axes(model), sharder)
+    tokenizer: Tokenizer | None = None
+    if (folder / TOKENIZER_FILE).is_file():
+        tokenizer = load_huggingface_tokenizer(folder)
+    elif (folder / SENTENCEPIECE_FILE).is_file():
+        tokenizer = load_sentencepiece(folder / SENTENCEPIECE_FILE)
+    else:
+        logging.warning(
+            "%s has neither %s nor %s, so prompts must be token ids.",
+            folder,
+            TOKENIZER_FILE,
+            SENTENCEPIECE_FILE,
+        )
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, but the model only "
+            f"{config.vocab_size} (padded_vocab_size in config.json); they are not of one model."
+        )
+    return _loaded(config, model, params, tokenizer, f"Huginn model {folder}")
+
+
+def _distribute(params: Any, axes: Any, sharder: Sharder) -> Any:
+    """Arrays that every process has whole, cut over the mesh of all of them."""
+
+    def distribute(array: np.ndarray, names: tuple[str | None, ...]) -> jax.Array:
+        return jax.make_array_from_callback(
+            array.shape, sharder.sharding(*names), lambda index: array[index]
+        )
+
+    return jax.tree.map(distribute, params, axes)
+
+
+def _load_run(
+    folder: pathlib.Path,
+    step: Step,
+    precision: str | None,
+    sharder: Sharder | None,
+    weights: Literal["average", "raw"],
+) -> LoadedModel:
+    checkpoints = CheckpointManager(folder / "checkpoints", None)
+    try:
+        number = find_step(checkpoints, step)
+        run = checkpoints.run_info(number)
+        config = read_config(run["config"], checkpoints.directory / str(number))
+        if weights != "average" and not evaluates_an_average(config):
+            raise _no_average(weights, folder)
+        tokenizer = _run_tokenizer(config, folder, run["vocabulary"])
+        model = _build(config.model, precision or config.train.precision)
+        params = restore_evaluation_params(checkpoints, number, model, config, sharder, weights)
+    finally:
+        checkpoints.close()
+    which = f" ({step})" if isinstance(step, str) else ""
+    which += f", {weights} weights" if evaluates_an_average(config) else ""
+    loaded = _loaded(config.model, model, params, tokenizer, f"run {folder}, step {number}{which}")
+    if (folder / "config.json").is_file():
+        # What the run was last told, such as which depths to score.
+        config = read_run_config(folder)
+    return dataclasses.replace(loaded, run_config=config)
+
+
+def _no_average(weights: str, folder: pathlib.Path) -> UserError:
+    return UserError(
+        f"weights={weights!r}: {folder} has one set of weights, no average beside them (as with "
+        "train.ema_decay or a schedule-free optimiser). Leave weights out."
+    )
+
+
+def _loaded(
+    config: ModelConfig,
+    model: MegaTransformer,
+    params: Any,
+    tokenizer: Tokenizer | None,
+    description: str,
+) -> LoadedModel:
+    depth = config.recurrence.mean_steps if config.is_recurrent else None
+    return LoadedModel(config, model, params, tokenizer, depth, description)
+
+
+def _build(config: ModelConfig, precision: str) -> MegaTransformer:
+    platform = jax.default_backend()
+    policy = DTypePolicy.from_precision(precision, platform)
+    kernel = config.attention.kernel
+    if kernel != "auto":
+        # The kernel that suits the training run's device may not exist on this one.
+        logging.info("attention.kernel=%s of the run is auto for generation", kernel)
+        attention = dataclasses.replace(config.attention, kernel="auto")
+        config = dataclasses.replace(config, attention=attention)
+    return build_model(config, policy, Sharder(), platform)
+
+
+def find_step(checkpoints: CheckpointManager, step: Step) -> int:
+    """The number of the checkpoint that `parse_step` names.
+
+    Raises:
+      UserError: if there is no such checkpoint; lists those there are.
+    """
+    steps = checkpoints.steps()
+    if not steps:
+        raise UserError(f"{checkpoints.directory} has no complete checkpoint; train first.")
+    known = ", ".join(map(str, steps))
+    if step == "latest":
+        return steps[-1]
+    if step == "best":
+        best = checkpoints.best_step()
+        if best is None:
+            raise UserError(
+                f"step='best': no checkpoint in {checkpoints.directory} has a finite "
+                f"{checkpoints.ranking().metric}; name one of the steps {known}."
+            )
+        return best
+    if step not in steps:
+        raise UserError(
+            f"step={step!r}: {checkpoints.directory} has no such checkpoint; it has the steps "
+            f"{known}. Others have been deleted as checkpoint.keep_last and its like say."
+        )
+    return step
+
+
+def read_run_config(folder: pathlib.Path) -> RunConfig:
+    """The configuration in a workdir.
+
+    Raises:
+      UserError: if there is none, or it is of another version of the library.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; it says what data the run is validated on.")
+    try:
+        return build(read_values(path))
+    except ConfigError as error:
+        raise UserError(
+            f"{path} does not fit this version of the library ({error}); use the version that "
+            "wrote it."
+        ) from error
+
+
+def read_config(
+    values: dict[str, Any], where: pathlib.Path, kind: str = "transformer"
+) -> RunConfig:
+    """The configuration saved with a checkpoint.
+
+    Args:
+      values: as saved.
+      where: the checkpoint, for messages.
+      kind: what the run must have trained.
+
+    Raises:
+      UserError: if it is of another version of the library, or of another kind of run.
+    """
+    try:
+        config = build(values)
+    except ConfigError as error:
+        raise UserError(
+            f"the config saved with {where} does not fit this version of the library ({error}); "
+            "use the version that wrote it."
+        ) from error
+    if config.kind != kind:
+        raise UserError(
+            f"{where} is of a run with kind={config.kind!r}, and this needs one with "
+            f"kind={kind!r}; name another run."
+        )
+    return config
+
+
+def _run_tokenizer(config: RunConfig, folder: pathlib.Path, digest: str) -> Tokenizer:
+    """What the run was trained with, which the digest in its checkpoints proves."""
+    options = config.data.tokenizer
+    if config.data.source == "reasoning":
+        task = build_task(config.data.reasoning)
+        symbols = SymbolTokenizer.of_task(task)
+        if " ".join(task.symbols) != digest:
+            raise UserError(
+                f"{folder} was trained with other symbols of the task "
+                f"{config.data.reasoning.task!r} than this version of the library has; use the "
+                "version that wrote it."
+            )
+        return symbols
+    if options.kind == "bytes":
+        tokenizer: Tokenizer = BytesTokenizer()
+        path = folder
+    elif (folder / HUGGINGFACE_FOLDER / TOKENIZER_FILE).is_file():
+        path = folder / HUGGINGFACE_FOLDER
+        tokenizer = load_huggingface_tokenizer(path)
+    else:
+        path = find_sentencepiece(folder, options.model_file)
+        tokenizer = load_sentencepiece(path)
+    if config.data.source == "media":
+        tokenizer = MediaTokenizer(tokenizer)
+    if tokenizer.digest() != digest:
+        raise UserError(
+            f"{path} is not the tokenizer that the run was trained with; put the original file "
+            "back."
+        )
+    return tokenizer
+
+
+def find_sentencepiece(folder: pathlib.Path, model_file: str | None) -> pathlib.Path:
+    """The tokenizer's model of the run in `folder`; `model_file` is as in its config.
+
+    Raises:
+      UserError: if there is none.
+    """
+    own = folder / SENTENCEPIECE_FILE
+    if own.is_file():
+        return own
+    if model_file is None:
+        raise UserError(
+            f"{own} does not exist; without it the run's tokens have no meaning. Copy it from "
+            "where the run was trained."
+        )
+    if not pathlib.Path(model_file).is_file():
+        raise UserError(
+            f"the run's tokenizer, data.tokenizer.model_file={model_file}, does not exist; copy it "
+            f"to {own}."
+        )
+    return pathlib.Path(model_file)

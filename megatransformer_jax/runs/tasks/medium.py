@@ -1,0 +1,167 @@
+"""What runs that train a model of one medium, without text, have in common."""
+
+import contextlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.batches import Pipeline, first_batches
+from megatransformer_jax.evaluation.validation import Judge, MeanValidation, MeanValidationHook
+from megatransformer_jax.models.medium_model import MediumModel
+from megatransformer_jax.runs.task import NoVocabulary, ParamsOf
+from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.loop import Hook, StepFunction
+from megatransformer_jax.training.media_hook import MediaSampleHook, MediaSamples
+from megatransformer_jax.training.optimizers import build_optimizer
+from megatransformer_jax.training.state import TrainState, first_state, place_state
+from megatransformer_jax.training.step import make_loss_step
+from megatransformer_jax.training.writers import MultiWriter
+
+
+class MediumRun:
+    """A `RunKind`, from a model, its data and its judges.
+
+    Args:
+      config: of the run.
+      workdir: gets samples/ and summary.json.
+      stack: closes the data when the run ends.
+      model: parameters and loss.
+      open_data: from the split, and the arguments of this process, to its batches.
+      count_rows: how many rows of a host batch count.
+      judge: from (params, batch) to means.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        workdir: pathlib.Path,
+        stack: contextlib.ExitStack,
+        model: MediumModel,
+        open_data: Callable[..., Pipeline],
+        count_rows: Callable[[Any], int],
+        judge: Judge,
+    ):
+        self.config = config
+        self.vocabulary = NoVocabulary()
+        self.facts = f"kind: {config.kind}"
+        self._workdir = workdir
+        self._model = model
+        mesh = make_mesh(config.mesh, jax.devices())
+        check_rows_fit(config, mesh.shape["data"] * mesh.shape["fsdp"])
+        self.sharder = Sharder(mesh)
+        self._optimizer = build_optimizer(
+            config.optimizer, config.train.steps, config.train.ema_decay
+        )
+        processes = {
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self.batches = open_data(split="train", **processes)
+        stack.callback(self.batches.close)
+        with open_data(split="validation", **processes) as held_out:
+            host = first_batches(held_out, config.evaluation.num_batches)
+        # One pass over the held-out records: each process has the same number of batches.
+        placed = [self.place_batch(batch) for batch in host]
+        rows = [count_rows(batch) for batch in placed]
+        if not sum(rows):
+            raise UserError(
+                f"no held-out record of data.media can be used (data.validation_fraction="
+                f"{config.data.validation_fraction:g}); mend the data."
+            )
+        self.validation = MeanValidation(placed, rows, jax.jit(judge))
+
+    def abstract_state(self) -> TrainState:
+        """See `RunKind`."""
+        return abstract_state(self._model, self._optimizer, self.sharder)
+
+    def fresh_state(self) -> TrainState:
+        """See `RunKind`."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        make = jax.jit(
+            lambda key: _first_state(self._model, self._optimizer, key), out_shardings=shardings
+        )
+        return make(jax.random.key(self.config.train.seed))
+
+    def step_function(self) -> StepFunction:
+        """See `RunKind`."""
+        step = make_loss_step(self._model.loss, self._optimizer, self.config.train.accumulation)
+        return jax.jit(step, donate_argnums=0)
+
+    def place_batch(self, batch: Any) -> Any:
+        """See `RunKind`."""
+        sharding = self.sharder.sharding("batch")
+        return jax.tree.map(
+            lambda array: jax.make_array_from_process_local_data(sharding, array), batch
+        )
+
+    def judges(self, params_of: ParamsOf) -> list[Hook]:
+        """See `RunKind`."""
+        every_steps = self.config.evaluation.every_steps
+        return [MeanValidationHook(every_steps, self.validation, params_of)]
+
+    def observers(self, params_of: ParamsOf, writer: MultiWriter) -> list[Hook]:
+        """Samples."""
+        folder = self._workdir / "samples" if jax.process_index() == 0 else None
+
+        def make(state: TrainState, step: int) -> MediaSamples:
+            del step  # Nothing is drawn at random.
+            return self.samples(params_of(state))
+
+        return [MediaSampleHook(self.config.samples.every_steps, make, writer, folder)]
+
+    def samples(self, params: Any) -> MediaSamples:
+        """What the model makes of held-out media."""
+        raise NotImplementedError
+
+    def summarize(self, params: Any, console: Console | None) -> None:
+        """Scores the held-out media as a table and in summary.json."""
+        scores = self.validation.score(params)
+        if console is None:
+            return
+        table = Table("validation", "mean", box=box.ASCII, title=self.config.kind)
+        for name, value in scores.items():
+            table.add_row(name, f"{value:.4f}")
+        console.print(table)
+        path = self._workdir / "summary.json"
+        path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        logging.info("numbers: %s", path)
+
+
+def abstract_state(model: MediumModel, optimizer: Any, sharder: Sharder) -> TrainState:
+    """Shapes, types and shardings of a model's train state."""
+    shapes = jax.eval_shape(lambda key: _first_state(model, optimizer, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        place_state(shapes, model.axes(), sharder),
+    )
+
+
+def _first_state(model: MediumModel, optimizer: Any, key: jax.Array) -> TrainState:
+    init_key, run_key = jax.random.split(key)
+    return first_state(model.init(init_key), optimizer, run_key)
+
+
+def check_rows_fit(config: RunConfig, ways: int) -> None:
+    """Checks that the rows of a micro-batch can be shared by the devices.
+
+    Raises:
+      ConfigError: otherwise.
+    """
+    rows = config.data.batch_size // config.train.accumulation
+    if rows % ways:
+        raise ConfigError(
+            "data.batch_size",
+            f"{rows} rows per micro-batch are not divisible by the {ways} devices of the mesh axes "
+            f"data x fsdp; choose a multiple of {ways}, or a smaller mesh axis.",
+        )

@@ -1,0 +1,136 @@
+"""A run's folder: who holds it, its log file, and what of other libraries' messages is shown."""
+
+import contextlib
+import fcntl
+import logging
+import pathlib
+import tempfile
+from collections.abc import Iterator
+
+from absl import logging as absl_logging
+
+from megatransformer_jax.config.option import ConfigError, UserError
+
+# This library, which an installed one has in site-packages too.
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+# ------------------------------------------------------------------------------
+# Folders and logs.
+
+
+def make_workdir(path: str) -> pathlib.Path:
+    """The folder, made if absent, as an absolute path.
+
+    Raises:
+      ConfigError: if it cannot be made or written to.
+    """
+    return make_folder("workdir", path)
+
+
+def make_folder(option: str, path: str) -> pathlib.Path:
+    """The folder that an option names, made if absent, as an absolute path.
+
+    Raises:
+      ConfigError: if it cannot be made or written to.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            option, f"{path!r} cannot be written to ({error.strerror}); choose another folder."
+        ) from error
+    return folder
+
+
+@contextlib.contextmanager
+def quiet_libraries(level: str) -> Iterator[None]:
+    """Shows what other libraries log from warnings upwards only, unless the level is 'debug'."""
+    handler = absl_logging.get_absl_handler()
+    if level != "debug":
+        handler.addFilter(_own_or_important)
+    try:
+        yield
+    finally:
+        handler.removeFilter(_own_or_important)
+
+
+@contextlib.contextmanager
+def log_file(path: pathlib.Path, level: str) -> Iterator[None]:
+    """Also appends what is logged to a file."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(LineFormatter(has_date=True))
+    if level != "debug":
+        handler.addFilter(_own_or_important)
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _own_or_important(record: logging.LogRecord) -> bool:
+    is_important = record.levelno >= logging.WARNING
+    is_own = pathlib.Path(record.pathname).is_relative_to(_PACKAGE)
+    return is_important or is_own or "site-packages" not in record.pathname
+
+
+# ------------------------------------------------------------------------------
+# Tells whether a run is writing to a workdir.
+
+# Every run has it from its start, so no file of its own is needed.
+LOCKED_FILE = "train.log"
+
+
+@contextlib.contextmanager
+def hold_workdir(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps others from writing to a workdir; ends with the process, however that ends.
+
+    Args:
+      workdir: of a run; without a log no run has begun, and nothing is held.
+
+    Raises:
+      UserError: if another process holds it.
+    """
+    path = workdir / LOCKED_FILE
+    with contextlib.ExitStack() as stack:
+        if path.is_file():
+            file = stack.enter_context(path.open("rb"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"{workdir}: a run is writing to this workdir; wait until it has ended, stop "
+                    "it (Ctrl-C saves), or name another workdir."
+                ) from error
+            except OSError as error:  # Some network file systems have no locks.
+                absl_logging.warning(
+                    "%s cannot be locked (%s): make sure that no other run uses this workdir.",
+                    path,
+                    error.strerror,
+                )
+        yield
+
+
+# ------------------------------------------------------------------------------
+# How a line of the log looks: the time, the level if it matters, the message.
+
+
+class LineFormatter(logging.Formatter):
+    """`12:34:56 step 10/700 ...`; from warnings upwards the level comes before the message.
+
+    Args:
+      has_date: puts the date before the time, for a file that outlives the day.
+    """
+
+    def __init__(self, has_date: bool = False):
+        super().__init__(datefmt="%Y-%m-%d %H:%M:%S" if has_date else "%H:%M:%S")
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """The line, to which the base class adds a traceback if there is one."""
+        level = "" if record.levelno == logging.INFO else f"{record.levelname}: "
+        return f"{self.formatTime(record, self.datefmt)} {level}{record.message}"
