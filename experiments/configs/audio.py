@@ -1,13 +1,13 @@
 """A model that speaks digits from their names, and writes down those that it hears.
 
-Command:  python -m experiments.train --config=experiments/configs/audio.py
+Command:  megatransformer train --config=audio
 Variants: `:tiny` after the file's name is the same run, far too short to learn; most of its few
 minutes go into compiling.
 
 The clips are words spoken by espeak-ng if it is installed, else tones with captions. No network.
 Expected on 2 CPU cores: about 20 minutes; nearly all transcripts of held-out clips are right, and a
 classifier trained on real clips recognises nearly all digits that are spoken
-(`python -m experiments.evaluate --from=runs/audio`).
+(`megatransformer evaluate --model=runs/audio`).
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
 """A model that draws handwritten digits from their names, and names them.
 
-Command:  python -m experiments.train --config=experiments/configs/image.py
+Command:  megatransformer train --config=image
 Variants: `:tiny` after the file's name is the same run, far too short to learn; most of its few
 minutes go into compiling.
 
 The images are scikit-learn's 1797 digits, 8 x 8 grey pixels. No network.
 Expected on 2 CPU cores: 10 to 20 minutes; a classifier trained on real digits recognises all but a
 few of the drawn ones, and about 98% of the captions of held-out digits are right
-(`python -m experiments.evaluate --from=runs/image`).
+(`megatransformer evaluate --model=runs/image`).
 """
 
 from typing import Any

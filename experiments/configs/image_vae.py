@@ -1,6 +1,6 @@
 """An image autoencoder, for decoders that draw latents (`model.image.decoder.vae`).
 
-Command:  python -m experiments.train --config=experiments/configs/image_vae.py
+Command:  megatransformer train --config=image_vae
 Variants: `:tiny` after the file's name is the same run, far too short to learn, in a minute.
 
 The images are scikit-learn's 1797 digits, 8 x 8 grey pixels, whose latents are 4 x 4. No network.

@@ -1,6 +1,6 @@
 """One model of text, images and sound: it draws, captions, speaks, transcribes and writes.
 
-Command:  python -m experiments.train --config=experiments/configs/multimodal.py
+Command:  megatransformer train --config=multimodal
 Variants: `:tiny` after the file's name is the same run, far too short to learn; most of its few
 minutes go into compiling.
 

@@ -1,6 +1,6 @@
 """Running parity: a task on which more depth provably helps.
 
-Command:  python -m experiments.train --config=experiments/configs/reasoning.py
+Command:  megatransformer train --config=reasoning
 Variants, separated by commas after the file's name and a colon:
   diagonal  the stable diagonal injection instead of the linear adapter
   stable    Jacobian regularisation, so that iterations beyond the trained depth do not part
@@ -16,7 +16,7 @@ iteration make the answer a fixed point, which iterating further does not leave.
 Expected on 2 CPU cores, per variant: under 12 minutes. Exact-answer accuracy measured at depths
 1, 8, 16 (the trained mean), 32, 64: linear 0.00, 0.18, 1.00, 1.00, 1.00; diagonal 0.00, 0.16, 1.00,
 1.00, 1.00.
-To draw both in one picture:  python -m experiments.compare runs/reasoning runs/reasoning_diagonal
+To draw both in one picture:  megatransformer compare runs/reasoning runs/reasoning_diagonal
 Depths up to 8 times the trained one:  python -m benchmarks.stability runs/reasoning
 The gate against hand-set thresholds:
   python -m benchmarks.reasoning_depth --workdir=runs/reasoning_gate --sections frontier

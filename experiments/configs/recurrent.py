@@ -1,6 +1,6 @@
 """A depth-recurrent language model on English text that ships with Python.
 
-Command:  python -m experiments.train --config=experiments/configs/recurrent.py
+Command:  megatransformer train --config=recurrent
 Variants: `:tiny` after the file's name is the same run in under a minute.
 
 The text is `pydoc_data.topics`; the run trains its own SentencePiece tokenizer on it. No network.

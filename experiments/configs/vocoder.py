@@ -1,6 +1,6 @@
 """A vocoder: from mel spectrograms of speech to waveforms.
 
-Command:  python -m experiments.train --config=experiments/configs/vocoder.py
+Command:  megatransformer train --config=vocoder
 Variants, separated by commas after the file's name and a colon:
   gan   also trains discriminators, and the generator against them; slower
   tiny  the same run, far too short to learn, in under a minute

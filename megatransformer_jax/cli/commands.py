@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import importlib.metadata
 import json
 import os
@@ -50,17 +49,16 @@ def main(name: str | None = None, arguments: Sequence[str] | None = None) -> Non
             return
         name, *arguments = arguments
     with errors_in_one_line():
-        found = COMMANDS.get(name.replace("_", "-"))
-        if found is None:
-            raise _unknown_command(name)
-        _, run = found
-        run(arguments)
+        if name == _LM_EVAL:
+            _run_lm_eval(arguments)
+        else:
+            run_command(find_command(name), arguments)
 
 
 def overview() -> str:
     """What `megatransformer --help` prints."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:{width}}  {summary}" for name, (summary, _) in COMMANDS.items()]
+    width = max(map(len, SUMMARIES))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in SUMMARIES.items()]
     return "\n".join(
         [
             f"Usage: {PROGRAM} COMMAND [--option=value ...]",
@@ -76,10 +74,18 @@ def overview() -> str:
     )
 
 
-def _unknown_command(name: str) -> UserError:
-    nearest = difflib.get_close_matches(name, COMMANDS, n=1)
+def find_command(name: str) -> Command:
+    """The command of that name.
+
+    Raises:
+      UserError: if there is none; names the nearest.
+    """
+    if name in COMMANDS:
+        _, load = COMMANDS[name]
+        return load()
+    nearest = difflib.get_close_matches(name.replace("_", "-"), SUMMARIES, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    return UserError(f"{name!r} is not a command; {hint}There are: {', '.join(COMMANDS)}.")
+    raise UserError(f"{name!r} is not a command; {hint}There are: {', '.join(SUMMARIES)}.")
 
 
 def _require_run(parsed: Parsed, command: str) -> RunConfig:
@@ -348,19 +354,20 @@ COMPARE = Command(
 # The table of commands.
 
 
-def _generate(arguments: Sequence[str]) -> None:
+def _generate() -> Command:
     from megatransformer_jax.cli.generate import COMMAND  # noqa: PLC0415
 
-    run_command(COMMAND, arguments)
+    return COMMAND
 
 
-def _evaluate(arguments: Sequence[str]) -> None:
+def _evaluate() -> Command:
     from megatransformer_jax.cli.evaluate import COMMAND  # noqa: PLC0415
 
-    run_command(COMMAND, arguments)
+    return COMMAND
 
 
-def _lm_eval(arguments: Sequence[str]) -> None:
+def _run_lm_eval(arguments: Sequence[str]) -> None:
+    """lm-eval has its own parser."""
     # Hugging Face's libraries read this when they are imported.
     if "--online" not in arguments:
         offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -370,26 +377,24 @@ def _lm_eval(arguments: Sequence[str]) -> None:
     run(arguments)
 
 
-# A line for the overview, and what runs the command.
-COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
-    "train": (
-        "Trains a model, resuming if the workdir has a checkpoint.",
-        functools.partial(run_command, TRAIN),
-    ),
+_LM_EVAL = "lm-eval"
+# A line for the overview, and the command.
+COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
+    "train": ("Trains a model, resuming if the workdir has a checkpoint.", lambda: TRAIN),
     "generate": ("Continues prompts, at any depth and by any decoding strategy.", _generate),
     "evaluate": ("Scores a model at several depths.", _evaluate),
-    "inspect": (
-        "Shows parameters, memory and FLOPs of a run before it starts.",
-        functools.partial(run_command, INSPECT),
-    ),
-    "find-lr": ("Suggests a learning rate.", functools.partial(run_command, FIND_LR)),
-    "diagnose": (
-        "Draws figures of what happens inside a model.",
-        functools.partial(run_command, DIAGNOSE),
-    ),
-    "compare": ("Compares finished runs by depth.", functools.partial(run_command, COMPARE)),
-    "average": ("Averages checkpoints.", functools.partial(run_command, AVERAGE)),
-    "prune": ("Deletes checkpoints.", functools.partial(run_command, PRUNE)),
-    "export": ("Writes a model in Huginn's format.", functools.partial(run_command, EXPORT)),
-    "lm-eval": ("Runs tasks of EleutherAI's lm-eval.", _lm_eval),
+    "inspect": ("Shows parameters, memory and FLOPs of a run before it starts.", lambda: INSPECT),
+    "find-lr": ("Suggests a learning rate.", lambda: FIND_LR),
+    "diagnose": ("Draws figures of what happens inside a model.", lambda: DIAGNOSE),
+    "compare": ("Compares finished runs by depth.", lambda: COMPARE),
+    "average": ("Averages checkpoints.", lambda: AVERAGE),
+    "prune": ("Deletes checkpoints.", lambda: PRUNE),
+    "export": ("Writes a model in Huginn's format.", lambda: EXPORT),
 }
+SUMMARIES = {name: summary for name, (summary, _) in COMMANDS.items()} | {
+    _LM_EVAL: "Runs tasks of EleutherAI's lm-eval."
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -2,8 +2,8 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
@@ -76,6 +76,19 @@ class EvaluateOptions(ScoringConfig, ModelOptions):
         return ScoringConfig(**{name: getattr(self, name) for name in _OF_SCORING})
 
 
+def check_generation(options: EvaluateOptions, given: Mapping[str, Any]) -> None:
+    """Checks that options of generation have an effect.
+
+    Raises:
+      ConfigError: otherwise.
+    """
+    if given and (options.references is None or options.predictions is not None):
+        raise ConfigError(
+            next(iter(given)),
+            "would be ignored, as no text is generated; give --model and --references.",
+        )
+
+
 def evaluate(parsed: Parsed) -> None:
     """Scores, prints tables and writes files.
 
@@ -83,11 +96,6 @@ def evaluate(parsed: Parsed) -> None:
       UserError: if an option does not fit the model, or a file or folder cannot be used.
     """
     options: EvaluateOptions = parsed.options
-    if parsed.given and (options.references is None or options.predictions is not None):
-        raise ConfigError(
-            next(iter(parsed.given)),
-            "would be ignored, as no text is generated; give --model and --references.",
-        )
     # These import JAX, which takes long.
     from megatransformer_jax.generation.request import (  # noqa: PLC0415
         out_of_memory_is_bad_input,
@@ -144,6 +152,7 @@ references; texts are greedy unless --strategy says otherwise.""",
         "--model=runs/image --depths=4 --media_per_class=50",
     ),
     generation=OF_GENERATION,
+    check=check_generation,
     generation_defaults={"strategy": "greedy"},
     old_names={**OLD_MODEL_NAMES, "data": "files"},
     hints={

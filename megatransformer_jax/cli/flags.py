@@ -57,6 +57,8 @@ class Command:
       generation: options of generation that it takes too, by their short names.
       generation_defaults: of these, where they are not those of `GenerationConfig`.
       takes_run: whether --config and --config.OPTION describe a run.
+      check: of its own options and the values of generation that were named; called before
+        generation is built from those.
       repeated: options that may be given several times, and whose values may hold commas.
       words: the option that collects words without dashes; None: there are none.
       old_names: former names of options, and names of other commands that mean the same.
@@ -71,6 +73,7 @@ class Command:
     generation: Mapping[str, Option] = dataclasses.field(default_factory=dict)
     generation_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     takes_run: bool = False
+    check: Callable[[Any, Mapping[str, Any]], None] = lambda options, given: None
     repeated: Sequence[str] = ()
     words: str | None = None
     old_names: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -125,6 +128,7 @@ def parse(command: Command, arguments: Sequence[str]) -> Parsed:
     of_generation = {name: given[name] for name in given if name in command.generation}
     with named_as_written(command.known):
         options = command.options(**{name: given[name] for name in given if name in command.own})
+        command.check(options, of_generation)
         generation = generation_from({**command.generation_defaults, **of_generation})
         config = config_from_flags(flag_values) if command.takes_run else None
     return Parsed(options, of_generation, generation, config)
@@ -181,6 +185,10 @@ def _read(
     flag_values: flags.FlagValues, command: Command, arguments: Sequence[str]
 ) -> Sequence[str]:
     """Parses; returns the words without dashes."""
+    booleans = [name for name, option in command.own.items() if option.declared is bool]
+    # argparse, which commands used before, writes --no-name where absl writes --noname.
+    plain = {f"--no{mark}{name}": f"--no{name}" for name in booleans for mark in "-_"}
+    arguments = [plain.get(word, word) for word in arguments]
     try:
         rest = flag_values([PROGRAM, *arguments])
     except flags.UnrecognizedFlagError as error:
@@ -321,18 +329,20 @@ def _unknown_config_flag(name: str) -> UserError:
 
 _OF_RUNS = """\
 The run:
-  --config=recurrent                                an experiment that is shipped: {experiments}
+  --config=recurrent                                an experiment that is shipped
   --config=recurrent:tiny                           a variant of it
   --config=my/experiment.py                         your own in Python (or .yaml, .json)
   --config=runs/recurrent/config.json               repeats a run exactly, in another folder with
                                                     --config.workdir=runs/again
-  --config.preset=NAME                              a model size: {presets}
+  --config.preset=tiny                              a model size
   --config.model.recurrence.mean_steps=16           any option, from all of docs/options.md
   --config.evaluation.final_depths=1,2,4            a tuple; also (1,2,4)
   --config.optimizer.clip_norm=None                 an option that may be absent
   --config.data.shuffle=false                       a switch; also --noconfig.data.shuffle
 
 What is given later in this list wins: default, preset, experiment file, command line.
+{experiments}
+{presets}
 Sections of options (all with type, default and meaning: --helpfull or docs/options.md):
 {sections}"""
 
@@ -358,9 +368,9 @@ def help_page(command: Command, *, full: bool = False) -> str:
     if command.takes_run:
         parts.append(
             _OF_RUNS.format(
-                experiments=", ".join(experiment_names()),
-                presets=", ".join(preset_names()),
-                sections="\n".join(_section_lines()),
+                experiments=_wrapped(f"Experiments: {', '.join(experiment_names())}."),
+                presets=_wrapped(f"Presets: {', '.join(preset_names())}."),
+                sections="\n".join(map(_wrapped, _section_lines())),
             )
         )
     if command.takes_run and full:

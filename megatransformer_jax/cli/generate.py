@@ -88,15 +88,15 @@ The texts go to stdout, a line about speed to stderr.""",
     run=generate,
     examples=(
         '--model=runs/recurrent --prompt="The old house"',
-        '--model=runs/recurrent --prompt="The old house" --temperature=0.7 --top_p=0.9 \\\n'
-        "      --num_samples=3 --stop=\"['.', '\\\\n']\"",
-        '--model=runs/recurrent --prompt="The old house" --depth=32 --exit_criterion=kl \\\n'
-        "      --show_depth",
+        '--model=runs/recurrent --prompt="The old house" \\\n'
+        "      --temperature=0.7 --top_p=0.9 --num_samples=3 --stop=\"['.', '\\n']\"",
+        '--model=runs/recurrent --prompt="The old house" \\\n'
+        "      --depth=32 --exit_criterion=kl --show_depth",
         "--model=runs/recurrent --interactive --strategy=greedy",
-        "--model=my/huginn --prompts_file=my/prompts.jsonl --strategy=beam --num_beams=4 \\\n"
-        "      --json=completions.jsonl",
-        '--model=runs/image --prompt="a handwritten three" --draw --num_samples=4 \\\n'
-        "      --guidance_scale=2 --output=drawn",
+        "--model=my/huginn --prompts_file=my/prompts.jsonl \\\n"
+        "      --strategy=beam --num_beams=4 --json=completions.jsonl",
+        '--model=runs/image --prompt="a handwritten three" --draw \\\n'
+        "      --num_samples=4 --guidance_scale=2 --output=drawn",
         "--model=runs/image --image=my/three.png --strategy=greedy",
     ),
     generation=GENERATION_OPTIONS,

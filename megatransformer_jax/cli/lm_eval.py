@@ -179,8 +179,11 @@ def _bad_input(*, is_online: bool, is_debug: bool) -> Iterator[None]:
 
 def _comes_from_us(error: Exception) -> bool:
     package = pathlib.Path(megatransformer_jax.__path__[0])
-    frames = traceback.extract_tb(error.__traceback__)
-    return any(pathlib.Path(frame.filename).is_relative_to(package) for frame in frames)
+    files = [pathlib.Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    # The command calls lm-eval, so it is in every traceback.
+    return any(
+        file.is_relative_to(package) and not file.is_relative_to(package / "cli") for file in files
+    )
 
 
 # ------------------------------------------------------------------------------

@@ -121,10 +121,14 @@ def rule(*paths: str) -> Callable[[Callable[[Any], None]], Callable[[Any], None]
 
 
 def rules_of(config_class: type) -> Iterator[Callable[[Any], None]]:
-    """The methods of a configuration dataclass that are marked with `rule`, in their order."""
-    for member in vars(config_class).values():
-        if hasattr(member, "rule_paths"):
-            yield member
+    """The methods of a configuration dataclass that are marked with `rule`, in their order.
+
+    Those of its bases come first.
+    """
+    for owner in reversed(config_class.__mro__):
+        for member in vars(owner).values():
+            if hasattr(member, "rule_paths"):
+                yield member
 
 
 def require_defaults(config: Any, names: Sequence[str], because: str, fix: str) -> None:

@@ -61,7 +61,7 @@ def test_an_argument_that_nothing_takes_is_an_error(tmp_path: pathlib.Path) -> N
 
 @pytest.mark.parametrize("reference", ["", "mine", "mine.toml", "py", "mine.pyc"])
 def test_another_kind_of_file_is_an_error(reference: str) -> None:
-    with pytest.raises(UserError, match="not a config file"):
+    with pytest.raises(UserError, match="is not an experiment"):
         read_experiment(reference)
 
 

@@ -1,14 +1,12 @@
 """Commands, options and files that the documentation names are there."""
 
-import importlib
-import pathlib
 import re
 
 import pytest
-from absl import flags
 from markdown_pages import experiment_commands, pages
 
-from experiments import launch
+from megatransformer_jax.cli import flags, lm_eval
+from megatransformer_jax.cli.commands import find_command
 from megatransformer_jax.config.build import build, save_config
 from megatransformer_jax.config.option import UserError, options_of, sections_of
 from megatransformer_jax.config.run import RunConfig
@@ -17,26 +15,13 @@ OPTIONS = {option.path for option in options_of(RunConfig)}
 SECTIONS = {path for path, _, _ in sections_of(RunConfig)}
 
 
-def parse(command: list[str]):
-    """The configuration of a command such as ['train', '--config=...']."""
-    module = importlib.import_module(f"experiments.{command[0]}")
-    for flags_module in ("generate_flags", "evaluate_flags"):
-        if hasattr(module, flags_module):
-            return getattr(module, flags_module).parse(command)
-    if hasattr(module, "parse"):
-        return module.parse(command)
-    if hasattr(module, "argparse"):
-        return check_options_are_declared(module, command)
-    own = flags.FLAGS.flags_by_module_dict().get(module.__name__, [])
-    return launch.parse(command, own)
-
-
-def check_options_are_declared(module, command: list[str]) -> None:
-    """For a command without a configuration: its source has every option as a string."""
-    source = pathlib.Path(module.__file__).read_text()
-    for word in command:
-        if word.startswith("-") and f'"{word.partition("=")[0]}"' not in source:
-            raise UserError(f"experiments.{command[0]} has no option {word}")
+def check(command: list[str]) -> None:
+    """Parses a command such as ['train', '--config=...']."""
+    name, *words = command
+    if name.replace("_", "-") != "lm-eval":
+        flags.parse(find_command(name.replace("_", "-")), words)
+    elif words:
+        lm_eval.parse([word for word in words if word not in (lm_eval.ONLINE, lm_eval.DEBUG)])
 
 
 def test_commands_are_accepted(repository, tmp_path, monkeypatch):
@@ -48,7 +33,7 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
     for page in pages(repository):
         for command in experiment_commands(page.read_text()):
             try:
-                parse(command)
+                check(command)
             except UserError as error:
                 pytest.fail(f"{page.name}: {' '.join(command)}: {error}")
             count += 1
@@ -69,7 +54,7 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
 )
 def test_a_wrong_command_is_seen(command):
     with pytest.raises(UserError):
-        parse(command)
+        check(command)
 
 
 def test_commands_are_found_whole():

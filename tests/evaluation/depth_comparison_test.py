@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.compare import main
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.evaluation.depth_table import markdown_table, read_curve
 
@@ -35,7 +35,9 @@ def test_table_has_a_row_per_depth_and_a_star_at_the_trained_mean(runs):
 
 def test_command_writes_a_plot(runs, capsys):
     output = runs / "plot.png"
-    main([str(runs / "one"), str(runs / "two"), "--metric=loss", f"--output={output}"])
+    command(
+        "compare", [str(runs / "one"), str(runs / "two"), "--metric=loss", f"--output={output}"]
+    )
     assert output.read_bytes().startswith(b"\x89PNG")
     assert "| 4 | 0.500\\* | 0.500\\* |" in capsys.readouterr().out
 
@@ -54,24 +56,24 @@ def test_text_is_compared_by_loss_and_reasoning_by_exact_answers(runs, capsys):
     ):
         set_reasoning("one", flags[0])
         set_reasoning("two", flags[1])
-        main(words)
+        command("compare", words)
         assert capsys.readouterr().out.startswith(metric)
 
 
 def test_a_plot_of_unknown_format_is_refused(runs, capsys):
     with pytest.raises(SystemExit) as stopped:
-        main([str(runs / "one"), f"--output={runs / 'x.foo'}"])
+        command("compare", [str(runs / "one"), f"--output={runs / 'x.foo'}"])
     assert stopped.value.code == 2
-    assert "'.foo' is no format of plots; end the name in one of" in capsys.readouterr().err
+    assert "'.foo' is not a format of plots; end the name in one of" in capsys.readouterr().err
 
 
 def test_unfinished_runs_and_unknown_metrics_are_named(runs, capsys):
     with pytest.raises(UserError, match="unknown metric 'bleu'"):
         read_curve(runs / "one", "bleu")
     with pytest.raises(SystemExit) as stopped:
-        main([str(runs / "three")])
+        command("compare", [str(runs / "three")])
     assert stopped.value.code == 2
     assert "has finished" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main([str(runs / "one"), f"--output={runs / 'no_folder' / 'plot.png'}"])
+        command("compare", [str(runs / "one"), f"--output={runs / 'no_folder' / 'plot.png'}"])
     assert "does not exist" in capsys.readouterr().err

@@ -17,13 +17,13 @@ from tiny_media_generator import (
 )
 from tiny_model import DEPTH, make
 
+from megatransformer_jax import streams
 from megatransformer_jax.config.generation import GenerationConfig, MediaGenerationConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.generation.media_generator import MediaGenerator
 from megatransformer_jax.generation.media_making import (
-    _MEDIA_STREAM,
     draw_images,
     make_clips,
     sampler_settings,
@@ -134,7 +134,7 @@ def test_text_and_media_are_those_of_whole_passes(completions):
         num_media.append(len(made))
         counts = list(given)
         for number, part in enumerate(made):
-            own = jax.random.fold_in(jax.random.fold_in(key, _MEDIA_STREAM), number)
+            own = jax.random.fold_in(jax.random.fold_in(key, streams.GENERATED_MEDIA), number)
             is_image = isinstance(part, GeneratedImage)
             kind = "image" if is_image else "audio"
             slot = counts[not is_image]

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
-from experiments.out_of_memory import out_of_memory_is_bad_input
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.generation.request import out_of_memory_is_bad_input
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from megatransformer_jax.config.option import UserError
     ],
 )
 def test_exhausted_memory_is_one_line_with_the_fix(error):
-    line = r"^memory does not suffice: [^\n]+; lower [^\n]+$"
+    line = r"^there is not enough memory: [^\n]+; lower [^\n]+$"
     with pytest.raises(UserError, match=line), out_of_memory_is_bad_input():
         raise error
 

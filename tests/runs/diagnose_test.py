@@ -5,7 +5,7 @@ import json
 import pytest
 from written_run import write_run
 
-from experiments import diagnose
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build
 
 
@@ -18,7 +18,7 @@ def workdir(tmp_path_factory, small_run):
 
 def test_figures_and_numbers_are_written(workdir, tmp_path, capsys):
     options = ["--kinds=recurrence,attention_maps", "--num_steps=3", "--num_rows=1"]
-    diagnose.main([f"--from={workdir}", f"--out={tmp_path / 'out'}", *options])
+    command("diagnose", [f"--model={workdir}", f"--output={tmp_path / 'out'}", *options])
     assert f"figures and numbers: {tmp_path / 'out'}" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {"recurrence.png", "attention_maps.png", "scalars.json"}
@@ -36,11 +36,11 @@ def test_figures_and_numbers_are_written(workdir, tmp_path, capsys):
         (["--num_rows=9"], "--num_rows: 9 rows are more than a batch has, data.batch_size=8; use"),
         (["--num_steps=0"], "--num_steps: 0 is not allowed"),
         (["--step=5"], "has no such checkpoint"),
-        (["--from=/no/such/folder"], "no such folder"),
+        (["--model=/no/such/folder"], "no such folder"),
     ],
 )
 def test_what_cannot_be_used_is_an_error(workdir, options, problem, capsys):
     with pytest.raises(SystemExit) as caught:
-        diagnose.main([f"--from={workdir}", *options])
+        command("diagnose", [f"--model={workdir}", *options])
     assert caught.value.code == 2
     assert problem in capsys.readouterr().err

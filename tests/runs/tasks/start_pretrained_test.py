@@ -9,18 +9,22 @@ import pytest
 from absl import logging
 from written_run import write_run
 
-from experiments.export import main as export
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.checkpoints.huginn import save_huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build, merge, save_config
 from megatransformer_jax.config.fine_tuning import FineTuningConfig, LoraConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.models.adaptation import kept_params, model_params
 from megatransformer_jax.models.megatransformer import init_params
-from megatransformer_jax.runs import build as assemble
-from megatransformer_jax.runs.build import inherited_tokenizer
+from megatransformer_jax.runs.build import (
+    abstract_train_state,
+    build_sharded_model,
+    build_vocabulary,
+    inherited_tokenizer,
+)
 from megatransformer_jax.runs.load import load_model
 from megatransformer_jax.runs.tasks.start import _adopt, fresh_state, pretrained_state, run_info
 from megatransformer_jax.training.trainable import split_params
@@ -62,14 +66,14 @@ def sentencepiece_source(tmp_path_factory, small_run):
     (folder / "run").mkdir()
     save_config(config, folder / "run" / "config.json")
     (folder / "run" / "checkpoints").mkdir()
-    assemble.build_vocabulary(config, folder / "run")
+    build_vocabulary(config, folder / "run")
     return folder / "run"
 
 
 def start(config, workdir):
-    vocabulary = assemble.build_vocabulary(config, workdir)
-    model, sharder = assemble.build_sharded_model(config)
-    abstract = assemble.abstract_train_state(model, OPTIMIZER, sharder, config.fine_tuning)
+    vocabulary = build_vocabulary(config, workdir)
+    model, sharder = build_sharded_model(config)
+    abstract = abstract_train_state(model, OPTIMIZER, sharder, config.fine_tuning)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return pretrained_state(config, model, OPTIMIZER, sharder, shardings, vocabulary)
 
@@ -92,7 +96,7 @@ def test_parameters_come_from_the_checkpoint_that_is_named(source, tmp_path, sma
 def test_parameters_come_from_a_huginn_folder(tmp_path, small_run):
     changes = {"model": HUGINN}
     config = from_source(small_run, tmp_path, tmp_path / "huginn", changes)
-    model, _ = assemble.build_sharded_model(config)
+    model, _ = build_sharded_model(config)
     params = jax.device_get(init_params(model, jax.random.key(3)))
     save_huginn(tmp_path / "huginn", config.model, params)
     state = start(config, tmp_path)
@@ -140,13 +144,13 @@ def test_the_tokenizer_is_copied_once(sentencepiece_source, tmp_path, small_run)
     folder = sentencepiece_source
     changes = {"model": {"vocab_size": 320}, "data": {"tokenizer": {"kind": "sentencepiece"}}}
     config = from_source(small_run, tmp_path, folder, changes)
-    vocabulary = assemble.build_vocabulary(config, tmp_path)
+    vocabulary = build_vocabulary(config, tmp_path)
     assert vocabulary.size == 310
     original = (folder / "tokenizer.model").read_bytes()
     assert (tmp_path / "tokenizer.model").read_bytes() == original
     # Later starts do not need the source, and the options of the source may be repeated.
     absent = from_source(small_run, tmp_path, "absent", changes)
-    assert assemble.build_vocabulary(absent, tmp_path).digest == vocabulary.digest
+    assert build_vocabulary(absent, tmp_path).digest == vocabulary.digest
     repeated = merge(changes, {"data": {"tokenizer": {"vocab_size": 310}}})
     again = inherited_tokenizer(
         from_source(small_run, tmp_path / "b", folder, repeated), tmp_path / "b"
@@ -192,9 +196,9 @@ def test_a_run_with_lora_is_read_and_exported_merged(source, tmp_path, small_run
     """What generation, evaluation, export and further fine-tuning get."""
     options = {"init_from": str(source[0]), "lora": {"rank": 2, "alpha": 4.0}}
     config = build(small_run(tmp_path / "run", {"model": HUGINN, "fine_tuning": options}))
-    model, _ = assemble.build_sharded_model(config)
+    model, _ = build_sharded_model(config)
     (tmp_path / "run").mkdir()
-    vocabulary = assemble.build_vocabulary(config, tmp_path / "run")
+    vocabulary = build_vocabulary(config, tmp_path / "run")
     params = init_params(model, jax.random.key(0))
     kept = kept_params(model, config.fine_tuning, params, jax.random.key(1))
     kept["lora"] = jax.tree.map(lambda leaf: leaf + 0.1, kept["lora"])
@@ -209,7 +213,7 @@ def test_a_run_with_lora_is_read_and_exported_merged(source, tmp_path, small_run
     )
     up, base = (tree["coda"]["layer_0"]["mlp"]["up"] for tree in (loaded.params, params))
     assert np.max(np.abs(up - base)) > 0.01
-    export([f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
+    command("export", [f"--workdir={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"])
     assert_same(load_model(tmp_path / "out").params, loaded.params)
 
 
@@ -217,8 +221,8 @@ def test_freezing_without_a_source_is_warned_of(tmp_path, small_run, monkeypatch
     lines = []
     monkeypatch.setattr(logging, "warning", lines.append)
     config = build(small_run(tmp_path, {"fine_tuning": {"train_only": ["^core/"]}}))
-    vocabulary = assemble.build_vocabulary(config, tmp_path)
-    model, sharder = assemble.build_sharded_model(config)
+    vocabulary = build_vocabulary(config, tmp_path)
+    model, sharder = build_sharded_model(config)
     fresh_state(config, model, OPTIMIZER, sharder, vocabulary, None)
     assert any("fine_tuning.init_from is None" in line for line in lines)
 

@@ -4,7 +4,7 @@ import pathlib
 import pytest
 from rich.console import Console
 
-from experiments.depth_colors import Screen, color, color_ranges, token_texts
+from megatransformer_jax.cli.screen import Screen, color, color_ranges, token_texts
 from megatransformer_jax.config.data import TokenizerConfig
 from megatransformer_jax.data.tokenizer import (
     BytesTokenizer,

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments.reference_file import Reference, read_predictions, read_references
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.runs.evaluate_text import Reference, read_predictions, read_references
 
 
 def write(path, *lines):
@@ -54,11 +54,11 @@ def test_bad_references(tmp_path, line, problem):
 
 
 def test_bad_files(tmp_path):
-    with pytest.raises(UserError, match=r"--references=absent\.jsonl: cannot be read"):
+    with pytest.raises(UserError, match=r"references: absent\.jsonl cannot be read"):
         read_references("absent.jsonl", needs_prompts=True)
     path = tmp_path / "latin.jsonl"
     path.write_bytes(b'{"text": "\xe4"}\n')
-    with pytest.raises(UserError, match=r"--predictions=.*not UTF-8"):
+    with pytest.raises(UserError, match=r"predictions: .*not UTF-8"):
         read_predictions(str(path), count=1)
     with pytest.raises(UserError, match="line 1: 'text' is None"):
         read_predictions(write(tmp_path / "p.jsonl", '{"prediction": "a"}'), count=1)

@@ -14,7 +14,8 @@ import pytest
 import soundfile
 from PIL import Image
 
-from experiments import generate, run_generation, run_media_generation
+from megatransformer_jax.cli import generate, generate_media
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import construct
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
@@ -122,12 +123,12 @@ class SmallMediaGenerator:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """Runs the command with the stand-in; returns what it wrote."""
-    monkeypatch.setattr(run_media_generation, "MediaGenerator", SmallMediaGenerator)
+    monkeypatch.setattr(generate_media, "MediaGenerator", SmallMediaGenerator)
 
     def run(*words: str, values: Any = MEDIA, loaded: LoadedModel | None = None) -> tuple[str, str]:
         loaded = loaded_model(values) if loaded is None else loaded
-        monkeypatch.setattr(run_generation, "load_chosen_model", lambda *_: loaded)
-        generate.main(["generate", "--workdir=runs/a", *words])
+        monkeypatch.setattr(generate, "load_chosen_model", lambda *_: loaded)
+        command("generate", ["--model=runs/a", *words])
         shown = capfd.readouterr()
         return shown.out, shown.err
 
@@ -237,7 +238,7 @@ def test_files_without_places_come_first(run: Any, files: pathlib.Path, tmp_path
         (["--image={}/right.png", "--prompt=<|VOICE|><|/VOICE|>"], "prompt 1: has places for 0"),
         (["--prompt=a<|IMAGE|>b"], "after <|IMAGE|> stands 'b'"),
         (["--prompt_ids=1", "--max_media=2"], "--prompt_ids: is for text alone"),
-        (["--prompt=a", "--draw", "--output={}/right.png"], "cannot be made"),
+        (["--prompt=a", "--draw", "--output={}/right.png"], "--output: .* cannot be written to"),
     ],
 )
 def test_what_does_not_fit_is_one_line(

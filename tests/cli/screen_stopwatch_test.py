@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.stopwatch import Stopwatch
+from megatransformer_jax.cli.screen import Stopwatch
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 

@@ -13,8 +13,8 @@ import pytest
 from lm_eval.tasks import TaskManager
 from written_run import write_run
 
-from experiments import lm_eval as command
-from experiments import lm_eval_model
+from megatransformer_jax.cli import lm_eval as lm_eval_command
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import UserError
@@ -50,9 +50,9 @@ def workdir(tmp_path_factory, small_run):
 @pytest.fixture
 def run(monkeypatch):
     """Runs the command; what it does to the environment ends with the test."""
-    for name in command._OFFLINE:
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
-    return lambda *words: command.main(["lm_eval", *map(str, words)])
+    return lambda *words: command("lm-eval", list(map(str, words)))
 
 
 def test_a_task_runs_at_the_depth_that_is_given(run, workdir, tmp_path, capfd, monkeypatch):
@@ -89,7 +89,7 @@ def test_a_task_runs_at_the_depth_that_is_given(run, workdir, tmp_path, capfd, m
 
 
 def test_arguments_become_the_model(workdir):
-    make = lm_eval_model.LoadedMegaTransformerLM.create_from_arg_string
+    make = lm_eval_command.LoadedMegaTransformerLM.create_from_arg_string
     lm = make(f"path={workdir},max_length=20,add_bos_token=False", {"batch_size": "4"})
     assert (lm.batch_size, lm.max_length, lm.tok_encode("a")) == (4, 20, [100])
     # The trained mean, of the latest checkpoint.
@@ -106,10 +106,21 @@ def test_arguments_become_the_model(workdir):
             make(f"path={workdir},{text}")
 
 
+def test_our_names_become_those_of_lm_eval():
+    words = ["--model=runs/a", "--depth", "16", "--tasks=x", "--output=out", "--limit", "3"]
+    parsed = lm_eval_command.parse(words)
+    assert (parsed.model, parsed.model_args) == ("megatransformer", {"path": "runs/a", "depth": 16})
+    assert (parsed.tasks, parsed.output_path, parsed.limit) == (["x"], "out", 3)
+    with pytest.raises(UserError, match="--depth: 'deep' is not a whole number"):
+        lm_eval_command.parse(["--model=runs/a", "--depth=deep"])
+    with pytest.raises(UserError, match="--depth needs a value"):
+        lm_eval_command.parse(["--model=runs/a", "--depth"])
+
+
 @pytest.mark.parametrize(
     ("given", "of_lm_eval", "problem"),
     [
-        ({}, {}, "path is missing"),
+        ({}, {}, "the model is missing; give --model=runs/recurrent"),
         ({"path": "a", "dpeth": 3}, {}, "dpeth=3 is not known; known: path, step"),
         ({"path": "a"}, {"device": "cuda"}, "--device=cuda: JAX chooses"),
         ({"path": "a"}, {"batch_size": "auto"}, "batch_size=auto: must be a number"),
@@ -119,7 +130,7 @@ def test_arguments_become_the_model(workdir):
 )
 def test_wrong_arguments(given, of_lm_eval, problem):
     with pytest.raises(UserError, match=problem):
-        lm_eval_model.parse_arguments(given, of_lm_eval)
+        lm_eval_command.parse_arguments(given, of_lm_eval)
 
 
 def test_bad_input_is_one_line(run, capfd):
@@ -183,7 +194,7 @@ def test_an_error_of_our_own_code_keeps_its_traceback(run, monkeypatch):
     parsed = types.SimpleNamespace(
         func=lambda parsed: build_pipeline(DataConfig(), None, split="nope")
     )
-    monkeypatch.setattr(command, "parse", lambda argv: parsed)
+    monkeypatch.setattr(lm_eval_command, "parse", lambda words: parsed)
     with pytest.raises(ValueError, match="no split 'nope'"):
         run("run")
 
@@ -191,9 +202,9 @@ def test_an_error_of_our_own_code_keeps_its_traceback(run, monkeypatch):
 def test_help_has_every_argument(run, capfd):
     run("--help")
     text = capfd.readouterr().out
-    assert text.startswith("EleutherAI's lm-eval with one more model")
-    for name in ("path", "depth", "add_bos_token"):
-        assert f"\n  {name} (" in text
+    assert text.startswith("Usage: megatransformer lm-eval")
+    for name in ("model", "depth", "add_bos_token", "output"):
+        assert f"\n  --{name} (" in text
 
 
 def test_online_leaves_the_environment_alone(run, capfd, monkeypatch):

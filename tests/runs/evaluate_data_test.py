@@ -6,10 +6,10 @@ import shutil
 import numpy as np
 import pytest
 
-from experiments import lm_eval_model, run_evaluation
-from experiments.evaluate_flags import EvaluateOptions
-from experiments.evaluation_data import evaluation_batches
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.scoring import ScoringConfig
+from megatransformer_jax.runs import evaluate
+from megatransformer_jax.runs.evaluate import evaluation_batches
 from megatransformer_jax.runs.load import load_model
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -40,35 +40,27 @@ def loaded(folder):
 def test_files_are_read_with_its_tokenizer(loaded, tmp_path):
     path = tmp_path / "text.txt"
     path.write_text("the fox and the dog .")
-    options = EvaluateOptions(model="a", data=(str(path),))
-    (batch,) = evaluation_batches(options, loaded, None)
+    options = ScoringConfig(files=(str(path),))
+    (batch,) = evaluation_batches(options, loaded)
     # Rows of 1024, or less if the model reads less.
     assert batch.tokens.shape == (8, 128)
     assert batch.tokens[0, :7].tolist() == [0, 2, 3, 4, 2, 5, 6]
     assert batch.targets[0, :7].tolist() == [2, 3, 4, 2, 5, 6, 1]
     assert np.asarray(batch.loss_mask).sum() == 7
-    options = EvaluateOptions(model="a", data=(str(path),), batch_size=2, sequence_length=4)
-    (batch,) = evaluation_batches(options, loaded, None)
+    options = ScoringConfig(files=(str(path),), batch_size=2, sequence_length=4)
+    (batch,) = evaluation_batches(options, loaded)
     assert batch.tokens.shape == (2, 4)
 
 
 def test_depths_surround_the_trained_mean(loaded):
-    assert run_evaluation._depths(EvaluateOptions(model="a"), loaded, None) == (4, 8, 16, 32)
-    options = EvaluateOptions(model="a", depths=(5, 1))
-    assert run_evaluation._depths(options, loaded, None) == (5, 1)
+    assert evaluate._depths(ScoringConfig(), loaded) == (4, 8, 16, 32)
+    options = ScoringConfig(depths=(5, 1))
+    assert evaluate._depths(options, loaded) == (5, 1)
 
 
 def test_data_is_needed(loaded):
-    with pytest.raises(UserError, match="--data: is missing; a Huginn folder"):
-        evaluation_batches(EvaluateOptions(model="a"), loaded, None)
-    options = EvaluateOptions(model="a", data=("x.txt",), sequence_length=129)
+    with pytest.raises(ConfigError, match="files: is missing; Huginn model"):
+        evaluation_batches(ScoringConfig(), loaded)
+    options = ScoringConfig(files=("x.txt",), sequence_length=129)
     with pytest.raises(ConfigError, match="129 exceeds the model's max_length=128"):
-        evaluation_batches(options, loaded, None)
-
-
-def test_lm_eval_reads_as_much_as_the_model(folder):
-    lm = lm_eval_model.LoadedMegaTransformerLM.create_from_arg_string(f"path={folder}")
-    assert (lm.max_length, lm._depth, lm.batch_size) == (128, 16, 1)
-    assert lm.tok_encode("the fox") == [0, 2, 3]
-    # A text that spells the start token gets no second one.
-    assert lm.tok_encode("<s>the fox") == [0, 2, 3]
+        evaluation_batches(options, loaded)

@@ -11,8 +11,8 @@ from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import save_config
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import init_params
-from megatransformer_jax.runs import build as assemble
-from megatransformer_jax.runs.tasks import start as resume
+from megatransformer_jax.runs.build import build_sharded_model, build_vocabulary
+from megatransformer_jax.runs.tasks.start import run_info
 
 
 def write_run(
@@ -27,10 +27,10 @@ def write_run(
     """
     workdir = pathlib.Path(config.workdir)
     workdir.mkdir(exist_ok=True)
-    vocabulary = assemble.build_vocabulary(config, workdir)
-    model, _ = assemble.build_sharded_model(config)
+    vocabulary = build_vocabulary(config, workdir)
+    model, _ = build_sharded_model(config)
     checkpoints = CheckpointManager(workdir / "checkpoints", config.checkpoint)
-    run = resume.run_info(config, vocabulary)
+    run = run_info(config, vocabulary)
     saved = {}
     for step, loss in losses.items():
         params = init_params(model, jax.random.key(step))

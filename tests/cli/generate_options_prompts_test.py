@@ -2,8 +2,11 @@ import pathlib
 
 import pytest
 
-from experiments.generate_flags import CommandOptions
-from experiments.prompts import read_prompts, read_prompts_file
+from megatransformer_jax.cli.generate_options import (
+    GenerateOptions,
+    read_prompts,
+    read_prompts_file,
+)
 from megatransformer_jax.config.option import UserError
 
 
@@ -14,15 +17,15 @@ def write(folder: pathlib.Path, name: str, content: str | bytes) -> str:
 
 
 def test_prompts_of_the_command_line() -> None:
-    assert read_prompts(CommandOptions(workdir="a", prompt=("b", "c"))) == ("b", "c")
-    assert read_prompts(CommandOptions(workdir="a", prompt_ids=(1, 2))) == [(1, 2)]
-    assert list(read_prompts(CommandOptions(workdir="a", interactive=True))) == []
+    assert read_prompts(GenerateOptions(model="a", prompt=("b", "c"))) == ("b", "c")
+    assert read_prompts(GenerateOptions(model="a", prompt_ids=(1, 2))) == [(1, 2)]
+    assert list(read_prompts(GenerateOptions(model="a", interactive=True))) == []
 
 
 def test_a_text_file_has_a_prompt_per_line(tmp_path: pathlib.Path) -> None:
     name = write(tmp_path, "a.txt", "\ufeffFirst, \r\n\n  second ünd\n")
     assert read_prompts_file(name) == ["First, ", "  second ünd"]
-    assert read_prompts(CommandOptions(workdir="a", prompts_file=name)) == read_prompts_file(name)
+    assert read_prompts(GenerateOptions(model="a", prompts_file=name)) == read_prompts_file(name)
 
 
 def test_json_lines_have_a_field(tmp_path: pathlib.Path) -> None:

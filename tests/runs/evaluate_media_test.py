@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import written_run
 
-from experiments import evaluate, media_measures, resynthesize
-from experiments.evaluate_flags import MEDIA_OPTIONS, EvaluateOptions
-from experiments.media_measures import MediaMeasures
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.scoring import MEDIA_OPTIONS, ScoringConfig
 from megatransformer_jax.data.media.encoding import RowShape, encode_sample, make_batch
 from megatransformer_jax.data.media.records import AudioPart, AudioRecord, MediaFormats, Sample
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
@@ -22,6 +21,8 @@ from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.evaluation.media.judges import LabelledClips
 from megatransformer_jax.models.megatransformer import init_params
+from megatransformer_jax.runs import evaluate_media
+from megatransformer_jax.runs.evaluate_media import MediaMeasures
 
 TOKENIZER = MediaTokenizer(BytesTokenizer())
 SMALL_MODEL = {
@@ -103,7 +104,7 @@ def workdir(tmp_path_factory, small_run):
 
 def test_images_are_scored_and_drawn(workdir, capfd):
     words = ["--num_batches=1", "--media_per_class=1", "--guidance_scale=2", "--sampler_steps=3"]
-    evaluate.main(["evaluate", f"--from={workdir}", *words])
+    command("evaluate", [f"--model={workdir}", *words])
     out = " ".join(capfd.readouterr().out.split())
     folder = pathlib.Path(workdir) / "evaluation"
     content = json.loads((folder / "media_scores.json").read_text())
@@ -124,18 +125,15 @@ def test_images_are_scored_and_drawn(workdir, capfd):
 def test_options_that_would_be_ignored(workdir, capfd, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("Some text.")
-    words = [f"--data={text}", "--media_per_class=2"]
+    words = [f"--files={text}", "--media_per_class=2"]
     with pytest.raises(SystemExit):
-        evaluate.main(["evaluate", f"--from={workdir}", *words])
+        command("evaluate", [f"--model={workdir}", *words])
     error = capfd.readouterr().err.splitlines()[-1]
     assert error.startswith("error: --media_per_class: 2 would be ignored, as no media are made")
     with pytest.raises(ConfigError, match=r"guidance_scale: 2\.0 would be ignored"):
-        media_measures.reject_options(
-            EvaluateOptions(model="a", guidance_scale=2.0), MEDIA_OPTIONS, "x"
-        )
+        ScoringConfig(guidance_scale=2.0).reject_media("x", MEDIA_OPTIONS)
     # None are asked for, and none are made.
-    nothing = EvaluateOptions(model="a", media_per_class=0)
-    media_measures.reject_options(nothing, MEDIA_OPTIONS, "x")
+    ScoringConfig(media_per_class=0).reject_media("x", MEDIA_OPTIONS)
 
 
 def clips_and_batch(config):
@@ -146,7 +144,7 @@ def clips_and_batch(config):
     mels[8:, 4:] = -1
     clips = LabelledClips(mels, np.full(10, 6), np.arange(10))
     rows = []
-    for mel, word in zip(mels, media_measures.WORDS, strict=True):
+    for mel, word in zip(mels, evaluate_media.WORDS, strict=True):
         clip = AudioPart(np.zeros(64, np.float32), 8000, mel=mel[:6])
         rows.append(encode_sample(Sample((clip, word)), TOKENIZER, formats))
     shape = RowShape(32)
@@ -175,7 +173,7 @@ def measures(small_run, tmp_path, monkeypatch):
         def speak_step(params, batch, num_steps, key):
             prompts = [TOKENIZER.decode(row[row > 2].tolist()) for row in np.asarray(batch.tokens)]
             calls.append((settings, prompts))
-            said = [media_measures.WORDS.index(prompt) for prompt in prompts]
+            said = [evaluate_media.WORDS.index(prompt) for prompt in prompts]
             said = [8 if digit == 9 else digit for digit in said]
             return clips.mels[said], clips.lengths[said]
 
@@ -188,12 +186,12 @@ def measures(small_run, tmp_path, monkeypatch):
         ("labelled_clips", lambda *unused, **also: clips),
         ("audio_source_name", lambda *unused: "spoken_digits"),
     ):
-        monkeypatch.setattr(media_measures, name, value)
-    monkeypatch.setattr(media_measures.jax, "jit", lambda function: function)
+        monkeypatch.setattr(evaluate_media, name, value)
+    monkeypatch.setattr(evaluate_media.jax, "jit", lambda function: function)
     loaded = types.SimpleNamespace(
         tokenizer=TOKENIZER, model=None, params=None, config=config.model, description="a run"
     )
-    options = EvaluateOptions(model="a", media_per_class=1, guidance_scale=3.0)
+    options = ScoringConfig(media_per_class=1, guidance_scale=3.0)
     subject = MediaMeasures(options, loaded, config, [batch], jax.random.key(0))
     return subject.measures, calls, (loaded, config, batch)
 
@@ -207,11 +205,11 @@ def test_sound_is_transcribed_and_spoken(measures):
     spoken = by_name["spoken"](2)
     assert (spoken.media, spoken.share, spoken.judge_accuracy) == (10, 0.9, 1)
     ((settings, prompts),) = calls
-    assert prompts == list(media_measures.WORDS)
+    assert prompts == list(evaluate_media.WORDS)
     wanted = config.model.audio.decoder.sampler
     assert (settings.guidance_scale, settings.num_steps) == (3.0, wanted.num_steps)
     # Without anything to make, options of making are errors.
-    options = EvaluateOptions(model="a", media_per_class=0, sampler_steps=5)
+    options = ScoringConfig(media_per_class=0, sampler_steps=5)
     with pytest.raises(ConfigError, match="sampler_steps: 5 would be ignored, as a run makes no"):
         MediaMeasures(options, loaded, config, [batch], jax.random.key(0))
 
@@ -236,9 +234,9 @@ class Clips:
 
 def test_clips_are_made_again(measures, monkeypatch):
     _, _, (loaded, config, _) = measures
-    monkeypatch.setattr(resynthesize, "build_audio_source", Clips)
-    wanted = EvaluateOptions(model="a", resynthesized_clips=10)
-    scores = resynthesize.resynthesize(wanted, loaded, config)
+    monkeypatch.setattr(evaluate_media, "build_audio_source", Clips)
+    wanted = ScoringConfig(resynthesized_clips=10)
+    scores = evaluate_media.score_resynthesis(wanted, loaded, config)
     assert (scores.method, scores.clips, scores.stoi.clips) == ("Griffin-Lim", 2, 1)
     assert scores.pesq.clips == 1 and 1 < scores.pesq.mean < 4.6
     made = []
@@ -252,27 +250,27 @@ def test_clips_are_made_again(measures, monkeypatch):
 
         return vocoder
 
-    monkeypatch.setattr(resynthesize, "load_vocoder", load_vocoder)
-    options = EvaluateOptions(model="a", vocoder="runs/vocoder")
-    scores = resynthesize.resynthesize(options, loaded, config)
+    monkeypatch.setattr(evaluate_media, "load_vocoder", load_vocoder)
+    options = ScoringConfig(vocoder="runs/vocoder")
+    scores = evaluate_media.score_resynthesis(options, loaded, config)
     assert made == [((1, 125, 8), 125), ((1, 16, 8), 16)]
     assert scores.si_sdr_db.mean > 100 and scores.method == "the vocoder runs/vocoder"
     # None at all.
-    none = EvaluateOptions(model="a", resynthesized_clips=0)
-    assert resynthesize.resynthesize(none, loaded, config) is None
-    options = EvaluateOptions(model="a", resynthesized_clips=0, vocoder="b")
+    none = ScoringConfig(resynthesized_clips=0)
+    assert evaluate_media.score_resynthesis(none, loaded, config) is None
+    options = ScoringConfig(resynthesized_clips=0, vocoder="b")
     with pytest.raises(ConfigError, match="vocoder: 'b' would be ignored, as no clips are made"):
-        resynthesize.resynthesize(options, loaded, config)
+        evaluate_media.score_resynthesis(options, loaded, config)
 
 
 def test_rows_and_media_fit_the_model(workdir, capfd):
     with pytest.raises(SystemExit):
-        evaluate.main(["evaluate", f"--from={workdir}", "--sequence_length=93"])
+        command("evaluate", [f"--model={workdir}", "--sequence_length=93"])
     error = capfd.readouterr().err.splitlines()[-1]
     assert "93 exceeds the model's max_length=96 less the 4 places" in error and "92" in error
 
 
 def test_images_have_no_sound(workdir, capfd):
     with pytest.raises(SystemExit):
-        evaluate.main(["evaluate", f"--from={workdir}", "--num_batches=1", "--vocoder=a"])
+        command("evaluate", [f"--model={workdir}", "--num_batches=1", "--vocoder=a"])
     assert "error: --vocoder: 'a' would be ignored, as run" in capfd.readouterr().err

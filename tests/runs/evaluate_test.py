@@ -9,11 +9,12 @@ import pytest
 import sacrebleu
 from written_run import write_run
 
-from experiments import evaluate, run_evaluation
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.data.sources import build_source
 from megatransformer_jax.evaluation.validation import Scores, ValidationSet, make_eval_step
+from megatransformer_jax.runs import evaluate as evaluate_module
 from megatransformer_jax.runs.load import load_model
 
 DEPTHS = (1, 3)
@@ -33,7 +34,7 @@ def run(config, tmp_path, capfd):
     """Runs the command; returns what it wrote to stdout and the folder of its files."""
 
     def run(*words):
-        evaluate.main(["evaluate", f"--from={config.workdir}", f"--output={tmp_path}", *words])
+        command("evaluate", [f"--model={config.workdir}", f"--output={tmp_path}", *words])
         return capfd.readouterr().out, tmp_path
 
     return run
@@ -78,14 +79,14 @@ def test_files_are_scored(run, tmp_path, config):
     documents = build_source(config.data, "validation")
     text = "\n\n".join(documents[index] for index in range(2))[:300]
     (tmp_path / "b.jsonl").write_text(json.dumps({"body": text}) + "\n")
-    run(f"--data={tmp_path}/b.jsonl", "--text_field=body", "--depths=1", "--seed=7")
+    run(f"--files={tmp_path}/b.jsonl", "--text_field=body", "--depths=1", "--seed=7")
     (row,) = rows_of(tmp_path)
     assert row["depth"] == 1
     assert row["tokens"] == len(text.encode()) + 1
 
 
 def test_wrong_use(run, capfd, tmp_path):
-    assert "no such file" in fails(run, capfd, "--data=absent.txt")
+    assert "no such file" in fails(run, capfd, "--files=absent.txt")
     error = fails(run, capfd, "--sequence_length=100000")
     assert error.startswith("error: --sequence_length: 100000 exceeds")
     error = fails(run, capfd, "--param_dtype=stored")
@@ -119,7 +120,7 @@ def test_texts_are_generated_and_scored(run, tmp_path, capfd):
     # The same texts from the file, without a model.
     predictions = tmp_path / "texts.jsonl"
     predictions.write_text("".join(json.dumps(record) + "\n" for record in found[2:]))
-    evaluate.main(["evaluate", f"--references={path}", f"--predictions={predictions}"])
+    command("evaluate", [f"--references={path}", f"--predictions={predictions}"])
     assert f"{wanted:.2f}" in capfd.readouterr().out
 
 
@@ -129,17 +130,17 @@ def test_problems_have_exact_answers(tmp_path, small_run, capfd, monkeypatch):
         return [Scores(depth, 1.0, math.e, 0.5, 0.25, tokens) for depth in depths]
 
     # How batches are scored is tested above.
-    monkeypatch.setattr(run_evaluation, "score_batches", score)
+    monkeypatch.setattr(evaluate_module, "score_batches", score)
     data = {"source": "reasoning", "tokenizer": {"kind": "sentencepiece"}, "sequence_length": 64}
     values = small_run(tmp_path / "run", {"data": data, "model": {"vocab_size": 16}})
     values["evaluation"]["final_depths"] = [2]
     write_run(build(values), {4: 1.0})
-    evaluate.main(["evaluate", f"--from={tmp_path}/run", "--num_batches=1"])
+    command("evaluate", [f"--from={tmp_path}/run", "--num_batches=1"])
     out = capfd.readouterr().out
     assert "exact answers" in out and "bits per byte" not in out
     (row,) = rows_of(tmp_path / "run" / "evaluation")
     assert row["exact_accuracy"] == 0.25
     assert row["depth"] == 2 and row["tokens"] > 0
     with pytest.raises(SystemExit):
-        evaluate.main(["evaluate", f"--from={tmp_path}/run", "--data=a.txt"])
+        command("evaluate", [f"--model={tmp_path}/run", "--files=a.txt"])
     assert "symbols of a reasoning task" in capfd.readouterr().err

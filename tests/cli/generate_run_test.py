@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from written_run import write_run
 
-from experiments import generate
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build
 
 
@@ -25,7 +25,7 @@ def run(workdir: str, capfd: pytest.CaptureFixture[str]) -> Any:
     """Runs the command; returns what it wrote to stdout and stderr."""
 
     def run(*words: str) -> tuple[str, str]:
-        generate.main(["generate", f"--workdir={workdir}", "--max_new_tokens=6", *words])
+        command("generate", [f"--model={workdir}", "--max_new_tokens=6", *words])
         shown = capfd.readouterr()
         return shown.out, shown.err
 
@@ -113,5 +113,5 @@ def test_what_does_not_fit_the_model_is_one_line(
 
 def test_a_folder_without_a_model_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        generate.main(["generate", "--workdir=absent", "--prompt=a"])
+        command("generate", ["--model=absent", "--prompt=a"])
     assert "absent: no such folder" in capfd.readouterr().err

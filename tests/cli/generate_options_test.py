@@ -5,24 +5,25 @@ from typing import Any
 
 import pytest
 
-from experiments import generate_flags
-from experiments.generate_flags import (
+from megatransformer_jax.cli import flags
+from megatransformer_jax.cli.flags import (
     GENERATION_OPTIONS,
-    CommandOptions,
     generation_from,
+    help_page,
     named_as_written,
 )
-from experiments.generate_help import help_text
+from megatransformer_jax.cli.generate import COMMAND
+from megatransformer_jax.cli.generate_options import GenerateOptions, check_can_stream
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError, options_of
 
 
-def parse(*words: str) -> generate_flags.Command:
-    return generate_flags.parse(["generate", *words])
+def parse(*words: str) -> flags.Parsed:
+    return flags.parse(COMMAND, words)
 
 
 def parse_text(*words: str) -> GenerationConfig:
-    return parse("--workdir=runs/a", "--prompt=a", *words).config
+    return parse("--model=runs/a", "--prompt=a", *words).generation
 
 
 def test_options_have_short_names_in_their_sections() -> None:
@@ -55,9 +56,9 @@ def test_every_option_reaches_its_place() -> None:
 
 
 def test_a_prompt_may_be_repeated_and_hold_commas() -> None:
-    options = parse("--workdir=runs/a", "--prompt=Yes, it", "--prompt", "No").options
+    options = parse("--model=runs/a", "--prompt=Yes, it", "--prompt", "No").options
     assert options.prompt == ("Yes, it", "No")
-    assert parse("--workdir=runs/a", "--prompt_ids=1,2,3").options.prompt_ids == (1, 2, 3)
+    assert parse("--model=runs/a", "--prompt_ids=1,2,3").options.prompt_ids == (1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -79,8 +80,7 @@ def test_a_prompt_may_be_repeated_and_hold_commas() -> None:
         (["--prompts_file=a.txt"], r"^--prompts_file: does not go together with --prompt"),
         (["--interactive"], r"^--interactive: does not go together with --prompt"),
         (["--prompt="], r"^--prompt: is empty; give some text.*--prompt_ids"),
-        (["--step=newest"], r"^--step: 'newest' is no checkpoint; use best, latest or a number"),
-        (["--workdir="], r"^--workdir: is missing"),
+        (["--step=newest"], r"^--step: 'newest' is not a checkpoint; use best, latest or a number"),
         (["--draw"], r"^--draw: needs a folder for the result; give --output=FOLDER"),
         (["--draw", "--speak", "--output=a"], r"^--speak: does not go together with --draw"),
         (["--image=a", "--prompt=b"], r"^--image: belongs to one prompt"),
@@ -90,7 +90,7 @@ def test_a_prompt_may_be_repeated_and_hold_commas() -> None:
         (["--vocoder=a"], r"^--vocoder: would be ignored without --output"),
         (["--precision=float16"], r"^--precision: .* one of 'auto', 'float32', 'bfloat16'"),
         (["--prompt=\udcff"], r"^--prompt: .* is no text; write it in UTF-8"),
-        (["stray"], r"'stray' is no option; options look like --prompt="),
+        (["stray"], r"'stray' is not an option; options look like --model=VALUE"),
         (["--depth"], "depth"),
     ],
 )
@@ -105,48 +105,56 @@ def test_bad_input_is_named_as_it_was_written(words: list[str], problem: str) ->
         ([], r"^--prompt: is missing; give --prompt=.*--interactive"),
         (["--prompt_ids=-1"], r"^--prompt_ids: \(-1,\) is not allowed; each item must be at least"),
         (["--interactive", "--json=a"], r"^--json: does not go together with --interactive"),
-        (["--interactive", "--num_samples=2"], r"^--num_samples: 2 texts cannot be shown"),
-        (["--interactive", "--strategy=beam"], r"^--strategy: 'beam' .* cannot stream"),
     ],
 )
 def test_prompts_have_one_source_that_fits(words: list[str], problem: str) -> None:
     with pytest.raises(UserError, match=problem):
-        parse("--workdir=runs/a", *words)
+        parse("--model=runs/a", *words)
 
 
-def test_a_workdir_is_needed() -> None:
-    with pytest.raises(UserError, match=r"^--workdir: is missing"):
-        parse("--prompt=a")
+@pytest.mark.parametrize("words", [["--prompt=a"], ["--prompt=a", "--model="]])
+def test_a_model_is_needed(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"^model: is missing; give the folder of a run"):
+        parse(*words).options.check_model_is_named()
+
+
+def test_one_text_alone_can_be_streamed() -> None:
+    check_can_stream(parse_text())
+    for word, problem in (
+        ("--num_samples=2", "num_samples: 2 texts cannot be shown"),
+        ("--strategy=beam", "strategy: 'beam' .* cannot stream"),
+    ):
+        with pytest.raises(ConfigError, match=problem):
+            check_can_stream(parse_text(word))
 
 
 def test_files_may_be_repeated_and_need_no_prompt() -> None:
-    options = parse("--workdir=runs/a", "--image=a,b.png", "--image=c.png").options
+    options = parse("--model=runs/a", "--image=a,b.png", "--image=c.png").options
     assert options.image == ("a,b.png", "c.png")
-    assert parse("--workdir=runs/a", "--audio=a.wav").options.prompt == ()
+    assert parse("--model=runs/a", "--audio=a.wav").options.prompt == ()
 
 
 def test_errors_about_other_options_keep_their_path() -> None:
-    with pytest.raises(ConfigError, match=r"^model\.width: bad"), named_as_written("--"):
+    with pytest.raises(ConfigError, match=r"^model\.width: bad"), named_as_written(COMMAND.known):
         raise ConfigError("model.width", "bad")
 
 
 def test_help_has_every_option_with_meaning_and_default() -> None:
-    text = help_text("What it does.")
+    text = help_page(COMMAND)
     flat = " ".join(text.split())
-    own = {option.path: option for option in options_of(CommandOptions)}
+    own = {option.path: option for option in options_of(GenerateOptions)}
     for name, option in {**own, **GENERATION_OPTIONS}.items():
         assert f"\n  --{name} (" in text
         assert " ".join(option.meaning.split()) in flat
-        assert f"default: {option.default!r}" in text
-    assert text.startswith("What it does.\n")
-    assert "python -m experiments.generate --workdir=" in text
+        assert f"Default: {option.default!r}" in text
+    assert "\n  megatransformer generate --model=" in text
     assert max(map(len, text.splitlines())) <= 100
 
 
 def test_examples_of_help_are_accepted() -> None:
-    text = help_text("")
+    text = help_page(COMMAND)
     examples = text[: text.index("Values are written")].replace("\\\n", " ").splitlines()
-    commands = [line.partition("experiments.generate ")[2] for line in examples]
+    commands = [line.partition("  megatransformer generate ")[2] for line in examples]
     commands = [command for command in commands if command]
     assert len(commands) == 7
 

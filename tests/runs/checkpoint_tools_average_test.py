@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 from written_run import write_run
 
-from experiments.average import main
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build, load_config, merge, to_dict
 from megatransformer_jax.config.loop import CheckpointConfig
-from megatransformer_jax.runs import build as assemble
+from megatransformer_jax.runs.build import build_sharded_model, build_vocabulary
 from megatransformer_jax.runs.load import load_model
-from megatransformer_jax.runs.tasks import start as resume
+from megatransformer_jax.runs.tasks.start import check_workdir, run_info
 from megatransformer_jax.training.evaluation_params import evaluation_params, find_average
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import init_state
@@ -56,7 +56,7 @@ def test_the_average_is_the_mean_of_what_was_saved(run, tmp_path, capsys, which,
     folder, params = run
     before = files(folder)
     out = tmp_path / "out"
-    main([f"--from={folder}", f"--out={out}", *which])
+    command("average", [f"--model={folder}", f"--output={out}", *which])
     listed = ", ".join(map(str, steps))
     assert capsys.readouterr().out == f"mean of steps {listed} of {folder} -> {out}\n"
     assert files(folder) == before
@@ -75,32 +75,34 @@ def test_the_average_is_the_mean_of_what_was_saved(run, tmp_path, capsys, which,
 def test_no_run_goes_on_from_an_average(run, tmp_path):
     folder, _ = run
     out = tmp_path / "out"
-    main([f"--from={folder}", f"--out={out}", "--last=2"])
+    command("average", [f"--model={folder}", f"--output={out}", "--last=2"])
     config = load_config(out / "config.json")
     assert config.workdir == str(out)
     checkpoints = CheckpointManager(out / "checkpoints", None)
     assert checkpoints.run_info(8)["averaged"] == {"from": str(folder), "steps": [6, 8]}
     with pytest.raises(CheckpointMismatch, match=r"mean of checkpoints.*fine_tuning\.init_from"):
-        resume.check_workdir(config, checkpoints)
+        check_workdir(config, checkpoints)
     checkpoints.close()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--last=5"], "--last=5: only 4 checkpoints"),
-        (["--last=0"], "--last=0: give at least 1"),
-        (["--best=4"], "only 3 checkpoints .* have a finite validation/loss"),
-        (["--best=1", "--metric=bleu"], "--metric=bleu is not known; known: validation/loss"),
+        (["--last=5"], "--last: 5, but only 4 checkpoints"),
+        (["--last=0"], "--last: 0 is not allowed; it must be at least 1"),
+        (["--best=4"], "--best: 4, but only 3 checkpoints .* have a finite validation/loss"),
+        (["--best=1", "--metric=bleu"], "--metric: 'bleu' is not known; known: validation/loss"),
         (["--last=2", "--metric=validation/loss"], "would be ignored"),
         (["--steps=2,3"], "has no step 3; there are 2, 4, 6, 8"),
         (["--steps=2,2"], "each step once"),
-        (["--steps=a"], "give numbers with commas"),
+        (["--steps=a"], "'a' is not a whole number"),
+        ([], "--last: is missing; give one of last, best and steps"),
+        (["--last=1", "--best=1"], "--best: does not go together with --last"),
     ],
 )
 def test_what_cannot_be_averaged_is_an_error_of_one_line(run, tmp_path, capsys, arguments, message):
     with pytest.raises(SystemExit) as ended:
-        main([f"--from={run[0]}", f"--out={tmp_path / 'out'}", *arguments])
+        command("average", [f"--model={run[0]}", f"--output={tmp_path / 'out'}", *arguments])
     assert ended.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
@@ -110,7 +112,7 @@ def test_what_cannot_be_averaged_is_an_error_of_one_line(run, tmp_path, capsys, 
 
 def test_a_workdir_with_checkpoints_is_not_written_to(run, capsys):
     with pytest.raises(SystemExit):
-        main([f"--from={run[0]}", f"--out={run[0]}", "--last=2"])
+        command("average", [f"--model={run[0]}", f"--output={run[0]}", "--last=2"])
     assert "has checkpoints already; name another folder" in capsys.readouterr().err
 
 
@@ -124,7 +126,7 @@ def test_other_architectures_are_refused(tmp_path, small_run, capsys):
         checkpoints.save(step, {"params": {"a": np.zeros(1, np.float32)}}, {}, run)
     checkpoints.close()
     with pytest.raises(SystemExit):
-        main([f"--from={folder}", f"--out={tmp_path / 'out'}", "--last=2"])
+        command("average", [f"--model={folder}", f"--output={tmp_path / 'out'}", "--last=2"])
     assert "model.mlp.hidden_width: saved 16, now 24" in capsys.readouterr().err
 
 
@@ -133,8 +135,8 @@ def test_the_average_of_weights_is_averaged_where_the_run_keeps_one(tmp_path, sm
     changes = {"train": {"ema_decay": 0.9}, "data": {"tokenizer": {"kind": "bytes"}}}
     config = build(merge(merge(small_run(folder), TINY), changes))
     folder.mkdir()
-    vocabulary = assemble.build_vocabulary(config, folder)
-    model, _ = assemble.build_sharded_model(config)
+    vocabulary = build_vocabulary(config, folder)
+    model, _ = build_sharded_model(config)
     optimizer = build_optimizer(config.optimizer, config.train.steps, config.train.ema_decay)
     state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
     wanted = evaluation_params(state, config)
@@ -148,9 +150,9 @@ def test_the_average_of_weights_is_averaged_where_the_run_keeps_one(tmp_path, sm
             is_leaf=lambda node: node is average,  # noqa: B023
         )
         saved = dataclasses.replace(state, opt_state=opt_state)
-        checkpoints.save(step, saved, {}, resume.run_info(config, vocabulary))
+        checkpoints.save(step, saved, {}, run_info(config, vocabulary))
     checkpoints.close()
-    main([f"--from={folder}", f"--out={out}", "--last=2"])
+    command("average", [f"--model={folder}", f"--output={out}", "--last=2"])
     assert load_config(out / "config.json").train.ema_decay is None
     jax.tree.map(
         lambda mean, one: np.testing.assert_allclose(mean, 2 * one, rtol=1e-6),

@@ -8,9 +8,7 @@ import pytest
 from rich.console import Console
 from small_generator import SmallGenerator
 
-from experiments.depth_colors import Screen
-from experiments.interactive import Session
-from experiments.stopwatch import Stopwatch
+from megatransformer_jax.cli.screen import Screen, Session, Stopwatch
 from megatransformer_jax.config.option import UserError
 
 

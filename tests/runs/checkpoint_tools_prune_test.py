@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.prune import main
 from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build, to_dict
 from megatransformer_jax.config.loop import CheckpointConfig
 from megatransformer_jax.config.option import UserError
@@ -36,15 +36,15 @@ def steps(folder) -> list[int]:
 
 
 def test_a_dry_run_says_what_pruning_then_does(workdir, capsys):
-    arguments = [f"--from={workdir}", "--keep_last=1", "--keep_best=1"]
+    arguments = [f"--model={workdir}", "--keep_last=1", "--keep_best=1"]
     # A run may be going on.
     with hold_workdir(workdir):
-        main([*arguments, "--dry_run"])
+        command("prune", [*arguments, "--dry_run"])
     planned = capsys.readouterr().out
     assert "step 8: 0." in planned and "MB would be deleted\nstep 12" in planned
     assert "would be freed; kept: 4, 16" in planned
     assert steps(workdir) == [4, 8, 12, 16]
-    main(arguments)
+    command("prune", arguments)
     assert capsys.readouterr().out == planned.replace("would be ", "")
     assert steps(workdir) == [4, 16]
 
@@ -59,7 +59,7 @@ def test_a_dry_run_says_what_pruning_then_does(workdir, capsys):
     ],
 )
 def test_rules_that_are_not_given_are_those_of_the_run(workdir, rules, kept):
-    main([f"--from={workdir}", *rules])
+    command("prune", [f"--model={workdir}", *rules])
     assert steps(workdir) == kept
 
 
@@ -71,13 +71,13 @@ def test_rules_that_are_not_given_are_those_of_the_run(workdir, rules, kept):
         (["--best_metric=bleu"], "--best_metric: 'bleu' is not allowed"),
         (
             ["--best_metric=validation/exact_accuracy"],
-            "--best_metric=validation/exact_accuracy: no checkpoint of",
+            "--best_metric: no checkpoint of",
         ),
     ],
 )
 def test_rules_that_cannot_be_used_are_an_error(workdir, capsys, rules, message):
     with pytest.raises(SystemExit) as ended:
-        main([f"--from={workdir}", *rules])
+        command("prune", [f"--model={workdir}", *rules])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
     assert steps(workdir) == [4, 8, 12, 16]
@@ -86,7 +86,7 @@ def test_rules_that_cannot_be_used_are_an_error(workdir, capsys, rules, message)
 def test_nothing_is_pruned_while_a_run_writes(workdir, capsys):
     with hold_workdir(workdir):
         with pytest.raises(SystemExit):
-            main([f"--from={workdir}", "--keep_last=1"])
+            command("prune", [f"--model={workdir}", "--keep_last=1"])
         assert "a run is writing to this workdir" in capsys.readouterr().err
         with pytest.raises(UserError, match="a run is writing"), hold_workdir(workdir):
             pass
@@ -97,5 +97,5 @@ def test_nothing_is_pruned_while_a_run_writes(workdir, capsys):
 
 def test_a_folder_without_checkpoints_is_an_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main([f"--from={tmp_path}"])
-    assert "has no checkpoints; name the workdir of a run" in capsys.readouterr().err
+        command("prune", [f"--model={tmp_path}"])
+    assert "has no checkpoints; name the folder of a run" in capsys.readouterr().err

@@ -7,30 +7,36 @@ import sys
 
 import pytest
 
-from experiments import generate
+from megatransformer_jax.cli import generate
+from megatransformer_jax.cli.commands import main as command
 
-# Runs the command with a stand-in for what loads the model.
+# Runs the command with stand-ins for what loads the model and continues prompts.
 PROGRAM = """
 import sys, types
-module = types.ModuleType("experiments.run_generation")
-def run(command, prompts):
+screen = types.ModuleType("megatransformer_jax.cli.screen")
+media = types.ModuleType("megatransformer_jax.cli.generate_media")
+def continue_texts(loaded, parsed, prompts):
     assert "jax" not in sys.modules
     from absl import logging
     logging.info("loaded")
-    print(command.config.depth.depth, list(prompts))
-    if command.options.workdir == "interrupt":
+    print(parsed.generation.depth.depth, list(prompts))
+    if loaded == "interrupt":
         raise KeyboardInterrupt
-    for _ in range(20000 if command.options.workdir == "long" else 0):
+    for _ in range(20000 if loaded == "long" else 0):
         print("text", flush=True)
-module.run = run
-sys.modules[module.__name__] = module
-from experiments import generate
-generate.main(["generate", *sys.argv[1:]])
+screen.continue_texts = continue_texts
+media.wants_media, media.generate_with_media = (lambda *_: False), None
+sys.modules[screen.__name__], sys.modules[media.__name__] = screen, media
+from megatransformer_jax.cli import generate
+generate.load_chosen_model = lambda options: options.model
+generate._check_fits = lambda *_: None
+from megatransformer_jax.cli.commands import main
+main("generate", sys.argv[1:])
 """
 
 
 def run_program(*words: str) -> subprocess.CompletedProcess[str]:
-    root = pathlib.Path(generate.__file__).parent.parent
+    root = pathlib.Path(generate.__file__).parents[2]
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, *words],
         capture_output=True,
@@ -41,22 +47,22 @@ def run_program(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_line_is_read_before_jax() -> None:
-    done = run_program("--workdir=a", "--prompt=b", "--depth=3")
+    done = run_program("--model=a", "--prompt=b", "--depth=3")
     assert (done.returncode, done.stdout) == (0, "3 ['b']\n"), done.stderr
     assert done.stderr.endswith(" loaded\n")
 
 
 def test_ctrl_c_is_one_line() -> None:
-    done = run_program("--workdir=interrupt", "--prompt=b")
+    done = run_program("--model=interrupt", "--prompt=b")
     assert (done.returncode, done.stdout) == (130, "None ['b']\n")
     assert done.stderr.endswith("\ninterrupted.\n")
     assert "Traceback" not in done.stderr
 
 
 def test_a_reader_that_has_enough_is_no_error() -> None:
-    root = pathlib.Path(generate.__file__).parent.parent
+    root = pathlib.Path(generate.__file__).parents[2]
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, "--workdir=long", "--prompt=b"],
+        [sys.executable, "-c", PROGRAM, "--model=long", "--prompt=b"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(root)},
@@ -72,16 +78,16 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["--prompt=a"], "error: --workdir: is missing"),
-        (["--workdir=a", "--prompts_file=absent.txt"], "error: --prompts_file=absent.txt: cannot"),
-        (["--workdir=a", "--prompt=a", "--dept=3"], "error: --dept: no such option; did you mean"),
+        (["--prompt=a"], "error: --model: is missing"),
+        (["--model=a", "--prompts_file=absent.txt"], "error: --prompts_file=absent.txt: cannot"),
+        (["--model=a", "--prompt=a", "--dept=3"], "error: --dept: no such option; did you mean"),
     ],
 )
 def test_bad_input_is_one_line(
     words: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
-        generate.main(["generate", *words])
+        command("generate", [*words])
     assert caught.value.code == 2
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -91,11 +97,9 @@ def test_bad_input_is_one_line(
 
 @pytest.mark.parametrize("word", ["--help", "-h", "--helpfull"])
 def test_help_begins_with_what_it_does(word: str, capsys: pytest.CaptureFixture[str]) -> None:
-    generate.main(["generate", word])
+    command("generate", [word])
     text = capsys.readouterr().out
-    assert text.startswith("Continues prompts with a trained model")
+    assert text.startswith(
+        "Usage: megatransformer generate [--option=VALUE ...]\n\nContinues prompts"
+    )
     assert "\n  --depth (int or None)\n" in text
-
-
-def test_the_entry_point_is_short() -> None:
-    assert len(pathlib.Path(generate.__file__).read_text().splitlines()) <= 80

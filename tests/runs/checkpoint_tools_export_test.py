@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from written_run import write_run
 
-from experiments.export import main
+from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build, merge
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.runs import checkpoint_tools as export_model
+from megatransformer_jax.runs import checkpoint_tools
 from megatransformer_jax.runs.load import load_model
 
 HUGINN = {
@@ -37,7 +37,7 @@ def run(tmp_path_factory, small_run):
 @pytest.mark.parametrize("step", ["latest", "best", "2"])
 def test_the_exported_model_is_the_trained_one(run, tmp_path, capsys, step):
     output = tmp_path / "model"
-    main([f"--workdir={run}", f"--output={output}", f"--step={step}"])
+    command("export", [f"--model={run}", f"--output={output}", f"--step={step}"])
     assert capsys.readouterr().out.startswith(f"run {run}, step {4 if step == 'latest' else 2}")
     trained, exported = load_model(run, step=step), load_model(output)
     jax.tree.map(np.testing.assert_array_equal, exported.params, trained.params)
@@ -55,9 +55,9 @@ def test_the_exported_model_is_the_trained_one(run, tmp_path, capsys, step):
 
 def test_options_reach_the_files(run, tmp_path, caplog):
     output = tmp_path / "model"
-    main(
+    command("export", 
         [
-            f"--workdir={run}", f"--output={output}", "--max_shard=8KiB", "--dtype=bfloat16",
+            f"--model={run}", f"--output={output}", "--max_shard=8KiB", "--dtype=bfloat16",
             "--no-rotary_table",
         ]
     )  # fmt: skip
@@ -69,7 +69,7 @@ def test_options_reach_the_files(run, tmp_path, caplog):
     ids = json.loads((output / "generation_config.json").read_text())
     assert ids == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     assert "has no place for model.residual_dropout_rate=0.1" in caplog.text
-    main([f"--workdir={run}", f"--output={output}", "--overwrite"])
+    command("export", [f"--model={run}", f"--output={output}", "--overwrite"])
     assert "model.safetensors" in [path.name for path in output.iterdir()]
 
 
@@ -77,18 +77,18 @@ def test_options_reach_the_files(run, tmp_path, caplog):
     ("arguments", "message"),
     [
         (["--step=7"], "has no such checkpoint; it has the steps 2, 4"),
-        (["--step=newest"], "step='newest': give latest, best"),
-        (["--max_shard=5"], "--max_shard=5: give a number above 0 and a unit"),
-        (["--max_shard=0GiB"], "--max_shard=0GiB"),
+        (["--step=newest"], "--step: 'newest' is not a checkpoint; use best, latest or"),
+        (["--max_shard=5"], "--max_shard: '5' is not a size; give a number above 0 and a unit"),
+        (["--max_shard=0GiB"], "--max_shard: '0GiB' is not a size"),
         (["--max_shard=1gib"], "the units are B, KB, MB, GB, KiB, MiB, GiB"),
         (["--output={run}"], "is not empty"),
-        (["--workdir={run}/absent"], "no such folder"),
+        (["--model={run}/absent"], "no such folder"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(run, tmp_path, capsys, arguments, message):
-    first = [f"--workdir={run}", f"--output={tmp_path / 'model'}"]
+    first = [f"--model={run}", f"--output={tmp_path / 'model'}"]
     with pytest.raises(SystemExit) as exit_:
-        main([*first, *(argument.format(run=run) for argument in arguments)])
+        command("export", [*first, *(argument.format(run=run) for argument in arguments)])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and "Traceback" not in error
@@ -96,18 +96,18 @@ def test_bad_options_are_one_line_and_exit_code_2(run, tmp_path, capsys, argumen
 
 
 def test_a_huginn_folder_is_no_run(run, tmp_path):
-    main([f"--workdir={run}", f"--output={tmp_path / 'model'}"])
+    command("export", [f"--model={run}", f"--output={tmp_path / 'model'}"])
     with pytest.raises(SystemExit):
-        main([f"--workdir={tmp_path / 'model'}", f"--output={tmp_path / 'again'}"])
+        command("export", [f"--model={tmp_path / 'model'}", f"--output={tmp_path / 'again'}"])
 
 
 def test_a_full_disk_is_one_clear_error(run, tmp_path, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export_model, "save_huginn", fail)
+    monkeypatch.setattr(checkpoint_tools, "save_huginn", fail)
     with pytest.raises(SystemExit):
-        main([f"--workdir={run}", f"--output={tmp_path / 'model'}"])
+        command("export", [f"--model={run}", f"--output={tmp_path / 'model'}"])
     assert "cannot be written (No space left on device)" in capsys.readouterr().err
 
 
@@ -115,13 +115,13 @@ def test_a_full_disk_is_one_clear_error(run, tmp_path, monkeypatch, capsys):
     ("text", "size"), [("5GiB", 5 * 2**30), ("1.5 MB", 1_500_000), ("100B", 100), ("2KB", 2000)]
 )
 def test_sizes(text, size):
-    assert export_model.parse_size(text) == size
+    assert checkpoint_tools.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "1e3B", "0.1B", "5 gigabytes"])
 def test_what_is_no_size(text):
     with pytest.raises(UserError, match="give a number above 0 and a unit"):
-        export_model.parse_size(text)
+        checkpoint_tools.parse_size(text)
 
 
 def test_help_names_every_option_without_importing_jax(repository):
@@ -131,6 +131,6 @@ def test_help_names_every_option_without_importing_jax(repository):
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=True
     )
-    for option in ("workdir", "output", "step", "max_shard", "dtype", "rotary_table", "overwrite"):
+    for option in ("model", "output", "step", "max_shard", "dtype", "rotary_table", "overwrite"):
         assert f"--{option}" in result.stdout
     assert result.stdout.endswith("False\n")

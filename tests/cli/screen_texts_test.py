@@ -9,24 +9,23 @@ import pytest
 from rich.console import Console
 from small_generator import SmallGenerator
 
-from experiments import generate_flags
-from experiments.continuations import check_json_path, continue_prompts, stream, summary
-from experiments.depth_colors import Screen
-from experiments.prompts import read_prompts
-from experiments.stopwatch import Stopwatch
+from megatransformer_jax.cli.flags import generation_from, parse
+from megatransformer_jax.cli.generate import COMMAND, check_json_path
+from megatransformer_jax.cli.generate_options import read_prompts
+from megatransformer_jax.cli.screen import Screen, Stopwatch, continue_prompts, stream, summary
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 
 
 def run(*words: str, has_tokenizer: bool = True, depth: int | None = None) -> str:
     """What stdout has."""
-    command = generate_flags.parse(["generate", "--workdir=a", *words])
+    parsed = parse(COMMAND, ["--model=a", *words])
     file = io.StringIO()
-    generator = SmallGenerator(command.config)
+    generator = SmallGenerator(parsed.generation)
     tokenizer = BytesTokenizer() if has_tokenizer else None
-    prompts = read_prompts(command.options)
+    prompts = read_prompts(parsed.options)
     screen = Screen(Console(file=file), depth)
-    continue_prompts(generator, tokenizer, prompts, command, screen, Stopwatch())
+    continue_prompts(generator, tokenizer, prompts, parsed, screen, Stopwatch())
     return file.getvalue()
 
 
@@ -108,7 +107,7 @@ def test_ctrl_c_ends_the_line() -> None:
 
     file = io.StringIO()
     screen = Screen(Console(file=file), None)
-    config = generate_flags.generation_from({})
+    config = generation_from({})
     with pytest.raises(KeyboardInterrupt):
         stream(Interrupted(config), "abc", True, screen, Stopwatch())
     assert file.getvalue() == "cb\n"

@@ -1,18 +1,15 @@
-"""The command line: sources, precedence, overrides of every option, one-screen errors."""
+"""The command line of runs: sources, precedence, overrides of every option, errors."""
 
 import json
-import os
 import pathlib
-import re
-import subprocess
-import sys
 from typing import Any
 
-import jax
 import pytest
 from other_values import companions, new_value
 
-from experiments import launch
+from megatransformer_jax.cli import flags
+from megatransformer_jax.cli.checkpoint_commands import EXPORT
+from megatransformer_jax.cli.commands import COMPARE, DIAGNOSE, TRAIN
 from megatransformer_jax.config.build import build, save_config
 from megatransformer_jax.config.option import Option, UserError, options_of
 from megatransformer_jax.config.run import RunConfig
@@ -28,7 +25,9 @@ def get_config(arg=""):
 
 
 def parse(*words: str) -> RunConfig:
-    return launch.parse(["program", *words])
+    config = flags.parse(TRAIN, words).config
+    assert config is not None
+    return config
 
 
 @pytest.fixture
@@ -62,13 +61,20 @@ def test_a_preset_can_be_removed_on_the_command_line(experiment: str) -> None:
 
 def test_a_preset_alone_gives_the_defaults_of_that_size() -> None:
     assert parse("--config.preset=tiny") == build({"preset": "tiny"})
-    with pytest.raises(UserError, match=r"no experiment given; add --config=FILE"):
+    with pytest.raises(UserError, match=r"--config: no experiment given; name one \(audio, image"):
         parse("--config.train.steps=3")
+
+
+def test_shipped_experiments_are_found_by_name_and_sizes_too() -> None:
+    assert parse("--config=recurrent:tiny") == parse(
+        "--config=experiments/configs/recurrent.py:tiny"
+    )
+    assert parse("--config=tiny", "--config.train.steps=70").preset == "tiny"
 
 
 def test_a_preset_that_a_file_hides_is_an_error(tmp_path: pathlib.Path) -> None:
     save_config(build({"preset": "tiny"}), tmp_path / "config.json")
-    with pytest.raises(UserError, match="preset=huginn_3_5b: would be ignored"):
+    with pytest.raises(UserError, match="preset: 'huginn_3_5b' would be ignored"):
         parse(f"--config={tmp_path}/config.json", "--config.preset=huginn_3_5b")
 
 
@@ -157,8 +163,12 @@ def test_a_value_may_follow_after_a_space() -> None:
         ("--config.model.attention.num_heads=7", r"64 is not divisible by attention\.num_heads=7"),
         ("--config.preset=huge", r"preset: 'huge' is unknown; it must be one of gpt2_small"),
         ("--config=missing.yaml", r"missing\.yaml: no such config file"),
-        ("--verbosity=1", r"Unknown command line flag 'verbosity'"),
-        ("stray", r"'stray' is no option"),
+        ("--verbosity=1", r"--verbosity: no such option; --help lists all"),
+        ("stray", r"'stray' is not an option"),
+        (
+            "--config=recurent",
+            r"--config: 'recurent' is not an experiment; did you mean 'recurrent",
+        ),
         ("--config.train.steps", r"config\.train\.steps"),
     ],
 )
@@ -167,125 +177,27 @@ def test_bad_input_is_named(word: str, problem: str) -> None:
         parse("--config.preset=tiny", word)
 
 
-PROGRAM = '''"""Shows what an entry point sees."""
-import sys
-from absl import flags, logging
-from experiments import launch
-
-GREETING = flags.DEFINE_string("greeting", "hello", "What is said.")
-
-def main(config):
-    import os
-    assert "jax" not in sys.modules
-    from megatransformer_jax.config.option import UserError
-    logging.info("an info message")
-    if GREETING.value == "interrupt":
-        import signal
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it in children.
-        os.kill(os.getpid(), signal.SIGINT)
-        signal.pause()
-    if GREETING.value == "fail":
-        raise UserError("corpus.txt: is empty; name another file.")
-    print(GREETING.value, config.model.width, os.environ.get("GIVEN"))
-
-if __name__ == "__main__":
-    launch.run(main)
-'''
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("program") / "show.py"
-    path.write_text(PROGRAM)
-    return path
-
-
-def run_program(program: pathlib.Path, *words: str) -> subprocess.CompletedProcess[str]:
-    root = pathlib.Path(launch.__file__).parent.parent
-    return subprocess.run(
-        [sys.executable, str(program), *words],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        check=False,
-    )
-
-
-def test_main_runs_with_the_environment_set_and_jax_not_yet_imported(program: pathlib.Path) -> None:
-    done = run_program(
-        program,
-        "--config.preset=tiny",
-        "--greeting=good day",
-        "--config.environment=GIVEN=a=b c,OTHER=1",
-    )
-    assert (done.returncode, done.stdout) == (0, "good day 64 a=b c\n"), done.stderr
-    assert "an info message" in done.stderr
-
-
-def test_ctrl_c_is_one_line(program: pathlib.Path) -> None:
-    done = run_program(
-        program, "--config.preset=tiny", "--greeting=interrupt", "--config.logging.level=error"
-    )
-    assert done.returncode == 130
-    assert done.stderr == "interrupted: nothing more is saved.\n"
-
-
-def test_log_lines_begin_with_the_time(program: pathlib.Path) -> None:
-    done = run_program(program, "--config.preset=tiny")
-    assert re.fullmatch(r"\d\d:\d\d:\d\d an info message\n", done.stderr)
-
-
-def test_the_level_of_messages_is_set(program: pathlib.Path) -> None:
-    done = run_program(program, "--config.preset=tiny", "--config.logging.level=warning")
-    assert done.returncode == 0
-    assert "an info message" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "problem"),
-    [
-        (["--config=experiments/configs/recurent.py"], "no such config file"),
-        (["--config.preset=tiny", "--config.train.step=4"], "did you mean 'steps'"),
-        (["--config.preset=tiny", "--config.data.batch_size=0"], "at least 1"),
-        (["--config.preset=tiny", "--greeting=fail"], "corpus.txt: is empty"),
-    ],
-)
-def test_bad_input_is_one_screen_without_a_traceback(
-    program: pathlib.Path, words: list[str], problem: str
-) -> None:
-    done = run_program(program, *words)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    error = done.stderr[done.stderr.index("error: ") :]
-    assert problem in error
-    assert len(error) < 1000
-
-
-def test_help_shows_examples_options_of_the_command_and_where_to_read_more(
-    program: pathlib.Path,
-) -> None:
-    done = run_program(program, "--help")
-    assert done.returncode == 0
-    for words in (
-        "Shows what an entry point sees.",
-        "--config=experiments/configs/recurrent.py:tiny",
-        "--config.model.recurrence.mean_steps=16",
-        "docs/options.md",
-        "--greeting: What is said.",
-        "huginn_3_5b",
-    ):
-        assert words in done.stdout
-    assert len(done.stdout.splitlines()) < 50
-
-
 def test_full_help_lists_every_option() -> None:
-    text = launch.help_text(test_full_help_lists_every_option, full=True)  # type: ignore[arg-type]
+    text = flags.help_page(TRAIN, full=True)
     for option in OPTIONS:
         assert f"--config.{option.path} (" in text
+    assert max(map(len, flags.help_page(TRAIN).splitlines())) <= 100
 
 
-def test_an_environment_that_would_come_too_late_is_a_mistake_of_the_programmer() -> None:
-    assert jax.__name__ in sys.modules
-    with pytest.raises(RuntimeError, match="already imported"):
-        launch.set_environment(build({"environment": ["A=1"]}))
-    assert "A" not in os.environ
+def test_old_names_are_other_names_of_options() -> None:
+    for words in (["--from=runs/a"], ["--workdir=runs/a"], ["--model", "runs/a"]):
+        assert (
+            flags.parse(DIAGNOSE, [*words, "--out=b"]).options
+            == flags.parse(DIAGNOSE, ["--model=runs/a", "--output=b"]).options
+        )
+    with pytest.raises(
+        UserError, match=r"--(model|from) is another name of --model; give one of the two"
+    ):
+        flags.parse(DIAGNOSE, ["--from=runs/a", "--model=runs/b"])
+    assert not flags.parse(EXPORT, ["--output=b", "--no-rotary_table"]).options.rotary_table
+
+
+def test_words_are_collected_where_there_are_some() -> None:
+    parsed = flags.parse(COMPARE, ["runs/a", "--output=x.png", "runs/b"])
+    assert parsed.options.model == ("runs/a", "runs/b")
+    assert flags.parse(COMPARE, ["--model=runs/a", "runs/b"]).options.model == ("runs/a", "runs/b")
