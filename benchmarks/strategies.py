@@ -126,7 +126,7 @@ def summarize_case(
     )
     columns = np.arange(first, tokens.shape[1])
     is_new = columns < first + lengths[:, None]
-    steps = [count for completion in case.completions for count in completion.steps]
+    steps = [count for completion in case.completions for count in completion.depths]
     speeds = [lengths.sum() / seconds for seconds in case.phase.seconds]
     greedy_tokens = sum(len(completion.token_ids) for completion in greedy.completions)
     greedy_speeds = [greedy_tokens / seconds for seconds in greedy.phase.seconds]

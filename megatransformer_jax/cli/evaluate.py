@@ -7,26 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from megatransformer_jax.cli.flags import GENERATION_OPTIONS, Command, Parsed
+from megatransformer_jax.cli.flags import Command, Parsed
 from megatransformer_jax.cli.model_options import (
     OLD_MODEL_NAMES,
     ModelOptions,
     load_chosen_model,
 )
 from megatransformer_jax.config.option import ConfigError, option, require_defaults, rule
-from megatransformer_jax.config.scoring import MEDIA_OPTIONS, ScoringConfig
+from megatransformer_jax.config.scoring import OF_GENERATION, ScoringConfig, check_generation
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-# Evaluation has its own options for these, or scores one text per prompt.
-_LEFT_OUT = (
-    *("depth", "batch_size", "num_samples", "seed", "max_media", "vocoder"),
-    *MEDIA_OPTIONS,
-)
-OF_GENERATION = {
-    name: option for name, option in GENERATION_OPTIONS.items() if name not in _LEFT_OUT
-}
 _OF_SCORING = tuple(field.name for field in dataclasses.fields(ScoringConfig))
 _OF_MODEL = ("step", "weights", "depths", "batch_size", "precision", "param_dtype", "seed")
 
@@ -76,17 +68,8 @@ class EvaluateOptions(ScoringConfig, ModelOptions):
         return ScoringConfig(**{name: getattr(self, name) for name in _OF_SCORING})
 
 
-def check_generation(options: EvaluateOptions, given: Mapping[str, Any]) -> None:
-    """Checks that options of generation have an effect.
-
-    Raises:
-      ConfigError: otherwise.
-    """
-    if given and (options.references is None or options.predictions is not None):
-        raise ConfigError(
-            next(iter(given)),
-            "would be ignored, as no text is generated; give --model and --references.",
-        )
+def _check_generation(options: EvaluateOptions, given: Mapping[str, Any]) -> None:
+    check_generation(given, has_prompts=options.references is not None and not options.predictions)
 
 
 def evaluate(parsed: Parsed) -> None:
@@ -152,7 +135,7 @@ references; texts are greedy unless --strategy says otherwise.""",
         "--model=runs/image --depths=4 --media_per_class=50",
     ),
     generation=OF_GENERATION,
-    check=check_generation,
+    check=_check_generation,
     generation_defaults={"strategy": "greedy"},
     old_names={**OLD_MODEL_NAMES, "data": "files"},
     hints={

@@ -15,12 +15,11 @@ from absl import flags
 
 from megatransformer_jax.config.build import (
     configure,
-    construct,
     experiment_names,
     merge,
     preset_names,
 )
-from megatransformer_jax.config.generation import GenerationConfig, flag_name
+from megatransformer_jax.config.generation import GENERATION_OPTIONS, GenerationConfig, flag_name
 from megatransformer_jax.config.option import (
     ConfigError,
     Option,
@@ -37,11 +36,6 @@ from megatransformer_jax.config.run import RunConfig
 PREFIX = "config."
 PROGRAM = "megatransformer"
 _WIDTH = 100
-
-# The options of generation by their short names.
-GENERATION_OPTIONS: Mapping[str, Option] = {
-    flag_name(option.path): option for option in options_of(GenerationConfig)
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +123,7 @@ def parse(command: Command, arguments: Sequence[str]) -> Parsed:
     with named_as_written(command.known):
         options = command.options(**{name: given[name] for name in given if name in command.own})
         command.check(options, of_generation)
-        generation = generation_from({**command.generation_defaults, **of_generation})
+        generation = GenerationConfig.of(**{**command.generation_defaults, **of_generation})
         config = config_from_flags(flag_values) if command.takes_run else None
     return Parsed(options, of_generation, generation, config)
 
@@ -209,20 +203,6 @@ def _with_new_names(command: Command, given: Mapping[str, Any]) -> dict[str, Any
             raise UserError(f"--{name} is another name of --{current}; give one of the two.")
         renamed[current] = value
     return renamed
-
-
-def generation_from(given: Mapping[str, Any]) -> GenerationConfig:
-    """The generation that values by short names describe.
-
-    Raises:
-      ConfigError: if a value is out of range or values exclude each other.
-    """
-    nested: dict[str, Any] = {}
-    for name, value in given.items():
-        section, _, field = GENERATION_OPTIONS[name].path.rpartition(".")
-        nested = merge(nested, {section: {field: value}} if section else {field: value})
-    config: GenerationConfig = construct(GenerationConfig, nested)
-    return config
 
 
 # ------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING
 
-from megatransformer_jax.cli.flags import GENERATION_OPTIONS, Command, Parsed
+from megatransformer_jax.cli.flags import Command, Parsed
 from megatransformer_jax.cli.generate_options import GenerateOptions, check_can_stream, read_prompts
 from megatransformer_jax.cli.model_options import OLD_MODEL_NAMES, load_chosen_model
+from megatransformer_jax.config.generation import GENERATION_OPTIONS
 from megatransformer_jax.config.option import ConfigError, UserError
 
 if TYPE_CHECKING:

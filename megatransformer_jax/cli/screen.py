@@ -19,14 +19,12 @@ from rich.console import Console
 from rich.text import Text
 
 from megatransformer_jax.cli.flags import (
-    GENERATION_OPTIONS,
     Parsed,
-    generation_from,
     named_as_written,
     unknown_name,
 )
 from megatransformer_jax.cli.generate_options import Prompts, check_can_stream
-from megatransformer_jax.config.generation import GenerationConfig, for_model
+from megatransformer_jax.config.generation import GENERATION_OPTIONS, GenerationConfig, for_model
 from megatransformer_jax.config.option import ConfigError, UserError, parse_text
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.generator import Generator
@@ -258,7 +256,7 @@ def continue_prompts(
         screen.prompt(_shown(prompt, tokenizer))
         _show(completion, tokenizer, screen)
     screen.legend()
-    steps = [count for completion in completions for count in completion.steps]
+    steps = [count for completion in completions for count in completion.depths]
     print(summary(steps, seconds, None, stopwatch.compile_seconds()), file=sys.stderr)
     if parsed.options.json is not None:
         _write_json(parsed.options.json, completions, prompts, num_samples)
@@ -284,9 +282,9 @@ def stream(
             for token in generator.stream(prompt):
                 if first_seconds is None:
                     first_seconds = stopwatch.seconds()
-                steps.append(token.steps)
+                steps.append(token.depth)
                 texts.append(token.text if has_text else f" {token.token_id}")
-                screen.token(texts[-1], token.steps)
+                screen.token(texts[-1], token.depth)
     finally:
         screen.end()
     seconds = stopwatch.seconds()
@@ -333,7 +331,7 @@ def _show(completion: Completion, tokenizer: Tokenizer | None, screen: Screen) -
         texts = [f" {token}" for token in completion.token_ids]
     else:
         texts = token_texts(tokenizer, completion.token_ids, completion.text)
-    for text, steps in zip(texts, completion.steps, strict=True):
+    for text, steps in zip(texts, completion.depths, strict=True):
         screen.token(text, steps)
     screen.end()
 
@@ -356,7 +354,7 @@ def _write_json(
             "sample": index % num_samples,
             "text": completion.text,
             "token_ids": list(completion.token_ids),
-            "steps": list(completion.steps),
+            "depths": list(completion.depths),
             "score": completion.score,
             "finish_reason": completion.finish_reason,
         }
@@ -406,7 +404,7 @@ class Session:
     ):
         self._make_generator = make_generator
         self._given = dict(given)
-        self._generator = make_generator(generation_from(given))
+        self._generator = make_generator(GenerationConfig.of(**given))
         self._screen = screen
         self._stopwatch = stopwatch
         self._read = read
@@ -486,7 +484,7 @@ class Session:
             except UserError as error:
                 raise UserError(f"/{name}: {error}") from None
         with named_as_written(GENERATION_OPTIONS, "/"):
-            config = generation_from(given)
+            config = GenerationConfig.of(**given)
             check_can_stream(config)
             self._generator = self._make_generator(config)
         self._given = given

@@ -1,21 +1,26 @@
 """Generation: strategies and all other options of a continuation.
 
-On the command line of `experiments.generate` every option has a short name, see `flag_name`.
+On the command line, and as keywords in Python, every option has a short name, see `flag_name`.
 """
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from megatransformer_jax.config.option import (
     MAX_COUNT,
     MAX_SEED,
     ConfigError,
+    Option,
     check_options,
     option,
+    options_of,
     require_defaults,
     rule,
     section,
+    sections_of,
+    unknown_key,
 )
 from megatransformer_jax.config.sampling import (
     CacheConfig,
@@ -171,6 +176,32 @@ class GenerationConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @classmethod
+    def of(cls, **options: Any) -> "GenerationConfig":
+        """From options by the short names that the command line has, see `flag_name`.
+
+        Raises:
+          ConfigError: if a name is not known, a value is out of range, or values exclude each
+            other.
+
+        Example:
+          >>> config = GenerationConfig.of(depth=16, exit_criterion="kl", top_p=0.9)
+          >>> config.depth.depth, config.sampling.top_p
+          (16, 0.9)
+        """
+        top: dict[str, Any] = {}
+        sections: dict[str, dict[str, Any]] = {}
+        for name, value in options.items():
+            if name not in GENERATION_OPTIONS:
+                raise unknown_key(name, GENERATION_OPTIONS)
+            section_name, _, field = GENERATION_OPTIONS[name].path.rpartition(".")
+            (sections.setdefault(section_name, {}) if section_name else top)[field] = value
+        classes = {path: owner for path, owner, _ in sections_of(cls)}
+        for section_name, values in sections.items():
+            with _errors_below(section_name):
+                top[section_name] = classes[section_name](**values)
+        return cls(**top)
 
     @property
     def is_deterministic(self) -> bool:
@@ -386,6 +417,12 @@ def flag_name(path: str) -> str:
     """The option's name on the command line: its own, with `cache_` before those of the cache."""
     section_name, _, name = path.rpartition(".")
     return f"cache_{name}" if section_name == "cache" else name
+
+
+# All options by their short names.
+GENERATION_OPTIONS: Mapping[str, Option] = {
+    flag_name(declared.path): declared for declared in options_of(GenerationConfig)
+}
 
 
 @contextlib.contextmanager

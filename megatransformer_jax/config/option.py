@@ -13,7 +13,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 # Seeds have 32 bits: jax.random.key drops higher ones without an error.
@@ -386,3 +386,31 @@ def _rules_by_path(config_class: type) -> dict[str, list[str]]:
             for path in check.rule_paths:  # type: ignore[attr-defined]
                 rules.setdefault(prefix + path, []).append(text)
     return rules
+
+
+# ------------------------------------------------------------------------------
+# Values as people write them in Python.
+
+
+def declared_values(values: Mapping[str, Any], declared: Mapping[str, Option]) -> dict[str, Any]:
+    """Values by name, with a tuple where one is declared: from a list, or around a single item.
+
+    Raises:
+      ConfigError: for a name that is not declared, with the nearest.
+    """
+    converted = {}
+    for name, value in values.items():
+        if name not in declared:
+            raise unknown_key(name, declared)
+        converted[name] = as_tuple(value, declared[name].declared)
+    return converted
+
+
+def as_tuple(value: Any, declared: Any) -> Any:
+    """A list, or a single item, as a tuple where one is declared; other values as they are."""
+    if typing.get_origin(declared) is not tuple:
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    item = typing.get_args(declared)[0]
+    return (value,) if type(value) is item else value

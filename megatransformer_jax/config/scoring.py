@@ -2,8 +2,10 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+from megatransformer_jax.config.generation import GENERATION_OPTIONS
 from megatransformer_jax.config.option import (
     MAX_COUNT,
     MAX_SEED,
@@ -19,6 +21,12 @@ FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 # What only the making of media, and of sound from spectrograms, heeds.
 MEDIA_OPTIONS = ("media_per_class", "guidance_scale", "sampler_steps")
 SOUND_OPTIONS = ("resynthesized_clips", "vocoder")
+# Scoring has its own options for these, or scores one text per prompt.
+_LEFT_OUT = ("depth", "batch_size", "num_samples", "seed", "max_media", *MEDIA_OPTIONS)
+# How prompts of references are continued.
+OF_GENERATION = {
+    name: declared for name, declared in GENERATION_OPTIONS.items() if name not in _LEFT_OUT
+}
 # Options of which 0 asks for nothing.
 _COUNTS = ("media_per_class", "resynthesized_clips")
 _OF_DATA = ("files", "text_field", "num_batches", "sequence_length", *MEDIA_OPTIONS, *SOUND_OPTIONS)
@@ -142,3 +150,20 @@ class ScoringConfig:
             value = getattr(self, name)
             if value is not None and (name not in _COUNTS or value != 0):
                 raise ConfigError(name, f"{value!r} would be ignored, as {why}; leave it out.")
+
+
+def check_generation(given: Mapping[str, Any], *, has_prompts: bool) -> None:
+    """Checks that options of generation have an effect.
+
+    Args:
+      given: those that were named.
+      has_prompts: whether texts are generated at all.
+
+    Raises:
+      ConfigError: otherwise.
+    """
+    if given and not has_prompts:
+        raise ConfigError(
+            next(iter(given)),
+            "would be ignored, as no text is generated; give a model and references.",
+        )

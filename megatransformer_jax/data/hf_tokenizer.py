@@ -82,6 +82,17 @@ class HuggingFaceTokenizer:
         """Text of the ids; special tokens are left out."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
+    def save(self, folder: pathlib.Path) -> None:
+        """Writes tokenizer.json, and the special ids as generation_config.json, into a folder."""
+        folder.mkdir(exist_ok=True)
+        (folder / TOKENIZER_FILE).write_text(self.definition, encoding="utf-8")
+        ids = {
+            "bos_token_id": self.bos_id,
+            "eos_token_id": list(self.end_ids),
+            "pad_token_id": self.pad_id,
+        }
+        (folder / ID_FILES[0]).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+
     def digest(self) -> str:
         """SHA-256 of the definition and the special ids."""
         ids = (self.bos_id, self.eos_id, self.pad_id, self.end_ids)

@@ -154,6 +154,14 @@ class Generator:
                 completions.append(self._completion(prompts[prompt], ids[prompt], decoded, row))
         return completions
 
+    def check(self, prompts: Sequence[Prompt] | np.ndarray) -> None:
+        """Checks prompts without continuing them.
+
+        Raises:
+          UserError: as `generate` would.
+        """
+        self._plan(encode_prompts(prompts, self._tokenizer, self._model.config.vocab_size))
+
     def stream(self, prompt: Prompt) -> Iterator[StreamedToken]:
         """One completion, token by token as they are made.
 
@@ -322,7 +330,7 @@ class Generator:
             prompt=prompt if isinstance(prompt, str) else None,
             text=text,
             token_ids=tuple(tokens),
-            steps=tuple(steps),
+            depths=tuple(steps),
             score=float(decoded.scores[row]),
             finish_reason=FINISH_REASONS[decoded.reasons[row]],
         )

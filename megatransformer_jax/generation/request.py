@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import html
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -185,7 +186,7 @@ class Completion:
       prompt: what it continues; None if that was given as ids.
       text: the continuation, without a stop text; empty without a tokenizer.
       token_ids: the new tokens, without an end token; those of a stop text included.
-      steps: iterations of the pass that led to each of them; 0 for a model without a core.
+      depths: iterations of the core that led to each of them; 0 for a model without a core.
       score: sum of the log-probabilities of all new tokens under the model, the end token's
         included; of beam search its penalised score.
       finish_reason: 'end_of_text', 'stop', 'length', or 'exhausted' if every token was banned.
@@ -194,9 +195,16 @@ class Completion:
     prompt: str | None
     text: str
     token_ids: tuple[int, ...]
-    steps: tuple[int, ...]
+    depths: tuple[int, ...]
     score: float
     finish_reason: str
+
+    def _repr_html_(self) -> str:
+        mean = sum(self.depths) / max(len(self.depths), 1)
+        notes = f"{len(self.token_ids)} tokens, mean depth {mean:.1f}, {self.finish_reason}"
+        prompt = f"<span style='opacity:0.6'>{html.escape(self.prompt or '')}</span>"
+        text = f"<span style='white-space:pre-wrap'>{prompt}{html.escape(self.text)}</span>"
+        return f"<div>{text}<br><small>{notes}</small></div>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,12 +215,15 @@ class StreamedToken:
       text: what it adds to the text; empty while a character, or what may become a stop text, is
         not complete. The last token brings all that was held back.
       token_id: its id.
-      steps: iterations of the pass that led to it.
+      depth: iterations of the core that led to it; 0 for a model without a core.
     """
 
     text: str
     token_id: int
-    steps: int
+    depth: int
+
+    def __str__(self) -> str:
+        return self.text
 
 
 def continuation_text(

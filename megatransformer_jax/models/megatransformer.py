@@ -198,7 +198,7 @@ class MegaTransformer(nn.Module):
         form (`RecurrentCore.prepare`), from the prelude's output."""
         injected = self._injection(x)
         params = self._gathered_core_params()
-        prepared = self.core().apply({"params": params}, injected, method="prepare")
+        prepared = self.core_module().apply({"params": params}, injected, method="prepare")
         return params, injected, cast(jax.Array, prepared)
 
     def run_coda(
@@ -238,7 +238,7 @@ class MegaTransformer(nn.Module):
         state: jax.Array | None,
     ) -> jax.Array:
         config = self.config
-        core = self.core()
+        core = self.core_module()
         params, injected, prepared = self.enter_core(x)
         if state is None:
             needs_key = config.recurrence.state_init not in ("zero", "none")
@@ -278,7 +278,7 @@ class MegaTransformer(nn.Module):
         # Linen freezes dicts that `setup` stores.
         return _gather(unfreeze(self.core_params), axes, self.policy, self.sharder)
 
-    def core(self) -> RecurrentCore:
+    def core_module(self) -> RecurrentCore:
         """The module of one iteration; its parameters are the tree `core` of this module's."""
         return RecurrentCore(self.config, self.policy, self.sharder, self.platform, parent=None)
 

@@ -1,4 +1,4 @@
-"""What is done to the checkpoints of a run afterwards: averaged, pruned, exported."""
+"""What is done to checkpoints afterwards: averaged, saved as parameters, pruned, exported."""
 
 import dataclasses
 import pathlib
@@ -14,13 +14,21 @@ from megatransformer_jax.checkpoints.compatibility import check_model
 from megatransformer_jax.checkpoints.huginn import check_output_folder, save_huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager, Ranking
 from megatransformer_jax.config.build import build, save_config, to_dict
+from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.fine_tuning import LoraConfig
 from megatransformer_jax.config.loop import BETTER_ENDS, CheckpointConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
-from megatransformer_jax.data.tokenizer import SentencePieceTokenizer, Tokenizer
+from megatransformer_jax.data.tokenizer import (
+    BytesTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    write_atomically,
+)
 from megatransformer_jax.runs.load import (
     HUGGINGFACE_FOLDER,
     SENTENCEPIECE_FILE,
@@ -101,6 +109,68 @@ def average_checkpoints(
         target.close()
     save_config(config, folder / "config.json")
     return chosen
+
+
+def save_parameters(loaded: LoadedModel, folder: pathlib.Path) -> None:
+    """Writes a model as the folder of a run that holds parameters only.
+
+    Args:
+      loaded: the model, with a tokenizer.
+      folder: made if absent; it must not have checkpoints.
+
+    Raises:
+      UserError: if the model has no tokenizer, or the folder cannot be used.
+    """
+    if loaded.tokenizer is None:
+        raise UserError(
+            f"{loaded.description} has no tokenizer, which the folder of a run needs; save it with "
+            "format='huginn', or create it with one."
+        )
+    if (folder / "checkpoints").exists():
+        raise ConfigError("folder", f"{folder} has checkpoints already; name another folder.")
+    config = _plain(_run_of(loaded), folder)
+    folder = make_folder("folder", str(folder))
+    digest = _write_tokenizer(loaded.tokenizer, folder)
+    run = {
+        "config": to_dict(config),
+        "vocabulary": digest,
+        "averaged": {"from": loaded.description, "steps": [0]},
+    }
+    target = CheckpointManager(folder / "checkpoints", CheckpointConfig())
+    try:
+        target.save(0, {"params": loaded.params}, {}, run)
+    finally:
+        target.close()
+    save_config(config, folder / "config.json")
+
+
+def _run_of(loaded: LoadedModel) -> RunConfig:
+    """The run that a model belongs to, or one that describes it."""
+    if loaded.run_config is not None:
+        return dataclasses.replace(loaded.run_config, model=loaded.config)
+    kind = "bytes" if isinstance(loaded.tokenizer, BytesTokenizer) else "sentencepiece"
+    length = min(DataConfig().sequence_length, loaded.config.max_length)
+    data = DataConfig(tokenizer=TokenizerConfig(kind=kind), sequence_length=length)
+    return RunConfig(model=loaded.config, data=data)
+
+
+def _write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> str:
+    """Puts the tokenizer where `load_model` looks for it; returns what identifies it."""
+    if isinstance(tokenizer, MediaTokenizer):
+        _write_tokenizer(tokenizer.base, folder)
+        return tokenizer.digest()
+    if isinstance(tokenizer, SymbolTokenizer):
+        return " ".join(tokenizer.symbols)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        write_atomically(folder / SENTENCEPIECE_FILE, tokenizer.model)
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        tokenizer.save(folder / HUGGINGFACE_FOLDER)
+    elif not isinstance(tokenizer, BytesTokenizer):
+        raise UserError(
+            f"a {type(tokenizer).__name__} cannot be written; use one of ours, such as "
+            "SentencePieceTokenizer."
+        )
+    return tokenizer.digest()
 
 
 def _params(source: pathlib.Path, step: int) -> dict:

@@ -1,6 +1,8 @@
 """What a run costs, without allocating the model: parameters, FLOPs, memory, and their tables."""
 
 import dataclasses
+import json
+import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
@@ -112,6 +114,12 @@ class CostReport:
         values = dataclasses.asdict(self)
         values["memory"]["total"] = self.memory.total
         return values
+
+    def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
+        """Writes cost.json with all numbers, exact, into a folder; returns its path."""
+        path = folder / "cost.json"
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        return [path]
 
 
 def make_report(config: RunConfig) -> CostReport:
@@ -261,17 +269,23 @@ PRODUCTS = (
 _UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
-def print_tables(console: Console, report: CostReport, config: RunConfig) -> None:
-    """Prints everything; in plain characters where the console is no terminal."""
-    tables = [
+def cost_tables(report: CostReport, config: RunConfig) -> list[Table]:
+    """Parameters, FLOPs, costs by depth, memory."""
+    found = [
         _parameters(report, config),
         _flops(report, config),
         *([_media(report, config)] if report.media else []),
         _depths(report, config),
         _memory(report, config),
     ]
-    for table in tables:
+    for table in found:
         table.title_justify = table.caption_justify = "left"
+    return found
+
+
+def print_tables(console: Console, report: CostReport, config: RunConfig) -> None:
+    """Prints everything; in plain characters where the console is not a terminal."""
+    for table in cost_tables(report, config):
         table.box = box.ROUNDED if console.is_terminal else box.ASCII
         console.print(table)
 

@@ -273,6 +273,24 @@ def _build(config: ModelConfig, precision: str) -> MegaTransformer:
     return build_model(config, policy, Sharder(), platform)
 
 
+def model_of_run(
+    config: RunConfig, params: Any, workdir: pathlib.Path, digest: str, step: int
+) -> LoadedModel:
+    """The model of a run that is going on.
+
+    Args:
+      config: of the run.
+      params: on the first local device.
+      workdir: with the run's tokenizer.
+      digest: of its vocabulary.
+      step: steps done.
+    """
+    tokenizer = _run_tokenizer(config, workdir, digest)
+    model = _build(config.model, config.train.precision)
+    loaded = _loaded(config.model, model, params, tokenizer, f"run {workdir}, step {step}")
+    return dataclasses.replace(loaded, run_config=config)
+
+
 def find_step(checkpoints: CheckpointManager, step: Step) -> int:
     """The number of the checkpoint that `parse_step` names.
 

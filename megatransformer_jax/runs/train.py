@@ -1,8 +1,10 @@
-"""One training run from its config: assemble, resume, loop, summary."""
+"""One training run from its config: assemble, resume, step, loop, summary."""
 
 import contextlib
+import dataclasses
 import math
 import pathlib
+import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,62 +35,117 @@ from megatransformer_jax.training.progress import build_progress
 from megatransformer_jax.training.recorder import MetricRecorder, MetricsFile
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.trainable import split_params
-from megatransformer_jax.training.writers import MultiWriter, build_writer
+from megatransformer_jax.training.writers import build_writer
 
 
 def train(config: RunConfig) -> LoopResult:
     """Trains until `train.steps`, resuming if the workdir has a checkpoint."""
-    if config.compilation_cache_dir is not None:
-        cache = make_folder("compilation_cache_dir", config.compilation_cache_dir)
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    start_distributed(config.distributed)
-    check_augmentation(config)
-    workdir = make_workdir(config.workdir)
-    is_primary = jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        if is_primary:
-            stack.enter_context(log_file(workdir / "train.log", config.logging.level))
-            stack.enter_context(hold_workdir(workdir))
-        checkpoints = CheckpointManager(workdir / "checkpoints", config.checkpoint)
-        stack.callback(checkpoints.close)
-        config, plan = plan_memory(config, checkpoints)
-        check_workdir(config, checkpoints)
-        kind = build_run(config, workdir, stack, plan)
-        return _Run(kind, workdir, checkpoints, stack).train()
+        return Run(config, stack).finish()
 
 
-class _Run:
-    """One run of any kind: starts it, or goes on with it, and ends it."""
+class Run:
+    """A run of any kind that holds its workdir: it starts or goes on, steps, saves and ends.
 
-    def __init__(
-        self,
-        kind: RunKind,
-        workdir: pathlib.Path,
-        checkpoints: CheckpointManager,
-        stack: contextlib.ExitStack,
-    ):
-        self.kind = kind
-        self.config = kind.config
-        self.workdir = workdir
-        self.checkpoints = checkpoints
-        self.stack = stack
-        self.console = Console()
-        self.is_primary = jax.process_index() == 0
+    Args:
+      config: of the run.
+      stack: closes what the run holds: locks, files, data, checkpoints.
+      is_kept: False: the run has no workdir, writes no checkpoints, metrics or logs, and what
+        it must put into files (its tokenizer) goes when the stack is closed.
 
-    def train(self) -> LoopResult:
-        state, start_step = start_state(self.kind, self.checkpoints)
-        self._log_overview(state)
-        writer = build_writer(
-            self.config.logging,
+    Attributes:
+      config: with what building the run has resolved.
+      kind: model, data and judges.
+      state: the train state after `step` steps. Each step donates it.
+      step: optimiser steps done.
+
+    Raises:
+      UserError: if the run cannot start, or not go on from what the workdir holds.
+    """
+
+    def __init__(self, config: RunConfig, stack: contextlib.ExitStack, *, is_kept: bool = True):
+        if config.compilation_cache_dir is not None:
+            cache = make_folder("compilation_cache_dir", config.compilation_cache_dir)
+            jax.config.update("jax_compilation_cache_dir", str(cache))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        start_distributed(config.distributed)
+        check_augmentation(config)
+        self._stack = stack
+        self._is_kept = is_kept
+        self._is_primary = jax.process_index() == 0
+        self._console = Console()
+        if is_kept:
+            self.workdir = make_workdir(config.workdir)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            self.workdir = pathlib.Path(folder)
+            unwritten = dataclasses.replace(config.logging, writers=(), wandb_project=None)
+            config = dataclasses.replace(config, logging=unwritten)
+        if self._is_primary and is_kept:
+            stack.enter_context(log_file(self.workdir / "train.log", config.logging.level))
+            stack.enter_context(hold_workdir(self.workdir))
+        self._checkpoints = CheckpointManager(self.workdir / "checkpoints", config.checkpoint)
+        stack.callback(self._checkpoints.close)
+        config, plan = plan_memory(config, self._checkpoints)
+        check_workdir(config, self._checkpoints)
+        self.kind: RunKind = build_run(config, self.workdir, stack, plan)
+        self.config = self.kind.config
+        self.state, self.step = start_state(self.kind, self._checkpoints)
+        self._log_overview()
+        self._open_records()
+        self._step_function = self.kind.step_function()
+
+    def _open_records(self) -> None:
+        """What metrics go to: writers, the metrics file, the screen."""
+        config = self.config
+        self._writer = build_writer(
+            config.logging,
             self.workdir,
-            is_primary=self.is_primary,
-            start_step=start_step + 1 if start_step else 0,
+            is_primary=self._is_primary,
+            start_step=self.step + 1 if self.step else 0,
         )
-        self.stack.callback(writer.close)
-        writer.write_hparams(flatten_config(to_dict(self.config)))
-        result = self._loop(state, start_step, writer)
-        self.checkpoints.wait()
+        self._stack.callback(self._writer.close)
+        self._writer.write_hparams(flatten_config(to_dict(config)))
+        self._progress = build_progress(
+            config.logging.progress, self._console, config.train.steps, is_primary=self._is_primary
+        )
+        metrics_file = None
+        if self._is_primary and self._is_kept:
+            metrics_file = MetricsFile(self.workdir / "metrics.jsonl", self.step)
+            self._stack.callback(metrics_file.close)
+            # Not before everything that a bad option could stop: a start that fails must leave
+            # the config of the run that the workdir holds.
+            save_config(config, self.workdir / "config.json")
+        self._recorder = MetricRecorder(
+            metrics_file=metrics_file,
+            writer=self._writer,
+            progress=self._progress,
+            learning_rate=build_schedule(config.optimizer, config.train.steps),
+            max_bad_steps=config.train.max_bad_steps,
+        )
+
+    def advance(self, batch: Any = None) -> dict[str, float]:
+        """One step, without hooks; returns its metrics.
+
+        Args:
+          batch: on the host, of this process. None: the next one of the run's data.
+
+        Raises:
+          TooManyBadSteps: if too many steps in a row were not finite.
+        """
+        host = next(self.kind.batches) if batch is None else batch
+        placed = self.kind.place_batch(host)
+        with jax.transfer_guard("disallow"):
+            self.state, metrics = self._step_function(self.state, placed)
+        self.step += 1
+        self._recorder.add(self.step, metrics)
+        self._recorder.flush()
+        return dict(self._recorder.last)
+
+    def finish(self) -> LoopResult:
+        """Steps to the end of the run, with its hooks, then the summary."""
+        result = self._loop()
+        self._checkpoints.wait()
         if not result.is_finished:
             logging.warning(
                 "stopped after step %d of %d; everything is saved. The same command resumes.",
@@ -96,73 +153,65 @@ class _Run:
                 self.config.train.steps,
             )
             return result
-        console = self.console if self.is_primary else None
+        console = self._console if self._is_primary else None
         self.kind.summarize(self.params_of(result.state), console)
         return result
 
-    def _loop(self, state: TrainState, start_step: int, writer: MultiWriter) -> LoopResult:
-        config = self.config
-        progress = build_progress(
-            config.logging.progress, self.console, config.train.steps, is_primary=self.is_primary
-        )
-        metrics_file = None
-        if self.is_primary:
-            metrics_file = MetricsFile(self.workdir / "metrics.jsonl", start_step)
-            self.stack.callback(metrics_file.close)
-            # Not before everything that a bad option could stop: a start that fails must leave
-            # the config of the run that the workdir holds.
-            save_config(config, self.workdir / "config.json")
-        recorder = MetricRecorder(
-            metrics_file=metrics_file,
-            writer=writer,
-            progress=progress,
-            learning_rate=build_schedule(config.optimizer, config.train.steps),
-            max_bad_steps=config.train.max_bad_steps,
-        )
-        with progress, StopRequest() as stop:
+    def _loop(self) -> LoopResult:
+        with self._progress, StopRequest() as stop:
             result = train_loop(
-                state,
-                self.kind.step_function(),
+                self.state,
+                self._step_function,
                 self.kind.batches,
                 self.kind.place_batch,
-                self._hooks(writer),
-                recorder=recorder,
-                writer=writer,
-                progress=progress,
+                self._hooks(),
+                recorder=self._recorder,
+                writer=self._writer,
+                progress=self._progress,
                 stop=stop,
-                start_step=start_step,
-                total_steps=config.train.steps,
-                log_every_steps=config.logging.every_steps,
+                start_step=self.step,
+                total_steps=self.config.train.steps,
+                log_every_steps=self.config.logging.every_steps,
             )
+        self.state, self.step = result.state, result.step
         if result.is_finished:
-            _warn_of_bad_steps(result, recorder.last_loss)
+            _warn_of_bad_steps(result, self._recorder.last_loss)
         return result
 
-    def _hooks(self, writer: MultiWriter) -> list[Hook]:
+    def _hooks(self) -> list[Hook]:
         """Validation comes before the checkpoint, which is saved with its scores."""
-        config = self.config
-        run = run_info(config, self.kind.vocabulary)
 
         def save(step: int, state: TrainState, scores: Mapping[str, float]) -> None:
-            self.checkpoints.save(step, state, self.kind.batches.get_state(), run, scores)
+            self._save(step, state, scores)
 
+        checkpoints = [CheckpointHook(self.config.checkpoint.every_steps, save)]
         return [
             *self.kind.judges(self.params_of),
-            CheckpointHook(config.checkpoint.every_steps, save),
-            *self.kind.observers(self.params_of, writer),
+            *(checkpoints if self._is_kept else []),
+            *self.kind.observers(self.params_of, self._writer),
         ]
+
+    def save(self) -> None:
+        """Saves a checkpoint of the present step, unless there is one, and waits for it."""
+        if self._checkpoints.latest_step() != self.step:
+            self._save(self.step, self.state, {})
+        self._checkpoints.wait()
+
+    def _save(self, step: int, state: TrainState, scores: Mapping[str, float]) -> None:
+        info = run_info(self.config, self.kind.vocabulary)
+        self._checkpoints.save(step, state, self.kind.batches.get_state(), info, scores)
 
     def params_of(self, state: TrainState) -> Any:
         """The parameters that validation, samples and the summary use."""
         return evaluation_params(state, self.config)
 
-    def _log_overview(self, state: TrainState) -> None:
-        counts = count_parameters(state.params)
+    def _log_overview(self) -> None:
+        counts = count_parameters(self.state.params)
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        assert self.kind.sharder.mesh is not None  # `assemble` always makes one.
+        assert self.kind.sharder.mesh is not None  # `build_run` always makes one.
         mesh_shape = self.kind.sharder.mesh.shape
         logging.info("parameters: %s (%s)", f"{sum(counts.values()):,}", parts)
-        trained, frozen = split_params(state.params, self.config.fine_tuning)
+        trained, frozen = split_params(self.state.params, self.config.fine_tuning)
         if jax.tree.leaves(frozen):
             count = sum(leaf.size for leaf in jax.tree.leaves(trained))
             logging.info("trained of these: %s", f"{count:,}")
@@ -171,7 +220,7 @@ class _Run:
             " x ".join(f"{axis} {size}" for axis, size in mesh_shape.items()),
             jax.devices()[0].device_kind,
             self.kind.facts,
-            self.workdir,
+            self.workdir if self._is_kept else "none",
         )
 
 

@@ -4,8 +4,10 @@ import contextlib
 import fcntl
 import logging
 import pathlib
+import sys
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from absl import logging as absl_logging
 
@@ -55,6 +57,53 @@ def quiet_libraries(level: str) -> Iterator[None]:
         yield
     finally:
         handler.removeFilter(_own_or_important)
+
+
+@contextlib.contextmanager
+def shown_logs(level: str) -> Iterator[None]:
+    """Shows our own messages from `level` upwards on stderr; then all is as it was before.
+
+    For callers that have not set up logging themselves, such as notebooks. Where absl's handler is
+    in use, as in the commands, nothing is added.
+    """
+    root = logging.getLogger()
+    if absl_logging.get_absl_handler() in root.handlers:
+        yield
+        return
+    screen = _ScreenHandler()
+    screen.setFormatter(LineFormatter())
+    if level != "debug":
+        screen.addFilter(_own_or_important)
+    # Others that write to the screen would show everything twice; files and tests still get it.
+    others = [other for other in root.handlers if type(other) is logging.StreamHandler]
+    verbosity = absl_logging.get_verbosity()
+    for other in others:
+        other.addFilter(_is_of_others)
+    root.addHandler(screen)
+    absl_logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        absl_logging.set_verbosity(verbosity)
+        root.removeHandler(screen)
+        for other in others:
+            other.removeFilter(_is_of_others)
+
+
+class _ScreenHandler(logging.StreamHandler):
+    """Writes to whatever stderr is at the time: a progress bar replaces it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        """The present stderr."""
+        return sys.stderr
+
+
+def _is_of_others(record: logging.LogRecord) -> bool:
+    return record.name != "absl"
 
 
 @contextlib.contextmanager

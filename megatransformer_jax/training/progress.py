@@ -1,5 +1,6 @@
 """Shows a run's progress: a live bar on a terminal, otherwise one line per log point."""
 
+import html
 import time
 import typing
 from collections.abc import Callable, Mapping
@@ -9,6 +10,9 @@ from absl import logging
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
+
+# Redrawing a notebook's output more often costs more than it shows.
+_REDRAW_S = 0.25
 
 
 @typing.runtime_checkable
@@ -44,8 +48,12 @@ def build_progress(
     if not is_primary:
         return _Silent()
     if kind == "auto":
-        kind = "bar" if console.is_terminal else "lines"
-    return BarProgress(console, total_steps) if kind == "bar" else LineProgress(total_steps)
+        kind = "bar" if console.is_terminal or console.is_jupyter else "lines"
+    if kind == "lines":
+        return LineProgress(total_steps)
+    if console.is_jupyter:
+        return NotebookProgress(total_steps)
+    return BarProgress(console, total_steps)
 
 
 class StepClock:
@@ -192,6 +200,74 @@ class BarProgress:
     def resume(self, step: int) -> None:
         """Restarts the clock."""
         self._clock.restart(step)
+
+
+class NotebookProgress:
+    """A bar below the cell of a notebook, without widgets.
+
+    Args:
+      total_steps: steps of the whole run.
+      clock: measures their speed.
+      show: shows HTML the first time, then replaces it. None: IPython's display.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        clock: StepClock | None = None,
+        show: Callable[[str, bool], None] | None = None,
+    ):
+        self._total_steps = total_steps
+        self._clock = clock or StepClock(total_steps)
+        self._show = show or _NotebookDisplay()
+        self._step = 0
+        self._metrics = "compiling ..."
+        self._shown_at: float | None = None
+
+    def __enter__(self) -> "NotebookProgress":
+        self._draw()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._draw()
+
+    def advance(self, step: int) -> None:
+        """Moves the bar, a few times per second."""
+        self._clock.advance(step)
+        self._step = step
+        if self._shown_at is None or time.monotonic() - self._shown_at > _REDRAW_S:
+            self._draw()
+
+    def report(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Shows the latest metrics next to the bar."""
+        self._clock.tick(step, scalars.get("tokens", 0.0))
+        self._metrics = describe(scalars, self._clock, step)
+        self._draw()
+
+    def resume(self, step: int) -> None:
+        """Restarts the clock."""
+        self._clock.restart(step)
+
+    def _draw(self) -> None:
+        text = f"step {self._step}/{self._total_steps} &nbsp; {html.escape(self._metrics)}"
+        bar = f"<progress value='{self._step}' max='{self._total_steps}'></progress>"
+        self._show(f"<div>{bar} {text}</div>", self._shown_at is not None)
+        self._shown_at = time.monotonic()
+
+
+class _NotebookDisplay:
+    """One output of a cell that is replaced."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def __call__(self, content: str, is_update: bool) -> None:
+        from IPython.display import HTML, display  # noqa: PLC0415 (is there where notebooks run)
+
+        if is_update:
+            self._handle.update(HTML(content))
+        else:
+            self._handle = display(HTML(content), display_id=True)
 
 
 class _RichStream:

@@ -164,6 +164,11 @@ class MetricRecorder:
         return int(self._last.get("skipped_in_row", 0))
 
     @property
+    def last(self) -> Mapping[str, float]:
+        """Metrics of the last step that was flushed; none before the first."""
+        return self._last
+
+    @property
     def last_loss(self) -> float | None:
         """Loss of the last step that was flushed, or None before the first."""
         return self._last.get("loss")

@@ -7,14 +7,12 @@ import pytest
 
 from megatransformer_jax.cli import flags
 from megatransformer_jax.cli.flags import (
-    GENERATION_OPTIONS,
-    generation_from,
     help_page,
     named_as_written,
 )
 from megatransformer_jax.cli.generate import COMMAND
 from megatransformer_jax.cli.generate_options import GenerateOptions, check_can_stream
-from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.generation import GENERATION_OPTIONS, GenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError, options_of
 
 
@@ -51,7 +49,7 @@ def test_options_have_short_names_in_their_sections() -> None:
 
 def test_every_option_reaches_its_place() -> None:
     for name, option in GENERATION_OPTIONS.items():
-        config: Any = generation_from({name: option.default})
+        config: Any = GenerationConfig.of(**{name: option.default})
         assert config == GenerationConfig()
 
 

@@ -60,8 +60,8 @@ def test_json_has_every_sample(run: Any, tmp_path: pathlib.Path) -> None:
         ("The ", 1),
     ]
     for record in records:
-        assert 1 <= len(record["token_ids"]) == len(record["steps"]) <= 6
-        assert set(record["steps"]) == {3}
+        assert 1 <= len(record["token_ids"]) == len(record["depths"]) <= 6
+        assert set(record["depths"]) == {3}
         assert record["score"] < 0
         assert record["prompt"] + record["text"] in out
     assert records[0]["token_ids"] != records[1]["token_ids"]

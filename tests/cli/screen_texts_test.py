@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 from small_generator import SmallGenerator
 
-from megatransformer_jax.cli.flags import generation_from, parse
+from megatransformer_jax.cli.flags import parse
 from megatransformer_jax.cli.generate import COMMAND, check_json_path
 from megatransformer_jax.cli.generate_options import read_prompts
 from megatransformer_jax.cli.screen import Screen, Stopwatch, continue_prompts, stream, summary
+from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 
@@ -79,7 +80,7 @@ def test_json_lines_have_everything(tmp_path: pathlib.Path) -> None:
         "sample": 0,
         "text": "\ufffd\ufffd",
         "token_ids": [172, 198],
-        "steps": [1, 2],
+        "depths": [1, 2],
         "score": -1.5,
         "finish_reason": "length",
     }
@@ -107,7 +108,7 @@ def test_ctrl_c_ends_the_line() -> None:
 
     file = io.StringIO()
     screen = Screen(Console(file=file), None)
-    config = generation_from({})
+    config = GenerationConfig()
     with pytest.raises(KeyboardInterrupt):
         stream(Interrupted(config), "abc", True, screen, Stopwatch())
     assert file.getvalue() == "cb\n"

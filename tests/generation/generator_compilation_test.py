@@ -90,8 +90,8 @@ def test_streams_compile_nothing_after_the_first():
 
 def test_adaptive_depth_tells_the_steps_of_each_token():
     texts = generator(**request(depth=8, min_depth=2)).generate(PROMPTS)
-    assert all(len(text.steps) == len(text.token_ids) for text in texts)
-    steps = [count for text in texts for count in text.steps]
+    assert all(len(text.depths) == len(text.token_ids) for text in texts)
+    steps = [count for text in texts for count in text.depths]
     assert min(steps) >= 2 and max(steps) <= 8
     assert len(set(steps)) > 2 and np.mean(steps) < 7
 

@@ -49,7 +49,7 @@ def test_greedy_completions(config):
         assert completion.token_ids == tuple(wanted)
         assert completion.prompt == (prompt if isinstance(prompt, str) else None)
         assert completion.text == PIECES.decode(wanted)
-        assert completion.steps == (DEPTH if config.is_recurrent else 0,) * len(wanted)
+        assert completion.depths == (DEPTH if config.is_recurrent else 0,) * len(wanted)
         assert completion.score == pytest.approx(score, abs=1e-4)
         assert completion.finish_reason == ("end_of_text" if is_ended else "length")
 
@@ -122,7 +122,7 @@ def test_a_stream_gives_the_tokens_and_the_text_of_generate(name):
             wanted = given.generate([prompt])[0]
             tokens = list(given.stream(prompt))
             assert tuple(token.token_id for token in tokens) == wanted.token_ids
-            assert tuple(token.steps for token in tokens) == wanted.steps
+            assert tuple(token.depth for token in tokens) == wanted.depths
             assert "".join(token.text for token in tokens) == wanted.text
             assert not any(stop in wanted.text for stop in options.get("stop", ()))
             is_ended = wanted.finish_reason == "end_of_text"
@@ -160,7 +160,7 @@ def test_end_tokens_are_no_part_of_the_text():
     assert first.finish_reason == "length" and len(first.token_ids) == 8
     given = generator(strategy="greedy", end_ids=first.token_ids[:1])
     empty = given.generate([PROMPTS[0]])[0]
-    assert (empty.text, empty.token_ids, empty.steps) == ("", (), ())
+    assert (empty.text, empty.token_ids, empty.depths) == ("", (), ())
     assert empty.finish_reason == "end_of_text"
     score = recomputed_score(*make(TINY), PROMPTS[0], first.token_ids[:1])
     assert empty.score == pytest.approx(score, abs=1e-4)
@@ -173,7 +173,7 @@ def test_one_new_token():
     one = given.generate([PROMPTS[0]])[0]
     assert one.token_ids == wanted.token_ids[:1] and one.finish_reason == "length"
     tokens = list(given.stream(PROMPTS[0]))
-    assert [(token.token_id, token.steps) for token in tokens] == [(one.token_ids[0], DEPTH)]
+    assert [(token.token_id, token.depth) for token in tokens] == [(one.token_ids[0], DEPTH)]
     assert tokens[0].text == one.text
 
 

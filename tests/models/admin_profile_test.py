@@ -94,7 +94,7 @@ def test_omegas_are_the_papers_formula():
 
     core_params, injected, prepared = model.apply({"params": params}, x, method="enter_core")
     state = initial_state(CONFIG, key, injected)
-    state = model.core().bind({"params": core_params}).adapter(state, prepared)
+    state = model.core_module().bind({"params": core_params}).adapter(state, prepared)
     core = [params["core"]["layers"]["layer_0"]]
     variances, x = walk(CONFIG, core, state, 8)
     check([profiled["core"]["layers"]["layer_0"]], variances)

@@ -38,10 +38,10 @@ def dense_jacobian(model, params, state):
     _, injected, _ = model.apply(variables, x, method="enter_core")
     core = {"params": params["core"]}
     injected = jax.lax.stop_gradient(injected)
-    prepared = model.core().apply(core, injected, method="prepare")
+    prepared = model.core_module().apply(core, injected, method="prepare")
 
     def step(flat):
-        return model.core().apply(core, flat.reshape(state.shape), prepared, context).ravel()
+        return model.core_module().apply(core, flat.reshape(state.shape), prepared, context).ravel()
 
     return jax.jacobian(step)(state.ravel())
 

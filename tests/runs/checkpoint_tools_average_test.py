@@ -80,7 +80,7 @@ def test_no_run_goes_on_from_an_average(run, tmp_path):
     assert config.workdir == str(out)
     checkpoints = CheckpointManager(out / "checkpoints", None)
     assert checkpoints.run_info(8)["averaged"] == {"from": str(folder), "steps": [6, 8]}
-    with pytest.raises(CheckpointMismatch, match=r"mean of checkpoints.*fine_tuning\.init_from"):
+    with pytest.raises(CheckpointMismatch, match=r"holds parameters only.*fine_tuning\.init_from"):
         check_workdir(config, checkpoints)
     checkpoints.close()
 

@@ -161,7 +161,7 @@ def test_nothing_is_gathered_in_the_loops_but_scores_of_a_cut_vocabulary(mesh_na
 def completions(mesh_name, prompts, **options):
     model, params = model_and_params(mesh_name)
     generator = Generator(model, params, None, GenerationConfig(**options), DEPTH)
-    return [(text.token_ids, text.steps) for text in generator.generate(prompts)]
+    return [(text.token_ids, text.depths) for text in generator.generate(prompts)]
 
 
 def test_texts_do_not_depend_on_the_mesh_nor_on_what_fills_a_batch_up():

@@ -14,7 +14,7 @@ MAX_PROMPT = 60
 class Token:
     text: str
     token_id: int
-    steps: int
+    depth: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Text:
     prompt: str | None
     text: str
     token_ids: tuple[int, ...]
-    steps: tuple[int, ...]
+    depths: tuple[int, ...]
     score: float
     finish_reason: str
 
@@ -50,7 +50,7 @@ class SmallGenerator:
                 prompt if isinstance(prompt, str) else None,
                 "".join(token.text for token in tokens),
                 tuple(token.token_id for token in tokens),
-                tuple(token.steps for token in tokens),
+                tuple(token.depth for token in tokens),
                 -1.5,
                 "length",
             )

@@ -181,7 +181,7 @@ def observe_iteration(
     context: LayerContext,
 ) -> tuple[jax.Array, list[LayerOutput]]:
     """The next state [B, T, core width], and the core's layers."""
-    new_state, seen = _apply(model.core(), core_params, state, prepared, context)
+    new_state, seen = _apply(model.core_module(), core_params, state, prepared, context)
     return new_state, list(_layers(seen["layers"], model.config, "core"))
 
 

@@ -134,7 +134,7 @@ def cached_forward(
             return cast(jax.Array, model.apply({"params": params}, state, method="run_gate"))
 
         result = iterate_core(
-            model.core(),
+            model.core_module(),
             core_params,
             prepared,
             state.astype(injected.dtype),

@@ -77,7 +77,7 @@ def core_step(
 
     Rematerialised as `model.remat` says.
     """
-    module, remat = model.core(), model.config.remat
+    module, remat = model.core_module(), model.config.remat
 
     def step(params: Any, state: jax.Array, prepared: jax.Array) -> jax.Array:
         return cast(jax.Array, module.apply({"params": params}, state, prepared, core.context))
@@ -169,7 +169,7 @@ def squared_jacobian(
     core = open_core(model, params, tokens, positions=positions, segment_ids=segment_ids)
     injected, state = jax.lax.stop_gradient((core.injected, state))
     prepared = cast(
-        jax.Array, model.core().apply({"params": core.params}, injected, method="prepare")
+        jax.Array, model.core_module().apply({"params": core.params}, injected, method="prepare")
     )
     step = core_step(model, core)
     _, pullback = jax.vjp(lambda state: step(core.params, state, prepared), state)
@@ -254,7 +254,7 @@ def _updates(
         core_params, injected, prepared = cast(Any, model.apply(variables, x, method="enter_core"))
         state = initial_state(config, key, injected)
         inner = pass_context(config, positions, segment_ids, config.core_width)
-        x, of_core = _apply(model.core(), {"params": core_params}, state, prepared, inner)
+        x, of_core = _apply(model.core_module(), {"params": core_params}, state, prepared, inner)
         sown |= {"core": of_core["layers"]}
     _, of_coda = _apply(model, variables, x, outer, method="run_coda")
     return sown | of_coda

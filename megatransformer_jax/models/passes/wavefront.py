@@ -130,7 +130,7 @@ def _iterate(
     slot: jax.Array,
 ) -> tuple[jax.Array, KeyValues]:
     """The states after their iterations, and the keys and values of the last ones."""
-    config, core = model.config, model.core()
+    config, core = model.config, model.core_module()
     assert cache.core is not None
     layers = cache.core.key.shape[0] // cache.num_slots
     read = read_entries(cache.core, cache, slot * layers)

@@ -71,9 +71,9 @@ def check_workdir(config: RunConfig, checkpoints: CheckpointManager) -> None:
     saved = run["config"]
     if "averaged" in run:
         raise CheckpointMismatch(
-            f"{where} is a mean of checkpoints and has no optimiser state, so no run goes on from "
-            "it. Choose another workdir; to start from its parameters, name it as "
-            "fine_tuning.init_from."
+            f"{where} holds parameters only, as a mean of checkpoints or a saved model does, and "
+            "no optimiser state, so no run goes on from it. Choose another workdir; to start from "
+            "its parameters, name it as fine_tuning.init_from."
         )
     check_resumable(saved, config, where)
     _check_data(run.get("data"), config, where)

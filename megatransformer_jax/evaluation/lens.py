@@ -1,0 +1,223 @@
+"""The model's view after every iteration: latents, residuals and next tokens (a logit lens)."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int, Key
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.evaluation.report import tables_as_html, tables_as_text
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
+
+
+@struct.dataclass
+class IterationTrace:
+    """What each iteration made of each token; entry i - 1 is iteration i.
+
+    Attributes:
+      latents: the state after the output norm, as the coda reads it.
+      residuals: |h_i - h_{i-1}| / |h_i| of each token's state, over its channels.
+      top_ids: the likeliest next tokens if the core stopped there, likeliest first.
+      top_log_probs: their log-probabilities, float32.
+    """
+
+    latents: Float[Array, "n B T D"]
+    residuals: Float[Array, "n B T"]
+    top_ids: Int[Array, "n B T k"]
+    top_log_probs: Float[Array, "n B T k"]
+
+
+@functools.partial(jax.jit, static_argnames=("model", "depth", "top_k"))
+def trace_iterations(
+    model: MegaTransformer,
+    params: Any,
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    key: Key[Array, ""],
+    *,
+    depth: int,
+    top_k: int,
+) -> IterationTrace:
+    """Iterates the core and runs coda and head on the state after each iteration.
+
+    The last iteration's latents and scores are those of the model called with the same key as rng
+    stream 'state'.
+
+    Args:
+      model: with a core.
+      params: its parameters.
+      tokens: one document per row, padding at the end.
+      segment_ids: 1 for tokens, 0 for padding. None: no padding.
+      key: of the first state.
+      depth: n, at least 1; static.
+      top_k: k, static.
+
+    Raises:
+      ValueError: if the model has no core.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    core = open_core(model, params, tokens, positions=positions, segment_ids=segment_ids)
+    step = core_step(model, core)
+    variables = {"params": params}
+    # A module derives its key from the stream's.
+    state_key = cast(
+        jax.Array, model.apply(variables, rngs={"state": key}, method=lambda m: m.make_rng("state"))
+    )
+
+    def iterate(state: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        new = step(core.params, state, core.prepared)
+        latent, x = model.apply(variables, new, core.outer, method="run_coda")
+        logits = cast(jax.Array, model.apply(variables, x, method="run_head"))
+        log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), top_k)
+        moved = _length(new.astype(jnp.float32) - state.astype(jnp.float32))
+        size = _length(new.astype(jnp.float32))
+        # A state of zeros that stays there has moved by 0 and not by 0 / 0.
+        residual = jnp.where(moved == 0, 0.0, moved / jnp.where(size == 0, 1.0, size))
+        return new, (latent, residual, ids, log_probs)
+
+    _, found = jax.lax.scan(iterate, first_state(model, core, state_key), None, length=depth)
+    return IterationTrace(*found)
+
+
+def _length(state: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    return jnp.linalg.norm(state, axis=-1)
+
+
+# ------------------------------------------------------------------------------
+# For people.
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Every iteration of the core over some inputs, on the host. Prints itself as a table.
+
+    Attributes:
+      tokens: int32 [B, T], the inputs, padded at the end.
+      lengths: int32 [B], tokens of each row.
+      latents: [n, B, T, D], the state after the output norm, of iterations 1 to n.
+      residuals: [n, B, T], |h_i - h_{i-1}| / |h_i| of each token.
+      top_ids: [n, B, T, k], the likeliest next tokens if the core stopped there.
+      top_probs: [n, B, T, k], their probabilities.
+      tokenizer: to show tokens as text. None: they are shown as ids.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    latents: np.ndarray
+    residuals: np.ndarray
+    top_ids: np.ndarray
+    top_probs: np.ndarray
+    tokenizer: Tokenizer | None
+
+    @property
+    def depth(self) -> int:
+        """Number of iterations."""
+        return len(self.residuals)
+
+    def next_tokens(
+        self, iteration: int, position: int = -1, row: int = 0
+    ) -> list[tuple[str, float]]:
+        """The likeliest next tokens as text, with their probabilities.
+
+        Args:
+          iteration: after which, from 1.
+          position: after which token of the row; -1 is the last.
+          row: which input.
+
+        Raises:
+          IndexError: if there is no such iteration, token or row.
+        """
+        if not 1 <= iteration <= self.depth:
+            raise IndexError(f"iteration is {iteration}; there are 1 to {self.depth}")
+        place = (iteration - 1, row, self._place(position, row))
+        ids, probs = self.top_ids[place].tolist(), self.top_probs[place].tolist()
+        return [(self._shown(token), prob) for token, prob in zip(ids, probs, strict=True)]
+
+    def table(self, position: int = -1, row: int = 0) -> Table:
+        """One line per iteration: residual, and the likeliest next tokens after a position."""
+        place = self._place(position, row)
+        read = self._shown(int(self.tokens[row, place]))
+        table = Table(title=f"Iterations after token {place} ({read})")
+        table.add_column("iteration", justify="right")
+        table.add_column("residual", justify="right")
+        table.add_column("next token and its probability")
+        for iteration in range(1, self.depth + 1):
+            residual = self.residuals[iteration - 1, row, place]
+            likely = self.next_tokens(iteration, place, row)
+            shown = "  ".join(f"{text} {prob:.2f}" for text, prob in likely)
+            table.add_row(str(iteration), f"{residual:.4f}", shown)
+        return table
+
+    def figure(self, row: int = 0) -> Figure:
+        """Residual of every token in every iteration, with the likeliest next token written in.
+
+        Args:
+          row: which input.
+        """
+        length = int(self.lengths[row])
+        size = (max(4.0, 0.9 * length), max(2.5, 0.4 * self.depth + 1))
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        values = np.log10(np.maximum(self.residuals[:, row, :length], 1e-6))
+        image = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis")
+        middle = (values.min() + values.max()) / 2
+        for iteration in range(self.depth):
+            for place in range(length):
+                text = self._shown(int(self.top_ids[iteration, row, place, 0]))
+                color = "black" if values[iteration, place] > middle else "white"
+                axes.text(place, iteration, text, ha="center", va="center", size=8, color=color)
+        inputs = [self._shown(token) for token in self.tokens[row, :length].tolist()]
+        axes.set_xticks(range(length), inputs, rotation=45)
+        axes.set_yticks(range(self.depth), [str(i + 1) for i in range(self.depth)])
+        axes.set_xlabel("token that is read; in each cell the likeliest next one")
+        axes.set_ylabel("iteration")
+        figure.colorbar(image, label="log10 of the residual")
+        return figure
+
+    def __str__(self) -> str:
+        return tables_as_text([self.table()])
+
+    def _repr_html_(self) -> str:
+        return tables_as_html([self.table()])
+
+    def _place(self, position: int, row: int) -> int:
+        length = int(self.lengths[row])
+        if not -length <= position < length:
+            raise IndexError(f"position is {position}; row {row} has {length} tokens")
+        return position % length
+
+    def _shown(self, token: int) -> str:
+        if self.tokenizer is None:
+            return str(token)
+        text = self.tokenizer.decode([token]) or f"<{token}>"
+        # Line ends would break tables, dollars mean something in figures.
+        return repr(text)[1:-1].replace("$", r"\$")
+
+
+def make_trace(
+    found: IterationTrace,
+    tokens: np.ndarray,
+    lengths: Sequence[int],
+    tokenizer: Tokenizer | None,
+) -> Trace:
+    """What was traced, fetched from the device."""
+    return Trace(
+        tokens=tokens,
+        lengths=np.asarray(lengths, np.int32),
+        latents=np.asarray(found.latents),
+        residuals=np.asarray(found.residuals),
+        top_ids=np.asarray(found.top_ids),
+        top_probs=np.exp(found.top_log_probs),
+        tokenizer=tokenizer,
+    )

@@ -1,0 +1,369 @@
+"""A model as users hold it: call it, generate, look at every iteration, save it.
+
+What goes in is checked here. What cannot be used is a `UserError` that names the value, what is
+allowed and the fix, never a shape error or a number that means nothing.
+"""
+
+import dataclasses
+import os
+import pathlib
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from megatransformer_jax.config.generation import GENERATION_OPTIONS, GenerationConfig
+from megatransformer_jax.config.option import (
+    MAX_COUNT,
+    ConfigError,
+    UserError,
+    declared_values,
+    unknown_key,
+)
+from megatransformer_jax.data.media.records import AudioPart, ImagePart
+from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer
+from megatransformer_jax.evaluation.lens import Trace, make_trace, trace_iterations
+from megatransformer_jax.generation.media_generator import MediaGenerator
+from megatransformer_jax.generation.media_prompt import MediaCompletion, prompt_of_text
+from megatransformer_jax.generation.request import (
+    StreamedToken,
+    encode_prompts,
+    out_of_memory_is_bad_input,
+)
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.runs.checkpoint_tools import export_model, save_parameters
+from megatransformer_jax.runs.load import LoadedModel
+
+# A text, texts, ids of one input, or ids of several.
+Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """What a model says of its inputs.
+
+    Attributes:
+      logits: float32 [B, T, V], scores of the next token at every position.
+      latent: [B, T, D], the core's last state after the output norm; without a core the prelude's
+        output.
+      tokens: int32 [B, T], what was read; shorter inputs are padded at the end.
+      lengths: tokens of each input. What stands beyond them means nothing.
+    """
+
+    logits: jax.Array
+    latent: jax.Array
+    tokens: np.ndarray
+    lengths: tuple[int, ...]
+
+
+class Model:
+    """A model with its weights and its tokenizer: call it, generate, look inside, save it.
+
+    Made by `load`, `create` and `Trainer.model`.
+
+    Attributes:
+      module: the Linen module; it holds no weights.
+      params: nested dict of arrays, on the first local device.
+      config: the architecture.
+      tokenizer: between text and ids. None: inputs must be ids.
+      trained_depth: mean iterations of the core in training, the default depth. None: no core.
+      description: where it comes from.
+    """
+
+    def __init__(self, loaded: LoadedModel):
+        self._loaded = loaded
+        self.module: MegaTransformer = loaded.model
+        self.params = loaded.params
+        self.config = loaded.config
+        self.tokenizer = loaded.tokenizer
+        self.trained_depth = loaded.trained_depth
+        self.description = loaded.description
+        self._forward = jax.jit(
+            lambda params, tokens, segment_ids, depth, key: self.module.apply(
+                {"params": params},
+                tokens,
+                segment_ids=segment_ids,
+                num_steps=depth,
+                rngs={"state": key},
+            )
+        )
+
+    def __call__(
+        self, inputs: Inputs, *, depth: int | None = None, seed: int = 0, **unknown: Any
+    ) -> Output:
+        """Scores the next token at every position.
+
+        Another depth compiles nothing; inputs of another shape do.
+
+        Args:
+          inputs: a text or several, or ids of one input or of several. Texts get the start token.
+          depth: iterations of the core. None: the mean in training.
+          seed: of the core's first states, where these are random.
+
+        Raises:
+          UserError: if an input is empty, has ids that the model does not know, or more tokens than
+            `config.max_length`, or if there is no such depth or option.
+
+        Example:
+          >>> lm(["The ", "If"], depth=3).logits.shape
+          (2, 3, 512)
+        """
+        _reject(unknown, ("depth", "seed"))
+        tokens, segment_ids, lengths = self._encode(inputs)
+        steps, key = self._depth(depth), jax.random.key(seed)
+        output = self._forward(self.params, tokens, segment_ids, jnp.int32(steps or 0), key)
+        return Output(output.logits, output.latent, tokens, lengths)
+
+    def generate(
+        self,
+        prompts: Inputs,
+        config: GenerationConfig | None = None,
+        *,
+        images: Sequence[np.ndarray] = (),
+        clips: Sequence[np.ndarray] = (),
+        **options: Any,
+    ) -> Any:
+        """Continues prompts.
+
+        Args:
+          prompts: as in `__call__`. In a model with images and sound, a text that ends with
+            <|IMAGE|>, <|VOICE|> or <|AUDIO|> is continued with such a medium.
+          config: how. None: `options` say.
+          images: of one prompt, float32 [height, width, C] in [-1, 1] of the model's format; they
+            stand where the text has <|IMAGE|><|/IMAGE|>, or before it.
+          clips: of one prompt, mono float32 in [-1, 1] at the model's rate; their places are
+            <|VOICE|><|/VOICE|> and <|AUDIO|><|/AUDIO|>.
+          **options: those of `megatransformer generate`, such as depth=16, strategy="greedy",
+            exit_criterion="kl", temperature=0.7, num_samples=4, stop=("\\n",), max_new_tokens=64.
+
+        Returns:
+          One `Completion` for one prompt, a list for several prompts or samples. With media
+          `MediaCompletion`s, which have images and spectrograms.
+
+        Raises:
+          UserError: if a prompt or an option cannot be used.
+
+        Example:
+          >>> lm.generate("The ", strategy="greedy", max_new_tokens=4).depths
+          (4, 4, 4, 4)
+        """
+        config = _generation(config, options)
+        given, is_single = _listed(prompts)
+        with out_of_memory_is_bad_input():
+            if images or clips or self._has_markers(given):
+                found: Sequence[Any] = self._generate_media(given, config, images, clips)
+            else:
+                found = self._loaded.generator(config).generate(given)
+        return found[0] if is_single and len(found) == 1 else list(found)
+
+    def stream(
+        self, prompt: Inputs, config: GenerationConfig | None = None, **options: Any
+    ) -> Iterator[StreamedToken]:
+        """Continues one prompt, token by token as they are made.
+
+        Args:
+          prompt: a text, or ids.
+          config: how. None: `options` say.
+          **options: as of `generate`.
+
+        Raises:
+          UserError: at once, if the prompt or an option cannot be used.
+
+        Example:
+          >>> for token in lm.stream("The ", strategy="greedy", max_new_tokens=2):
+          ...     print(token.depth)
+          4
+          4
+        """
+        config = _generation(config, options)
+        prompts, is_single = _listed(prompt)
+        if not is_single:
+            raise UserError("stream continues one prompt; for several use generate.")
+        generator = self._loaded.generator(config)
+        generator.check(prompts)
+        return generator.stream(prompts[0])
+
+    def trace(
+        self,
+        inputs: Inputs,
+        *,
+        depth: int | None = None,
+        top_k: int = 5,
+        seed: int = 0,
+        **unknown: Any,
+    ) -> Trace:
+        """Looks at every iteration of the core: latents, residuals, and what the model would say.
+
+        Args:
+          inputs: as in `__call__`.
+          depth: iterations; each number compiles once. None: the mean in training.
+          top_k: how many of the likeliest next tokens are kept.
+          seed: of the core's first states.
+
+        Raises:
+          UserError: as `__call__`, and if the model has no core.
+
+        Example:
+          >>> trace = lm.trace("The ", depth=3, top_k=2)
+          >>> trace.latents.shape, trace.residuals.shape, len(trace.next_tokens(3))
+          ((3, 1, 3, 64), (3, 1, 3), 2)
+        """
+        _reject(unknown, ("depth", "top_k", "seed"))
+        if not self.config.is_recurrent:
+            raise UserError(f"{self.description} has no recurrent core, so nothing to trace.")
+        if not 1 <= top_k <= self.config.vocab_size:
+            raise ConfigError(
+                "top_k", f"{top_k} is not allowed; it must be 1 to {self.config.vocab_size}."
+            )
+        tokens, segment_ids, lengths = self._encode(inputs)
+        steps = typing.cast(int, self._depth(depth))
+        found = trace_iterations(
+            self.module,
+            self.params,
+            tokens,
+            segment_ids,
+            jax.random.key(seed),
+            depth=steps,
+            top_k=top_k,
+        )
+        return make_trace(found, tokens, lengths, self.tokenizer)
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        format: typing.Literal["run", "huginn"] = "run",
+        overwrite: bool = False,
+        dtype: typing.Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> pathlib.Path:
+        """Writes the model into a folder that `load` reads.
+
+        Args:
+          folder: made if absent; its parent must exist.
+          format: 'run' is the folder of a run of ours with parameters only, for every model with a
+            tokenizer. 'huginn' is Huginn's, for models that its format can express.
+          overwrite: replaces an older Huginn export.
+          dtype: of Huginn's weights, which rounds them. None: float32, as they are.
+
+        Returns:
+          The folder.
+
+        Raises:
+          UserError: if the format cannot express the model, or the folder cannot be used.
+
+        Example:
+          >>> mt.load(lm.save(folder / "saved")).config == lm.config
+          True
+        """
+        path = pathlib.Path(folder).expanduser()
+        match format:
+            case "run":
+                if overwrite or dtype is not None:
+                    name = "overwrite" if overwrite else "dtype"
+                    raise ConfigError(name, "is for format='huginn'; leave it out.")
+                save_parameters(self._loaded, path)
+            case "huginn":
+                export_model(self._loaded, path, dtype=dtype, overwrite=overwrite)
+            case _:
+                raise ConfigError("format", f"{format!r} is unknown; known: 'run', 'huginn'.")
+        return path
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers in `params`."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+
+    def __repr__(self) -> str:
+        depth = "no core" if self.trained_depth is None else f"trained depth {self.trained_depth}"
+        return f"Model({self.description}: {self.num_parameters:,} parameters, {depth})"
+
+    def _encode(self, inputs: Inputs) -> tuple[np.ndarray, np.ndarray | None, tuple[int, ...]]:
+        """Tokens [B, T], their segments if there is padding, and lengths."""
+        given, _ = _listed(inputs)
+        rows = encode_prompts(given, self.tokenizer, self.config.vocab_size)
+        lengths = tuple(map(len, rows))
+        longest, limit = max(lengths), self.config.max_length
+        if longest > limit:
+            raise UserError(
+                f"the longest input has {longest} tokens (the start token of texts included), and "
+                f"the model reads at most max_length={limit}; shorten it."
+            )
+        pad_id = 0 if self.tokenizer is None else self.tokenizer.pad_id
+        tokens = np.full((len(rows), longest), pad_id, np.int32)
+        segment_ids = np.zeros_like(tokens)
+        for row, ids in enumerate(rows):
+            tokens[row, : len(ids)] = ids
+            segment_ids[row, : len(ids)] = 1
+        return tokens, None if min(lengths) == longest else segment_ids, lengths
+
+    def _depth(self, depth: int | None) -> int | None:
+        if depth is None:
+            return self.trained_depth
+        if self.trained_depth is None:
+            raise ConfigError("depth", f"{self.description} has no recurrent core; leave it out.")
+        if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
+            raise ConfigError("depth", f"{depth!r} is not a whole number; give 1 or more.")
+        if not 1 <= depth <= MAX_COUNT:
+            raise ConfigError("depth", f"{depth} is not allowed; it must be 1 to {MAX_COUNT}.")
+        return int(depth)
+
+    def _has_markers(self, prompts: Any) -> bool:
+        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        return self.config.has_media and any(m in text for text in texts for m in MARKERS)
+
+    def _generate_media(
+        self,
+        prompts: Any,
+        config: GenerationConfig,
+        images: Sequence[np.ndarray],
+        clips: Sequence[np.ndarray],
+    ) -> list[MediaCompletion]:
+        if not isinstance(self.tokenizer, MediaTokenizer) or not self.config.has_media:
+            raise UserError(f"{self.description} reads and makes text alone; leave media out.")
+        if (images or clips) and len(prompts) != 1:
+            raise UserError(f"images and clips belong to one prompt, not to {len(prompts)}.")
+        rate_hz = self.config.audio.mel.sample_rate_hz
+        media: list[ImagePart | AudioPart] = [
+            *map(ImagePart, images),
+            *(AudioPart(clip, rate_hz) for clip in clips),
+        ]
+        parts = [
+            prompt_of_text(text, media, self.tokenizer, name=f"prompt {number + 1}")
+            for number, text in enumerate(prompts)
+        ]
+        generator = MediaGenerator(
+            self.module, self.params, self.tokenizer, config, self.trained_depth
+        )
+        return generator.generate(parts)
+
+
+def _generation(config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:
+    if config is not None and options:
+        raise UserError(
+            f"{next(iter(options))}: give either a GenerationConfig or options, not both."
+        )
+    if config is not None:
+        return config
+    return GenerationConfig.of(**declared_values(options, GENERATION_OPTIONS))
+
+
+def _reject(unknown: Mapping[str, Any], known: Sequence[str]) -> None:
+    for name in unknown:
+        raise unknown_key(name, known)
+
+
+def _listed(inputs: Any) -> tuple[Any, bool]:
+    """Inputs as a sequence of texts or ids, and whether there is one that is not in a list."""
+    if isinstance(inputs, jax.Array):
+        inputs = np.asarray(inputs)
+    if isinstance(inputs, str):
+        return [inputs], True
+    if isinstance(inputs, np.ndarray):
+        return ([inputs], True) if inputs.ndim == 1 else (inputs, False)
+    if not isinstance(inputs, Sequence):
+        raise UserError(f"{inputs!r} is neither a text nor a sequence of texts or token ids.")
+    is_ids = len(inputs) > 0 and isinstance(inputs[0], (int, float, np.number))
+    return ([inputs], True) if is_ids else (inputs, False)
