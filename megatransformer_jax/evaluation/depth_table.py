@@ -15,6 +15,7 @@ from rich.table import Table
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.evaluation.text_metrics import TextSize
 from megatransformer_jax.evaluation.validation import Scores, ValidationSet
 
@@ -121,9 +122,7 @@ def plot_scores(
     scores: Sequence[Scores], trained_depth: int | None, *, is_reasoning: bool
 ) -> Figure:
     """Loss and accuracy over depth, on a logarithmic axis."""
-    # The object interface: pyplot would keep global state.
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 3.6)
     panels = [("validation loss (nats per token)", "loss")]
     if is_reasoning:
         panels.append(("exact-answer accuracy", "exact_accuracy"))
@@ -226,8 +225,7 @@ def markdown_table(curves: Sequence[DepthCurve]) -> str:
 
 def plot_curves(curves: Sequence[DepthCurve], metric: str) -> Figure:
     """One line per run over depth on a logarithmic axis; a dashed line at each trained mean."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.0, 3.8)
     axes = figure.subplots()
     for curve in curves:
         axes.plot(curve.depths, curve.values, marker="o", label=curve.label)

@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.evaluation.report import tables_as_html, tables_as_text
+from megatransformer_jax.evaluation.report import new_figure, tables_as_html, tables_as_text
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
 
@@ -166,8 +165,7 @@ class Trace:
         """
         length = int(self.lengths[row])
         size = (max(4.0, 0.9 * length), max(2.5, 0.4 * self.depth + 1))
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(*size)
         axes = figure.subplots()
         values = np.log10(np.maximum(self.residuals[:, row, :length], 1e-6))
         image = axes.imshow(values, aspect="auto", origin="lower", cmap="viridis")

@@ -8,13 +8,32 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+# Dots per inch of figures on a screen.
+_DPI = 100
 # Wide enough for every table; a file or a notebook has no width of its own.
 _WIDTH = 140
+
+
+class ShownFigure(Figure):
+    """A matplotlib figure that belongs to no window and shows itself in a notebook."""
+
+    def _repr_png_(self) -> bytes:
+        stream = io.BytesIO()
+        self.savefig(stream, format="png", dpi=_DPI)
+        return stream.getvalue()
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, sizes in inches. The object interface: pyplot would keep global state."""
+    figure = ShownFigure(figsize=(width, height), layout="constrained", dpi=_DPI)
+    FigureCanvasAgg(figure)
+    return figure
 
 
 @dataclasses.dataclass(frozen=True)

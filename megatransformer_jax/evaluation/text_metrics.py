@@ -14,12 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.types import Batch
 
 # ------------------------------------------------------------------------------
@@ -290,9 +290,7 @@ def text_rows(scores: ScoresByDepth) -> list[dict[str, Any]]:
 
 def plot_text_scores(scores: ScoresByDepth, trained_depth: int | None) -> Figure:
     """All scores over depth, on a logarithmic axis."""
-    # The object interface: pyplot would keep global state.
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9.0, 3.6)
     depths = [1 if depth is None else depth for depth in scores]
     panels = (("0 to 100", _COLUMNS[:2]), ("0 to 1", _COLUMNS[2:]))
     for axes, (label, columns) in zip(figure.subplots(1, 2), panels, strict=True):

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 from absl import logging
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.pipeline import build_pipeline
+from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.runs.build import (
     MemoryPlan,
     build_sharded_model,
@@ -130,8 +130,7 @@ def _write(result: RangeTest, config: RunConfig, workdir: pathlib.Path) -> None:
 
 def plot(result: RangeTest) -> Figure:
     """Losses over learning rates, with what was found."""
-    figure = Figure(figsize=(6, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.0, 3.8)
     axes = figure.add_subplot()
     axes.plot(result.learning_rates, result.losses, color="0.75", label="loss")
     axes.plot(result.learning_rates, result.smoothed, label="smoothed")

@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from megatransformer_jax.evaluation.report import new_figure
+
 MAX_HEADS = 8
 MAX_LAYERS = 24
 BINS = 80
@@ -24,7 +26,7 @@ def to_image(figure: Figure) -> np.ndarray:
 
 def draw_curves(curves: Mapping[str, np.ndarray], mean_steps: int) -> Figure:
     """A panel per curve over iterations 1, 2, ..., with the trained mean marked."""
-    figure = _figure(4.2 * len(curves), 3.4)
+    figure = new_figure(4.2 * len(curves), 3.4)
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     for axes, (label, values) in zip(panels, curves.items(), strict=True):
         axes.plot(np.arange(1, len(values) + 1), _finite(values), marker=".", color="tab:blue")
@@ -43,7 +45,7 @@ def mark_one(figure: Figure) -> None:
 
 def draw_norms(gradient: Mapping[str, float], weight: Mapping[str, float]) -> Figure:
     """Bars of two norms by layer, on logarithmic axes."""
-    figure = _figure(9.0, 1.6 + 0.26 * len(gradient))
+    figure = new_figure(9.0, 1.6 + 0.26 * len(gradient))
     places = np.arange(len(gradient))
     panels = figure.subplots(1, 2, sharey=True)
     for axes, (label, norms) in zip(
@@ -69,7 +71,7 @@ def draw_histograms(samples: Mapping[str, np.ndarray]) -> Figure:
     largest = max((np.quantile(np.abs(v), 0.999) for v in finite.values() if len(v)), default=1.0)
     edges = np.linspace(-1.0, 1.0, BINS + 1) * (largest or 1.0)
     rows = [np.histogram(finite[name], edges)[0] / max(len(finite[name]), 1) for name in names]
-    figure = _figure(8.0, 1.6 + 0.2 * len(names))
+    figure = new_figure(8.0, 1.6 + 0.2 * len(names))
     axes = figure.subplots()
     picture = axes.imshow(
         np.array(rows), aspect="auto", extent=(edges[0], edges[-1], len(names) - 0.5, -0.5)
@@ -84,7 +86,7 @@ def draw_by_layer(
     outer: Mapping[str, float], core: Mapping[str, np.ndarray], label: str, mean_steps: int
 ) -> Figure:
     """Layers outside of the core as bars, the core's as curves over the iterations."""
-    figure = _figure(9.5, 3.8)
+    figure = new_figure(9.5, 3.8)
     panels = figure.subplots(1, 2 if core else 1, squeeze=False)[0]
     places = np.arange(len(outer))
     panels[0].bar(places, _finite(np.array(list(outer.values()))), color="tab:blue")
@@ -106,7 +108,7 @@ def draw_maps(maps: Mapping[str, np.ndarray]) -> Figure:
     """A row of maps per layer, a column per head; the first `MAX_LAYERS` and `MAX_HEADS`."""
     shown = dict(list(maps.items())[:MAX_LAYERS])
     columns = min(MAX_HEADS, *(len(weights) for weights in shown.values()))
-    figure = _figure(1.5 + 1.5 * columns, 0.6 + 1.6 * len(shown))
+    figure = new_figure(1.5 + 1.5 * columns, 0.6 + 1.6 * len(shown))
     panels = figure.subplots(len(shown), columns, squeeze=False)
     for head, axes in enumerate(panels[0]):
         axes.set_title(f"head {head}", fontsize=7)
@@ -123,7 +125,7 @@ def draw_maps(maps: Mapping[str, np.ndarray]) -> Figure:
 
 def draw_counts(counts: np.ndarray, title: str) -> Figure:
     """Bars of how often each number of iterations, from 1, was drawn."""
-    figure = _figure(7.0, 3.4)
+    figure = new_figure(7.0, 3.4)
     axes = figure.subplots()
     drawn = np.flatnonzero(counts)
     last = int(drawn[-1]) + 1 if len(drawn) else 1
@@ -132,12 +134,6 @@ def draw_counts(counts: np.ndarray, title: str) -> Figure:
     axes.set_ylabel("how often")
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3, axis="y")
-    return figure
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
-    FigureCanvasAgg(figure)
     return figure
 
 

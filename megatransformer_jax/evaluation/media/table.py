@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from megatransformer_jax.evaluation.diagnostics.figures import to_image
 from megatransformer_jax.evaluation.media.judges import DrawnScores, Recognition
 from megatransformer_jax.evaluation.media.sound_scores import ResynthesisScores, TranscriptErrors
 from megatransformer_jax.evaluation.media.validation import MediaScores
+from megatransformer_jax.evaluation.report import new_figure
 
 # ------------------------------------------------------------------------------
 # Tables.
@@ -189,7 +189,7 @@ def contact_sheet(tiles: Sequence[Tile], columns: int | None = None) -> np.ndarr
         raise ValueError("a contact sheet needs at least one image")
     columns = columns or math.ceil(math.sqrt(len(tiles)))
     rows = math.ceil(len(tiles) / columns)
-    figure = _figure(TILE_INCHES * columns, (TILE_INCHES + 0.3) * rows)
+    figure = new_figure(TILE_INCHES * columns, (TILE_INCHES + 0.3) * rows)
     panels = figure.subplots(rows, columns, squeeze=False).reshape(-1)
     for axes in panels:
         axes.set_axis_off()
@@ -204,7 +204,7 @@ def contact_sheet(tiles: Sequence[Tile], columns: int | None = None) -> np.ndarr
 def draw_mels(mels: Sequence[tuple[str, np.ndarray]], config: MelConfig) -> Figure:
     """Normalised log-mel spectrograms [F, M] below each other, each with its name; time to the
     right in seconds, mel bins upward, all in the same colours."""
-    figure = _figure(7.0, 1.0 + 1.8 * len(mels))
+    figure = new_figure(7.0, 1.0 + 1.8 * len(mels))
     panels = figure.subplots(len(mels), 1, squeeze=False)[:, 0]
     longest = max(len(mel) for _, mel in mels) * config.hop_samples / config.sample_rate_hz
     for axes, (name, mel) in zip(panels, mels, strict=True):
@@ -230,9 +230,3 @@ def _shortened(text: str) -> str:
     # Dollars would be taken for mathematics, and control characters have no glyphs.
     plain = "".join(c if c.isprintable() else " " for c in text).replace("$", r"\$")
     return plain if len(plain) <= CAPTION_CHARACTERS else plain[: CAPTION_CHARACTERS - 3] + "..."
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=100)
-    FigureCanvasAgg(figure)
-    return figure
