@@ -30,7 +30,7 @@ import numpy as np
 # Of a run: jax.random.key(train.seed). The largest numbers, which no step reaches.
 VALIDATION = 2**32 - 1
 ADMIN_PROFILE = 2**32 - 2
-MEDIA_SAMPLES = 2**32 - 2
+MEDIA_SAMPLES = 2**32 - 3
 
 # Of the half of that key which the weights come from.
 ADDED_WEIGHTS = 1
