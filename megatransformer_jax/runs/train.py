@@ -16,10 +16,18 @@ from megatransformer_jax.checkpoints.compatibility import flatten_config
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import save_config, to_dict
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.runs.build import check_augmentation, count_parameters, plan_memory
+from megatransformer_jax.config.run_rules import RUN_KINDS
+from megatransformer_jax.runs.build import (
+    MemoryPlan,
+    check_augmentation,
+    count_parameters,
+    plan_memory,
+)
 from megatransformer_jax.runs.task import RunKind
-from megatransformer_jax.runs.tasks.build import build_run
+from megatransformer_jax.runs.tasks.image_vae import ImageVaeRun
 from megatransformer_jax.runs.tasks.start import check_workdir, run_info, start_state
+from megatransformer_jax.runs.tasks.transformer import TransformerRun
+from megatransformer_jax.runs.tasks.vocoder import VocoderRun
 from megatransformer_jax.runs.workdir import hold_workdir, log_file, make_folder, make_workdir
 from megatransformer_jax.training.distributed import start_distributed
 from megatransformer_jax.training.evaluation_params import evaluation_params
@@ -236,3 +244,28 @@ def _warn_of_bad_steps(result: LoopResult, last_loss: float | None) -> None:
         )
     if last_loss is not None and not math.isfinite(last_loss):
         logging.warning("the loss of the last step is not finite: %s.", last_loss)
+
+
+def build_run(
+    config: RunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack, plan: MemoryPlan | None
+) -> RunKind:
+    """Builds model, data and judges.
+
+    Args:
+      config: of the run.
+      workdir: exists.
+      stack: closes the data when the run ends.
+      plan: of `train.memory_budget_gib`, which transformers alone have.
+
+    Raises:
+      UserError: if model, data and devices do not fit each other.
+      ValueError: if the kind is unknown.
+    """
+    match config.kind:
+        case "transformer":
+            return TransformerRun(config, workdir, stack, plan)
+        case "vocoder":
+            return VocoderRun(config, workdir, stack)
+        case "image_vae":
+            return ImageVaeRun(config, workdir, stack)
+    raise ValueError(f"unknown kind of run {config.kind!r}; known: {', '.join(RUN_KINDS)}")

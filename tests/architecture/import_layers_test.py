@@ -38,6 +38,7 @@ def test_the_whole_tree_is_read(repository):
             "must not",
         ),
         ("megatransformer_jax/training/a.py", "from experiments.b import x", "layer 5"),
+        ("megatransformer_jax/training/a.py", "import megatransformer_jax", "layer 5"),
         ("megatransformer_jax/config/a.py", "from megatransformer_jax.ops.b import x", "layer 0"),
     ],
 )
@@ -94,3 +95,4 @@ def _write_tree(root: pathlib.Path) -> None:
         (root / folder / "__init__.py").touch()
         for name in "abc":
             (root / folder / f"{name}.py").touch()
+    (root / "megatransformer_jax" / "__init__.py").touch()

@@ -17,11 +17,10 @@ from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.vocoder import VocoderConfig
-from megatransformer_jax.models.medium_model import MediumModel
 from megatransformer_jax.models.vocoders import GENERATOR, build_generator
 from megatransformer_jax.runs.load import find_step, parse_step, read_config
 from megatransformer_jax.runs.tasks.image_vae import ImageVaeModel
-from megatransformer_jax.runs.tasks.medium import abstract_state
+from megatransformer_jax.runs.tasks.medium import MediumModel, abstract_state
 from megatransformer_jax.runs.tasks.vocoder import make_vocoder
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder

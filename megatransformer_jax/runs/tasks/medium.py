@@ -4,10 +4,11 @@ import contextlib
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from absl import logging
+from jaxtyping import Array, Float, Key
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -16,7 +17,6 @@ from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.batches import Pipeline, first_batches
 from megatransformer_jax.evaluation.validation import Judge, MeanValidation, MeanValidationHook
-from megatransformer_jax.models.medium_model import MediumModel
 from megatransformer_jax.runs.task import NoVocabulary, ParamsOf
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
@@ -26,6 +26,25 @@ from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import TrainState, first_state, place_state
 from megatransformer_jax.training.step import make_loss_step
 from megatransformer_jax.training.writers import MultiWriter
+
+
+@runtime_checkable
+class MediumModel(Protocol):
+    """A model of one medium as training sees it: parameters and the loss that trains them.
+
+    Implementations are frozen.
+    """
+
+    def init(self, key: Key[Array, ""]) -> Any:
+        """Fresh parameters, float32."""
+
+    def axes(self) -> Any:
+        """Logical axis names of every parameter, in the tree of `init`."""
+
+    def loss(
+        self, params: Any, batch: Any, key: Key[Array, ""]
+    ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+        """The mean over the rows of the batch, and further means by the name of their metric."""
 
 
 class MediumRun:

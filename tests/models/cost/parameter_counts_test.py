@@ -42,7 +42,7 @@ def test_counts_are_the_sizes_of_the_arrays() -> None:
     assert counts == sizes
 
 
-# As docs/cost.md has them; the other presets' sizes are in tests/config/presets_test.py.
+# As docs/cost.md has them; the other presets' sizes are in tests/config/build_presets_test.py.
 MULTIMODAL_SIZES = {
     "multimodal_tiny": 1.94e6,
     "multimodal_small": 24.8e6,

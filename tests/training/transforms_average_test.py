@@ -1,4 +1,4 @@
-"""The average of weights; tests/training/grokfast_test.py has its common suite."""
+"""The average of weights; tests/training/transforms_grokfast_test.py has its common suite."""
 
 import jax
 import jax.numpy as jnp

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from sharded_step_test import assert_equal_steps, run_config, sharded
+from sharded_step import assert_equal_steps, run_config, sharded
 
 from megatransformer_jax.config.layers import PeerConfig
 from megatransformer_jax.config.loop import MeshConfig

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import optax
 from hlo import count_in_loops
-from sharded_step_test import example_batch, run_config
+from sharded_step import example_batch, run_config
 
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.recurrence import (
