@@ -1,6 +1,33 @@
-"""Packaging. `pip install -e .[dev]` is the whole set-up."""
+"""Packaging. The base is what training, evaluating and generating text needs."""
 
 from setuptools import find_packages, setup
+
+JAX_VERSIONS = ">=0.10,<0.13"
+
+# What an option or a command needs besides; megatransformer_jax/extras.py says so where it lacks.
+EXTRAS = {
+    "media": [
+        "librosa>=0.11,<0.12",
+        "scikit-learn>=1.5,<2",
+        "soundfile>=0.13,<0.15",
+        "soxr>=0.3,<2",
+    ],
+    "eval": [
+        "jiwer>=4,<5",
+        "lm-eval>=0.4.13,<0.5",
+        "pesq>=0.0.4,<0.1",
+        "pystoi>=0.4,<0.5",
+        "rouge-score>=0.1.2,<0.2",
+        "sacrebleu>=2.6,<3",
+    ],
+    "huginn": ["tokenizers>=0.20,<1"],
+    "parquet": ["pyarrow>=18"],
+    "qlora": ["qwix>=0.1.8,<0.2"],
+    "tfds": ["tensorflow-datasets>=4.9.9,<5"],
+    "wandb": ["wandb>=0.18"],
+    "tpu": [f"jax[tpu]{JAX_VERSIONS}"],
+    "cuda": [f"jax[cuda13]{JAX_VERSIONS}"],
+}
 
 setup(
     name="megatransformer_jax",
@@ -25,62 +52,42 @@ setup(
         "flax>=0.12,<0.13",
         "gin-config>=0.5,<0.6",
         "grain>=0.2.18,<0.3",
-        "jax>=0.10,<0.11",
+        f"jax{JAX_VERSIONS}",
         "jaxtyping>=0.3,<0.4",
-        "librosa>=0.11,<0.12",
         "matplotlib>=3.8,<4",
         "ml_collections>=1.1,<2",
         "numpy>=2.0,<3",
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
         "pillow>=11",
-        "pyarrow>=18",
         "pyyaml>=6,<7",
         "rich>=13",
         "safetensors>=0.8,<1",
-        "scikit-learn>=1.5,<2",
         "sentencepiece>=0.2.1,<0.3",
-        "soundfile>=0.13,<0.15",
         "tensorboardX>=2.6,<3",
     ],
     extras_require={
-        "eval": [
-            "jiwer>=4,<5",
-            "lm-eval>=0.4.13,<0.5",
-            "pesq>=0.0.4,<0.1",
-            "pystoi>=0.4,<0.5",
-            "rouge-score>=0.1.2,<0.2",
-            "sacrebleu>=2.6,<3",
-        ],
-        "huginn": ["tokenizers>=0.20,<1"],
-        "qlora": ["qwix>=0.1.8,<0.2"],
-        "tfds": ["tensorflow-datasets>=4.9.9,<5"],
-        "wandb": ["wandb>=0.18"],
-        "tpu": ["jax[tpu]>=0.10,<0.11"],
-        "cuda": ["jax[cuda13]>=0.10,<0.11"],
+        **EXTRAS,
+        # Everything but accelerators and services, and what checks the code.
         "dev": [
-            "tensorflow-datasets>=4.9.9,<5",
+            *(
+                line
+                for name in ("media", "parquet", "tfds", "eval", "huginn", "qlora")
+                for line in EXTRAS[name]
+            ),
+            "beartype>=0.19",
             "hypothesis>=6.100",
             "ipykernel>=6",
-            "jiwer>=4,<5",
-            "lm-eval>=0.4.13,<0.5",
             "mypy>=1.14",
             "nbclient>=0.10",
             "nbformat>=5",
-            "pesq>=0.0.4,<0.1",
             "pre-commit>=4",
             "pytest>=8",
             "pytest-xdist>=3",
-            "pystoi>=0.4,<0.5",
-            "qwix>=0.1.8,<0.2",
-            "rouge-score>=0.1.2,<0.2",
             "ruff>=0.9",
-            "sacrebleu>=2.6,<3",
             "tensorboard>=2.18",
             "torch>=2.13,<2.14",
             "transformers>=5.23,<6",
-            "tokenizers>=0.20,<1",
-            "beartype>=0.19",
             "types-PyYAML",
         ],
     },

@@ -27,6 +27,7 @@ from megatransformer_jax.config.option import (
     rule,
 )
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.extras import import_extra
 
 # A pipe or a file has no width, and a table should not be cut there.
 PLAIN_WIDTH = 140
@@ -372,6 +373,7 @@ def _run_lm_eval(arguments: Sequence[str]) -> None:
     if "--online" not in arguments:
         offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
         os.environ.update(dict.fromkeys(offline, "1"))
+    import_extra("lm_eval", "eval", "megatransformer lm-eval")
     from megatransformer_jax.cli.lm_eval import run  # noqa: PLC0415
 
     run(arguments)

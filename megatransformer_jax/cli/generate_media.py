@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import soundfile
 from absl import logging
 from PIL import Image, UnidentifiedImageError
 
@@ -25,6 +24,7 @@ from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer
 from megatransformer_jax.data.mel import griffin_lim
 from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.evaluation.media.table import Tile, contact_sheet, pixels_of
+from megatransformer_jax.extras import import_extra
 from megatransformer_jax.generation.media_generator import MediaGenerator
 from megatransformer_jax.generation.media_prompt import (
     GeneratedImage,
@@ -268,6 +268,7 @@ def read_clips(names: Sequence[str], formats: MediaFormats, *, converts: bool) -
     rate_hz = formats.audio.mel.sample_rate_hz
     fitter = WaveformFitter(rate_hz, "convert" if converts else "error")
     parts = []
+    soundfile = _soundfile()
     for name in names:
         try:
             samples, own_rate_hz = soundfile.read(_file(name), dtype="float32")
@@ -298,9 +299,13 @@ def _reason(error: Exception) -> str:
     """Without the name, which the message begins with."""
     if isinstance(error, UnidentifiedImageError):
         return "no known format"
-    if isinstance(error, soundfile.LibsndfileError):
+    if isinstance(error, _soundfile().LibsndfileError):
         return str(error.error_string).rstrip(".")
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _soundfile() -> Any:
+    return import_extra("soundfile", "media", "files of sound")
 
 
 def _as_option(problem: str) -> str:
@@ -397,7 +402,7 @@ def _write_parts(
         else:
             file = f"{name}_{number}.wav"
             waveform = to_waveform(part.mel)
-            soundfile.write(folder / file, waveform, mel.sample_rate_hz)
+            _soundfile().write(folder / file, waveform, mel.sample_rate_hz)
             seconds = len(waveform) / mel.sample_rate_hz
             parts.append({"audio": file, "seconds": seconds, "is_voice": part.is_voice})
     return parts

@@ -10,8 +10,6 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-import sklearn
-
 from megatransformer_jax.config.data import FILE_SOURCES, DataConfig
 from megatransformer_jax.config.media_data import AudioDataConfig, ImageDataConfig
 from megatransformer_jax.data.augmentation.text import read_synonyms
@@ -21,6 +19,7 @@ from megatransformer_jax.data.media.speech import espeak_version
 from megatransformer_jax.data.sources.build import open_records, source_files
 from megatransformer_jax.data.sources.record import open_file
 from megatransformer_jax.data.sources.tfds import open_tfds
+from megatransformer_jax.extras import import_extra
 
 # A corpus of many gigabytes must not delay every start, so about this much is read of all files
 # together, but at least four blocks of each.
@@ -149,6 +148,7 @@ def _of_images(
     if options.source == "image_folder":
         assert options.folder is not None  # A rule of the configuration.
         return fingerprint_files(folder_files(options.folder, IMAGE_FOLDER))
+    sklearn = import_extra("sklearn", "media", "images of scikit-learn")
     return f"{options.source} of scikit-learn {sklearn.__version__.split('.', maxsplit=1)[0]}"
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatransformer_jax.config.build import read_text, read_values
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.extras import import_extra
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -176,13 +177,7 @@ def load_huggingface_tokenizer(folder: str | os.PathLike[str]) -> HuggingFaceTok
 
 
 def _parse(definition: str, name: str) -> typing.Any:
-    try:
-        import tokenizers  # noqa: PLC0415
-    except ImportError as error:
-        raise UserError(
-            f"{name}: reading it needs the tokenizers library; install the extra 'huginn': "
-            "pip install 'megatransformer_jax[huginn]'."
-        ) from error
+    tokenizers = import_extra("tokenizers", "huginn", name)
     try:
         return tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # The library raises no narrower type.

@@ -3,11 +3,13 @@
 `ops/sound.py` makes the same spectrograms on the device.
 """
 
-import librosa
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
 from megatransformer_jax.config.audio import HIGHEST_LOG, LOWEST_LOG, LOWEST_MAGNITUDE, MelConfig
+from megatransformer_jax.extras import import_extra
 
 
 def num_frames(num_samples: int, config: MelConfig) -> int:
@@ -43,7 +45,7 @@ def log_mel(waveform: np.ndarray, config: MelConfig) -> np.ndarray:
     sound = fill_hops(waveform.astype(np.float32), config)
     # librosa warns of sound shorter than its transform; what follows a clip is silence anyway.
     sound = np.pad(sound, (0, max(config.fft_samples - len(sound), 0)))
-    mel = librosa.feature.melspectrogram(
+    mel = _librosa().feature.melspectrogram(
         y=sound,
         sr=config.sample_rate_hz,
         n_fft=config.fft_samples,
@@ -106,7 +108,7 @@ def griffin_lim(
     """
     _check(mel, config)
     log_mel = (mel.astype(np.float32) + 1) * ((HIGHEST_LOG - LOWEST_LOG) / 2) + LOWEST_LOG
-    magnitude = librosa.feature.inverse.mel_to_stft(
+    magnitude = _librosa().feature.inverse.mel_to_stft(
         np.exp(log_mel).T,
         sr=config.sample_rate_hz,
         n_fft=config.fft_samples,
@@ -116,7 +118,7 @@ def griffin_lim(
     )
     # librosa has a frame more, centred on the end; see ops/sound.py.
     magnitude = np.concatenate((magnitude, magnitude[:, -1:]), axis=1)
-    waveform = librosa.griffinlim(
+    waveform = _librosa().griffinlim(
         magnitude,
         n_iter=num_iterations,
         hop_length=config.hop_samples,
@@ -141,3 +143,7 @@ def _check(mel: np.ndarray, config: MelConfig) -> None:
             "the spectrogram has values that are not finite; the model that made it is broken, try "
             "an earlier checkpoint."
         )
+
+
+def _librosa() -> Any:
+    return import_extra("librosa", "media", "mel spectrograms")

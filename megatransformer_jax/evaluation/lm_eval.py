@@ -3,14 +3,18 @@
     lm = MegaTransformerLM(model, params, tokenizer, depth=16, batch_size=8)
     lm_eval.simple_evaluate(lm, tasks=["my_task"])
 
-Importing this module needs lm-eval (extra 'eval'). `experiments.lm_eval` is the command line.
+Importing this module needs lm-eval (extra 'eval'). The command line is `megatransformer lm-eval`.
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import UserError
@@ -22,18 +26,6 @@ from megatransformer_jax.models.megatransformer import MegaTransformer
 
 # ------------------------------------------------------------------------------
 # The adapter.
-
-try:
-    from lm_eval.api.instance import Instance
-    from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-    from tqdm import tqdm
-
-except ImportError as missing:
-    raise UserError(
-        f"this needs lm-eval ({missing}); install the extra 'eval': "
-        "pip install 'megatransformer_jax[eval]'."
-    ) from missing
 
 # Tokens per answer of a task that does not say, as lm-eval's Hugging Face model has it.
 MAX_GEN_TOKS = 256

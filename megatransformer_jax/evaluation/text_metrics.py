@@ -6,7 +6,6 @@ are in the extra 'eval' and are imported when a score is asked for.
 """
 
 import dataclasses
-import importlib
 import json
 import math
 import pathlib
@@ -20,6 +19,7 @@ from rich.table import Table
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.report import new_figure
+from megatransformer_jax.extras import import_extra
 from megatransformer_jax.types import Batch
 
 # ------------------------------------------------------------------------------
@@ -76,14 +76,14 @@ def score_texts(predictions: Sequence[str], references: Sequence[Sequence[str]])
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """BLEU of the corpus, 0 to 100; arguments and errors as of `score_texts`."""
-    sacrebleu = _import("sacrebleu")
+    sacrebleu = import_extra("sacrebleu", "eval", "scores of texts")
     streams = _reference_streams(predictions, references)
     return float(sacrebleu.corpus_bleu(list(predictions), streams).score)
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """chrF of the corpus, 0 to 100; arguments and errors as of `score_texts`."""
-    sacrebleu = _import("sacrebleu")
+    sacrebleu = import_extra("sacrebleu", "eval", "scores of texts")
     streams = _reference_streams(predictions, references)
     return float(sacrebleu.corpus_chrf(list(predictions), streams).score)
 
@@ -93,7 +93,9 @@ def rouge_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) ->
 
     Arguments and errors as of `score_texts`.
     """
-    scorer = _import("rouge_score.rouge_scorer").RougeScorer(list(ROUGE_KINDS))
+    scorer = import_extra("rouge_score.rouge_scorer", "eval", "scores of texts").RougeScorer(
+        list(ROUGE_KINDS)
+    )
     _check(predictions, references)
     scores = [
         scorer.score_multi(list(targets), text)
@@ -140,16 +142,6 @@ def _check(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> N
             raise UserError(
                 f"text {number} has the references {targets!r}; give a list of one or more texts."
             )
-
-
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"scores of texts need the library {name.partition('.')[0]}; install the extra 'eval': "
-            "pip install 'megatransformer_jax[eval]'."
-        ) from error
 
 
 # ------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from jaxtyping import Array, Key
 
 from megatransformer_jax.config.fine_tuning import ATTENTION_AND_MLP, FineTuningConfig, LoraConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.extras import import_extra
 from megatransformer_jax.models.megatransformer import MegaTransformer, init_params, param_axes
 
 # ------------------------------------------------------------------------------
@@ -189,15 +190,7 @@ def is_quantized(leaf: Any) -> bool:
 
 
 def _qwix() -> Any:
-    try:
-        import qwix  # noqa: PLC0415 (an extra: imported only when asked for)
-    except ImportError as error:
-        raise ConfigError(
-            "fine_tuning.base_precision",
-            "'int8' needs the package qwix, which is not installed; run `pip install -e .[qlora]` "
-            "in the checkout, or use float32.",
-        ) from error
-    return qwix
+    return import_extra("qwix", "qlora", "fine_tuning.base_precision='int8'")
 
 
 # ------------------------------------------------------------------------------

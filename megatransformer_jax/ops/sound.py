@@ -10,11 +10,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import librosa
 import numpy as np
 from jaxtyping import Array, Complex, Float, Int
 
 from megatransformer_jax.config.audio import HIGHEST_LOG, LOWEST_LOG, LOWEST_MAGNITUDE, MelConfig
+from megatransformer_jax.extras import import_extra
 
 # Below this a window holds no more than rounding errors to divide by.
 _LEAST_WINDOW_POWER = 1e-8
@@ -146,6 +146,7 @@ def _overlap_add(pieces: jax.Array, hop_samples: int) -> jax.Array:
 @functools.lru_cache(maxsize=16)
 def mel_filters(config: MelConfig) -> np.ndarray:
     """Weights from frequencies to mel bins, float32 [fft_samples // 2 + 1, M]; librosa's."""
+    librosa = import_extra("librosa", "media", "mel spectrograms")
     filters = librosa.filters.mel(
         sr=config.sample_rate_hz,
         n_fft=config.fft_samples,

@@ -64,10 +64,11 @@ def shown_logs(level: str) -> Iterator[None]:
     """Shows our own messages from `level` upwards on stderr; then all is as it was before.
 
     For callers that have not set up logging themselves, such as notebooks. Where absl's handler is
-    in use, as in the commands, nothing is added.
+    in use, as in the commands, and inside of another such block, nothing is added.
     """
     root = logging.getLogger()
-    if absl_logging.get_absl_handler() in root.handlers:
+    is_shown = any(type(handler) is _ScreenHandler for handler in root.handlers)
+    if is_shown or absl_logging.get_absl_handler() in root.handlers:
         yield
         return
     screen = _ScreenHandler()

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import soundfile
 from absl import logging
 from matplotlib.image import imsave
 
+from megatransformer_jax.extras import import_extra
 from megatransformer_jax.training.writers import MetricWriter, audio_batch, image_batch
 
 PREFIX = "samples"
@@ -58,6 +58,7 @@ def write_media_files(samples: MediaSamples, folder: pathlib.Path) -> list[pathl
         assert samples.sample_rate_hz is not None  # Checked where they are made.
         waveform = audio_batch(name, np.asarray(clip)[None, :, None])[0]
         files.append(folder / f"{name}.wav")
+        soundfile = import_extra("soundfile", "media", "samples with sound")
         soundfile.write(files[-1], waveform, samples.sample_rate_hz, subtype="PCM_16")
     if samples.texts:
         files.append(folder / "texts.jsonl")

@@ -11,7 +11,7 @@ import tensorboardX
 from tensorboardX import summary
 
 from megatransformer_jax.config.loop import LoggingConfig
-from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.extras import import_extra
 
 # ------------------------------------------------------------------------------
 # The protocol, the configured writers, and fanning out to them.
@@ -226,14 +226,7 @@ class WandbWriter:
     """
 
     def __init__(self, project: str, directory: str | os.PathLike[str]):
-        try:
-            import wandb  # noqa: PLC0415 (an extra: imported only when asked for)
-        except ImportError as error:
-            raise ConfigError(
-                "logging.writers",
-                "'wandb' needs the package wandb, which is not installed; run "
-                "`pip install -e .[wandb]` in the checkout, or drop it from the writers.",
-            ) from error
+        wandb = import_extra("wandb", "wandb", "'wandb' in logging.writers")
         self._wandb = wandb
         run_id = _run_id(os.path.join(os.fspath(directory), "wandb_run_id.txt"), wandb)
         self._run = wandb.init(project=project, dir=os.fspath(directory), id=run_id, resume="allow")

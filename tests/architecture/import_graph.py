@@ -12,6 +12,7 @@ LAYERS: Mapping[str, int] = {
     "config": 0,
     "types": 0,
     "streams": 0,
+    "extras": 0,
     "sharding": 0,
     "ops": 1,
     "data": 1,

@@ -1,8 +1,8 @@
 """tokenizer.json of published models, and the tasks' symbols, serve as tokenizers."""
 
-import builtins
 import json
 import pickle
+import sys
 
 import pytest
 from hypothesis import given
@@ -176,14 +176,7 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "model", byte_level())
-    real_import = builtins.__import__
-
-    def fail(name, *arguments):
-        if name == "tokenizers":
-            raise ImportError(name)
-        return real_import(name, *arguments)
-
-    monkeypatch.setattr(builtins, "__import__", fail)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install 'megatransformer_jax\[huginn\]'"):
         load_huggingface_tokenizer(folder)
 

@@ -8,7 +8,7 @@ import soundfile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatransformer_jax.config.loop import LoggingConfig
-from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.training.writers import WandbWriter, build_writer
 
 
@@ -95,7 +95,9 @@ def test_other_processes_write_nothing(tmp_path):
 def test_wandb_absent_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     config = LoggingConfig(writers=("wandb",), wandb_project="p")
-    with pytest.raises(ConfigError, match=r"pip install -e .\[wandb\]"):
+    with pytest.raises(
+        UserError, match=r"'wandb' in logging\.writers: .*'megatransformer_jax\[wandb\]'"
+    ):
         build_writer(config, tmp_path, is_primary=True)
 
 

@@ -1,10 +1,10 @@
 """Random changes of training images and clips."""
 
 import numpy as np
-import soxr
 from scipy import ndimage
 
 from megatransformer_jax.config.media_data import AudioAugmentationConfig, ImageAugmentationConfig
+from megatransformer_jax.extras import import_extra
 
 # ------------------------------------------------------------------------------
 # Images: geometry, then colour.
@@ -119,6 +119,7 @@ def _faster(
     if factor < 1:
         factor = min(max(factor, slowest), 1.0)
     # Taken as sound of a higher rate, it has fewer samples at the true one.
+    soxr = import_extra("soxr", "media", "sound at another pace")
     changed = soxr.resample(waveform, sample_rate_hz * factor, sample_rate_hz)
     return changed if len(changed) else waveform
 

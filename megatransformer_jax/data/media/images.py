@@ -2,13 +2,13 @@
 
 import numpy as np
 from PIL import Image, ImageOps
-from sklearn.datasets import load_digits, load_sample_images
 
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.media.folders import IMAGE_FOLDER, CountedNote, item_text, list_folder
 from megatransformer_jax.data.media.records import ImageRecord
 from megatransformer_jax.data.sources.record import BadRecord
+from megatransformer_jax.extras import import_extra
 from megatransformer_jax.streams import Purpose, generator_of
 
 # ------------------------------------------------------------------------------
@@ -38,7 +38,8 @@ class Digits:
     """
 
     def __init__(self, image: ImageConfig, caption_style: str, on_wrong_size: str):
-        digits = load_digits()
+        datasets = import_extra("sklearn.datasets", "media", "images of digits")
+        digits = datasets.load_digits()
         self.labels: np.ndarray = digits.target
         self._pixels = self._fitted(digits.images, image, on_wrong_size)
         templates = TEMPLATES if caption_style == "varied" else TEMPLATES[:1]
@@ -98,7 +99,8 @@ class Photographs:
                 "model.image.channels",
                 f"{image.channels} suits no photograph; set it to 3, or to 1 for grey.",
             )
-        samples = load_sample_images()
+        datasets = import_extra("sklearn.datasets", "media", "photographs")
+        samples = datasets.load_sample_images()
         names = [name.rsplit("/", maxsplit=1)[-1] for name in samples.filenames]
         self._subjects = [SUBJECTS[name] for name in names]
         self._photographs = [

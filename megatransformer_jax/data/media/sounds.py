@@ -6,12 +6,11 @@ import struct
 import typing
 
 import numpy as np
-import soundfile
-import soxr
 
 from megatransformer_jax.data.media.folders import AUDIO_FOLDER, CountedNote, item_text, list_folder
 from megatransformer_jax.data.media.records import AudioRecord
 from megatransformer_jax.data.sources.record import BadRecord
+from megatransformer_jax.extras import import_extra
 from megatransformer_jax.streams import Purpose, generator_of
 
 # ------------------------------------------------------------------------------
@@ -129,6 +128,7 @@ class WaveformFitter:
 
 def resample(samples: np.ndarray, old_rate_hz: int, new_rate_hz: int) -> np.ndarray:
     """Mono sound at another rate, float32 [samples] in [-1, 1]; overshoots are cut."""
+    soxr = import_extra("soxr", "media", "sound at another rate")
     changed = soxr.resample(samples.astype(np.float32), old_rate_hz, new_rate_hz)
     return np.clip(changed, -1, 1).astype(np.float32)
 
@@ -149,6 +149,7 @@ class AudioFolder:
     """
 
     def __init__(self, folder: str, fitter: WaveformFitter, sample_rate_hz: int, is_voice: bool):
+        _soundfile()  # A missing package must not look like bad files.
         self._items = list_folder(folder, AUDIO_FOLDER)
         self._fitter = fitter
         self._rate = sample_rate_hz
@@ -192,6 +193,7 @@ def read_sound(path: str) -> tuple[np.ndarray, int]:
         the message says how to mend it.
     """
     promised = None
+    soundfile = _soundfile()
     try:
         with soundfile.SoundFile(path) as file:
             promised, rate_hz = file.frames, file.samplerate
@@ -223,6 +225,7 @@ def read_sound(path: str) -> tuple[np.ndarray, int]:
 def _num_readable(path: str) -> int:
     """Samples before the place where decoding fails, in whole blocks."""
     count = 0
+    soundfile = _soundfile()
     try:
         with soundfile.SoundFile(path) as file:
             while block := len(file.read(BLOCK_SAMPLES)):
@@ -267,3 +270,7 @@ def _wav_header(file: typing.BinaryIO) -> tuple[int, int, int, int]:
             tag = struct.unpack(f"{order}H", content[:2])[0]
             block = struct.unpack(f"{order}H", content[12:14])[0]
     return 0, file.tell(), block, tag
+
+
+def _soundfile() -> typing.Any:
+    return import_extra("soundfile", "media", "files of sound")

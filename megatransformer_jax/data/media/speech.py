@@ -12,9 +12,7 @@ import subprocess
 import tempfile
 from pydoc_data.topics import topics
 
-import librosa
 import numpy as np
-import soundfile
 from absl import logging
 
 from megatransformer_jax.config.media_data import AudioDataConfig
@@ -23,6 +21,7 @@ from megatransformer_jax.data.media.images import WORDS
 from megatransformer_jax.data.media.records import AudioRecord
 from megatransformer_jax.data.media.sounds import resample
 from megatransformer_jax.data.sources.record import BadRecord
+from megatransformer_jax.extras import import_extra
 
 # ------------------------------------------------------------------------------
 # The program.
@@ -118,6 +117,7 @@ class Speaker:
                 f"{ESPEAK} cannot speak {text!r} with the voice {voice.name!r}: "
                 f"{message or 'no sound'}. `{ESPEAK} --voices=en` lists voices.",
             )
+        soundfile = import_extra("soundfile", "media", "speech of espeak-ng")
         samples, rate_hz = soundfile.read(io.BytesIO(done.stdout), dtype="float32")
         if rate_hz != self.sample_rate_hz:
             logging.log_first_n(
@@ -134,6 +134,7 @@ class Speaker:
 
 def _without_silence(samples: np.ndarray, rate_hz: int) -> np.ndarray:
     """Cut to where it is loud, and a margin."""
+    librosa = import_extra("librosa", "media", "speech of espeak-ng")
     _, (start, end) = librosa.effects.trim(
         samples, top_db=SILENCE_DB, frame_length=512, hop_length=128
     )

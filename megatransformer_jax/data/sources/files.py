@@ -5,11 +5,10 @@ import functools
 import json
 import mmap
 import re
+from typing import Any
 
 import grain
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 from array_record.python import array_record_module
 
 from megatransformer_jax.config.option import UserError
@@ -20,6 +19,7 @@ from megatransformer_jax.data.sources.record import (
     text_of,
     unreadable,
 )
+from megatransformer_jax.extras import import_extra
 
 # ------------------------------------------------------------------------------
 # Plain text files, cut at empty lines into documents of a moderate size.
@@ -161,6 +161,7 @@ class ParquetFile:
     def __init__(self, path: str, column: str):
         self._path = path
         self._column = column
+        pyarrow = _pyarrow()
         try:
             with pyarrow.parquet.ParquetFile(path) as file:
                 schema = file.schema_arrow
@@ -192,21 +193,21 @@ class ParquetFile:
             )
         except UnicodeDecodeError as error:
             return BadRecord(where, f"not UTF-8 ({error.reason}). Write the row anew.")
-        except (pyarrow.ArrowException, OSError) as error:
+        except (_pyarrow().ArrowException, OSError) as error:
             # OSError is what pyarrow raises for a page that cannot be decoded, too.
             return BadRecord(
                 where, f"row group {group} cannot be decoded ({error}). Write the file anew."
             )
 
 
-def _check_column(path: str, schema: pyarrow.Schema, column: str) -> None:
+def _check_column(path: str, schema: Any, column: str) -> None:
     if column not in schema.names:
         raise UserError(
             f"{path}: no column {column!r}; its columns: {', '.join(map(repr, schema.names))}. "
             "Name one with data.text_field."
         )
     kind = schema.field(column).type
-    types = pyarrow.types
+    types = _pyarrow().types
     if not any(
         check(kind)
         for check in (
@@ -223,9 +224,15 @@ def _check_column(path: str, schema: pyarrow.Schema, column: str) -> None:
 
 
 @functools.lru_cache(maxsize=CACHED_GROUPS)
-def _read_group(path: str, group: int, column: str) -> pyarrow.ChunkedArray:
-    with pyarrow.parquet.ParquetFile(path) as file:
+def _read_group(path: str, group: int, column: str) -> Any:
+    with _pyarrow().parquet.ParquetFile(path) as file:
         return file.read_row_group(group, columns=[column]).column(column)
+
+
+def _pyarrow() -> Any:
+    """The package, with `pyarrow.parquet`."""
+    import_extra("pyarrow.parquet", "parquet", "Parquet files")
+    return import_extra("pyarrow", "parquet", "Parquet files")
 
 
 # ------------------------------------------------------------------------------

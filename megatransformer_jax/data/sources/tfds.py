@@ -5,6 +5,7 @@ import typing
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sources.record import BadRecord, text_of
+from megatransformer_jax.extras import import_extra
 
 
 class TfdsText:
@@ -55,14 +56,7 @@ def open_tfds(
       UserError: if tensorflow-datasets is not installed, the set is unknown or not prepared in a
         random-access format, or has no such split.
     """
-    try:
-        # The package is an extra, so it is imported where it is used.
-        import tensorflow_datasets as tfds  # noqa: PLC0415
-    except ImportError as error:
-        raise UserError(
-            f"{option}='tfds' needs tensorflow-datasets, which is not installed ({error}). "
-            "Install it with `pip install -e .[tfds]` in the checkout."
-        ) from error
+    tfds = import_extra("tensorflow_datasets", "tfds", f"{option}='tfds'")
     name = f"{set_name}[{split}]"
     try:
         builder = tfds.builder(set_name, data_dir=data_dir)

@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.neural_network import MLPClassifier
 
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.extras import import_extra
 
 # ------------------------------------------------------------------------------
 # The extractor.
@@ -64,7 +64,8 @@ class DigitsFeatures:
     ):
         check_labelled(images, labels)
         self._shape = images.shape[1:]
-        self._network = MLPClassifier(
+        networks = import_extra("sklearn.neural_network", "media", "features of images")
+        self._network = networks.MLPClassifier(
             hidden_layer_sizes=(_HIDDEN_UNITS,),
             alpha=1e-3,
             batch_size=min(64, len(images)),

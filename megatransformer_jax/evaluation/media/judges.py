@@ -2,13 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from sklearn.svm import SVC
 
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.data import DataConfig
@@ -26,9 +23,17 @@ from megatransformer_jax.evaluation.media.features import (
     inception_score,
     moments,
 )
+from megatransformer_jax.extras import import_extra
 
 # ------------------------------------------------------------------------------
 # Reads digits in images.
+
+_JUDGES = "judges of images and sound"
+
+
+def _support_vectors() -> Any:
+    # gamma='scale' suits features of any number and contrast; C=10 as digits hardly overlap.
+    return import_extra("sklearn.svm", "media", _JUDGES).SVC(C=10.0, gamma="scale")
 
 
 class DigitJudge:
@@ -47,8 +52,7 @@ class DigitJudge:
     ):
         check_labelled(images, labels)
         self._shape = images.shape[1:]
-        # gamma='scale' suits pixels of any number and contrast; C=10 as digits hardly overlap.
-        self._machine = SVC(C=10.0, gamma="scale")
+        self._machine = _support_vectors()
         self._machine.fit(flat_pixels(images, self._shape), labels)
 
     def __call__(self, images: Float[np.ndarray, "N height width C"]) -> Int[np.ndarray, "N"]:
@@ -95,7 +99,9 @@ class SpokenDigitJudge:
     ):
         check_labelled(mels, labels)
         self._num_mels = mels.shape[2]
-        self._machine = make_pipeline(StandardScaler(), SVC(C=10.0, gamma="scale"))
+        scaler = import_extra("sklearn.preprocessing", "media", _JUDGES).StandardScaler()
+        pipeline = import_extra("sklearn.pipeline", "media", _JUDGES)
+        self._machine = pipeline.make_pipeline(scaler, _support_vectors())
         self._machine.fit(self._stretched(mels, lengths), labels)
 
     def __call__(

@@ -5,15 +5,14 @@ judge vocoders and resynthesis. Generated sound has no such reference.
 """
 
 import dataclasses
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.extras import import_extra
 
 # ------------------------------------------------------------------------------
 # Sound against its reference.
@@ -64,7 +63,7 @@ def pesq(
             f"PESQ needs at least a quarter of a second ({sample_rate_hz // 4} samples), and the "
             f"sound has {len(reference)}; give longer clips."
         )
-    library = import_for_scores("pesq", "PESQ")
+    library = import_extra("pesq", "eval", "PESQ")
     try:
         return float(library.pesq(sample_rate_hz, reference, estimate, band))
     except library.PesqError as error:
@@ -95,7 +94,7 @@ def stoi(
       UserError: if pystoi is not installed.
     """
     _check(reference, estimate)
-    library = import_for_scores("pystoi", "STOI")
+    library = import_extra("pystoi", "eval", "STOI")
     with warnings.catch_warnings():
         # The library only warns of what it cannot compare, and returns 1e-5 as if it were bad.
         warnings.simplefilter("error", RuntimeWarning)
@@ -277,33 +276,10 @@ def transcript_errors(predictions: Sequence[str], references: Sequence[str]) -> 
     for number, text in enumerate(wanted, start=1):
         if not text:
             raise UserError(f"reference {number} has no word; leave its clip out.")
-    library = import_for_scores("jiwer", "the word error rate")
+    library = import_extra("jiwer", "eval", "the word error rate")
     return TranscriptErrors(
         word_error_rate=float(library.wer(wanted, found)),
         character_error_rate=float(library.cer(wanted, found)),
         exact=sum(map(str.__eq__, found, wanted)) / len(wanted),
         transcripts=len(wanted),
     )
-
-
-# ------------------------------------------------------------------------------
-# Imports libraries of the extra 'eval' when a score that needs one is asked for.
-
-
-def import_for_scores(name: str, score: str) -> Any:
-    """The module `name`.
-
-    Args:
-      name: of the module.
-      score: what needs it, for the error.
-
-    Raises:
-      UserError: if it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"{score} needs the library {name.partition('.')[0]}; install the extra 'eval': "
-            "pip install -e .[eval]."
-        ) from error

@@ -48,6 +48,8 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     class TinyMedia(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
         pkg_dir_path = epath.Path(folder)
+        # TFDS looks for the files of a package where the name has dots.
+        __module__ = "tiny_set"
 
         def _info(self):
             features = {

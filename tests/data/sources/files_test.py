@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pyarrow
@@ -16,7 +17,7 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sources import BadRecord, BadRecordError, build_source, training_texts
 from megatransformer_jax.data.sources import files as text_file_module
 from megatransformer_jax.data.sources import record as record_module
-from megatransformer_jax.data.sources.files import TextFile
+from megatransformer_jax.data.sources.files import ParquetFile, TextFile
 
 TEXTS = [f"document {number} über 汉字 😀" for number in range(7)]
 
@@ -239,3 +240,9 @@ def test_a_parquet_file_that_may_not_be_read_is_named(
     monkeypatch.setattr(pyarrow.parquet, "ParquetFile", refuse)
     with pytest.raises(UserError, match=r"a.parquet: cannot be read \(Permission denied\)"):
         build_source(config("parquet", path), "train")
+
+
+def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"Parquet files: pyarrow .*\[parquet\]"):
+        ParquetFile(str(tmp_path / "a.parquet"), "text")

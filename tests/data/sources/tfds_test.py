@@ -24,6 +24,8 @@ def data_dir(tmp_path_factory) -> str:
     class TinyText(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         VERSION = tfds.core.Version("1.0.0")
         pkg_dir_path = epath.Path(folder)
+        # TFDS looks for the files of a package where the name has dots.
+        __module__ = "tiny_set"
 
         def _info(self):
             features = {"text": tfds.features.Text(), "number": np.int64}
@@ -93,7 +95,7 @@ def test_a_set_that_is_not_prepared_is_named(data_dir: str, tmp_path: pathlib.Pa
 
 def test_without_the_package_the_error_names_the_extra(data_dir: str, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(UserError, match=r"pip install -e .\[tfds\]"):
+    with pytest.raises(UserError, match=r"pip install -e .\.\[tfds\]"):
         build_source(config(data_dir), "train")
 
 
