@@ -174,7 +174,7 @@ class InspectOptions:
     """What is inspected, and where the numbers go."""
 
     model: str | None = option(None, "Folder of a run, instead of --config: what it costs.")
-    json: str | None = option(None, "Also writes the numbers, exact, to this file.")
+    output: str | None = option(None, "Also writes the exact numbers to this JSON file.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -202,8 +202,8 @@ def inspect(parsed: Parsed) -> None:
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
     print_tables(console, report, config)
-    if options.json is not None:
-        _write("json", options.json, json.dumps(report.to_dict(), indent=2) + "\n")
+    if options.output is not None:
+        _write("output", options.output, json.dumps(report.to_dict(), indent=2) + "\n")
 
 
 def _write(name: str, path: str, text: str) -> None:
@@ -224,9 +224,9 @@ training. The depths are evaluation.final_depths, the mesh need not exist here, 
 attention kernels are those of this machine's kind of device.""",
     options=InspectOptions,
     run=inspect,
-    examples=("--config.preset=huginn_3_5b", "--config=recurrent --json=cost.json"),
+    examples=("--config.preset=huginn_3_5b", "--config=recurrent --output=cost.json"),
     takes_run=True,
-    old_names=OLD_MODEL_NAMES,
+    old_names=OLD_MODEL_NAMES | {"json": "output"},
 )
 
 

@@ -1,10 +1,15 @@
 """Commands, options and files that the documentation names are there."""
 
+import ast
+import importlib
 import re
+from typing import Any
 
+import numpy as np
 import pytest
-from markdown_pages import experiment_commands, pages
+from markdown_pages import commands, pages, python_blocks
 
+import megatransformer_jax as mt
 from megatransformer_jax.cli import flags, lm_eval
 from megatransformer_jax.cli.commands import find_command
 from megatransformer_jax.config.build import build, save_config
@@ -12,6 +17,8 @@ from megatransformer_jax.config.option import UserError, options_of, sections_of
 from megatransformer_jax.config.run import RunConfig
 
 OPTIONS = {option.path for option in options_of(RunConfig)}
+# A file of the workdir, and attributes of `mt.Model`.
+NO_OPTIONS = {"train.log", "model.module", "model.params"}
 SECTIONS = {path for path, _, _ in sections_of(RunConfig)}
 
 
@@ -31,13 +38,13 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     count = 0
     for page in pages(repository):
-        for command in experiment_commands(page.read_text()):
+        for command in commands(page.read_text()):
             try:
                 check(command)
             except UserError as error:
                 pytest.fail(f"{page.name}: {' '.join(command)}: {error}")
             count += 1
-    assert count >= 15
+    assert count >= 60
 
 
 @pytest.mark.parametrize(
@@ -47,8 +54,9 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
         ["train", "--config.preset=tiny", "--absent=1"],
         ["inspect", "--config.preset=absent"],
         ["compare", "runs/a", "--absent=1"],
-        ["generate", "--workdir=runs/a", "--prompt=a", "--absent=1"],
-        ["evaluate", "--from=runs/a", "--absent=1"],
+        ["generate", "--model=runs/a", "--prompt=a", "--absent=1"],
+        ["evaluate", "--model=runs/a", "--absent=1"],
+        ["absent", "--model=runs/a"],
         ["lm_eval", "run", "--model", "megatransformer", "--model_args", "path=a,absent=1"],
     ],
 )
@@ -59,19 +67,52 @@ def test_a_wrong_command_is_seen(command):
 
 def test_commands_are_found_whole():
     text = (
-        "    . x && nohup python -m experiments.train --a=1 > log 2>&1 &\n"
-        "`python -m experiments.train --inline`\n"
-        "```\npython -m experiments.inspect --fenced\n```\n"
+        "    . x && nohup .venv/bin/megatransformer train --a=1 > log 2>&1 &\n"
+        "`megatransformer train --inline`\n"
+        "```\nmegatransformer inspect --fenced\n```\n"
         "    python -m experiments.train --b=2 \\\n        --c=\"('d', 'e')\"  # words\n"
         '    gcloud ssh --command="cd f &&\n'
-        '      python -m experiments.train --g=3 \\\n      --h=4"\n'
+        '      megatransformer train --g=3 \\\n      --h=4"\n'
     )
-    assert list(experiment_commands(text)) == [
+    assert list(commands(text)) == [
         ["train", "--a=1"],
         ["train", "--b=2", "--c=('d', 'e')"],
         ["inspect", "--fenced"],
         ["train", "--g=3", "--h=4"],
     ]
+
+
+def test_examples_in_python_import_what_there_is(repository):
+    count = 0
+    for page in pages(repository):
+        for block in python_blocks(page.read_text()):
+            for node in ast.walk(ast.parse(block)):
+                match node:
+                    case ast.ImportFrom(module=str(module), names=aliases):
+                        for alias in aliases:
+                            if not hasattr(importlib.import_module(module), alias.name):
+                                importlib.import_module(f"{module}.{alias.name}")
+                    case ast.Attribute(value=ast.Name(id="mt"), attr=name):
+                        assert name in mt.__all__, f"{page.name}: mt.{name}"
+                        count += 1
+    assert count >= 10
+
+
+@pytest.mark.slow
+def test_examples_of_the_api_run(repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    blocks = python_blocks((repository / "docs" / "api.md").read_text())
+    names: dict[str, Any] = {}
+    # The last one needs the run of an experiment with images.
+    for block in blocks[:-1]:
+        exec(compile(block, "docs/api.md", "exec"), names)
+    assert "--config=image" in blocks[-1] and len(blocks) >= 8
+    assert names["metrics"]["loss"] > 0 and names["trainer"].step_number == 30
+    assert names["trace"].residuals.shape == (8, 1, 5)
+    assert names["out"].logits.shape[:2] == (2, 5)
+    assert [row["depth"] for row in names["report"].rows] == [1, 4]
+    np.testing.assert_allclose(names["logits"], names["model"]("abc", depth=2).logits, atol=1e-5)
 
 
 def test_options_exist(repository):
@@ -86,7 +127,7 @@ def test_options_exist(repository):
         unknown += [
             f"{page.name}: {name}"
             for name in dotted
-            if name not in known and name != "train.log"  # A file of the workdir.
+            if name not in known and name not in NO_OPTIONS
         ]
     assert unknown == []
 

@@ -88,7 +88,7 @@ def test_huginn_is_inspected_without_allocating_it(
 
 
 def test_bad_input_is_one_line(tmp_path: pathlib.Path) -> None:
-    done = inspect("--config.preset=tiny", f"--json={tmp_path}/absent/cost.json")
+    done = inspect("--config.preset=tiny", f"--output={tmp_path}/absent/cost.json")
     assert done.returncode == 2
     assert "absent/cost.json cannot be written" in done.stderr
     assert "Traceback" not in done.stderr

@@ -25,14 +25,21 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def experiment_commands(text: str) -> Iterator[list[str]]:
-    """Words of every `python -m experiments...` in blocks of code, from the module's name on."""
+def python_blocks(text: str) -> list[str]:
+    """The fenced blocks of Python."""
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Words of every `megatransformer ...` and `python -m experiments...` in blocks of code.
+
+    Each begins with the command's own name, such as train.
+    """
     code = "".join(line[4:] for line in text.splitlines(True) if line.startswith("    "))
     code += "".join(_FENCE.findall(text))
     quoted = re.findall(r'--command="(.*?)"(?:\n|$)', code, re.DOTALL)
     for block in [re.sub(r'--command=".*?"(?=\n|$)', "", code, flags=re.DOTALL), *quoted]:
         for line in block.replace("\\\n", " ").splitlines():
-            _, found, command = line.partition("python -m experiments.")
+            found = re.search(r"(?:^|[ /])(?:megatransformer |python3? -m experiments\.)(.*)", line)
             if found:
-                words = shlex.split(re.split(r" (?:[|>&]|2>)", command)[0], comments=True)
-                yield words
+                yield shlex.split(re.split(r" (?:[|>&]|2>)", found[1])[0], comments=True)
