@@ -109,8 +109,8 @@ def test_examples_of_the_api_run(repository, tmp_path, monkeypatch):
         exec(compile(block, "docs/api.md", "exec"), names)
     assert "--config=image" in blocks[-1] and len(blocks) >= 8
     assert names["metrics"]["loss"] > 0 and names["trainer"].step_number == 30
-    assert names["trace"].residuals.shape == (8, 1, 5)
-    assert names["out"].logits.shape[:2] == (2, 5)
+    assert names["trace"].residuals.shape == (8, 1, 7)
+    assert names["out"].logits.shape[:2] == (2, 7)
     assert [row["depth"] for row in names["report"].rows] == [1, 4]
     np.testing.assert_allclose(names["logits"], names["model"]("abc", depth=2).logits, atol=1e-5)
 
