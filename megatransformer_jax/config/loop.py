@@ -46,7 +46,7 @@ class TrainConfig:
     ema_decay: float | None = option(
         None,
         "Keeps an exponential average of the weights, which validation, samples, the summary and "
-        "experiments.generate use: average += (1 - d) (weights - average) with d the smaller of "
+        "megatransformer generate use: average += (1 - d) (weights - average) with d the smaller of "
         "this and (1 + t) / (10 + t) after t updates. None: no average.",
         above=0,
         below=1,
@@ -274,7 +274,7 @@ class DiagnosticsConfig:
 
     @rule("kinds", "num_rows", "num_steps")
     def _what_is_shown_goes_with_steps(self) -> None:
-        """At their defaults with every_steps=0 (`experiments.diagnose` has flags of its own)."""
+        """At their defaults with every_steps=0 (`megatransformer diagnose` has its own options)."""
         if self.every_steps == 0:
             require_defaults(
                 self,

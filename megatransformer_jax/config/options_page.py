@@ -37,7 +37,7 @@ Presets (`--config.preset=NAME`): {presets}.
 """
 
 _GENERATION = """\
-How a trained model continues prompts, as options of `python -m experiments.generate`; in
+How a trained model continues prompts, as options of `megatransformer generate`; in
 `GenerationConfig` they have the same names, those of the cache without `cache_`. The command's own
 options, such as `--prompt`, are in its `--help`. An option that another one leaves without effect
 is an error, not ignored.

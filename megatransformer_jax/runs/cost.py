@@ -95,7 +95,7 @@ class DepthCost:
 
 @dataclasses.dataclass(frozen=True)
 class CostReport:
-    """All that `experiments.inspect` shows. `media` has 'image' and 'audio' where there are such;
+    """All that `megatransformer inspect` shows. `media` has 'image' and 'audio' where there are such;
     `places` are those of a sequence, text and media together."""
 
     parameters: ParameterCounts

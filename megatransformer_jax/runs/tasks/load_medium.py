@@ -53,7 +53,7 @@ def load_medium_run(
     if not (folder / "checkpoints").is_dir():
         raise UserError(
             f"{folder} is not the workdir of a run (a folder checkpoints/ in it). Train one: "
-            f"python -m experiments.train --config=experiments/configs/{kind}.py"
+            f"megatransformer train --config={kind}"
         )
     checkpoints = CheckpointManager(folder / "checkpoints", None)
     try:
