@@ -46,7 +46,7 @@ class TrainConfig:
     ema_decay: float | None = option(
         None,
         "Keeps an exponential average of the weights, which validation, samples, the summary and "
-        "megatransformer generate use: average += (1 - d) (weights - average) with d the smaller of "
+        "generation use: average += (1 - d) (weights - average) with d the smaller of "
         "this and (1 + t) / (10 + t) after t updates. None: no average.",
         above=0,
         below=1,

@@ -95,8 +95,8 @@ class DepthCost:
 
 @dataclasses.dataclass(frozen=True)
 class CostReport:
-    """All that `megatransformer inspect` shows. `media` has 'image' and 'audio' where there are such;
-    `places` are those of a sequence, text and media together."""
+    """All that `megatransformer inspect` shows. `media` has 'image' and 'audio' where there are
+    such; `places` are those of a sequence, text and media together."""
 
     parameters: ParameterCounts
     flops: ForwardFlops
