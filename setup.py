@@ -29,6 +29,8 @@ EXTRAS = {
     "cuda": [f"jax[cuda13]{JAX_VERSIONS}"],
 }
 
+TEST = ["beartype>=0.19", "pytest>=8", "pytest-xdist>=3"]
+
 setup(
     name="megatransformer_jax",
     version="0.1.0",
@@ -68,6 +70,8 @@ setup(
     ],
     extras_require={
         **EXTRAS,
+        # Enough for `make smoke`, which tests the base.
+        "test": TEST,
         # Everything but accelerators and services, and what checks the code.
         "dev": [
             *(
@@ -75,15 +79,13 @@ setup(
                 for name in ("media", "parquet", "tfds", "eval", "huginn", "qlora")
                 for line in EXTRAS[name]
             ),
-            "beartype>=0.19",
+            *TEST,
             "hypothesis>=6.100",
             "ipykernel>=6",
             "mypy>=1.14",
             "nbclient>=0.10",
             "nbformat>=5",
             "pre-commit>=4",
-            "pytest>=8",
-            "pytest-xdist>=3",
             "ruff>=0.9",
             "tensorboard>=2.18",
             "torch>=2.13,<2.14",

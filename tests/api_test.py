@@ -16,6 +16,8 @@ from megatransformer_jax import api
 from megatransformer_jax import model as model_module
 from megatransformer_jax.evaluation import report as report_module
 
+pytestmark = pytest.mark.smoke
+
 STEPS = 20
 
 

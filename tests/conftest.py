@@ -5,7 +5,6 @@ The environment must be set before JAX is imported, so this file imports it nowh
 
 import copy
 import gc
-import importlib.metadata
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import jaxtyping
 import pytest
+from cheap_compilation import CHEAP_COMPILATION
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 NUM_DEVICES = 8
@@ -21,21 +21,14 @@ NUM_DEVICES = 8
 MAX_MEMORY_MAPS = 20_000
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little: the cheapest machine code is three times as fast to make.
-XLA_FLAGS = [
-    f"--xla_force_host_platform_device_count={NUM_DEVICES}",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-]
-if importlib.metadata.version("jax").startswith("0.10."):
-    # Takes another third of the time away; later versions have no such flag.
-    XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join(XLA_FLAGS)
+os.environ["XLA_FLAGS"] = (
+    f"--xla_force_host_platform_device_count={NUM_DEVICES} {CHEAP_COMPILATION}"
+)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["MPLBACKEND"] = "Agg"
 
-# Tracing makes millions of objects that die young; looking for cycles among them took 5% of the time.
+# Tracing makes millions of objects that die young; looking for cycles in them took 5% of the time.
 gc.set_threshold(50_000, 20, 20)
 
 # Array shapes and types are checked here and not in production. Configuration has its own checks,
@@ -47,6 +40,13 @@ jaxtyping.install_import_hook(
     ],
     "beartype.beartype",
 )
+
+
+def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
+    """`pytest -m smoke` reads only files with such tests: others need packages of extras."""
+    if config.getoption("markexpr") != "smoke" or not collection_path.name.endswith("_test.py"):
+        return None
+    return "pytest.mark.smoke" not in collection_path.read_text(encoding="utf-8") or None
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -15,7 +15,8 @@ from collections.abc import Callable
 import pytest
 from cheap_compilation import CHEAP_COMPILATION
 
-NUM_KILLS = 8
+# At any time; some steps or saves after it went on; in a save.
+KILLS = ("any", "after", "save", "save", "any", "save")
 STEPS = 200
 EVERY_STEPS = 10
 CHANGES = {
@@ -86,10 +87,10 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path, sma
     config = write_config(tmp_path / "killed.json", small_run(workdir, CHANGES), repository)
     rng = random.Random(0)
     logs, kills_while_saving = [], 0
-    for kill in range(NUM_KILLS):
-        logs.append(tmp_path / f"killed_{kill}.log")
+    for number, kind in enumerate(KILLS):
+        logs.append(tmp_path / f"killed_{number}.log")
         process = start(config, repository, logs[-1])
-        kills_while_saving += kill_at_random_moment(process, kill, workdir, logs[-1], rng)
+        kills_while_saving += kill_at_random_moment(process, kind, workdir, logs[-1], rng)
 
     logs.append(tmp_path / "last.log")
     process = start(config, repository, logs[-1])
@@ -107,12 +108,12 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path, sma
     assert kills_while_saving >= 2
     resumed = [int(n) for log in logs for n in RESUMED.findall(log.read_text())]
     assert resumed == sorted(resumed)
-    assert len(set(resumed)) >= NUM_KILLS // 2, resumed
+    assert len(set(resumed)) >= len(KILLS) // 2, resumed
 
 
 def kill_at_random_moment(
     process: subprocess.Popen,
-    kill: int,
+    kind: str,
     workdir: pathlib.Path,
     log: pathlib.Path,
     rng: random.Random,
@@ -121,20 +122,20 @@ def kill_at_random_moment(
     before = latest_checkpoint(workdir)
     # Saves that must be complete first, or no run would ever get further than the one before.
     target = before + EVERY_STEPS * rng.randint(1, 2)
-    match kill % 4:
-        case 0:  # At any time: it imports, compiles, restores or trains.
+    match kind:
+        case "any":  # It imports, compiles, restores or trains.
             time.sleep(rng.uniform(0.2, 5.0))
-        case 1:  # Some steps or saves after it went on.
+        case "after":
             wait_for(lambda: latest_checkpoint(workdir) >= target, process)
             time.sleep(rng.uniform(0, 0.1))
-        case _:  # In a save.
+        case "save":
             wait_for(lambda: latest_checkpoint(workdir) >= target, process)
             wait_for(lambda: is_saving_after(workdir, target), process)
             time.sleep(rng.uniform(0, 0.05))
     os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, f"ended before kill {kill}: {log.read_text()}"
+    assert process.wait() == -signal.SIGKILL, f"ended before kill: {log.read_text()}"
     # It may just have completed the save that it was to be killed in.
-    return kill % 4 in (2, 3) and is_saving_after(workdir, target)
+    return kind == "save" and is_saving_after(workdir, target)
 
 
 @pytest.mark.slow
