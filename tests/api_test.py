@@ -149,6 +149,7 @@ def test_evaluation_prints_itself_and_has_rows(lm: mt.Model, tmp_path: pathlib.P
 
 
 def test_generated_texts_are_evaluated(lm: mt.Model, tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("rouge_score", reason="of the extra eval")
     lines = [{"prompt": "The", "reference": "end"}, {"prompt": "If", "reference": ["a", "b"]}]
     path = tmp_path / "references.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

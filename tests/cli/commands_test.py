@@ -54,7 +54,7 @@ def test_the_loss_falls_and_the_table_has_every_depth(
     losses = re.findall(r"validation after step \d+: loss ([\d.]+)", begun.stderr)
     untrained = math.log(512)  # As if all pieces were as likely.
     assert len(losses) == 2 and float(losses[1]) < float(losses[0]) < untrained - 0.5
-    rows = re.findall(r"^[|│] +(\d+)\*? +[|│] +([\d.]+)", begun.stdout, re.MULTILINE)
+    rows = re.findall(r"^[|│] +(\d+) ?\*? *[|│] +([\d.]+)", begun.stdout, re.MULTILINE)
     assert [depth for depth, _ in rows] == ["1", "2", "4", "8"]
 
 
