@@ -27,6 +27,7 @@ NAMES = (
     "multimodal_small",
     "multimodal_tiny",
     "recurrent_medium",
+    "recurrent_mini",
     "recurrent_small",
     "recurrent_small_sandwich",
     "tiny",
@@ -64,6 +65,7 @@ def test_the_presets_of_the_mission_are_there() -> None:
     ("name", "millions"),
     [
         ("tiny", 0.28),
+        ("recurrent_mini", 1.065),
         ("recurrent_small", 3.7),
         ("recurrent_small_sandwich", 3.7),
         ("recurrent_medium", 82),

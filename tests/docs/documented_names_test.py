@@ -18,7 +18,7 @@ from megatransformer_jax.config.run import RunConfig
 
 OPTIONS = {option.path for option in options_of(RunConfig)}
 # A file of the workdir, and attributes of `mt.Model`.
-NO_OPTIONS = {"train.log", "model.module", "model.params"}
+NO_OPTIONS = {"train.log", "model.module", "model.params", "model.py"}
 SECTIONS = {path for path, _, _ in sections_of(RunConfig)}
 
 
@@ -113,6 +113,17 @@ def test_examples_of_the_api_run(repository, tmp_path, monkeypatch):
     assert names["out"].logits.shape[:2] == (2, 7)
     assert [row["depth"] for row in names["report"].rows] == [1, 4]
     np.testing.assert_allclose(names["logits"], names["model"]("abc", depth=2).logits, atol=1e-5)
+    # The README's, on the run that was just made and some text; the run is cut short.
+    (tmp_path / "runs" / "notebook").rename(tmp_path / "runs" / "recurrent")
+    (tmp_path / "my" / "texts").mkdir(parents=True)
+    for page in pages(repository):
+        (tmp_path / "my" / "texts" / f"{page.stem}.txt").write_text(page.read_text())
+    [block] = python_blocks((repository / "README.md").read_text())
+    assert "trainer.run()" in block
+    names = {}
+    exec(compile(block.replace("trainer.run()", "trainer.step()"), "README.md", "exec"), names)
+    assert names["trainer"].step_number == 1 and names["trace"].residuals.shape[0] == 16
+    names["trainer"].close()
 
 
 def test_options_exist(repository):

@@ -51,7 +51,10 @@ def test_an_unknown_variant_lists_those_there_are() -> None:
 
 def test_the_recurrent_run_is_the_one_described() -> None:
     config = parse("recurrent")
-    assert config.preset.startswith("recurrent_small")
+    assert (config.preset, parse("recurrent:small").preset) == (
+        "recurrent_mini",
+        "recurrent_small_sandwich",
+    )
     assert config.data.source == "embedded_text"
     assert config.data.tokenizer.kind == "sentencepiece"
     assert config.evaluation.final_depths == (1, 2, 4, 8, 16, 32)
