@@ -33,7 +33,7 @@ TEST = ["beartype>=0.19", "pytest>=8", "pytest-xdist>=3"]
 
 setup(
     name="megatransformer_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="Depth-recurrent transformers in JAX",
     python_requires=">=3.11",
     packages=[
