@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import soundfile
 from PIL import Image
+from smallest_media_model import TOKENIZER, VALUES
 
 from megatransformer_jax.cli import generate, generate_media
 from megatransformer_jax.cli.commands import main as command
@@ -20,7 +21,6 @@ from megatransformer_jax.config.build import construct
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
-from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.media_prompt import (
     GeneratedClip,
@@ -33,58 +33,7 @@ from megatransformer_jax.runs.load import LoadedModel
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
-RATE_HZ, HOP = 8000, 64
-MEDIA: dict[str, Any] = {
-    "attention": {"num_heads": 2},
-    "core_layers": 1,
-    "recurrence": {"mean_steps": 2, "backprop_depth": 2, "state_init": "zero"},
-    "vocab_size": 272,
-    "width": 8,
-    "max_length": 64,
-    "mlp": {"hidden_width": 8},
-    "image": {
-        "enabled": True,
-        "height": 8,
-        "width": 8,
-        "channels": 1,
-        "patch_size": 4,
-        "prelude_layers": 0,
-        "coda_layers": 0,
-        "context_length": 4,
-        "decoder": {
-            "unet": {
-                "base_width": 8,
-                "width_multipliers": (1,),
-                "attention_levels": (),
-                "head_width": 8,
-                "norm_groups": 2,
-            },
-            "sampler": {"num_steps": 2},
-        },
-    },
-    "audio": {
-        "enabled": True,
-        "max_frames": 8,
-        "prelude_layers": 0,
-        "coda_layers": 0,
-        "context_length": 4,
-        "mel": {
-            "sample_rate_hz": RATE_HZ,
-            "num_mels": 8,
-            "fft_samples": 128,
-            "window_samples": 128,
-            "hop_samples": HOP,
-        },
-        "decoder": {
-            "width": 8,
-            "head_width": 4,
-            "dilations": (1,),
-            "sampler": {"num_steps": 2},
-        },
-    },
-}
-
-TOKENIZER = MediaTokenizer(BytesTokenizer())
+RATE_HZ, HOP = (VALUES["audio"]["mel"][name] for name in ("sample_rate_hz", "hop_samples"))
 
 
 def loaded_model(values: dict[str, Any]) -> LoadedModel:
@@ -125,7 +74,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
     """Runs the command with the stand-in; returns what it wrote."""
     monkeypatch.setattr(generate_media, "MediaGenerator", SmallMediaGenerator)
 
-    def run(*words: str, values: Any = MEDIA, loaded: LoadedModel | None = None) -> tuple[str, str]:
+    def run(*words: str, values: Any = VALUES, loaded: LoadedModel | None = None) -> tuple[str, str]:
         loaded = loaded_model(values) if loaded is None else loaded
         monkeypatch.setattr(generate, "load_chosen_model", lambda *_: loaded)
         command("generate", ["--model=runs/a", *words])
@@ -261,6 +210,6 @@ def test_models_of_text_refuse_media(run: Any, capfd: pytest.CaptureFixture[str]
 def test_a_kind_that_the_model_lacks_is_refused(
     run: Any, capfd: pytest.CaptureFixture[str], files: pathlib.Path
 ) -> None:
-    deaf = {name: value for name, value in MEDIA.items() if name != "audio"}
+    deaf = {name: value for name, value in VALUES.items() if name != "audio"}
     error = fails(run, capfd, f"--audio={files / 'right.wav'}", values=deaf)
     assert error.startswith("error: --audio: the model takes none (model.audio.enabled=False)")

@@ -1,6 +1,7 @@
 """The smallest model with media, and a batch for it."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from megatransformer_jax.types import IMAGE, DTypePolicy
 
 LENGTH = 10
 TOKENIZER = MediaTokenizer(BytesTokenizer())
-VALUES = {
+VALUES: dict[str, Any] = {
     "vocab_size": TOKENIZER.vocab_size,
     "width": 8,
     "max_length": 64,
