@@ -16,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from megatransformer_jax.config.build import (
     build,
@@ -27,17 +26,22 @@ from megatransformer_jax.config.build import (
     plain,
 )
 from megatransformer_jax.config.build import configure as resolve
+from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import (
+    MAX_SEED,
     ConfigError,
     UserError,
+    as_python,
     as_tuple,
+    as_whole,
     declared_values,
     options_of,
 )
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.scoring import OF_GENERATION, ScoringConfig, check_generation
+from megatransformer_jax.data.batches import check_batch
 from megatransformer_jax.data.media.encoding import check_media
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.report import Report
@@ -47,7 +51,12 @@ from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.runs import evaluate as scoring
 from megatransformer_jax.runs.build import require_transformer
 from megatransformer_jax.runs.cost import cost_tables, make_report
-from megatransformer_jax.runs.load import LoadedModel, load_model, model_of_run
+from megatransformer_jax.runs.load import (
+    LoadedModel,
+    check_precision,
+    load_model,
+    model_of_run,
+)
 from megatransformer_jax.runs.train import Run
 from megatransformer_jax.runs.workdir import shown_logs
 from megatransformer_jax.sharding.rules import Sharder
@@ -81,8 +90,8 @@ def load(
     """
     return Model(
         load_model(
-            pathlib.Path(folder),
-            step=step,
+            _path("folder", folder),
+            step=as_python(step),
             precision=precision,
             param_dtype=param_dtype,
             weights=weights,
@@ -106,7 +115,8 @@ def create(
         None: inputs must be ids.
       seed: of the weights.
       precision: type of activations, 'float32', 'bfloat16' or 'auto'.
-      **options: of the model, over the preset's: core_layers=2, recurrence={"mean_steps": 4}.
+      **options: of the model, over the preset's or the configuration's: core_layers=2,
+        recurrence={"mean_steps": 4} or **{"recurrence.mean_steps": 4}.
 
     Raises:
       UserError: if an option is not known or cannot be used.
@@ -116,14 +126,19 @@ def create(
       >>> model("abc", depth=2).logits.shape
       (1, 4, 259)
     """
+    if not isinstance(model, (str, ModelConfig)):
+        raise UserError(f"model: {model!r} is neither the name of a preset nor a ModelConfig.")
+    is_tokenizer = isinstance(tokenizer, Tokenizer) and not isinstance(tokenizer, type)
+    if tokenizer is not None and not is_tokenizer:
+        raise UserError(f"tokenizer: {tokenizer!r} is none; give one such as mt.BytesTokenizer().")
+    check_precision(precision)
+    seed = as_whole("seed", seed, 0, MAX_SEED)
     if tokenizer is not None and "vocab_size" not in options and isinstance(model, str):
         options["vocab_size"] = tokenizer.vocab_size
-    if isinstance(model, str):
-        values = merge(load_preset(model)["model"], _as_declared(options, ModelConfig))
-        check_values(values, ModelConfig)
-        config: ModelConfig = construct(ModelConfig, values)
-    else:
-        config = dataclasses.replace(model, **options) if options else model
+    below = load_preset(model)["model"] if isinstance(model, str) else dataclasses.asdict(model)
+    values = merge(below, _as_declared(_nested(options), ModelConfig))
+    check_values(values, ModelConfig)
+    config: ModelConfig = construct(ModelConfig, values)
     if tokenizer is not None and config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(
             "vocab_size",
@@ -139,7 +154,7 @@ def create(
     return Model(LoadedModel(config, module, params, tokenizer, depth, f"new {name}, seed {seed}"))
 
 
-def configure(experiment: str | None = None, **options: Any) -> RunConfig:
+def configure(experiment: str | os.PathLike[str] | None = None, **options: Any) -> RunConfig:
     """The configuration of a run, checked.
 
     What comes later wins: defaults, preset, experiment, `options`.
@@ -158,12 +173,13 @@ def configure(experiment: str | None = None, **options: Any) -> RunConfig:
       >>> config.train.steps, config.model.width
       (40, 64)
     """
-    nested: dict[str, Any] = {}
-    for name, value in options.items():
-        for part in reversed(name.split(".")):
-            value = {part: value}
-        nested = merge(nested, value)
-    return resolve(experiment, _as_declared(nested, RunConfig))
+    if isinstance(experiment, os.PathLike):
+        experiment = str(_path("experiment", experiment))
+    if experiment is not None and not isinstance(experiment, str):
+        raise UserError(
+            f"experiment: {experiment!r} is neither a name nor a file; give one such as 'tiny'."
+        )
+    return resolve(experiment, _as_declared(_nested(options), RunConfig))
 
 
 def evaluate(model: Model, **options: Any) -> Report:
@@ -183,6 +199,10 @@ def evaluate(model: Model, **options: Any) -> Report:
       >>> [row["depth"] for row in report.rows]
       [1, 4]
     """
+    if not isinstance(model, Model):
+        raise UserError(
+            f"model: {model!r} is no mt.Model; read a folder with mt.load, or take Trainer.model."
+        )
     declared = {option.path: option for option in options_of(ScoringConfig)}
     given = declared_values(options, declared | dict(OF_GENERATION))
     of_generation = {name: given[name] for name in given if name not in declared}
@@ -193,7 +213,7 @@ def evaluate(model: Model, **options: Any) -> Report:
         return scoring.evaluate(model._loaded, config, generation)
 
 
-def inspect(run: RunConfig | Model | str, **options: Any) -> Report:
+def inspect(run: RunConfig | Model | str | os.PathLike[str], **options: Any) -> Report:
     """What a run costs before it starts: parameters, FLOPs and cache by depth, memory of training.
 
     Nothing of the model's size is allocated.
@@ -210,12 +230,19 @@ def inspect(run: RunConfig | Model | str, **options: Any) -> Report:
       >>> [row["depth"] for row in report.rows]
       [1, 32]
     """
-    if isinstance(run, str):
+    if isinstance(run, (str, os.PathLike)):
         config = configure(run, **options)
+    elif not isinstance(run, (Model, RunConfig)):
+        raise UserError(
+            f"run: {run!r} is neither a RunConfig, an mt.Model nor the name of an experiment."
+        )
     elif options:
         raise UserError(f"{next(iter(options))}: options go with the name of an experiment alone.")
     elif isinstance(run, Model):
-        config = run._loaded.run_config or build({"model": dataclasses.asdict(run.config)})
+        length = min(DataConfig().sequence_length, run.config.max_length)
+        config = run._loaded.run_config or build(
+            {"model": dataclasses.asdict(run.config), "data": {"sequence_length": length}}
+        )
     else:
         config = run
     cost = make_report(config)
@@ -237,7 +264,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
       >>> rows[0]["step"], "loss" in rows[0]
       (1, True)
     """
-    file = pathlib.Path(path).expanduser()
+    file = _path("path", path)
     file = file / "metrics.jsonl" if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{file} does not exist; name the folder of a run that has begun.")
@@ -255,8 +282,8 @@ class Trainer:
     """Trains what a configuration describes: step by step, or to the end.
 
     Nothing is built or locked before it is needed. A workdir with a checkpoint is resumed bit for
-    bit. Used as a context manager, or by `close`, it lets go of the workdir; so it does when it is
-    forgotten.
+    bit. `close`, or the end of a `with` block, saves and lets go of the workdir. A trainer that is
+    forgotten lets go too, without saving.
 
     Args:
       config: see `configure`.
@@ -277,10 +304,12 @@ class Trainer:
         if not isinstance(config, RunConfig):
             raise UserError(f"a Trainer takes a RunConfig, see configure; this is {config!r}.")
         self._is_kept = workdir is not None
-        if workdir is not None and workdir != _OF_CONFIG:
-            config = dataclasses.replace(config, workdir=os.fspath(workdir))
-        self.config = config
+        folder = config.workdir if workdir in (None, _OF_CONFIG) else _path("workdir", workdir)
+        # Absolute, so that a later change of the working directory starts no other run.
+        folder = str(pathlib.Path(folder).expanduser().absolute())
+        self.config = dataclasses.replace(config, workdir=folder)
         self._run: Run | None = None
+        self._last_step: int | None = None
         self._stack = contextlib.ExitStack()
         self._finalizer = weakref.finalize(self, self._stack.close)
 
@@ -300,14 +329,16 @@ class Trainer:
           ...     trainer.step_number
           20
         """
-        file = pathlib.Path(workdir).expanduser() / "config.json"
+        file = _path("workdir", workdir) / "config.json"
         if not file.is_file():
             raise UserError(f"{file} does not exist; name the folder of a run that has begun.")
         return cls(configure(str(file), **options), workdir)
 
     @property
     def step_number(self) -> int:
-        """Optimiser steps done."""
+        """Optimiser steps done; of a closed trainer, when it was closed."""
+        if self._run is None and self._last_step is not None:
+            return self._last_step
         return self._opened().step
 
     def step(self, batch: Batch | None = None) -> dict[str, float]:
@@ -330,8 +361,9 @@ class Trainer:
                 f"all {self.config.train.steps} steps are done; raise train.steps to go on."
             )
         if batch is not None:
-            self._check(batch)
-        return run.advance(batch)
+            batch = self._checked(batch)
+        with shown_logs(self.config.logging.level):
+            return run.advance(batch)
 
     def run(self) -> bool:
         """Trains to the end, with progress, validation, samples, checkpoints and a summary.
@@ -362,8 +394,10 @@ class Trainer:
         params = jax.tree.map(
             lambda leaf: jnp.copy(jax.device_put(leaf, device)), run.params_of(run.state)
         )
+        where = f"run {run.workdir}" if self._is_kept else "run without a workdir"
+        description = f"{where}, step {run.step}"
         return Model(
-            model_of_run(run.config, params, run.workdir, run.kind.vocabulary.digest, run.step)
+            model_of_run(run.config, params, run.workdir, run.kind.vocabulary.digest, description)
         )
 
     def save(self) -> pathlib.Path:
@@ -385,23 +419,39 @@ class Trainer:
         return run.workdir
 
     def close(self) -> None:
-        """Lets go of the workdir and of the data; the next call opens them again."""
-        self._stack.close()
-        self._run = None
+        """Saves the steps that no checkpoint has, and lets go of the workdir and of the data.
+
+        The next step opens them again. With workdir=None everything is gone: read `model` before.
+        """
+        self._close(saves=True)
 
     def __enter__(self) -> "Trainer":
         return self
 
-    def __exit__(self, *unused: object) -> None:
-        self.close()
+    def __exit__(self, error: object, *unused: object) -> None:
+        self._close(saves=error is None)
 
     def __repr__(self) -> str:
         where = self.config.workdir if self._is_kept else "no workdir"
         done = "" if self._run is None else f"step {self._run.step} of "
         return f"Trainer({where}, {done}{self.config.train.steps} steps)"
 
+    def _close(self, *, saves: bool) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        self._last_step = run.step
+        with self._stack:
+            if saves and self._is_kept and run.has_unsaved_steps:
+                run.save()
+
     def _opened(self) -> Run:
         if self._run is None:
+            if self._last_step is not None and not self._is_kept:
+                raise UserError(
+                    "this Trainer is closed, and with workdir=None nothing of it was kept; read "
+                    ".model before, or give it a workdir."
+                )
             try:
                 with shown_logs(self.config.logging.level):
                     self._run = Run(self.config, self._stack, is_kept=self._is_kept)
@@ -410,41 +460,51 @@ class Trainer:
                 raise
         return self._run
 
-    def _check(self, batch: Batch) -> None:
-        """Checks a batch from outside.
+    def _checked(self, batch: Any) -> Batch:
+        """A batch from outside.
 
         Raises:
           UserError: naming what does not fit.
         """
-        model = self.config.model
-        shape = np.shape(batch.tokens)
-        for name, array in batch._asdict().items():
-            if name != "media" and np.shape(array) != shape:
-                raise UserError(
-                    f"batch.{name} has the shape {np.shape(array)}, and tokens {shape}."
-                )
-        if len(shape) != 2 or shape[0] % self.config.train.accumulation:
-            raise UserError(
-                f"batch.tokens has the shape {shape}; it must be [rows, tokens], rows a multiple "
-                f"of train.accumulation={self.config.train.accumulation}."
-            )
-        if shape[1] > model.max_length:
-            raise UserError(
-                f"batch.tokens has rows of {shape[1]} tokens, and the model reads at most "
-                f"max_length={model.max_length}; shorten them."
-            )
-        for name in ("tokens", "targets"):
-            ids = np.asarray(getattr(batch, name))
-            wrong = ids[(ids < 0) | (ids >= model.vocab_size)]
-            if not np.issubdtype(ids.dtype, np.integer) or wrong.size:
-                what = ids.dtype if not wrong.size else wrong.flat[0]
-                raise UserError(
-                    f"batch.{name} holds {what}; ids are whole numbers from 0 to "
-                    f"{model.vocab_size - 1}."
-                )
-        tokenizer = self._opened().kind.vocabulary
-        if model.has_media:
-            check_media(batch, typing.cast(Any, tokenizer).tokenizer)
+        require_transformer(self.config)
+        checked = check_batch(batch, self.config.model, self.config.train.accumulation)
+        if self.config.model.has_media:
+            if checked.media is None:
+                raise UserError("batch.media is None; a model with media needs a MediaBatch.")
+            tokenizer = self._opened().kind.vocabulary
+            check_media(checked, typing.cast(Any, tokenizer).tokenizer)
+        return checked
+
+
+def _path(name: str, value: Any) -> pathlib.Path:
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise UserError(f"{name}: {value!r} is no path; give the name of a folder.")
+    return pathlib.Path(value).expanduser()
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by path, {"train.steps": 2}, as sections, {"train": {"steps": 2}}.
+
+    Raises:
+      ConfigError: if an option is given twice.
+    """
+    nested: dict[str, Any] = {}
+    for name, value in options.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        twice = _leaf_paths(nested) & _leaf_paths(value)
+        if twice:
+            raise ConfigError(min(twice), "is given twice; give it once.")
+        nested = merge(nested, value)
+    return nested
+
+
+def _leaf_paths(nested: Mapping[str, Any], prefix: str = "") -> set[str]:
+    paths: set[str] = set()
+    for name, value in nested.items():
+        path = f"{prefix}{name}"
+        paths |= _leaf_paths(value, f"{path}.") if isinstance(value, Mapping) else {path}
+    return paths
 
 
 def _as_declared(nested: Mapping[str, Any], config_class: type) -> dict[str, Any]:

@@ -5,6 +5,7 @@ allowed and the fix, never a shape error or a number that means nothing.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import typing
@@ -18,14 +19,22 @@ import numpy as np
 from megatransformer_jax.config.generation import GENERATION_OPTIONS, GenerationConfig
 from megatransformer_jax.config.option import (
     MAX_COUNT,
+    MAX_SEED,
     ConfigError,
     UserError,
+    as_python,
+    as_whole,
     declared_values,
     unknown_key,
 )
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer
-from megatransformer_jax.evaluation.lens import Trace, make_trace, trace_iterations
+from megatransformer_jax.evaluation.lens import (
+    Trace,
+    check_trace_size,
+    make_trace,
+    trace_iterations,
+)
 from megatransformer_jax.generation.media_generator import MediaGenerator
 from megatransformer_jax.generation.media_prompt import MediaCompletion, prompt_of_text
 from megatransformer_jax.generation.request import (
@@ -39,6 +48,8 @@ from megatransformer_jax.runs.load import LoadedModel
 
 # A text, texts, ids of one input, or ids of several.
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
+# Of the likeliest next tokens, as many as a line of a table shows.
+_TOP_K = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +92,6 @@ class Model:
         self.tokenizer = loaded.tokenizer
         self.trained_depth = loaded.trained_depth
         self.description = loaded.description
-        self._forward = jax.jit(
-            lambda params, tokens, segment_ids, depth, key: self.module.apply(
-                {"params": params},
-                tokens,
-                segment_ids=segment_ids,
-                num_steps=depth,
-                rngs={"state": key},
-            )
-        )
 
     def __call__(
         self, inputs: Inputs, *, depth: int | None = None, seed: int = 0, **unknown: Any
@@ -101,7 +103,8 @@ class Model:
         Args:
           inputs: a text or several, or ids of one input or of several. Texts get the start token.
           depth: iterations of the core. None: the mean in training.
-          seed: of the core's first states, where these are random.
+          seed: of the core's first states, where these are random; they differ between the inputs
+            of one call, so that an input's numbers depend on its place among them.
 
         Raises:
           UserError: if an input is empty, has ids that the model does not know, or more tokens than
@@ -113,8 +116,11 @@ class Model:
         """
         _reject(unknown, ("depth", "seed"))
         tokens, segment_ids, lengths = self._encode(inputs)
-        steps, key = self._depth(depth), jax.random.key(seed)
-        output = self._forward(self.params, tokens, segment_ids, jnp.int32(steps or 0), key)
+        steps, key = jnp.int32(self._depth(depth) or 0), _key(seed)
+        with out_of_memory_is_bad_input():
+            output = jax.block_until_ready(
+                _forward(self.module, self.params, tokens, segment_ids, steps, key)
+            )
         return Output(output.logits, output.latent, tokens, lengths)
 
     def generate(
@@ -191,7 +197,7 @@ class Model:
         inputs: Inputs,
         *,
         depth: int | None = None,
-        top_k: int = 5,
+        top_k: int | None = None,
         seed: int = 0,
         **unknown: Any,
     ) -> Trace:
@@ -200,11 +206,12 @@ class Model:
         Args:
           inputs: as in `__call__`.
           depth: iterations; each number compiles once. None: the mean in training.
-          top_k: how many of the likeliest next tokens are kept.
+          top_k: how many of the likeliest next tokens are kept. None: 5, or the whole vocabulary
+            if that is smaller.
           seed: of the core's first states.
 
         Raises:
-          UserError: as `__call__`, and if the model has no core.
+          UserError: as `__call__`, if the model has no core, or if the trace would fill the memory.
 
         Example:
           >>> trace = lm.trace("The ", depth=3, top_k=2)
@@ -214,21 +221,23 @@ class Model:
         _reject(unknown, ("depth", "top_k", "seed"))
         if not self.config.is_recurrent:
             raise UserError(f"{self.description} has no recurrent core, so nothing to trace.")
-        if not 1 <= top_k <= self.config.vocab_size:
-            raise ConfigError(
-                "top_k", f"{top_k} is not allowed; it must be 1 to {self.config.vocab_size}."
-            )
+        size = self.config.vocab_size
+        top_k = min(_TOP_K, size) if top_k is None else as_whole("top_k", top_k, 1, size)
         tokens, segment_ids, lengths = self._encode(inputs)
         steps = typing.cast(int, self._depth(depth))
-        found = trace_iterations(
-            self.module,
-            self.params,
-            tokens,
-            segment_ids,
-            jax.random.key(seed),
-            depth=steps,
-            top_k=top_k,
-        )
+        check_trace_size(self.config, tokens.shape, steps, top_k)
+        with out_of_memory_is_bad_input():
+            found = jax.block_until_ready(
+                trace_iterations(
+                    self.module,
+                    self.params,
+                    tokens,
+                    segment_ids,
+                    _key(seed),
+                    depth=steps,
+                    top_k=top_k,
+                )
+            )
         return make_trace(found, tokens, lengths, self.tokenizer)
 
     def save(
@@ -242,7 +251,7 @@ class Model:
         """Writes the model into a folder that `load` reads.
 
         Args:
-          folder: made if absent; its parent must exist.
+          folder: made if absent, with the folders above it; it must be empty.
           format: 'run' is the folder of a run of ours with parameters only, for every model with a
             tokenizer. 'huginn' is Huginn's, for models that its format can express.
           overwrite: replaces an older Huginn export.
@@ -258,6 +267,8 @@ class Model:
           >>> mt.load(lm.save(folder / "saved")).config == lm.config
           True
         """
+        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
+            raise ConfigError("folder", f"{folder!r} is no path; give the name of a folder.")
         path = pathlib.Path(folder).expanduser()
         match format:
             case "run":
@@ -304,11 +315,7 @@ class Model:
             return self.trained_depth
         if self.trained_depth is None:
             raise ConfigError("depth", f"{self.description} has no recurrent core; leave it out.")
-        if isinstance(depth, bool) or not isinstance(depth, (int, np.integer)):
-            raise ConfigError("depth", f"{depth!r} is not a whole number; give 1 or more.")
-        if not 1 <= depth <= MAX_COUNT:
-            raise ConfigError("depth", f"{depth} is not allowed; it must be 1 to {MAX_COUNT}.")
-        return int(depth)
+        return as_whole("depth", depth, 1, MAX_COUNT)
 
     def _has_markers(self, prompts: Any) -> bool:
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
@@ -321,8 +328,13 @@ class Model:
         images: Sequence[np.ndarray],
         clips: Sequence[np.ndarray],
     ) -> list[MediaCompletion]:
-        if not isinstance(self.tokenizer, MediaTokenizer) or not self.config.has_media:
+        if not self.config.has_media:
             raise UserError(f"{self.description} reads and makes text alone; leave media out.")
+        if not isinstance(self.tokenizer, MediaTokenizer):
+            raise UserError(
+                f"{self.description} has no tokenizer with tokens for media, as those of runs with "
+                "data.source='media' have; load such a run."
+            )
         if (images or clips) and len(prompts) != 1:
             raise UserError(f"images and clips belong to one prompt, not to {len(prompts)}.")
         rate_hz = self.config.audio.mel.sample_rate_hz
@@ -341,11 +353,15 @@ class Model:
 
 
 def _generation(config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:
-    if config is not None and options:
+    if isinstance(config, GenerationConfig) and options:
         raise UserError(
             f"{next(iter(options))}: give either a GenerationConfig or options, not both."
         )
     if config is not None:
+        if not isinstance(config, GenerationConfig):
+            raise UserError(
+                f"config: {config!r} is no GenerationConfig; give options by name, depth=16."
+            )
         return config
     return GenerationConfig.of(**declared_values(options, GENERATION_OPTIONS))
 
@@ -357,13 +373,41 @@ def _reject(unknown: Mapping[str, Any], known: Sequence[str]) -> None:
 
 def _listed(inputs: Any) -> tuple[Any, bool]:
     """Inputs as a sequence of texts or ids, and whether there is one that is not in a list."""
+    if isinstance(inputs, jax.core.Tracer):
+        raise UserError(
+            "inputs are traced: a Model works outside of jax.jit and its like; inside use "
+            "model.module.apply({'params': model.params}, tokens, num_steps=depth)."
+        )
     if isinstance(inputs, jax.Array):
         inputs = np.asarray(inputs)
     if isinstance(inputs, str):
         return [inputs], True
-    if isinstance(inputs, np.ndarray):
+    if isinstance(inputs, np.ndarray) and inputs.ndim > 0:
         return ([inputs], True) if inputs.ndim == 1 else (inputs, False)
     if not isinstance(inputs, Sequence):
         raise UserError(f"{inputs!r} is neither a text nor a sequence of texts or token ids.")
-    is_ids = len(inputs) > 0 and isinstance(inputs[0], (int, float, np.number))
+    inputs = [as_python(item) for item in inputs]
+    is_ids = len(inputs) > 0 and isinstance(inputs[0], (int, float))
     return ([inputs], True) if is_ids else (inputs, False)
+
+
+def _key(seed: Any) -> jax.Array:
+    return jax.random.key(as_whole("seed", seed, 0, MAX_SEED))
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _forward(
+    module: MegaTransformer,
+    params: Any,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None,
+    depth: jax.Array,
+    key: jax.Array,
+) -> Any:
+    return module.apply(
+        {"params": params},
+        tokens,
+        segment_ids=segment_ids,
+        num_steps=depth,
+        rngs={"state": key},
+    )

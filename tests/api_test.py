@@ -3,6 +3,7 @@
 import doctest
 import json
 import pathlib
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import megatransformer_jax as mt
 from megatransformer_jax import api
 from megatransformer_jax import model as model_module
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.evaluation import report as report_module
 
 pytestmark = pytest.mark.smoke
@@ -127,9 +129,21 @@ def test_batches_of_your_own(lm: mt.Model) -> None:
             ({"tokens": tokens + 600}, "batch.tokens holds 601; ids are whole numbers from 0"),
             ({"targets": tokens.astype(float)}, "batch.targets holds float64"),
             ({"loss_mask": np.ones(3)}, r"batch.loss_mask has the shape \(3,\)"),
+            ({"loss_mask": -batch.loss_mask}, r"finite weights of at least 0, .* it has -1\.0 to"),
+            ({"loss_mask": 0 * batch.loss_mask}, "and one above 0"),
+            ({"positions": batch.positions - 1}, "batch.positions holds -1; it holds whole numb"),
+            ({"segment_ids": 0.5 + batch.segment_ids}, "batch.segment_ids holds float"),
+            ({"targets": [["a"]]}, "batch.targets must be an array of numbers"),
+            ({"media": 3}, "batch.media is given, but the model reads text alone"),
         ):
             with pytest.raises(mt.UserError, match=problem):
                 trainer.step(batch._replace(**changed))
+        with pytest.raises(mt.UserError, match=r"a batch is an mt\.Batch, not a ndarray"):
+            trainer.step(tokens)  # type: ignore[arg-type]
+        with pytest.raises(mt.UserError, match=r"shape \(0, 16\); it must be \[rows, tokens\]"):
+            trainer.step(mt.Batch(*(np.ones((0, 16), np.int32) for _ in range(5))))
+        lists = mt.Batch(*(np.asarray(field).tolist() for field in batch[:5]))
+        assert trainer.step(lists)["tokens"] == 128
         long = mt.Batch(*(np.ones((8, 300), np.int32) for _ in range(5)))
         with pytest.raises(mt.UserError, match="rows of 300 tokens, and the model reads at most"):
             trainer.step(long)
@@ -209,7 +223,22 @@ def test_configurations_come_from_names_files_and_paths(
         ),
         (lambda: mt.configure("tiny", train=3), r"train: 3 is no section"),
         (lambda: mt.configure(), "config: no experiment given; name one"),
-        (lambda: mt.create("tinny"), "preset: 'tinny' is unknown; it must be one of"),
+        (lambda: mt.configure(5), "experiment: 5 is neither a name nor a file"),  # type: ignore
+        (
+            lambda: mt.configure("tiny", train={"steps": 3}, **{"train.steps": 4}),
+            r"train\.steps: is given twice",
+        ),
+        (lambda: mt.create(5), "neither the name of a preset nor a ModelConfig"),  # type: ignore
+        (lambda: mt.create("tiny", tokenizer="bytes"), "tokenizer: 'bytes' is none"),  # type: ignore
+        (lambda: mt.create("tiny", precision="fp16"), "precision: 'fp16' is unknown"),
+        (lambda: mt.create("tiny", seed=-1), "seed: -1 is not allowed; it must be 0 to"),
+        (lambda: mt.evaluate("runs/x"), r"'runs/x' is no mt\.Model; read a folder with mt\.load"),  # type: ignore
+        (lambda: mt.inspect(None), "None is neither a RunConfig"),  # type: ignore
+        (lambda: mt.load(None), "folder: None is no path"),  # type: ignore
+        (lambda: mt.load(__file__), "is a file. Name the workdir of a run"),
+        (lambda: mt.Trainer(mt.configure("tiny"), workdir=5), "workdir: 5 is no path"),  # type: ignore
+        (lambda: mt.inspect("tiny").figure(), "this report has no plot"),
+        (lambda: mt.create("tinny"), "preset: 'tinny' is unknown; did you mean 'tiny'"),
         (lambda: mt.create("tiny", core_layer=1), r"core_layer: .*did you mean 'core_layers'"),
         (
             lambda: mt.create("tiny", tokenizer=mt.BytesTokenizer(), vocab_size=100),
@@ -228,6 +257,44 @@ def test_configurations_come_from_names_files_and_paths(
 def test_what_cannot_be_used_is_a_user_error(call: Any, problem: str) -> None:
     with pytest.raises(mt.UserError, match=problem):
         call()
+
+
+def test_closing_saves_and_another_working_directory_changes_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    config = mt.configure("recurrent:tiny", train={"steps": 12})
+    with mt.Trainer(config, workdir="run") as trainer:
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        trainer.step()
+    assert trainer.step_number == 1
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    with pytest.raises(ZeroDivisionError), mt.Trainer.resume(tmp_path / "run") as trainer:
+        trainer.step()
+        raise ZeroDivisionError
+    # What an error interrupted is not saved.
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_closed_trainer_without_a_workdir_is_gone() -> None:
+    trainer = mt.Trainer(mt.configure("recurrent:tiny", train={"steps": 12}), workdir=None)
+    trainer.step()
+    assert "run without a workdir, step 1" in repr(trainer.model)
+    trainer.close()
+    assert trainer.step_number == 1
+    with pytest.raises(mt.UserError, match=r"with workdir=None nothing of it was kept; read \.mod"):
+        _ = trainer.model
+
+
+def test_errors_and_names_for_people() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError("train.steps", "0 is not allowed")))
+    assert (error.path, str(error)) == ("train.steps", "train.steps: 0 is not allowed")
+    with pytest.raises(AttributeError, match="did you mean 'load'"):
+        mt.laod  # noqa: B018
+    assert mt.__version__ and "importlib" not in dir(mt) and "load" in dir(mt)
+    assert mt.inspect(mt.create("tiny", max_length=64)).rows
 
 
 def test_a_trainer_refuses_what_its_workdir_cannot_go_on_with(run: pathlib.Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import pickle
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from flax.nnx import bridge
 
 import megatransformer_jax as mt
+from megatransformer_jax.model import _forward
 
 OPTIONS: dict[str, Any] = {
     "width": 16,
@@ -77,9 +79,25 @@ def test_a_call_is_the_modules_own(lm: mt.Model) -> None:
 
 def test_depths_compile_once(lm: mt.Model) -> None:
     lm(TEXT, depth=1)
-    compiled = lm._forward._cache_size()  # type: ignore[attr-defined]
+    compiled = _forward._cache_size()  # type: ignore[attr-defined]
     lm(TEXT, depth=7, seed=3)
-    assert lm._forward._cache_size() == compiled  # type: ignore[attr-defined]
+    assert _forward._cache_size() == compiled  # type: ignore[attr-defined]
+
+
+def test_numbers_of_numpy_and_jax_are_numbers(lm: mt.Model) -> None:
+    wanted = lm(TEXT, depth=2, seed=1).logits
+    np.testing.assert_array_equal(lm(TEXT, depth=np.int64(2), seed=jnp.int32(1)).logits, wanted)
+    ids = lm(TEXT).tokens[0]
+    np.testing.assert_array_equal(lm(list(ids), depth=2, seed=1).logits, wanted)
+    np.testing.assert_array_equal(lm(list(jnp.asarray(ids)), depth=2, seed=1).logits, wanted)
+    options = {"depth": np.int64(2), "max_new_tokens": np.int32(2), "temperature": np.float32(0.5)}
+    assert len(lm.generate(TEXT, **options).token_ids) <= 2
+
+
+def test_models_can_be_pickled(lm: mt.Model) -> None:
+    again = pickle.loads(pickle.dumps(lm))
+    np.testing.assert_array_equal(again(TEXT, depth=2).logits, lm(TEXT, depth=2).logits)
+    assert again.config == lm.config and again.tokenizer == lm.tokenizer
 
 
 def test_the_last_iteration_of_a_trace_is_the_call(lm: mt.Model) -> None:
@@ -105,9 +123,14 @@ def test_a_trace_shows_itself(lm: mt.Model) -> None:
     assert trace._repr_html_().count("<tr>") == 3
     figure = trace.figure()
     assert len(figure.axes[0].texts) == 2 * 7
-    for wrong in ({"iteration": 0}, {"iteration": 3}, {"iteration": 1, "position": 7}):
-        with pytest.raises(IndexError):
+    for name, wrong in (
+        ("iteration", {"iteration": 0}),
+        ("position", {"iteration": 1, "position": 7}),
+        ("row", {"iteration": 1, "row": 1}),
+    ):
+        with pytest.raises(mt.UserError, match=name):
             trace.next_tokens(**wrong)
+    assert repr(trace) == str(trace)
 
 
 def test_generation_is_one_or_a_list(lm: mt.Model) -> None:
@@ -132,7 +155,7 @@ def test_saved_models_are_the_same(lm: mt.Model, tmp_path: pathlib.Path) -> None
     np.testing.assert_array_equal(loaded(TEXT, depth=2).logits, lm(TEXT, depth=2).logits)
     with pytest.raises(mt.UserError, match="holds parameters only"):
         mt.Trainer.resume(tmp_path / "run").step()
-    with pytest.raises(mt.UserError, match=r"folder: .* has checkpoints already"):
+    with pytest.raises(mt.UserError, match=r"folder: .* is not empty"):
         lm.save(tmp_path / "run")
 
 
@@ -170,6 +193,13 @@ def test_huginns_format_is_written_where_it_can_express_the_model(
         (lambda lm: lm([]), "there is no prompt"),
         (lambda lm: lm(TEXT, depth=0), "depth: 0 is not allowed; it must be 1 to"),
         (lambda lm: lm(TEXT, depth=2.5), r"depth: 2\.5 is not a whole number"),
+        (lambda lm: lm(TEXT, seed=2**32), "seed: 4294967296 is not allowed; it must be 0 to"),
+        (lambda lm: lm(TEXT, seed=None), "seed: None is not a whole number"),
+        (lambda lm: lm([1, [2]]), "must be whole numbers, one after the other"),
+        (lambda lm: lm(np.array(3)), "neither a text nor a sequence"),
+        (lambda lm: lm("a\ud800"), r"the text has '\\ud800' at position 1, half of a surrogate"),
+        (lambda lm: jax.jit(lambda ids: lm(ids).logits)(jnp.ones(3, int)), "inputs are traced"),
+        (lambda lm: lm.trace(TEXT, depth=10**9), r"depth: a trace of 1000000000 .* GiB"),
         (lambda lm: lm(TEXT, dpeth=2), "dpeth: no such option; did you mean 'depth'"),
         (lambda lm: lm.trace(TEXT, top_k=0), "top_k: 0 is not allowed; it must be 1 to 259"),
         (lambda lm: lm.trace(TEXT, topk=3), "topk: no such option; did you mean 'top_k'"),
@@ -180,6 +210,9 @@ def test_huginns_format_is_written_where_it_can_express_the_model(
             lambda lm: lm.generate(TEXT, mt.GenerationConfig(), depth=3),
             "depth: give either a GenerationConfig or options",
         ),
+        (lambda lm: lm.generate(TEXT, {"depth": 3}), "is no GenerationConfig; give options by"),
+        (lambda lm: lm.generate(TEXT, strategy="gredy"), "'gredy' .* did you mean 'greedy'"),
+        (lambda lm: lm.save(""), "folder: '' is no path"),
         (lambda lm: lm.stream([TEXT, "a"]), "stream continues one prompt"),
         (lambda lm: lm.stream("x" * 30), "max_length=24"),
         (lambda lm: lm.generate(TEXT, images=[np.zeros((8, 8, 1))]), "reads and makes text alone"),

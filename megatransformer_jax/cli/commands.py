@@ -86,7 +86,7 @@ def find_command(name: str) -> Command:
         return load()
     nearest = difflib.get_close_matches(name.replace("_", "-"), SUMMARIES, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    raise UserError(f"{name!r} is not a command; {hint}There are: {', '.join(SUMMARIES)}.")
+    raise UserError(f"{name!r} is not a command; {hint}commands are {', '.join(SUMMARIES)}.")
 
 
 def _require_run(parsed: Parsed, command: str) -> RunConfig:
@@ -122,9 +122,10 @@ TRAIN = Command(
 
 Writes into the workdir: config.json, train.log, metrics.jsonl (every step, exact), events/
 (TensorBoard), checkpoints/, tokenizer.model and .json, depth_table.json and .png. Ctrl-C or SIGTERM
-saves and leaves; the same command goes on.""",
+saves and leaves; the same command continues.""",
     options=NoOptions,
     run=train,
+    hints={"workdir": "did you mean --config.workdir? --help lists all."},
     examples=(
         "--config=recurrent",
         "--config=reasoning:diagonal --config.workdir=runs/mine",

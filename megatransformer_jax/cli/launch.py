@@ -29,7 +29,11 @@ def run_command(command: Command, arguments: Sequence[str]) -> None:
     """
     with errors_in_one_line():
         if wants_help(arguments):
-            print(help_page(command, full=wants_full_help(arguments)))
+            with contextlib.suppress(BrokenPipeError):
+                print(help_page(command, full=wants_full_help(arguments)), flush=True)
+                return
+            # The reader, such as `head`, has enough; Python would fail again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         parsed = parse(command, arguments)
         level = "info"

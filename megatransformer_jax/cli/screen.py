@@ -432,7 +432,12 @@ class Session:
             try:
                 self.handle(line)
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {error}{self._hint(error)}", file=sys.stderr)
+
+    def _hint(self, error: UserError) -> str:
+        """What to do here about a text that has grown too long."""
+        is_too_long = "max_length" in str(error) and bool(self._context)
+        return " /reset forgets the text so far." if is_too_long else ""
 
     def handle(self, line: str) -> None:
         """Does what a line says.

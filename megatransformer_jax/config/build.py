@@ -6,7 +6,6 @@ reads the files that values come from: YAML and JSON, the presets of gin/, Pytho
 
 import collections
 import dataclasses
-import difflib
 import importlib.resources
 import importlib.util
 import inspect
@@ -32,6 +31,7 @@ from megatransformer_jax.config.option import (
     ConfigError,
     UserError,
     has_type,
+    nearest_hint,
     options_of,
     sections_of,
     unknown_key,
@@ -330,7 +330,9 @@ def load_preset(name: str) -> dict[str, Any]:
     """
     if name not in preset_names():
         raise ConfigError(
-            "preset", f"{name!r} is unknown; it must be one of {', '.join(preset_names())}."
+            "preset",
+            f"{name!r} is unknown; {nearest_hint(name, preset_names())}it must be one of "
+            f"{', '.join(preset_names())}.",
         )
     file = preset_folder() / f"{name}.gin"
     return {"model": parse_preset(file.read_text(encoding="utf-8"), str(file))}
@@ -485,12 +487,15 @@ def _located(reference: str) -> tuple[pathlib.Path, str | None]:
     match = _NAME.fullmatch(reference)
     if match and match["name"] in experiment_names():
         return pathlib.Path(str(experiment_folder() / f"{match['name']}.py")), match["argument"]
-    nearest = difflib.get_close_matches(match["name"] if match else reference, names, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    if (pathlib.Path(reference).expanduser() / "config.json").is_file():
+        hint = f"did you mean {str(pathlib.Path(reference, 'config.json'))!r}? "
+    else:
+        hint = nearest_hint(match["name"] if match else reference, names)
     raise ConfigError(
         "config",
-        f"{reference!r} is not an experiment; {hint}A file must end in .py, .yaml, .yml or .json; "
-        f"names are {', '.join(names)} (a .py file or a name may be followed by ':argument').",
+        f"{reference!r} is not an experiment; {hint}A file must end in .py, .yaml, .yml or .json. "
+        f"Experiments are {', '.join(experiment_names())}; presets are "
+        f"{', '.join(preset_names())}. A .py file or an experiment may be followed by ':argument'.",
     )
 
 
@@ -521,8 +526,8 @@ def parse_variants(argument: str, known: Sequence[str]) -> set[str]:
     unknown = sorted(variants - set(known))
     if unknown:
         raise UserError(
-            f"unknown variant {unknown[0]!r}; known: {', '.join(known)} "
-            "(separate several by commas)."
+            f"unknown variant {unknown[0]!r}; {nearest_hint(unknown[0], known)}known: "
+            f"{', '.join(known)} (separate several by commas)."
         )
     return variants
 

@@ -37,6 +37,10 @@ class ConfigError(UserError):
         self.problem = problem
         super().__init__(f"{path}: {problem}" if path else problem)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are pickled by their message alone, and processes send theirs to each other.
+        return ConfigError, (self.path, self.problem)
+
     def below(self, parent: str) -> "ConfigError":
         """The same error seen from `parent`, whose field it was raised in."""
         return ConfigError(".".join(part for part in (parent, self.path) if part), self.problem)
@@ -189,8 +193,10 @@ def _check_each(config: Any) -> None:
         check = field.metadata.get("check")
         if check is not None and value is not None and not check.allows(value):
             subject = "each item" if isinstance(value, tuple) else "it"
+            hint = nearest_hint(value, check.choices) if isinstance(value, str) else ""
             raise ConfigError(
-                field.name, f"{value!r} is not allowed; {subject} must be {check.describe()}."
+                field.name,
+                f"{value!r} is not allowed; {hint}{subject} must be {check.describe()}.",
             )
 
 
@@ -360,10 +366,15 @@ def unknown_key(path: str, allowed: Iterable[str]) -> ConfigError:
     """The error for a key that is not declared, with the nearest name and what is allowed."""
     allowed = list(allowed)
     parent, _, name = path.rpartition(".")
-    nearest = difflib.get_close_matches(name, allowed, n=1)
-    hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+    hint = nearest_hint(name, allowed)
     place = f"{parent!r} has" if parent else "there are"
     return ConfigError(path, f"no such option; {hint}{place}: {', '.join(allowed)}.")
+
+
+def nearest_hint(name: str, allowed: Iterable[str]) -> str:
+    """'did you mean X? ' with the name that is nearest to a misspelt one; empty if none is."""
+    nearest = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"did you mean {nearest[0]!r}? " if nearest else ""
 
 
 def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field]]:
@@ -406,11 +417,35 @@ def declared_values(values: Mapping[str, Any], declared: Mapping[str, Option]) -
     return converted
 
 
+def as_python(value: Any) -> Any:
+    """A number of NumPy or JAX, or an array with one and no axes, as Python's; others unchanged."""
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    return value
+
+
+def as_whole(
+    name: str, value: Any, minimum: int, maximum: int, fix: str = "Give a whole number."
+) -> int:
+    """A whole number within inclusive bounds; NumPy's and JAX's are taken too.
+
+    Raises:
+      ConfigError: for anything else.
+    """
+    number = as_python(value)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ConfigError(name, f"{value!r} is not a whole number from {minimum} up. {fix}")
+    if not minimum <= number <= maximum:
+        raise ConfigError(name, f"{number} is not allowed; it must be {minimum} to {maximum}.")
+    return number
+
+
 def as_tuple(value: Any, declared: Any) -> Any:
-    """A list, or a single item, as a tuple where one is declared; other values as they are."""
+    """A list, or a single item, as a tuple where one is declared; numbers as Python's."""
+    value = as_python(value)
     if typing.get_origin(declared) is not tuple:
         return value
     if isinstance(value, (list, tuple)):
-        return tuple(value)
+        return tuple(map(as_python, value))
     item = typing.get_args(declared)[0]
     return (value,) if type(value) is item else value

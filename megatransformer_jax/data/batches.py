@@ -11,6 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.documents import Documents, in_order, read
 from megatransformer_jax.data.packing import (
@@ -371,3 +372,77 @@ class BucketBatches:
         num_rows = self._num_rows[length]
         rows += [Row.empty(length, self._ids.pad)] * (num_rows - len(rows))
         return stack(rows[self._share.rows_of(num_rows)])
+
+
+# ------------------------------------------------------------------------------
+# Batches of your own.
+
+
+def check_batch(batch: Any, model: ModelConfig, accumulation: int) -> Batch:
+    """A batch that somebody else made, with arrays of the declared types.
+
+    Args:
+      batch: a `Batch` on the host; lists and other whole-number types are converted.
+      model: that is to read it.
+      accumulation: parts that its rows are divided into.
+
+    Raises:
+      UserError: naming the field that cannot be used, and what it may hold.
+    """
+    if not isinstance(batch, Batch):
+        raise UserError(f"a batch is an mt.Batch, not a {type(batch).__name__}.")
+    shape = np.shape(batch.tokens)
+    arrays: dict[str, np.ndarray] = {}
+    for name, value in batch._asdict().items():
+        if name != "media":
+            arrays[name] = array = _numbers(name, value)
+            if array.shape != shape:
+                raise UserError(f"batch.{name} has the shape {array.shape}, and tokens {shape}.")
+    if len(shape) != 2 or 0 in shape or shape[0] % accumulation:
+        raise UserError(
+            f"batch.tokens has the shape {shape}; it must be [rows, tokens], rows a multiple "
+            f"of train.accumulation={accumulation}."
+        )
+    if shape[1] > model.max_length:
+        raise UserError(
+            f"batch.tokens has rows of {shape[1]} tokens, and the model reads at most "
+            f"max_length={model.max_length}; shorten them."
+        )
+    last_id = model.vocab_size - 1
+    last_position = model.max_length - 1
+    for name, last in (
+        ("tokens", last_id),
+        ("targets", last_id),
+        ("segment_ids", shape[1]),
+        ("positions", last_position),
+    ):
+        _check_whole(name, arrays[name], last)
+        arrays[name] = arrays[name].astype(np.int32)
+    mask = arrays["loss_mask"] = arrays["loss_mask"].astype(np.float32)
+    if not (np.isfinite(mask).all() and (mask >= 0).all() and mask.any()):
+        raise UserError(
+            "batch.loss_mask must hold finite weights of at least 0, and one above 0; it has "
+            f"{mask.min()} to {mask.max()}."
+        )
+    if batch.media is not None and not model.has_media:
+        raise UserError("batch.media is given, but the model reads text alone; leave it None.")
+    return Batch(**arrays, media=batch.media)
+
+
+def _numbers(name: str, value: Any) -> np.ndarray:
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.asarray(None)
+    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise UserError(f"batch.{name} must be an array of numbers, [rows, tokens].")
+    return array
+
+
+def _check_whole(name: str, array: np.ndarray, last: int) -> None:
+    what = "ids are" if name in ("tokens", "targets") else "it holds"
+    if not np.issubdtype(array.dtype, np.integer):
+        raise UserError(f"batch.{name} holds {array.dtype}; {what} whole numbers from 0 to {last}.")
+    wrong = array[(array < 0) | (array > last)]
+    if wrong.size:
+        raise UserError(f"batch.{name} holds {wrong[0]}; {what} whole numbers from 0 to {last}.")

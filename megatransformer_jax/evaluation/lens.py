@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import os
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,6 +15,8 @@ from jaxtyping import Array, Float, Int, Key
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import ConfigError, as_whole
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.report import new_figure, tables_as_html, tables_as_text
 from megatransformer_jax.models.megatransformer import MegaTransformer
@@ -92,11 +96,38 @@ def _length(state: Float[Array, "B T D"]) -> Float[Array, "B T"]:
     return jnp.linalg.norm(state, axis=-1)
 
 
+# Part of the machine's memory that a trace may take: twice on a CPU, as results and as copies.
+_MEMORY_SHARE = 0.25
+
+
+def check_trace_size(model: ModelConfig, shape: tuple[int, ...], depth: int, top_k: int) -> None:
+    """Checks that what a trace holds fits into the machine; XLA ends the process if it does not.
+
+    Args:
+      model: that is traced.
+      shape: of the tokens, [B, T].
+      depth: iterations.
+      top_k: next tokens that are kept.
+
+    Raises:
+      ConfigError: otherwise.
+    """
+    numbers = depth * math.prod(shape) * (model.width + 1 + 2 * top_k)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if 4 * numbers > _MEMORY_SHARE * memory:
+        raise ConfigError(
+            "depth",
+            f"a trace of {depth} iterations over {math.prod(shape)} tokens holds "
+            f"{4 * numbers / 2**30:.1f} GiB, more than a quarter of this machine's "
+            f"{memory / 2**30:.1f} GiB; trace fewer iterations or shorter inputs.",
+        )
+
+
 # ------------------------------------------------------------------------------
 # For people.
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Trace:
     """Every iteration of the core over some inputs, on the host. Prints itself as a table.
 
@@ -134,10 +165,9 @@ class Trace:
           row: which input.
 
         Raises:
-          IndexError: if there is no such iteration, token or row.
+          UserError: if there is no such iteration, token or row.
         """
-        if not 1 <= iteration <= self.depth:
-            raise IndexError(f"iteration is {iteration}; there are 1 to {self.depth}")
+        iteration = as_whole("iteration", iteration, 1, self.depth)
         place = (iteration - 1, row, self._place(position, row))
         ids, probs = self.top_ids[place].tolist(), self.top_probs[place].tolist()
         return [(self._shown(token), prob) for token, prob in zip(ids, probs, strict=True)]
@@ -163,7 +193,7 @@ class Trace:
         Args:
           row: which input.
         """
-        length = int(self.lengths[row])
+        length = self._length(row)
         size = (max(4.0, 0.9 * length), max(2.5, 0.4 * self.depth + 1))
         figure = new_figure(*size)
         axes = figure.subplots()
@@ -186,14 +216,17 @@ class Trace:
     def __str__(self) -> str:
         return tables_as_text([self.table()])
 
+    __repr__ = __str__  # Not all numbers, when a session shows it.
+
     def _repr_html_(self) -> str:
         return tables_as_html([self.table()])
 
     def _place(self, position: int, row: int) -> int:
-        length = int(self.lengths[row])
-        if not -length <= position < length:
-            raise IndexError(f"position is {position}; row {row} has {length} tokens")
-        return position % length
+        length = self._length(row)
+        return as_whole("position", position, -length, length - 1) % length
+
+    def _length(self, row: int) -> int:
+        return int(self.lengths[as_whole("row", row, 0, len(self.lengths) - 1)])
 
     def _shown(self, token: int) -> str:
         if self.tokenizer is None:

@@ -14,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatransformer_jax.config.option import UserError
+
 # Dots per inch of figures on a screen.
 _DPI = 100
 # Wide enough for every table; a file or a notebook has no width of its own.
@@ -36,7 +38,7 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Report:
     """Tables with the numbers behind them. Prints itself, in a notebook too.
 
@@ -66,14 +68,16 @@ class Report:
         """The plot, a matplotlib figure that belongs to no window.
 
         Raises:
-          ValueError: if the report has none.
+          UserError: if the report has none.
         """
         if self.draw is None:
-            raise ValueError("this report has no plot; its numbers are in .rows")
+            raise UserError("this report has no plot; its numbers are in .rows")
         return self.draw()
 
     def __str__(self) -> str:
         return tables_as_text(self.tables)
+
+    __repr__ = __str__  # A session shows the tables.
 
     def _repr_html_(self) -> str:
         return tables_as_html(self.tables)

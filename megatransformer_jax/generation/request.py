@@ -57,9 +57,19 @@ def _encode(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[i
     if isinstance(prompt, str):
         if tokenizer is None:
             raise UserError("this model has no tokenizer; give prompts as token ids.")
+        try:
+            prompt.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the text has {prompt[error.start]!r} at position {error.start}, half of a "
+                "surrogate pair, which is no character; remove it."
+            ) from error
         ids = tokenizer.encode(prompt)
         return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
-    array = np.asarray(prompt)
+    try:
+        array = np.asarray(prompt)
+    except ValueError:  # Lists of several lengths.
+        array = np.asarray(None)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
         raise UserError(f"prompt ids must be whole numbers, one after the other, not {prompt!r}.")
     # A model may have more rows than its tokenizer has ids; nothing has been learned for them.

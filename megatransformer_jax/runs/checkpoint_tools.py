@@ -116,7 +116,7 @@ def save_parameters(loaded: LoadedModel, folder: pathlib.Path) -> None:
 
     Args:
       loaded: the model, with a tokenizer.
-      folder: made if absent; it must not have checkpoints.
+      folder: made if absent; it must be empty.
 
     Raises:
       UserError: if the model has no tokenizer, or the folder cannot be used.
@@ -126,8 +126,10 @@ def save_parameters(loaded: LoadedModel, folder: pathlib.Path) -> None:
             f"{loaded.description} has no tokenizer, which the folder of a run needs; save it with "
             "format='huginn', or create it with one."
         )
-    if (folder / "checkpoints").exists():
-        raise ConfigError("folder", f"{folder} has checkpoints already; name another folder.")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ConfigError(
+            "folder", f"{folder} is not empty; name another folder, or delete it first."
+        )
     config = _plain(_run_of(loaded), folder)
     folder = make_folder("folder", str(folder))
     digest = _write_tokenizer(loaded.tokenizer, folder)

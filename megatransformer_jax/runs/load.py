@@ -13,7 +13,7 @@ from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import build, read_values
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.option import ConfigError, UserError, nearest_hint
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.hf_tokenizer import (
     TOKENIZER_FILE,
@@ -110,8 +110,10 @@ def load_model(
     """
     folder = pathlib.Path(path).expanduser()
     step = parse_step(step)
-    if precision is not None and precision not in PRECISIONS:
-        raise UserError(f"precision is {precision!r}; known: {', '.join(PRECISIONS)}.")
+    if precision is not None:
+        check_precision(precision)
+    _check_choice("weights", weights, ("average", "raw"))
+    _check_choice("param_dtype", param_dtype, ("float32", "stored"))
     if is_huginn_folder(folder):
         if step != "latest":
             raise UserError(
@@ -122,6 +124,21 @@ def load_model(
             raise _no_average(weights, folder)
         return _load_huginn_folder(folder, precision or "auto", param_dtype, sharder)
     return _load_run(folder, step, precision, sharder, weights)
+
+
+def check_precision(precision: str) -> None:
+    """Checks a type of activations by its name.
+
+    Raises:
+      ConfigError: unless it is one of `PRECISIONS`.
+    """
+    _check_choice("precision", precision, PRECISIONS)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        hint = nearest_hint(value, choices) if isinstance(value, str) else ""
+        raise ConfigError(name, f"{value!r} is unknown; {hint}known: {', '.join(choices)}.")
 
 
 def parse_step(value: str | int) -> Step:
@@ -149,8 +166,9 @@ def is_huginn_folder(folder: pathlib.Path) -> bool:
       UserError: if it is neither, saying what was looked for.
     """
     if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "no such folder"
         raise UserError(
-            f"{folder}: no such folder. Name the workdir of a run, or a Huginn folder; paths count "
+            f"{folder}: {what}. Name the workdir of a run, or a Huginn folder; paths count "
             f"from {pathlib.Path.cwd()}."
         )
     config_file = folder / "config.json"
@@ -274,7 +292,7 @@ def _build(config: ModelConfig, precision: str) -> MegaTransformer:
 
 
 def model_of_run(
-    config: RunConfig, params: Any, workdir: pathlib.Path, digest: str, step: int
+    config: RunConfig, params: Any, workdir: pathlib.Path, digest: str, description: str
 ) -> LoadedModel:
     """The model of a run that is going on.
 
@@ -283,11 +301,11 @@ def model_of_run(
       params: on the first local device.
       workdir: with the run's tokenizer.
       digest: of its vocabulary.
-      step: steps done.
+      description: what it is, for people.
     """
     tokenizer = _run_tokenizer(config, workdir, digest)
     model = _build(config.model, config.train.precision)
-    loaded = _loaded(config.model, model, params, tokenizer, f"run {workdir}, step {step}")
+    loaded = _loaded(config.model, model, params, tokenizer, description)
     return dataclasses.replace(loaded, run_config=config)
 
 

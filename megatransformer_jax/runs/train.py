@@ -102,6 +102,7 @@ class Run:
         self._log_overview()
         self._open_records()
         self._step_function = self.kind.step_function()
+        self._has_stepped = False
 
     def _open_records(self) -> None:
         """What metrics go to: writers, the metrics file, the screen."""
@@ -141,6 +142,9 @@ class Run:
         Raises:
           TooManyBadSteps: if too many steps in a row were not finite.
         """
+        if not self._has_stepped:
+            logging.info("compiling the train step ...")
+            self._has_stepped = True
         host = next(self.kind.batches) if batch is None else batch
         placed = self.kind.place_batch(host)
         with jax.transfer_guard("disallow"):
@@ -152,6 +156,8 @@ class Run:
 
     def finish(self) -> LoopResult:
         """Steps to the end of the run, with its hooks, then the summary."""
+        if self.step >= self.config.train.steps:
+            logging.info("all %d steps are done; raise train.steps to go on.", self.step)
         result = self._loop()
         self._checkpoints.wait()
         if not result.is_finished:
@@ -198,6 +204,11 @@ class Run:
             *(checkpoints if self._is_kept else []),
             *self.kind.observers(self.params_of, self._writer),
         ]
+
+    @property
+    def has_unsaved_steps(self) -> bool:
+        """Whether there are steps that no checkpoint has."""
+        return self.step > (self._checkpoints.latest_step() or 0)
 
     def save(self) -> None:
         """Saves a checkpoint of the present step, unless there is one, and waits for it."""

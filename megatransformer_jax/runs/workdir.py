@@ -155,7 +155,7 @@ def hold_workdir(workdir: pathlib.Path) -> Iterator[None]:
             except BlockingIOError as error:
                 raise UserError(
                     f"{workdir}: a run is writing to this workdir; wait until it has ended, stop "
-                    "it (Ctrl-C saves), or name another workdir."
+                    "it (Ctrl-C saves; in Python close() of its Trainer), or name another workdir."
                 ) from error
             except OSError as error:  # Some network file systems have no locks.
                 absl_logging.warning(

@@ -51,7 +51,7 @@ def check_range(start: float, end: float, steps: int) -> None:
     if not (math.isfinite(end) and end > start):
         raise UserError(f"--end={end}: the last learning rate must be above --start={start}.")
     if steps < 10:
-        raise UserError(f"--steps={steps} are too few to see a curve; use at least 10.")
+        raise UserError(f"--steps={steps} is too few to see a curve; use at least 10.")
 
 
 def exponential_schedule(

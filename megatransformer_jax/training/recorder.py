@@ -33,7 +33,7 @@ class MetricsFile:
         interrupted run after its last checkpoint, are dropped: those steps are run again.
 
     Raises:
-      UserError: if a line other than the last cannot be read.
+      UserError: if a line cannot be read, except for the last of several (see `_read_lines`).
     """
 
     def __init__(self, path: str | os.PathLike[str], last_step: int):
@@ -71,7 +71,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
     """The rows of a metrics file, with non-finite values as floats again.
 
     Raises:
-      UserError: if a line other than the last cannot be read.
+      UserError: if a line cannot be read, except for the last of several (see `_read_lines`).
     """
     return [
         {name: value if name == "step" else float(value) for name, value in row.items()}
@@ -91,7 +91,7 @@ def _read_lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
         row = _row(line)
         if row is not None:
             rows.append((line, row))
-        elif number < len(lines):
+        elif number < len(lines) or (not rows and line.endswith("\n")):
             raise UserError(
                 f"{path}, line {number}: {line.strip()[:60]!r} is not a step's metrics; remove "
                 "that line, or move the file away to begin a new one."

@@ -74,7 +74,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
     """Runs the command with the stand-in; returns what it wrote."""
     monkeypatch.setattr(generate_media, "MediaGenerator", SmallMediaGenerator)
 
-    def run(*words: str, values: Any = VALUES, loaded: LoadedModel | None = None) -> tuple[str, str]:
+    def run(
+        *words: str, values: Any = VALUES, loaded: LoadedModel | None = None
+    ) -> tuple[str, str]:
         loaded = loaded_model(values) if loaded is None else loaded
         monkeypatch.setattr(generate, "load_chosen_model", lambda *_: loaded)
         command("generate", ["--model=runs/a", *words])

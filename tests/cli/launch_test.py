@@ -162,7 +162,7 @@ def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]
         main(None, ["find_lrs"])
     assert caught.value.code == 2
     assert "'find_lrs' is not a command; did you mean find-lr?" in capsys.readouterr().err
-    with pytest.raises(UserError, match="There are: train, generate"):
+    with pytest.raises(UserError, match="commands are train, generate"):
         find_command("x")
 
 

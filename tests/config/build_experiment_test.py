@@ -68,5 +68,7 @@ def test_another_kind_of_file_is_an_error(reference: str) -> None:
 def test_variants_combine_and_unknown_ones_are_errors() -> None:
     assert parse_variants("", ("tiny", "diagonal")) == set()
     assert parse_variants("tiny, diagonal", ("tiny", "diagonal")) == {"tiny", "diagonal"}
-    with pytest.raises(UserError, match="unknown variant 'tinny'; known: tiny, diagonal"):
+    with pytest.raises(
+        UserError, match=r"unknown variant 'tinny'; did you mean 'tiny'\? known: tiny, diagonal"
+    ):
         parse_variants("tinny", ("tiny", "diagonal"))

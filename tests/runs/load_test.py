@@ -128,7 +128,9 @@ def test_precision_is_the_runs_or_the_callers(sentencepiece_run):
     loaded = load_model(sentencepiece_run[0], precision="bfloat16")
     assert loaded.model.policy.compute == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.float32)}
-    with pytest.raises(UserError, match=r"precision is 'half'; known: auto, float32, bfloat16"):
+    with pytest.raises(
+        UserError, match=r"precision: 'half' is unknown; known: auto, float32, bfloat16"
+    ):
         load_model(sentencepiece_run[0], precision="half")
 
 
