@@ -145,6 +145,7 @@ class StopRequest:
     def __init__(self) -> None:
         self._requested = False
         self._previous: dict[int, Any] = {}
+        self._notice: threading.Thread | None = None
         self._is_multi_process = jax.process_count() > 1
 
     def __enter__(self) -> "StopRequest":
@@ -158,6 +159,8 @@ class StopRequest:
 
     def __exit__(self, *exception: Any) -> None:
         self._restore_handlers()
+        if self._notice is not None:
+            self._notice.join()
 
     def request(self) -> None:
         """Asks this run to stop, as a signal does."""
@@ -173,11 +176,17 @@ class StopRequest:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._restore_handlers()
-        logging.warning(
-            "%s: finishing this step, then saving. Once more to stop at once without a save.",
-            signal.Signals(number).name,
-        )
         self.request()
+        # The signal may have come in the middle of a line of the log, which the main thread cannot
+        # write into again: Python raises an error that would undo all of this.
+        self._notice = threading.Thread(
+            target=logging.warning,
+            args=(
+                "%s: finishing this step, then saving. Once more to stop at once without a save.",
+                signal.Signals(number).name,
+            ),
+        )
+        self._notice.start()
 
     def _restore_handlers(self) -> None:
         for number, handler in self._previous.items():

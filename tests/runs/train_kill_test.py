@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from cheap_compilation import CHEAP_COMPILATION
@@ -35,21 +35,34 @@ def write_config(path: pathlib.Path, values: dict, repository: pathlib.Path) -> 
     return path
 
 
-def start(config: pathlib.Path, repository: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:
-    environment = {
-        "PATH": "/usr/bin:/bin",
-        "HOME": str(log.parent),
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": CHEAP_COMPILATION,
-    }
-    with open(log, "ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "experiments.train", f"--config={config}"],
-            cwd=repository,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+@pytest.fixture
+def start(repository: pathlib.Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """Starts runs; those that a failing test has left are killed."""
+    started: list[subprocess.Popen] = []
+
+    def start_one(config: pathlib.Path, log: pathlib.Path) -> subprocess.Popen:
+        environment = {
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(log.parent),
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": CHEAP_COMPILATION,
+        }
+        with open(log, "ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "experiments.train", f"--config={config}"],
+                cwd=repository,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        started.append(process)
+        return process
+
+    yield start_one
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def reports(log: pathlib.Path) -> list[int]:
@@ -77,10 +90,12 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path, small_run, repository):
+def test_killed_at_random_moments_and_resumed_equals_uninterrupted(
+    tmp_path, small_run, repository, start
+):
     whole = tmp_path / "whole"
     config = write_config(tmp_path / "whole.json", small_run(whole, CHANGES), repository)
-    process = start(config, repository, tmp_path / "whole.log")
+    process = start(config, tmp_path / "whole.log")
     assert process.wait(TIMEOUT_S) == 0, (tmp_path / "whole.log").read_text()
 
     workdir = tmp_path / "killed"
@@ -89,11 +104,11 @@ def test_killed_at_random_moments_and_resumed_equals_uninterrupted(tmp_path, sma
     logs, kills_while_saving = [], 0
     for number, kind in enumerate(KILLS):
         logs.append(tmp_path / f"killed_{number}.log")
-        process = start(config, repository, logs[-1])
+        process = start(config, logs[-1])
         kills_while_saving += kill_at_random_moment(process, kind, workdir, logs[-1], rng)
 
     logs.append(tmp_path / "last.log")
-    process = start(config, repository, logs[-1])
+    process = start(config, logs[-1])
     assert process.wait(TIMEOUT_S) == 0, logs[-1].read_text()
     left = {path.name for path in (workdir / "checkpoints").iterdir()}
     assert all(name.isdigit() for name in left) and str(STEPS) in left, left
@@ -139,14 +154,14 @@ def kill_at_random_moment(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, small_run, repository):
+def test_sigterm_saves_and_the_same_command_goes_on(tmp_path, small_run, repository, start):
     workdir, logs = tmp_path / "run", (tmp_path / "first.log", tmp_path / "second.log")
     # Far more steps than it gets to, however late the signal comes.
     changes = {**CHANGES, "checkpoint": {"every_steps": 100_000}, "train": {"steps": 100_000}}
     config = write_config(tmp_path / "run.json", small_run(workdir, changes), repository)
     saved = []
     for log in logs:
-        process = start(config, repository, log)
+        process = start(config, log)
         wait_for(lambda log=log: len(reports(log)) >= 1, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(TIMEOUT_S) == 0

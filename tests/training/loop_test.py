@@ -1,12 +1,17 @@
 """The loop, its recorder and its hooks, with a step that trains one number."""
 
+import io
+import logging
 import os
+import re
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging as absl_logging
 
 from megatransformer_jax.training.loop import (
     CheckpointHook,
@@ -266,6 +271,36 @@ def test_the_second_ctrl_c_interrupts_at_once():
                 signal.pause()
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+class StreamWithASignal(io.StringIO):
+    """Like stderr's buffer, which refuses to be written to in the middle of a write."""
+
+    is_writing = False
+
+    def write(self, text: str) -> int:
+        if self.is_writing:
+            raise RuntimeError("reentrant call")
+        self.is_writing = True
+        if "step" not in self.getvalue():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)  # Python calls the handler between two instructions.
+        self.is_writing = False
+        return super().write(text)
+
+
+def test_a_signal_in_the_middle_of_a_line_of_the_log_is_not_lost():
+    stream = StreamWithASignal()
+    handler = logging.StreamHandler(stream)
+    logger = logging.getLogger()
+    logger.addHandler(handler)
+    try:
+        with StopRequest() as stop:
+            absl_logging.error("step 3")
+        assert stop.is_due(3)
+    finally:
+        logger.removeHandler(handler)
+    assert re.match(r"step 3\nSIGTERM: finishing this step", stream.getvalue())
 
 
 def test_a_finished_run_does_nothing(tmp_path):

@@ -85,7 +85,7 @@ def test_a_curve_that_says_nothing_is_an_error(losses, problem):
         ((0.0, 1.0, 100), "--start=0.0: .* above 0"),
         ((1e-3, 1e-3, 100), "--end=0.001: .* above --start=0.001"),
         ((1e-3, math.inf, 100), "--end=inf"),
-        ((1e-3, 1.0, 9), "--steps=9 are too few"),
+        ((1e-3, 1.0, 9), "--steps=9 is too few"),
     ],
 )
 def test_a_range_that_cannot_be_used_is_an_error(arguments, problem):

@@ -1,7 +1,7 @@
 """Every optimiser lowers a tiny model's loss, is saved and restored to the bit, and is sharded.
 
 The gradients come from one compiled function for all of them, so that only updates are compiled
-anew.
+again.
 """
 
 import functools
