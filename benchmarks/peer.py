@@ -1,4 +1,4 @@
-"""PEER's memory and time per token, beside a dense feed-forward layer of as many active parameters.
+"""PEER's memory and time per token, compared with a dense layer of as many active parameters.
 
     python -m benchmarks.peer
     python -m benchmarks.peer --experts=65536 --batch=1 --length=1

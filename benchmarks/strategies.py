@@ -64,7 +64,7 @@ def held_out_prompts(workdir: pathlib.Path, loaded: LoadedModel, count: int, len
     """
     config, tokenizer = build(read_values(workdir / "config.json")).data, loaded.tokenizer
     if config.source == "reasoning" or tokenizer is None:
-        raise UserError(f"{workdir} is no run on text; name one.")
+        raise UserError(f"{workdir} is not a run on text; name one.")
     documents = build_source(config, "validation")
     prompts: list[list[int]] = []
     for index in range(len(documents)):

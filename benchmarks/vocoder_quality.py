@@ -1,4 +1,4 @@
-"""A vocoder beside Griffin-Lim on the same spectrograms of held-out speech, as a table.
+"""A vocoder compared with Griffin-Lim on the same spectrograms of held-out speech, as a table.
 
     python -m benchmarks.vocoder_quality --workdir=runs/vocoder
     python -m benchmarks.vocoder_quality --workdir=runs/vocoder --count=8 --json=result.json

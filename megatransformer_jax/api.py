@@ -130,7 +130,9 @@ def create(
         raise UserError(f"model: {model!r} is neither the name of a preset nor a ModelConfig.")
     is_tokenizer = isinstance(tokenizer, Tokenizer) and not isinstance(tokenizer, type)
     if tokenizer is not None and not is_tokenizer:
-        raise UserError(f"tokenizer: {tokenizer!r} is none; give one such as mt.BytesTokenizer().")
+        raise UserError(
+            f"tokenizer: {tokenizer!r} is not a tokenizer; give one such as mt.BytesTokenizer()."
+        )
     check_precision(precision)
     seed = as_whole("seed", seed, 0, MAX_SEED)
     if tokenizer is not None and "vocab_size" not in options and isinstance(model, str):
@@ -201,7 +203,8 @@ def evaluate(model: Model, **options: Any) -> Report:
     """
     if not isinstance(model, Model):
         raise UserError(
-            f"model: {model!r} is no mt.Model; read a folder with mt.load, or take Trainer.model."
+            f"model: {model!r} is not an mt.Model; read a folder with mt.load, or take "
+            "Trainer.model."
         )
     declared = {option.path: option for option in options_of(ScoringConfig)}
     given = declared_values(options, declared | dict(OF_GENERATION))
@@ -478,7 +481,7 @@ class Trainer:
 
 def _path(name: str, value: Any) -> pathlib.Path:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise UserError(f"{name}: {value!r} is no path; give the name of a folder.")
+        raise UserError(f"{name}: {value!r} is not a path; give the name of a folder.")
     return pathlib.Path(value).expanduser()
 
 

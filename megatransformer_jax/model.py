@@ -268,7 +268,7 @@ class Model:
           True
         """
         if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
-            raise ConfigError("folder", f"{folder!r} is no path; give the name of a folder.")
+            raise ConfigError("folder", f"{folder!r} is not a path; give the name of a folder.")
         path = pathlib.Path(folder).expanduser()
         match format:
             case "run":
@@ -360,7 +360,7 @@ def _generation(config: GenerationConfig | None, options: Mapping[str, Any]) -> 
     if config is not None:
         if not isinstance(config, GenerationConfig):
             raise UserError(
-                f"config: {config!r} is no GenerationConfig; give options by name, depth=16."
+                f"config: {config!r} is not a GenerationConfig; give options by name, depth=16."
             )
         return config
     return GenerationConfig.of(**declared_values(options, GENERATION_OPTIONS))

@@ -221,7 +221,7 @@ def test_configurations_come_from_names_files_and_paths(
             lambda: mt.configure("tiny", train={"steps": 0}),
             r"train\.steps: 0 is not allowed; it must be at least 1",
         ),
-        (lambda: mt.configure("tiny", train=3), r"train: 3 is no section"),
+        (lambda: mt.configure("tiny", train=3), r"train: 3 is not a section"),
         (lambda: mt.configure(), "config: no experiment given; name one"),
         (lambda: mt.configure(5), "experiment: 5 is neither a name nor a file"),  # type: ignore
         (
@@ -229,14 +229,17 @@ def test_configurations_come_from_names_files_and_paths(
             r"train\.steps: is given twice",
         ),
         (lambda: mt.create(5), "neither the name of a preset nor a ModelConfig"),  # type: ignore
-        (lambda: mt.create("tiny", tokenizer="bytes"), "tokenizer: 'bytes' is none"),  # type: ignore
+        (lambda: mt.create("tiny", tokenizer="bytes"), "tokenizer: 'bytes' is not a tokenizer"),  # type: ignore
         (lambda: mt.create("tiny", precision="fp16"), "precision: 'fp16' is unknown"),
         (lambda: mt.create("tiny", seed=-1), "seed: -1 is not allowed; it must be 0 to"),
-        (lambda: mt.evaluate("runs/x"), r"'runs/x' is no mt\.Model; read a folder with mt\.load"),  # type: ignore
+        (
+            lambda: mt.evaluate("runs/x"),
+            r"'runs/x' is not an mt\.Model; read a folder with mt\.load",
+        ),  # type: ignore
         (lambda: mt.inspect(None), "None is neither a RunConfig"),  # type: ignore
-        (lambda: mt.load(None), "folder: None is no path"),  # type: ignore
+        (lambda: mt.load(None), "folder: None is not a path"),  # type: ignore
         (lambda: mt.load(__file__), "is a file. Name the workdir of a run"),
-        (lambda: mt.Trainer(mt.configure("tiny"), workdir=5), "workdir: 5 is no path"),  # type: ignore
+        (lambda: mt.Trainer(mt.configure("tiny"), workdir=5), "workdir: 5 is not a path"),  # type: ignore
         (lambda: mt.inspect("tiny").figure(), "this report has no plot"),
         (lambda: mt.create("tinny"), "preset: 'tinny' is unknown; did you mean 'tiny'"),
         (lambda: mt.create("tiny", core_layer=1), r"core_layer: .*did you mean 'core_layers'"),

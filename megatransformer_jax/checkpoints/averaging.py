@@ -15,12 +15,12 @@ def average_trees(trees: Iterable[Any]) -> Any:
 
     Sums are float64 and rounded once, so that the mean of any number of float32 trees is exact to
     the last bit of float32; a running mean in float32 would lose bits with every tree. That takes 8
-    bytes per parameter beside the tree that is being added.
+    bytes per parameter in addition to the tree that is being added.
 
     Running statistics are averaged as the weights are: close to those of the averaged model, which
     only a pass over data would give exactly (arXiv 1803.05407).
 
-    Leaves that are no floats (counters, int8 weights) have no mean: they must be equal in all.
+    Leaves that are not floats (counters, int8 weights) have no mean: they must be equal in all.
 
     Args:
       trees: of arrays, at least one, with the same leaves of the same shapes. Asked for one by one.
@@ -29,7 +29,7 @@ def average_trees(trees: Iterable[Any]) -> Any:
       The tree as NumPy arrays, each of its leaf's type.
 
     Raises:
-      CheckpointMismatch: if names or shapes of leaves differ, or leaves that are no floats do.
+      CheckpointMismatch: if names or shapes of leaves differ, or leaves that are not floats do.
       ValueError: if there is no tree.
     """
     first: Any = None
@@ -46,7 +46,7 @@ def average_trees(trees: Iterable[Any]) -> Any:
             for name, total, leaf in zip(names, sums, leaves, strict=True):
                 _add(name, total, leaf)
         count += 1
-        del tree, leaves  # Not beside the next one.
+        del tree, leaves  # It must not be in memory together with the next one.
     if first is None:
         raise ValueError("there is no tree to average")
     shapes, structure = jax.tree.flatten(first)

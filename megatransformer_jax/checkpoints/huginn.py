@@ -89,7 +89,7 @@ def load_huginn(
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise HuginnFormatError(
-            f"{path} does not exist; name a folder that has it beside the weights."
+            f"{path} does not exist; name a folder that has it next to the weights."
         )
     config = config_from_huginn(read_values(path), str(path))
     tensors = SafetensorsReader(folder)
@@ -188,7 +188,7 @@ def check_output_folder(folder: pathlib.Path, *, overwrite: bool) -> None:
     foreign = [file.name for file in files if not any(map(file.match, _OWN_FILES))]
     if foreign:
         raise UserError(
-            f"{folder} has {foreign[0]!r}, which is no part of an export, so it is not "
+            f"{folder} has {foreign[0]!r}, which is not part of an export, so it is not "
             "overwritten; name a new folder."
         )
 
@@ -227,7 +227,7 @@ def _cast(tensor: np.ndarray, dtype: str, name: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder beside the wanted one, which takes its name in the end unless there was an error."""
+    """A folder next to the wanted one, which takes its name at the end unless an error came."""
     unfinished = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
         yield unfinished

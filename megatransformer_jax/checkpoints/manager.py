@@ -71,7 +71,7 @@ class Ranking(NamedTuple):
 class KeepBest:
     """Keeps the `count` best checkpoints (Orbax's preservation policy).
 
-    A checkpoint without the score, or with one that is not finite, is no candidate.
+    A checkpoint without the score, or with one that is not finite, is not a candidate.
     """
 
     ranking: Ranking
@@ -332,7 +332,7 @@ class CheckpointManager:
           Bytes on disk by step of each deleted checkpoint.
 
         Raises:
-          ValueError: if the manager is for reading only and it is no dry run.
+          ValueError: if the manager is for reading only and it is not a dry run.
         """
         saved = [SavedCheckpoint(step, self.scores(step)) for step in self.steps()]
         kept = kept_steps(config, saved)

@@ -2,7 +2,7 @@
 
 Reading is tensor by tensor and writing shard by shard, so that a model need not be in memory as a
 whole. The layout is Hugging Face's: `model.safetensors`, or `model-00001-of-00003.safetensors` and
-so on beside `model.safetensors.index.json`, which says what is where.
+so on next to `model.safetensors.index.json`, which says what is where.
 """
 
 import json
@@ -182,7 +182,7 @@ def _locate(folder: pathlib.Path) -> dict[str, str]:
         return dict.fromkeys(_open(single).keys(), SINGLE_FILE)
     if not index.is_file():
         raise WeightsFileError(
-            f"{single} does not exist, nor does {INDEX_FILE} beside it; name a folder that has "
+            f"{single} does not exist, nor does {INDEX_FILE} next to it; name a folder that has "
             "the weights as safetensors."
         )
     return _read_index(index)
@@ -192,19 +192,20 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     places = read_values(path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise WeightsFileError(
-            f"{path}: has no 'weight_map' from tensors to files, so it is no index; get it again."
+            f"{path}: has no 'weight_map' from tensors to files, so it is not an index; get it "
+            "again."
         )
     for name, file in places.items():
         # Never out of the folder.
         if not isinstance(file, str) or pathlib.PurePath(file).name != file:
             raise WeightsFileError(
                 f"{path}: places tensor {name!r} in {file!r}, which is not the name of a file "
-                "beside it; get the index again."
+                "next to it; get the index again."
             )
     absent = sorted({file for file in places.values() if not (path.parent / file).is_file()})
     if absent:
         raise WeightsFileError(
-            f"{path}: names files that are not there: {shortened(absent)}; put them beside it."
+            f"{path}: names files that are not there: {shortened(absent)}; put them next to it."
         )
     return places
 

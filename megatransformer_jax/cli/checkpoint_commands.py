@@ -23,10 +23,14 @@ class AverageOptions:
 
     model: str | None = model_option()
     output: str | None = option(None, "Folder to make; must be given.")
-    last: int | None = option(None, "Averages this many newest checkpoints.", minimum=1)
-    best: int | None = option(None, "Averages this many best checkpoints.", minimum=1)
-    steps: tuple[int, ...] = option((), "Averages these checkpoints, as 100,200.", minimum=0)
-    metric: str | None = option(None, "What best goes by. None: checkpoint.best_metric of the run.")
+    last: int | None = option(None, "Averages this many of the newest checkpoints.", minimum=1)
+    best: int | None = option(None, "Averages this many of the best checkpoints.", minimum=1)
+    steps: tuple[int, ...] = option(
+        (), "Averages the checkpoints at these steps, such as 100,200.", minimum=0
+    )
+    metric: str | None = option(
+        None, "Metric that ranks checkpoints. Default (None): checkpoint.best_metric of the run."
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -90,14 +94,18 @@ class PruneOptions:
     """Which checkpoints of which run stay. What is not given is as the run was configured."""
 
     model: str | None = model_option()
-    keep_last: int | None = option(None, "This many newest ones stay.", minimum=1)
-    keep_best: int | None = option(None, "This many best ones stay.", minimum=0)
-    keep_every_steps: int | None = option(None, "Those at multiples of this stay.", minimum=1)
-    best_metric: str | None = option(None, "What keep_best goes by, such as validation/accuracy.")
-    best_mode: str | None = option(
-        None, "Which end of it is better.", choices=("auto", "min", "max")
+    keep_last: int | None = option(None, "Keeps this many of the newest checkpoints.", minimum=1)
+    keep_best: int | None = option(None, "Keeps this many of the best checkpoints.", minimum=0)
+    keep_every_steps: int | None = option(
+        None, "Keeps checkpoints at multiples of this step.", minimum=1
     )
-    dry_run: bool = option(False, "Deletes nothing, shows what would be deleted.")
+    best_metric: str | None = option(
+        None, "Metric that ranks checkpoints for keep_best, such as validation/accuracy."
+    )
+    best_mode: str | None = option(
+        None, "Whether a high or a low value is better.", choices=("auto", "min", "max")
+    )
+    dry_run: bool = option(False, "Only shows what would be deleted.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -146,10 +154,10 @@ class ExportOptions(ModelOptions):
     """What is exported, and how it is stored."""
 
     output: str | None = option(None, "Folder to make; must be given.")
-    max_shard: str = option("5GiB", "Size of a file of weights at most.")
+    max_shard: str = option("5GiB", "Largest size of a file of weights.")
     dtype: str | None = option(
         None,
-        "Stores the weights as this, which rounds them. None: float32, as they are.",
+        "Rounds the weights to this type. Default (None): float32, unchanged.",
         choices=("float32", "bfloat16", "float16"),
     )
     rotary_table: bool = option(

@@ -142,7 +142,10 @@ class FindLrOptions:
     start: float = option(1e-6, "First learning rate.", above=0)
     end: float = option(1.0, "Last learning rate.", above=0)
     steps: int = option(
-        100, "Steps between them, if the loss does not blow up.", minimum=2, maximum=MAX_COUNT
+        100,
+        "Number of steps from the first rate to the last, unless the loss blows up earlier.",
+        minimum=2,
+        maximum=MAX_COUNT,
     )
 
     def __post_init__(self) -> None:
@@ -241,13 +244,21 @@ class DiagnoseOptions:
 
     model: str | None = model_option()
     step: str = step_option()
-    kinds: tuple[str, ...] = option((), "Which figures. Empty: all that the model has.")
-    num_rows: int = option(2, "Rows of the first validation batch.", minimum=1, maximum=MAX_COUNT)
+    kinds: tuple[str, ...] = option(
+        (), "Figures to draw. Default (empty): all that apply to the model."
+    )
+    num_rows: int = option(
+        2, "Number of rows of the first validation batch to look at.", minimum=1, maximum=MAX_COUNT
+    )
     num_steps: int | None = option(
-        None, "Iterations. None: twice the trained mean.", minimum=1, maximum=MAX_COUNT
+        None,
+        "Number of iterations to plot. Default (None): twice the trained mean.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     output: str | None = option(
-        None, "Folder for the files. None: diagnostics/step_STEP in the folder of the run."
+        None,
+        "Folder for the files. Default (None): diagnostics/step_STEP in the folder of the run.",
     )
 
     def __post_init__(self) -> None:
@@ -295,11 +306,11 @@ class CompareOptions:
     model: tuple[str, ...] = option((), "Folders of finished runs; --model may be left out.")
     metric: str | None = option(
         None,
-        "What is compared. None: exact_accuracy if all runs are of reasoning tasks, otherwise "
-        "loss.",
+        "Metric to compare. Default (None): exact_accuracy if all runs are of reasoning tasks, "
+        "otherwise loss.",
         choices=("loss", "accuracy", "exact_accuracy"),
     )
-    output: str = option("depth.png", "File for the plot; its ending says the format.")
+    output: str = option("depth.png", "File for the plot; its suffix selects the format.")
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -34,8 +34,8 @@ class EvaluateOptions(ScoringConfig, ModelOptions):
     )
     output: str | None = option(
         None,
-        "Folder for tables and plots, made if absent. None: evaluation/ in the model's folder; "
-        "with predictions nothing is written.",
+        "Folder for tables and plots, made if absent. Default (None): evaluation/ in the model's "
+        "folder; with predictions nothing is written.",
     )
 
     @rule("model")

@@ -18,7 +18,7 @@ _PROMPT_SOURCES = ("prompt", "prompts_file", "prompt_ids", "interactive")
 class GenerateOptions(ModelOptions):
     """What is continued, with which model, and where the result goes."""
 
-    prompt: tuple[str, ...] = option((), "Text to continue; may be given several times.")
+    prompt: tuple[str, ...] = option((), "Text to continue; may be repeated.")
     prompts_file: str | None = option(
         None,
         'One prompt per line (.txt), or JSON lines with {"prompt": "..."} (.jsonl). Blank lines '
@@ -39,14 +39,14 @@ class GenerateOptions(ModelOptions):
     )
     show_depth: bool = option(
         False,
-        "Colours each token by the iterations it took; where there are no colours, the number "
-        "stands behind it as in token[3].",
+        "Colours each token by the number of iterations it took. Without colours the number "
+        "follows the token, as in token[3].",
     )
 
     image: tuple[str, ...] = option(
         (),
-        "Image file; may be given several times. They stand where the prompt has "
-        "<|IMAGE|><|/IMAGE|>, or before it.",
+        "Image file; may be repeated. Images are placed where the prompt has <|IMAGE|><|/IMAGE|>, "
+        "or before it.",
     )
     audio: tuple[str, ...] = option(
         (),
@@ -54,18 +54,18 @@ class GenerateOptions(ModelOptions):
         "<|AUDIO|><|/AUDIO|>.",
     )
     convert: bool = option(
-        False, "Resizes images and resamples sound of another format than the model's."
+        False, "Resizes images and resamples sound whose format differs from the model's."
     )
-    draw: bool = option(False, "An image is drawn right after each prompt; needs output.")
-    speak: bool = option(False, "Speech is made right after each prompt; needs output.")
+    draw: bool = option(False, "Draws an image right after each prompt; needs output.")
+    speak: bool = option(False, "Speaks right after each prompt; needs output.")
     output: str | None = option(
         None,
         "Folder for what is made: PNG and WAV files, contact_sheet.png and results.jsonl.",
     )
     vocoder: str | None = option(
         None,
-        "Folder of a run with kind='vocoder', which makes waveforms. None: Griffin and Lim's "
-        "method.",
+        "Folder of a run with kind='vocoder', which makes the waveforms. Default (None): Griffin "
+        "and Lim's method.",
     )
 
     @property

@@ -52,7 +52,7 @@ _OUTPUT = {"output": "output_path"}
 _HELP = """\
 Usage: megatransformer lm-eval [--option=VALUE ...]
 
-Runs tasks of EleutherAI's lm-eval on a run of ours or a Huginn folder.
+Runs tasks of EleutherAI's lm-eval on a megatransformer run or a Huginn folder.
 
 Examples:
   megatransformer lm-eval --model=runs/recurrent --depth=16 --tasks=my_task \\
@@ -194,30 +194,33 @@ def _comes_from_us(error: Exception) -> bool:
 class ModelArguments:
     """What --model_args may hold; --batch_size may be given with them as well."""
 
-    path: str = option("", "Folder of a run of ours, or of a Huginn checkpoint.")
+    path: str = option("", "Folder of a megatransformer run or of a Huginn checkpoint.")
     step: str = step_option()
     weights: str = weights_option()
     depth: int | None = option(
         None,
-        "Iterations of the core. None: the mean in training.",
+        "Iterations of the core. Default (None): the mean in training.",
         minimum=1,
         maximum=MAX_COUNT,
     )
-    batch_size: int = option(1, "Rows that are scored at once.", minimum=1, maximum=MAX_COUNT)
+    batch_size: int = option(1, "Number of rows to score at once.", minimum=1, maximum=MAX_COUNT)
     max_length: int | None = option(
         None,
-        "Most tokens that the model reads at once. None: data.sequence_length of the run, as in "
-        "training; of a Huginn folder the model's max_length.",
+        "Most tokens that the model reads at once. Default (None): data.sequence_length of the "
+        "run, as in training; of a Huginn folder the model's max_length.",
         minimum=1,
     )
     max_gen_toks: int = option(
-        MAX_GEN_TOKS, "Tokens per answer of tasks that do not say.", minimum=1, maximum=MAX_COUNT
+        MAX_GEN_TOKS,
+        "Tokens per answer, for tasks that do not set it.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     add_bos_token: bool = option(True, "Puts the start token before every context.")
     precision: str | None = precision_option()
     param_dtype: str = param_dtype_option()
     seed: int = option(
-        0, "Seed of draws and of the core's first states.", minimum=0, maximum=MAX_SEED
+        0, "Seed of random draws and of the core's first states.", minimum=0, maximum=MAX_SEED
     )
 
     def __post_init__(self) -> None:

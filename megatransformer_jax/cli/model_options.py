@@ -19,7 +19,8 @@ def model_option() -> Any:
     """The folder."""
     return option(
         None,
-        "Folder of the model: a run of ours, or a Huginn checkpoint (config.json, *.safetensors).",
+        "Folder of the model: a megatransformer run, or a Huginn checkpoint (config.json, "
+        "*.safetensors).",
     )
 
 
@@ -45,8 +46,8 @@ def precision_option() -> Any:
     """Type of activations."""
     return option(
         None,
-        "Type of activations. None: as in training. auto: bfloat16 on accelerators, float32 on "
-        "CPU.",
+        "Type of activations. Default (None): as in training. auto: bfloat16 on accelerators, "
+        "float32 on CPU.",
         choices=("auto", "float32", "bfloat16"),
     )
 

@@ -14,13 +14,15 @@ from megatransformer_jax.config.option import ConfigError, check_options, option
 class AudioDecoderConfig:
     """The decoder that makes a spectrogram, and its length, from what the core says before it."""
 
-    loss_weight: float = option(1.0, "Weight of the decoder's loss beside the text's.", minimum=0)
+    loss_weight: float = option(
+        1.0, "Weight of the decoder's loss relative to the text loss.", minimum=0
+    )
     duration_weight: float = option(
         0.1, "Weight of the length's loss within the decoder's.", minimum=0
     )
     condition_dropout_rate: float = option(
         0.1,
-        "Part of the clips that are learned without their condition, as guidance needs it.",
+        "Share of clips that are trained without their condition, which guidance requires.",
         minimum=0,
         maximum=1,
     )
@@ -84,7 +86,7 @@ class MelConfig:
     hop_samples: int = option(256, "Samples between frames.", minimum=1)
     min_hz: float = option(0.0, "Lower edge of the lowest bin.", minimum=0)
     max_hz: float | None = option(
-        None, "Upper edge of the highest bin. None: half the rate.", above=0
+        None, "Upper edge of the highest bin. Default (None): half the rate.", above=0
     )
 
     def __post_init__(self) -> None:
@@ -173,7 +175,7 @@ class AudioConfig:
 
     enabled: bool = option(False, "The model hears and makes sound.")
     max_frames: int = option(
-        128, "Frames of the longest clip (F); longer ones are an error.", minimum=1
+        128, "Frames of the longest clip (F); longer clips are an error.", minimum=1
     )
     downsampling: int = option(
         4, "Frames that become one token, by convolutions of stride 2; a power of two.", minimum=1
@@ -199,7 +201,7 @@ class AudioConfig:
         if self.downsampling & (self.downsampling - 1):
             raise ConfigError(
                 "downsampling",
-                f"{self.downsampling} is no power of two; set it to 1, 2, 4 or 8.",
+                f"{self.downsampling} is not a power of two; set it to 1, 2, 4 or 8.",
             )
 
     @property

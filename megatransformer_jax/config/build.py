@@ -132,7 +132,7 @@ def check_values(values: Mapping[str, Any], config_class: type = RunConfig, path
             if not isinstance(value, Mapping):
                 raise ConfigError(
                     key_path,
-                    f"{value!r} is no section; give its options by name, "
+                    f"{value!r} is not a section; give its options by name, "
                     f"such as {dataclasses.fields(declared)[0].name!r}.",
                 )
             check_values(value, typing.cast(type, declared), key_path)
@@ -259,7 +259,7 @@ def json_object(line: str, where: str, form: str) -> dict[str, Any]:
 
 def _neighbours(folder: pathlib.Path) -> str:
     if not folder.is_dir():
-        return f"There is no folder {folder} either; paths count from {pathlib.Path.cwd()}."
+        return f"There is no folder {folder} either; paths are relative to {pathlib.Path.cwd()}."
     suffixes = {".py", ".yaml", ".yml", ".json"}
     names = sorted(file.name for file in folder.iterdir() if file.suffix in suffixes)
     names = [name for name in names if not name.startswith(("__", "."))]
@@ -396,7 +396,7 @@ def _path_of(statement: gin.config_parser.BindingStatement, place: str, known: l
         )
     if statement.selector not in _SECTIONS:
         raise UserError(
-            f"{place}: {statement.selector!r} is no part of a model; "
+            f"{place}: {statement.selector!r} is not part of a model; "
             f"use one of {', '.join(_SECTIONS)}."
         )
     if statement.selector in _REPEATED:

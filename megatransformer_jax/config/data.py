@@ -19,15 +19,15 @@ from megatransformer_jax.config.option import (
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationConfig:
-    """Changes of the documents of the training split, drawn anew each epoch from data.seed.
+    """Changes of the documents of the training split, redrawn each epoch from data.seed.
 
     Validation and the training of a tokenizer see the documents as they are.
     """
 
     token_dropout: float = option(
         0.0,
-        "Probability that a token is hidden where it is read: the padding token stands there. It "
-        "is predicted all the same. 0: off.",
+        "Probability that an input token is replaced by the padding token. It is still a target. "
+        "0: off.",
         minimum=0,
         below=1,
     )
@@ -36,7 +36,7 @@ class AugmentationConfig:
     )
     synonym_rate: float = option(
         0.0,
-        "Probability that a word that synonyms_file has is replaced by one of its synonyms.",
+        "Probability that a word listed in synonyms_file is replaced by one of its synonyms.",
         minimum=0,
         maximum=1,
     )
@@ -46,7 +46,7 @@ class AugmentationConfig:
         "Goes with back_translation_rate.",
     )
     back_translation_rate: float = option(
-        0.0, "Share of the documents that the function is given.", minimum=0, maximum=1
+        0.0, "Share of documents that are passed to the function.", minimum=0, maximum=1
     )
 
     def __post_init__(self) -> None:
@@ -113,7 +113,8 @@ class TokenizerConfig:
     )
     vocab_size: int | None = option(
         None,
-        "Pieces of a tokenizer that the run trains (sentencepiece only). None: model.vocab_size.",
+        "Pieces of a tokenizer that the run trains (sentencepiece only). Default (None): "
+        "model.vocab_size.",
         minimum=MIN_TRAINED_PIECES,
     )
     model_type: str = option(
@@ -124,7 +125,7 @@ class TokenizerConfig:
     )
     character_coverage: float = option(
         0.9995,
-        "Share of characters with pieces of their own; the rest fall back to bytes.",
+        "Share of characters that get their own piece; the rest fall back to bytes.",
         above=0,
         maximum=1,
     )
@@ -187,7 +188,7 @@ class ReasoningConfig:
     num_train: int = option(
         1_000_000, "Training problems; each is a function of (seed, index).", minimum=1
     )
-    num_eval: int = option(512, "Held-out problems, from a seed of their own.", minimum=1)
+    num_eval: int = option(512, "Held-out problems, drawn from a separate seed.", minimum=1)
     num_symbols: int = option(
         5,
         "permutation: degree of the group (5 is S5). hop: size of the set.",
@@ -237,7 +238,9 @@ class DataConfig:
     )
     files: tuple[str, ...] = option((), "Training files or glob patterns (file sources).")
     validation_files: tuple[str, ...] = option(
-        (), "Validation files; empty: validation_fraction of the training records is held out."
+        (),
+        "Validation files. Default (empty): validation_fraction of the training records is held "
+        "out.",
     )
     text_field: str = option(
         "text", "Name of the record field with the text (jsonl, parquet, tfds)."
@@ -245,9 +248,11 @@ class DataConfig:
     tfds_name: str | None = option(None, "TFDS name, for example 'lm1b' or 'my_set:1.0.0'.")
     tfds_split: str = option("train", "TFDS split to train on.")
     tfds_validation_split: str | None = option(
-        None, "TFDS split to validate on; None: validation_fraction is held out."
+        None, "TFDS split to validate on. Default (None): validation_fraction is held out."
     )
-    tfds_data_dir: str | None = option(None, "Where TFDS finds prepared sets. None: its default.")
+    tfds_data_dir: str | None = option(
+        None, "Where TFDS finds prepared sets. Default (None): its default."
+    )
     validation_fraction: float = option(
         0.05, "Share of records held out when there is no validation source.", above=0, below=1
     )
@@ -268,8 +273,8 @@ class DataConfig:
     )
     bucket_lengths: tuple[int, ...] = option(
         (),
-        "Lengths of rows with packing='bucket', each compiled once. Empty: sequence_length halved "
-        "up to three times, while it is even.",
+        "Lengths of rows with packing='bucket', each compiled once. Default (empty): "
+        "sequence_length halved up to three times, while it is even.",
         minimum=1,
     )
     shuffle: bool = option(True, "Visits training records in a new random order each epoch.")
@@ -340,13 +345,13 @@ class DataConfig:
 
     @rule("reasoning")
     def _reasoning_options_need_reasoning(self) -> None:
-        """At its defaults unless source='reasoning'."""
+        """Keep the default unless source='reasoning'."""
         self._only_for(("reasoning",), "reasoning")
 
     @rule("tokenizer", "packing", "augmentation")
     def _reasoning_brings_its_own(self) -> None:
-        """At its default with source='reasoning', whose problems have a vocabulary of their own
-        and fill one row each."""
+        """Keep the default with source='reasoning', because reasoning problems define their own
+        vocabulary and fill one row each."""
         if self.source == "reasoning":
             require_defaults(
                 self,
@@ -357,12 +362,12 @@ class DataConfig:
 
     @rule("media")
     def _media_section_needs_its_source(self) -> None:
-        """At its defaults unless source='media'."""
+        """Keep the default unless source='media'."""
         self._only_for(("media",), "media")
 
     @rule("packing", "augmentation")
     def _media_samples_fill_a_row_each(self) -> None:
-        """At its default with source='media', which has one sample per row."""
+        """Keep the default with source='media', which has one sample per row."""
         if self.source == "media":
             require_defaults(
                 self, ("packing", "augmentation"), "with source='media'", "choose another source"

@@ -46,7 +46,7 @@ class SamplerConfig:
         "ddim: few steps, noise as eta says. ddpm: ancestral.",
         choices=("ddim", "ddpm"),
     )
-    num_steps: int = option(50, "Calls of the network.", minimum=1)
+    num_steps: int = option(50, "Number of network evaluations.", minimum=1)
     eta: float = option(0.0, "Noise of DDIM: 0 none, 1 as much as DDPM.", minimum=0, maximum=1)
     guidance_scale: float = option(
         1.0,
@@ -56,8 +56,8 @@ class SamplerConfig:
     )
     threshold: str = option(
         "clip",
-        "What keeps predicted media in range. none: nothing. clip: to [-1, 1]. dynamic: by a "
-        "quantile of each medium (Imagen).",
+        "How predicted media are kept in range. none: not at all. clip: clipped to [-1, 1]. "
+        "dynamic: scaled by a quantile of each medium (Imagen).",
         choices=("none", "clip", "dynamic"),
     )
     threshold_quantile: float = option(
@@ -69,13 +69,13 @@ class SamplerConfig:
 
     @rule("eta")
     def _eta_needs_ddim(self) -> None:
-        """At its default with sampler='ddpm'."""
+        """Keep the default with sampler='ddpm'."""
         if self.sampler == "ddpm":
             require_defaults(self, ("eta",), "with sampler='ddpm'", "set sampler='ddim'")
 
     @rule("threshold_quantile")
     def _quantile_needs_dynamic(self) -> None:
-        """At its default unless threshold='dynamic'."""
+        """Keep the default unless threshold='dynamic'."""
         if self.threshold != "dynamic":
             require_defaults(
                 self,
@@ -122,7 +122,7 @@ class FlowConfig:
 
     @rule("time_mean", "time_std")
     def _normal_needs_logit_normal(self) -> None:
-        """At their defaults with time_draw='uniform'."""
+        """Keep the default with time_draw='uniform'."""
         if self.time_draw == "uniform":
             require_defaults(
                 self,

@@ -19,14 +19,14 @@ ATTENTION_AND_MLP = (r"attention/(qkv|output)$", r"mlp/(up|down)$")
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank updates beside frozen weights (arXiv 2106.09685): W + alpha / rank * a b."""
+    """Low-rank updates next to frozen weights (arXiv 2106.09685): W + alpha / rank * a b."""
 
     rank: int = option(0, "Rank of the updates. 0: no LoRA.", minimum=0)
     alpha: float = option(16.0, "The updates are multiplied by alpha / rank.", above=0)
     targets: tuple[str, ...] = option(
         ATTENTION_AND_MLP,
-        "Regular expressions, searched for in parameter paths such as "
-        "core/layers/layer_0/mlp/up: these matrices get updates.",
+        "Regular expressions, searched for in parameter paths such as core/layers/layer_0/mlp/up. "
+        "Matching matrices get updates.",
     )
 
     def __post_init__(self) -> None:
@@ -34,7 +34,7 @@ class LoraConfig:
 
     @rule("alpha", "targets")
     def _lora_options_need_a_rank(self) -> None:
-        """At their defaults when rank=0."""
+        """Keep the default when rank=0."""
         if self.rank == 0:
             require_defaults(self, ("alpha", "targets"), "with rank=0", "set rank to 1 or more")
 
@@ -52,19 +52,20 @@ class FineTuningConfig:
 
     init_from: str | None = option(
         None,
-        "Where the parameters come from when the workdir has no checkpoint yet: the workdir of a "
-        "run, or a Huginn folder. The optimiser starts afresh. None: parameters are drawn.",
+        "Source of the parameters if the workdir has no checkpoint yet: the workdir of a run, or "
+        "a Huginn folder. The optimiser starts from scratch. Default (None): random "
+        "initialisation.",
     )
     init_step: str = option(
         "latest", "Which checkpoint of init_from: latest, best, or the number of a step."
     )
     freeze: tuple[str, ...] = option(
         (),
-        "Regular expressions, searched for in parameter paths such as core/layers/layer_0/mlp/up: "
-        "these parameters are not trained.",
+        "Regular expressions, searched for in parameter paths such as core/layers/layer_0/mlp/up. "
+        "Matching parameters are not trained.",
     )
     train_only: tuple[str, ...] = option(
-        (), "The same for the parameters that are trained; all others are not."
+        (), "Regular expressions for the parameters to train; all others stay as they are."
     )
     base_precision: str = option(
         "float32",
@@ -79,8 +80,8 @@ class FineTuningConfig:
     )
     core_start: int | None = option(
         None,
-        "retrofit only: the layer of init_from, from 0, that becomes the core's first. None: so "
-        "that the core ends where the coda begins.",
+        "retrofit only: index of the layer of init_from that becomes the first of the core. "
+        "Default (None): chosen so that the core ends where the coda begins.",
         minimum=0,
     )
     lora: LoraConfig = section(LoraConfig, "Low-rank updates.")
@@ -176,7 +177,7 @@ def check_patterns(name: str, patterns: tuple[str, ...]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(
-                name, f"{pattern!r} is no regular expression ({error}); correct it."
+                name, f"{pattern!r} is not a regular expression ({error}); correct it."
             ) from error
 
 

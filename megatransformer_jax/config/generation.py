@@ -39,19 +39,19 @@ class MediaGenerationConfig:
 
     max_media: int = option(
         1,
-        "Images and clips that are made per text, at most; each opening token asks for one.",
+        "Largest number of images and clips per text; each opening token asks for one.",
         minimum=1,
         maximum=MAX_COUNT,
     )
     guidance_scale: float | None = option(
         None,
-        "Guidance of the decoders: 1 follows the text, above 1 exaggerates it. None: as the "
-        "model's config says.",
+        "Guidance of the decoders: 1 follows the text, above 1 exaggerates it. Default (None): as "
+        "the model's config says.",
         minimum=0,
     )
     sampler_steps: int | None = option(
         None,
-        "Steps of the decoders' samplers. None: as the model's config says.",
+        "Steps of the decoders' samplers. Default (None): as the model's config says.",
         minimum=1,
         maximum=MAX_COUNT,
     )
@@ -82,7 +82,7 @@ _DEPENDS_ON_HISTORY = (
 class BeamConfig:
     """Beam search, strategy='beam'."""
 
-    num_beams: int = option(4, "Texts that are kept at every token.", minimum=1, maximum=MAX_COUNT)
+    num_beams: int = option(4, "Number of texts kept at every token.", minimum=1, maximum=MAX_COUNT)
     length_penalty: float = option(
         1.0,
         "A finished text scores its log-probability divided by its length to this power: 0 "
@@ -90,7 +90,8 @@ class BeamConfig:
     )
     early_stopping: bool = option(
         False,
-        "Ends once num_beams texts are finished. False: when no running one can become better.",
+        "Stops once num_beams texts are finished. False: stops when no unfinished text can become "
+        "better.",
     )
 
     def __post_init__(self) -> None:
@@ -103,7 +104,7 @@ class SpeculativeConfig:
     full depth in one pass. The result is distributed as without it (arXiv 2211.17192)."""
 
     draft_depth: int = option(
-        2, "Iterations of a drafted token; below depth.", minimum=1, maximum=MAX_COUNT
+        2, "Iterations for a drafted token; fewer than depth.", minimum=1, maximum=MAX_COUNT
     )
     draft_length: int = option(
         4, "Tokens drafted before a verification.", minimum=1, maximum=MAX_COUNT
@@ -120,12 +121,12 @@ class ParallelConfig:
 
     iterations_per_round: int = option(
         2,
-        "Iterations between two redrawings of the unsettled tokens.",
+        "Iterations after which the unsettled tokens are drawn again.",
         minimum=1,
         maximum=MAX_COUNT,
     )
     max_wavefront: int = option(
-        8, "Most positions that are refined at once.", minimum=1, maximum=MAX_COUNT
+        8, "Largest number of positions that are refined at once.", minimum=1, maximum=MAX_COUNT
     )
     settle_threshold: float = option(
         0.03,
@@ -150,13 +151,13 @@ class GenerationConfig:
         choices=STRATEGIES,
     )
     max_new_tokens: int = option(
-        128, "Tokens generated per text, at most.", minimum=1, maximum=MAX_COUNT
+        128, "Largest number of new tokens per text.", minimum=1, maximum=MAX_COUNT
     )
-    num_samples: int = option(1, "Texts per prompt.", minimum=1, maximum=MAX_COUNT)
+    num_samples: int = option(1, "Number of texts per prompt.", minimum=1, maximum=MAX_COUNT)
     batch_size: int | None = option(
         None,
-        "Texts (with beam search, beams) that are decoded at once, which limits memory; the others "
-        "follow. None: all.",
+        "Number of texts (with beam search, beams) to decode at once, which limits memory; the "
+        "others follow. Default (None): all.",
         minimum=1,
         maximum=MAX_COUNT,
     )
@@ -164,7 +165,7 @@ class GenerationConfig:
         0, "Seed of the draws and of the core's first states.", minimum=0, maximum=MAX_SEED
     )
     stop: tuple[str, ...] = option(
-        (), "Texts that end the generation; they are not part of the result."
+        (), "Stop texts: generation ends when one occurs; the result does not include it."
     )
     depth: DepthConfig = section(DepthConfig, "Iterations of the core.")
     cache: CacheConfig = section(CacheConfig, "Key/value cache.")
@@ -210,7 +211,7 @@ class GenerationConfig:
 
     @rule("beam", "speculative", "parallel")
     def _sections_belong_to_strategies(self) -> None:
-        """At its defaults unless strategy is the section's name."""
+        """Keep the default unless `strategy` names the section."""
         for name in ("beam", "speculative", "parallel"):
             if self.strategy != name:
                 self._require_defaults(
@@ -221,7 +222,7 @@ class GenerationConfig:
 
     @rule(*(f"sampling.{name}" for name in _DRAWING))
     def _draws_need_a_strategy_that_draws(self) -> None:
-        """At its default with strategy greedy and beam."""
+        """Keep the default with strategy 'greedy' or 'beam'."""
         if self.strategy in ("greedy", "beam"):
             self._require_defaults("sampling", _DRAWING, "set strategy='sample'")
 
@@ -237,13 +238,13 @@ class GenerationConfig:
 
     @rule(*(f"sampling.{name}" for name in _DEPENDS_ON_HISTORY))
     def _parallel_knows_no_history(self) -> None:
-        """At its default with strategy='parallel', where the tokens before are not final."""
+        """Keep the default with strategy='parallel', because earlier tokens are not final yet."""
         if self.strategy == "parallel":
             self._require_defaults("sampling", _DEPENDS_ON_HISTORY, "set strategy='sample'")
 
     @rule("depth.exit_criterion", "depth.warm_start")
     def _fixed_depth_for_many_tokens_at_once(self) -> None:
-        """At its default with strategy speculative and parallel."""
+        """Keep the default with strategy 'speculative' or 'parallel'."""
         if self.strategy in ("speculative", "parallel"):
             self._require_defaults(
                 "depth", ("exit_criterion", "warm_start"), "set strategy='sample'"
@@ -300,14 +301,14 @@ class GenerationConfig:
 
     @rule("cache.slots")
     def _verification_needs_all_slots(self) -> None:
-        """At its default with strategy='speculative', which passes several tokens at once: where
-        iterations share slots, these read other iterations than one by one."""
+        """Keep the default with strategy='speculative': it passes several tokens at once, and
+        iterations that share slots would read other iterations than they do one token at a time."""
         if self.strategy == "speculative":
             self._require_defaults("cache", ("slots",), "leave it None")
 
     @rule("cache.exited_reads")
     def _exited_reads_need_exits(self) -> None:
-        """At its default with exit_criterion='fixed'."""
+        """Keep the default with exit_criterion='fixed'."""
         if self.depth.exit_criterion == "fixed":
             self._require_defaults(
                 "cache", ("exited_reads",), "choose an exit_criterion", "as no token exits early"
@@ -320,7 +321,7 @@ class GenerationConfig:
         if capacity is not None and capacity <= self.max_new_tokens:
             raise ConfigError(
                 "cache.capacity",
-                f"{capacity} leaves no room for a prompt beside max_new_tokens="
+                f"{capacity} leaves no room for a prompt in addition to max_new_tokens="
                 f"{self.max_new_tokens}; raise it or lower max_new_tokens.",
             )
 

@@ -72,7 +72,7 @@ class ImageVaeTrainingConfig:
     kl_weight: float = option(
         1e-3,
         "Weight of the KL divergence of latents from a standard normal, in nats per latent value, "
-        "beside the mean squared error of the pixels.",
+        "relative to the mean squared error of the pixels.",
         minimum=0,
     )
 
@@ -92,17 +92,19 @@ class ImageDecoderConfig:
     """The decoder that draws an image from what the core says before it."""
 
     kind: str = option("unet", "unet: diffusion. dit: flow matching.", choices=("unet", "dit"))
-    loss_weight: float = option(1.0, "Weight of the decoder's loss beside the text's.", minimum=0)
+    loss_weight: float = option(
+        1.0, "Weight of the decoder's loss relative to the text loss.", minimum=0
+    )
     condition_dropout_rate: float = option(
         0.1,
-        "Part of the images that are learned without their condition, as guidance needs it.",
+        "Share of images that are trained without their condition, which guidance requires.",
         minimum=0,
         maximum=1,
     )
     vae: str | None = option(
         None,
-        "Folder of a run with kind='image_vae', whose autoencoder makes the latents that are drawn "
-        "and stays as it is. None: pixels are drawn.",
+        "Folder of a run with kind='image_vae'. Its autoencoder stays frozen and provides the "
+        "latents to draw. Default (None): the decoder draws pixels.",
     )
     unet: UNetConfig = section(UNetConfig, "The network of kind='unet'.")
     diffusion: DiffusionConfig = section(DiffusionConfig, "Training of kind='unet'.")
@@ -111,7 +113,8 @@ class ImageDecoderConfig:
     flow: FlowConfig = section(FlowConfig, "Training of kind='dit'.")
     flow_sampler: FlowSamplerConfig = section(FlowSamplerConfig, "Drawing with kind='dit'.")
     vae_model: ImageVaeConfig = section(
-        ImageVaeConfig, "The autoencoder of that run, so that a checkpoint says all."
+        ImageVaeConfig,
+        "The autoencoder of that run, stored here so that a checkpoint is self-contained.",
     )
 
     def __post_init__(self) -> None:
@@ -119,14 +122,14 @@ class ImageDecoderConfig:
 
     @rule("unet", "diffusion", "sampler", "dit", "flow", "flow_sampler")
     def _sections_are_of_the_kind(self) -> None:
-        """At their defaults unless `kind` reads them."""
+        """Keep the default unless `kind` uses the section."""
         for kind, names in _OWN_SECTIONS.items():
             if kind != self.kind:
                 require_defaults(self, names, f"with kind={self.kind!r}", f"set kind={kind!r}")
 
     @rule("vae_model")
     def _autoencoder_needs_a_run(self) -> None:
-        """At its defaults without `vae`."""
+        """Keep the default without `vae`."""
         if self.vae is None:
             require_defaults(self, ("vae_model",), "without vae", "give the folder of its run")
 
@@ -251,7 +254,7 @@ class ImageVaeRunConfig:
     width: int = option(32, "Pixels from left to right.", minimum=1)
     channels: int = option(3, "1: grey, 3: RGB.", minimum=1, maximum=3)
     model: ImageVaeConfig = section(ImageVaeConfig, "The autoencoder.")
-    loss: ImageVaeTrainingConfig = section(ImageVaeTrainingConfig, "What is minimised.")
+    loss: ImageVaeTrainingConfig = section(ImageVaeTrainingConfig, "The training loss.")
 
     def __post_init__(self) -> None:
         check_options(self)

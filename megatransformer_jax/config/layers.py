@@ -18,10 +18,14 @@ class AttentionConfig:
 
     num_heads: int = option(4, "Query heads (N).", minimum=1)
     num_kv_heads: int | None = option(
-        None, "Key/value heads (K); must divide num_heads. None: as many as query heads.", minimum=1
+        None,
+        "Key/value heads (K); must divide num_heads. Default (None): as many as query heads.",
+        minimum=1,
     )
     head_dim: int | None = option(
-        None, "Width of one head (H). None: width / num_heads, which must be whole.", minimum=1
+        None,
+        "Width of one head (H). Default (None): width / num_heads, which must be whole.",
+        minimum=1,
     )
     qkv_bias: bool = option(False, "Adds a bias to the query, key and value projections.")
     output_bias: bool = option(False, "Adds a bias to the output projection.")
@@ -31,12 +35,14 @@ class AttentionConfig:
     qk_norm: bool = option(False, "RMS-normalises queries and keys per head before rotation.")
     logit_softcap: float | None = option(
         None,
-        "Bounds attention logits smoothly: cap * tanh(logit / cap). Gemma 2 uses 50; None: off.",
+        "Bounds attention logits smoothly: cap * tanh(logit / cap). Gemma 2 uses 50. Default "
+        "(None): off.",
         above=0,
     )
     window: int | None = option(
         None,
-        "Sliding window: a query sees itself and the window-1 positions before it. None: all.",
+        "Sliding window: a query sees itself and the window-1 positions before it. Default "
+        "(None): all.",
         minimum=1,
     )
     dropout_rate: float = option(0.0, "Dropout on attention weights.", minimum=0, below=1)
@@ -113,7 +119,7 @@ class PeerConfig:
         16_384, "Experts, each of one neuron; the square of a whole number.", minimum=1
     )
     num_heads: int = option(
-        8, "Queries per token; each retrieves experts of its own from the same pool.", minimum=1
+        8, "Queries per token; each retrieves its own experts from the shared pool.", minimum=1
     )
     top_k: int = option(
         16, "Experts per query. A token's active neurons are num_heads * top_k.", minimum=1
@@ -130,7 +136,7 @@ class PeerConfig:
     )
     query_momentum: float = option(
         0.9,
-        "What the running statistics of query_norm='batch' keep of themselves in a training step.",
+        "Decay of the running statistics of query_norm='batch' per training step.",
         minimum=0,
         below=1,
     )
@@ -196,18 +202,24 @@ class SharingConfig:
 
     scheme: str = option(
         "none",
-        "Weights of 6 layers of which 3 are unique. sequence: 0 0 1 1 2 2. cycle: 0 1 2 0 1 2. "
-        "cycle_rev: 0 1 2 2 1 0, so cycle with the last round reversed.",
+        "Which layers share weights; for 6 layers of which 3 are distinct: sequence: 0 0 1 1 2 2. "
+        "cycle: 0 1 2 0 1 2. cycle_rev: 0 1 2 2 1 0 (cycle with the last round reversed).",
         choices=SHARING_SCHEMES,
     )
     prelude_unique: int | None = option(
-        None, "Different layers of the prelude. None: all of them.", minimum=1
+        None,
+        "Number of distinct layers in the prelude. Default (None): no layers share weights.",
+        minimum=1,
     )
     core_unique: int | None = option(
-        None, "Different layers of one core iteration. None: all of them.", minimum=1
+        None,
+        "Number of distinct layers per core iteration. Default (None): no layers share weights.",
+        minimum=1,
     )
     coda_unique: int | None = option(
-        None, "Different layers of the coda. None: all of them.", minimum=1
+        None,
+        "Number of distinct layers in the coda. Default (None): no layers share weights.",
+        minimum=1,
     )
 
     def __post_init__(self) -> None:

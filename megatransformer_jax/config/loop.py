@@ -28,7 +28,7 @@ class TrainConfig:
     precision: str = option(
         "auto",
         "Type of activations. auto: bfloat16 on accelerators, float32 on CPU. Parameters, "
-        "optimiser state, norms, softmax, logits and losses are float32 always.",
+        "optimiser state, norms, softmax, logits and losses are always float32.",
         choices=("auto", "float32", "bfloat16"),
     )
     accumulation: int = option(
@@ -36,18 +36,21 @@ class TrainConfig:
     )
     memory_budget_gib: float | None = option(
         None,
-        "GiB that the compiled step may take on each device. accumulation is then the smallest "
-        "with which it fits, and config.json names it. None: accumulation as given.",
+        "Memory in GiB that the compiled step may use on each device. accumulation then becomes "
+        "the smallest value that fits, and config.json records it. Default (None): accumulation "
+        "as given.",
         above=0,
     )
     z_loss: float = option(
-        0.0, "Weight of the squared log-normaliser, keeps logits small (PaLM uses 1e-4).", minimum=0
+        0.0,
+        "Weight of the squared log-normaliser, which keeps logits small (PaLM uses 1e-4).",
+        minimum=0,
     )
     ema_decay: float | None = option(
         None,
         "Keeps an exponential average of the weights, which validation, samples, the summary and "
-        "generation use: average += (1 - d) (weights - average) with d the smaller of "
-        "this and (1 + t) / (10 + t) after t updates. None: no average.",
+        "generation use: average += (1 - d) (weights - average) with d the smaller of this and (1 "
+        "+ t) / (10 + t) after t updates. Default (None): no average.",
         above=0,
         below=1,
     )
@@ -101,18 +104,21 @@ class CheckpointConfig:
     keep_last: int = option(2, "Newest checkpoints kept.", minimum=1)
     keep_best: int = option(1, "Best checkpoints kept, by best_metric; 0: none.", minimum=0)
     keep_every_steps: int | None = option(
-        None, "Checkpoints at multiples of this are never deleted. None: no such rule.", minimum=1
+        None,
+        "Checkpoints at multiples of this step are never deleted. Default (None): no such rule.",
+        minimum=1,
     )
     best_metric: str = option(
         "validation/loss",
-        "What makes a checkpoint a good one: a number that validation returns. "
-        "validation/exact_accuracy: of reasoning tasks only. Those of images, sound, captions and "
-        "transcriptions: of data.media with the task that makes them.",
+        "Validation metric that ranks checkpoints. validation/exact_accuracy exists for reasoning "
+        "tasks only; metrics of images, sound, captions and transcriptions need the data.media "
+        "task that they measure.",
         choices=tuple(BETTER_ENDS),
     )
     best_mode: str = option(
         "auto",
-        "Which end of best_metric is better. auto: max for accuracies, min for the others.",
+        "Whether a high or a low best_metric is better. auto: max for accuracies, min for the "
+        "others.",
         choices=("auto", "min", "max"),
     )
 
@@ -131,7 +137,7 @@ class CheckpointConfig:
         if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
             raise ConfigError(
                 "keep_every_steps",
-                f"{self.keep_every_steps} is no multiple of every_steps={self.every_steps}, so "
+                f"{self.keep_every_steps} is not a multiple of every_steps={self.every_steps}, so "
                 "there would be nothing to keep; use a multiple.",
             )
 
@@ -170,14 +176,16 @@ class SampleConfig:
     """Text, images and sound made during training."""
 
     every_steps: int = option(200, "Steps between samples; 0: never.", minimum=0)
-    prompts: tuple[str, ...] = option(("The ", "If the "), "What the samples start with.")
+    prompts: tuple[str, ...] = option(("The ", "If the "), "Prompts that the samples continue.")
     max_new_tokens: int = option(48, "Tokens per sample.", minimum=1)
     temperature: float = option(0.7, "0: greedy.", minimum=0)
-    depth: int | None = option(None, "Iterations per token. None: the trained mean.", minimum=1)
+    depth: int | None = option(
+        None, "Iterations per token. Default (None): the trained mean.", minimum=1
+    )
     num_media: int = option(
         8,
-        "With data.source='media': held-out prompts whose image is drawn, images that are "
-        "captioned, and the same with sound; of each at most this many, or rows of a batch.",
+        "With data.source='media': number of held-out prompts to draw and to speak, and of images "
+        "and clips to describe; at most the rows of a batch.",
         minimum=1,
     )
 
@@ -201,7 +209,9 @@ class LoggingConfig:
 
     every_steps: int = option(10, "Steps between log lines and metric points.", minimum=1)
     writers: tuple[str, ...] = option(
-        ("tensorboard",), "Where metrics go besides the log.", choices=("tensorboard", "wandb")
+        ("tensorboard",),
+        "Where metrics are written in addition to the log.",
+        choices=("tensorboard", "wandb"),
     )
     wandb_project: str | None = option(None, "Project for the wandb writer (extra 'wandb').")
     level: str = option(
@@ -258,15 +268,13 @@ class DiagnosticsConfig:
         "gradient_norms: by layer, with the norms of the weights. activations: histograms. "
         "attention_maps: of the first row. token_correlation: mean cosine between tokens. "
         "recurrence: residual, contraction and size of the state by iteration. spectral_radius: "
-        "of the core's Jacobian. depth_draws: iterations drawn since the last time. Empty: all "
-        "that the model has.",
+        "of the core's Jacobian. depth_draws: iterations drawn since the last time. Default "
+        "(empty): all that the model has.",
         choices=DIAGNOSTIC_KINDS,
     )
-    num_rows: int = option(
-        2, "The first so many rows of the first validation batch are looked at.", minimum=1
-    )
+    num_rows: int = option(2, "Number of rows of the first validation batch to look at.", minimum=1)
     num_steps: int | None = option(
-        None, "Iterations that are shown. None: twice the trained mean.", minimum=1
+        None, "Number of iterations to plot. Default (None): twice the trained mean.", minimum=1
     )
 
     def __post_init__(self) -> None:
@@ -274,7 +282,7 @@ class DiagnosticsConfig:
 
     @rule("kinds", "num_rows", "num_steps")
     def _what_is_shown_goes_with_steps(self) -> None:
-        """At their defaults with every_steps=0 (`megatransformer diagnose` has its own options)."""
+        """Keep the default with every_steps=0 (`megatransformer diagnose` has its own options)."""
         if self.every_steps == 0:
             require_defaults(
                 self,
@@ -298,8 +306,10 @@ class DiagnosticsConfig:
 class MeshConfig:
     """Devices per mesh axis; their product must be the number of devices of all processes."""
 
-    data: int = option(-1, "Batch axis. -1: all devices that the other axes leave.", minimum=-1)
-    fsdp: int = option(1, "Batch axis over which parameters are sharded too.", minimum=1)
+    data: int = option(
+        -1, "Batch axis. -1: all devices that the other axes leave over.", minimum=-1
+    )
+    fsdp: int = option(1, "Batch axis over which parameters are sharded as well.", minimum=1)
     tensor: int = option(1, "Heads, feed-forward and vocabulary axis.", minimum=1)
     sequence: int = option(1, "Sequence axis.", minimum=1)
 
@@ -319,8 +329,8 @@ class DistributedConfig:
 
     enabled: bool = option(False, "Joins several processes into one run.")
     coordinator: str | None = option(None, "host:port of process 0.")
-    num_processes: int | None = option(None, "How many processes.", minimum=1)
-    process_id: int | None = option(None, "Which one this is, from 0.", minimum=0)
+    num_processes: int | None = option(None, "Number of processes.", minimum=1)
+    process_id: int | None = option(None, "Index of this process, from 0.", minimum=0)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -18,7 +18,7 @@ from megatransformer_jax.config.option import (
 
 @dataclasses.dataclass(frozen=True)
 class ImageAugmentationConfig:
-    """Changes of the images of the training split, drawn anew for each row from data.seed.
+    """Changes of the images of the training split, redrawn for each row from data.seed.
 
     Images that the model captions are changed. Validation sees them as they are.
     """
@@ -54,7 +54,7 @@ class ImageAugmentationConfig:
         0.0, "Largest relative change of the distance from grey (RGB only).", minimum=0, maximum=1
     )
     targets: bool = option(
-        False, "Changes the images that the model learns to draw as well, which it then draws so."
+        False, "Also augments the images that the model learns to draw. It then draws such images."
     )
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class ImageAugmentationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AudioAugmentationConfig:
-    """Changes of the clips that the model transcribes in training, drawn anew for each row.
+    """Changes of the clips that the model transcribes in training, redrawn for each row.
 
     Clips that the model learns to make, and those of validation, stay as they are.
     """
@@ -124,7 +124,7 @@ class AudioAugmentationConfig:
 
     @rule("min_snr_db", "max_snr_db")
     def _noise_range_is_one(self) -> None:
-        """min_snr_db at most max_snr_db; at their defaults with noise_rate=0."""
+        """min_snr_db at most max_snr_db; both keep their defaults with noise_rate=0."""
         if self.min_snr_db > self.max_snr_db:
             raise ConfigError(
                 "min_snr_db",
@@ -134,7 +134,7 @@ class AudioAugmentationConfig:
 
     @rule("max_time_mask", "max_frequency_mask")
     def _widths_need_masks(self) -> None:
-        """At their defaults without time_masks, frequency_masks."""
+        """Keep the default without time_masks or frequency_masks."""
         self._only_with("time_masks", "max_time_mask")
         self._only_with("frequency_masks", "max_frequency_mask")
 
@@ -172,14 +172,16 @@ class ImageDataConfig:
     folder: str | None = option(
         None,
         "image_folder: a folder with captions.jsonl, lines of "
-        '{"image": file, "caption": text}, or with images each beside a .txt of its name.',
+        '{"image": file, "caption": text}, or with images each next to a .txt of its name.',
     )
     tfds_name: str | None = option(None, "TFDS name, for example 'coco_captions'.")
     tfds_split: str = option("train", "TFDS split to train on.")
     tfds_validation_split: str | None = option(
-        None, "TFDS split to validate on; None: data.validation_fraction is held out."
+        None, "TFDS split to validate on. Default (None): data.validation_fraction is held out."
     )
-    tfds_data_dir: str | None = option(None, "Where TFDS finds prepared sets. None: its default.")
+    tfds_data_dir: str | None = option(
+        None, "Where TFDS finds prepared sets. Default (None): its default."
+    )
     image_field: str = option("image", "tfds: feature with the image.")
     caption_field: str = option(
         "captions/text", "tfds: feature with the caption or captions; / goes into nested features."
@@ -216,7 +218,7 @@ class ImageDataConfig:
 
     @rule("caption_style", "num_crops")
     def _own_options_need_their_source(self) -> None:
-        """At their defaults unless source='digits', source='photographs'."""
+        """Keep the default unless the source uses it (digits or photographs)."""
         check_only_for(self, ("digits",), "caption_style")
         check_only_for(self, ("photographs",), "num_crops")
 
@@ -236,15 +238,17 @@ class AudioDataConfig:
     folder: str | None = option(
         None,
         "audio_folder: a folder with transcripts.jsonl, lines of "
-        '{"audio": file, "transcript": text}, or with WAV or FLAC files each beside a .txt of '
+        '{"audio": file, "transcript": text}, or with WAV or FLAC files each next to a .txt of '
         "its name.",
     )
     tfds_name: str | None = option(None, "TFDS name, for example 'librispeech'.")
     tfds_split: str = option("train", "TFDS split to train on.")
     tfds_validation_split: str | None = option(
-        None, "TFDS split to validate on; None: data.validation_fraction is held out."
+        None, "TFDS split to validate on. Default (None): data.validation_fraction is held out."
     )
-    tfds_data_dir: str | None = option(None, "Where TFDS finds prepared sets. None: its default.")
+    tfds_data_dir: str | None = option(
+        None, "Where TFDS finds prepared sets. Default (None): its default."
+    )
     audio_field: str = option("speech", "tfds: feature with the samples.")
     transcript_field: str = option("text", "tfds: feature with the transcript or caption.")
     tfds_sample_rate_hz: int | None = option(
@@ -277,7 +281,7 @@ class AudioDataConfig:
     )
     num_tones: int = option(2000, "tones: number of clips, each a record.", minimum=2)
     cache_dir: str | None = option(
-        None, "espeak-ng: folder that keeps what has been spoken. None: only in memory."
+        None, "espeak-ng: folder that keeps what has been spoken. Default (None): only in memory."
     )
     on_wrong_audio: str = option(
         "error",
@@ -304,14 +308,14 @@ class AudioDataConfig:
 
     @rule("voices", "rates_wpm", "pitches")
     def _voices_are_named(self) -> None:
-        """None is empty."""
+        """No item is empty."""
         for name in ("voices", "rates_wpm", "pitches"):
             if not getattr(self, name):
                 raise ConfigError(name, "() leaves nothing to choose from; give at least one.")
 
     @rule("voices", "rates_wpm", "pitches", "cache_dir", "max_words", "num_tones")
     def _own_options_need_their_source(self) -> None:
-        """At their defaults with sources that have no use for them."""
+        """Keep the default with sources that do not use it."""
         speaking = ("auto", *ESPEAK_SOURCES)
         check_only_for(self, speaking, "voices", "rates_wpm", "pitches", "cache_dir")
         check_only_for(self, ("speech",), "max_words")
@@ -319,7 +323,7 @@ class AudioDataConfig:
 
     @rule("is_voice", "on_wrong_audio")
     def _clips_of_others_are_described(self) -> None:
-        """At their defaults unless source is audio_folder or tfds."""
+        """Keep the default unless source is audio_folder or tfds."""
         check_only_for(self, ("audio_folder", "tfds"), "is_voice", "on_wrong_audio")
 
 
@@ -334,8 +338,8 @@ class MediaDataConfig:
         "image, then its caption. speak: transcript, then a clip to make. transcribe: a clip, "
         "then its transcript. text: embedded English text.",
     )
-    images_per_row: int = option(1, "Slots for images in each row (I).", minimum=1)
-    audio_per_row: int = option(1, "Slots for clips in each row (A).", minimum=1)
+    images_per_row: int = option(1, "Number of image slots in each row (I).", minimum=1)
+    audio_per_row: int = option(1, "Number of clip slots in each row (A).", minimum=1)
     images: ImageDataConfig = section(ImageDataConfig, "Source of images.")
     audio: AudioDataConfig = section(AudioDataConfig, "Source of sound.")
 
@@ -378,7 +382,7 @@ class MediaDataConfig:
 
     @rule("images", "audio", "images_per_row", "audio_per_row")
     def _sources_need_tasks(self) -> None:
-        """At their defaults unless a task uses images, sound."""
+        """Keep the default unless a task uses images or sound."""
         for name, used, tasks in (
             ("images", self.has_images, IMAGE_TASKS),
             ("audio", self.has_audio, AUDIO_TASKS),

@@ -71,7 +71,8 @@ class MlpConfig:
 
     @rule("peer", "hidden_width", "bias")
     def _options_are_of_the_kind(self) -> None:
-        """peer is at its defaults unless kind='peer', which has no hidden_width and no bias."""
+        """The peer section keeps its defaults unless kind='peer'; with kind='peer', hidden_width
+        and bias keep theirs."""
         if self.kind == "peer":
             for name in ("hidden_width", "bias"):
                 value, default = getattr(self, name), default_of(self.__dataclass_fields__[name])
@@ -157,9 +158,9 @@ class ModelConfig:
     )
     scan_layers: bool = option(
         False,
-        "Runs the layers of a stack in a loop over their stacked weights: more layers take no "
-        "longer to compile, but the weights are copied in every pass and nothing is fused across "
-        "layers. Passes with a cache lay all layers out all the same.",
+        "Runs the layers of a stack in a loop over their stacked weights. Compile time then does "
+        "not grow with the number of layers, but the weights are copied in every pass and nothing "
+        "is fused across layers. Passes with a cache unroll the layers regardless.",
     )
     loss_weighting: str = option(
         "fixed",
@@ -250,7 +251,7 @@ class ModelConfig:
 
     @rule("recurrence")
     def _recurrence_needs_a_core(self) -> None:
-        """At its defaults when core_layers=0."""
+        """Keep the default when core_layers=0."""
         if self.is_recurrent:
             return
         defaults = RecurrenceConfig()
@@ -309,7 +310,7 @@ class ModelConfig:
 
     @rule("image", "audio")
     def _media_options_need_media(self) -> None:
-        """At their defaults unless image.enabled=True, audio.enabled=True."""
+        """Keep the default unless image.enabled=True or audio.enabled=True."""
         for name, default in (("image", ImageConfig()), ("audio", AudioConfig())):
             own = getattr(self, name)
             if not own.enabled and own != default:

@@ -21,7 +21,9 @@ from megatransformer_jax.config.option import (
 class SgdConfig:
     """Stochastic gradient descent."""
 
-    momentum: float = option(0.9, "Decay of the sum of gradients. 0: none.", minimum=0, below=1)
+    momentum: float = option(
+        0.9, "Decay of the sum of gradients. 0: no momentum.", minimum=0, below=1
+    )
     nesterov: bool = option(False, "Looks ahead by one step of the momentum.")
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class MuonConfig:
 
     momentum: float = option(0.95, "Decay of the matrices' momentum.", minimum=0, below=1)
     nesterov: bool = option(True, "Looks ahead by one step of the momentum.")
-    newton_schulz_steps: int = option(5, "Iterations that make it orthogonal.", minimum=1)
+    newton_schulz_steps: int = option(5, "Number of orthogonalisation iterations.", minimum=1)
     consistent_rms: float | None = option(
         0.2,
         "Root mean square of a matrix's update before the learning rate; 0.2 is about AdamW's, so "
@@ -91,7 +93,8 @@ class GrokfastConfig:
     lamb: float = option(2.0, "How much of the slow part is added.", above=0)
     window: int = option(100, "ma only: gradients in the mean.", minimum=1)
     warmup: bool = option(
-        True, "ma only: adds nothing before there are `window`. False: the mean of those there are."
+        True,
+        "ma only: starts only after `window` gradients. False: averages the gradients seen so far.",
     )
 
     def __post_init__(self) -> None:
@@ -99,7 +102,7 @@ class GrokfastConfig:
 
     @rule("alpha", "lamb", "window", "warmup")
     def _options_go_with_their_filter(self) -> None:
-        """At their defaults with a filter that does not read them."""
+        """Keep the default with a filter that does not use it."""
         unread = {
             "none": ("alpha", "lamb", "window", "warmup"),
             "ema": ("window", "warmup"),
@@ -189,7 +192,7 @@ class OptimizerConfig:
 
     @rule("beta1", "beta2", "eps", "sgd", "adafactor", "muon")
     def _options_go_with_their_optimizer(self) -> None:
-        """At its default unless `name` is one that reads it (beta1: adamw, lion, muon,
+        """Keep the default unless `name` is one that reads it (beta1: adamw, lion, muon,
         schedule_free_*; beta2: the same but schedule_free_sgd; eps: adamw, muon,
         schedule_free_adamw)."""
         for option_name, readers in _READERS.items():
@@ -289,7 +292,8 @@ def _parse_group(text: str) -> ParameterGroup:
         pattern = re.compile(regex.strip())
     except re.error as error:
         raise ConfigError(
-            "groups", f"{regex.strip()!r} in {text!r} is no regular expression ({error}); mend it."
+            "groups",
+            f"{regex.strip()!r} in {text!r} is not a regular expression ({error}); fix it.",
         ) from error
     values: dict[str, float] = {}
     for setting in settings.split(","):

@@ -211,7 +211,7 @@ def wrong_type(value: Any, declared: Any) -> str:
 def has_type(value: Any, declared: Any, exact: bool = False) -> bool:
     """Whether `value` is of the declared type.
 
-    A bool is no int. An int serves as a float, unless `exact`.
+    A `bool` does not count as an `int`; an `int` is accepted as a `float` unless `exact` is set.
     """
     origin = typing.get_origin(declared)
     if origin in (typing.Union, types.UnionType):

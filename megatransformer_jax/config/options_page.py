@@ -23,24 +23,22 @@ _HEADER = """\
 
 <!-- Made by `python -m megatransformer_jax.config.options_page`; do not edit. -->
 
-Every option of a run, and below those of [generation](#generation). Set one of a run on the command
-line as `--config.PATH=VALUE`, in a Python experiment or a YAML or JSON file by its nested name.
-What is given later wins: default, preset, experiment file, command line. Unknown names, wrong types
-and values that break a check are errors.
+This page lists every option of a run, followed by those of [generation](#generation). Set an option
+of a run on the command line as `--config.PATH=VALUE`, or by its nested name in a Python experiment,
+a YAML file or a JSON file. Later sources override earlier ones: default, preset, experiment file,
+command line. Unknown names, wrong types and values that fail a check are errors.
 
-On the command line, `None` unsets an option that allows it. Items of a tuple are separated by
-commas (`--config.evaluation.final_depths=1,2,4`); items that hold commas need a Python list
-(`--config.samples.prompts="['Yes, ', 'No, ']"`). Whole numbers are written
-in full: `1000`, not `1e3`.
+On the command line, `None` unsets an option that allows it. Separate the items of a tuple by commas
+(`--config.evaluation.final_depths=1,2,4`). Items that contain commas need a Python list
+(`--config.samples.prompts="['Yes, ', 'No, ']"`). Write whole numbers in full: `1000`, not `1e3`.
 
 Presets (`--config.preset=NAME`): {presets}.
 """
 
 _GENERATION = """\
-How a trained model continues prompts, as options of `megatransformer generate`; in
-`GenerationConfig` they have the same names, those of the cache without `cache_`. The command's own
-options, such as `--prompt`, are in its `--help`. An option that another one leaves without effect
-is an error, not ignored.
+These options of `megatransformer generate` control how a trained model continues prompts. They have
+the same names in Python (`lm.generate(prompt, depth=16)`). The command's remaining options, such as
+`--prompt`, are listed by `--help`. An option that would have no effect is an error.
 """
 
 _TABLE = "| Option | Type | Default | Meaning | Check |\n| --- | --- | --- | --- | --- |"
@@ -77,7 +75,13 @@ def _tables(
     yield table(title, "", [])
     for path, section_class, meaning in sections_of(config_class):
         doc = " ".join((section_class.__doc__ or meaning).split())
-        notes = [doc, *(f"The whole section: {rule}" for rule in rules.get(path, []))]
+        notes = [
+            doc,
+            *(
+                f"For the whole section: {rule[0].lower()}{rule[1:]}"
+                for rule in rules.get(path, [])
+            ),
+        ]
         yield table(section_title.format(path), path, notes)
 
 

@@ -26,7 +26,9 @@ class RecurrenceConfig:
         "diagonal only: exact discretisation, (1 - exp(-dt A)) / A instead of dt on the input.",
     )
     core_width: int | None = option(
-        None, "Width of the core if it differs from the model's. None: the same.", minimum=1
+        None,
+        "Width of the core if it differs from the model's. Default (None): the same.",
+        minimum=1,
     )
     injection_norm: bool = option(False, "Normalises the prelude's output before injection.")
     iteration_norm: bool = option(False, "Normalises the core's output after every iteration.")
@@ -44,7 +46,10 @@ class RecurrenceConfig:
     )
     mean_steps: int = option(8, "Mean number of iterations in training (r).", minimum=1)
     backprop_depth: int = option(
-        4, "Last iterations that gradients flow through (k); the rest run without.", minimum=1
+        4,
+        "Number of last iterations that gradients flow through (k); the iterations "
+        "before run without gradients.",
+        minimum=1,
     )
     sampling: str = option(
         "lognormal_poisson",
@@ -81,7 +86,8 @@ class RecurrenceConfig:
     ramp_from: int = option(1, "Mean number of iterations at step 0 of the ramp.", minimum=1)
     unroll: int = option(
         1,
-        "Gradient iterations laid out per loop turn; more compiles longer, may run faster.",
+        "Gradient iterations unrolled per loop turn. Larger values compile longer and may run "
+        "faster.",
         minimum=1,
     )
 
@@ -132,7 +138,7 @@ class RecurrenceConfig:
 
     @rule("ramp_steps", "ramp_from")
     def _ramp_options_go_together(self) -> None:
-        """ramp='none' needs both at their defaults, the other ramps need ramp_steps >= 1."""
+        """With ramp='none' both keep their defaults; the other ramps need ramp_steps >= 1."""
         if self.ramp == "none":
             require_defaults(self, ("ramp_steps", "ramp_from"), "with ramp='none'", "choose a ramp")
         elif self.ramp_steps == 0:
@@ -182,7 +188,9 @@ class ExitGateTrainingConfig:
     """The gate's term of the loss: weight * (expected loss over iterations + kl_weight * KL of the
     exit distribution from the prior)."""
 
-    weight: float = option(1.0, "Weight of the term beside the loss at the drawn depth.", above=0)
+    weight: float = option(
+        1.0, "Weight of the term relative to the loss at the drawn depth.", above=0
+    )
     kl_weight: float = option(
         0.05,
         "Weight, within the term, of the KL divergence in nats of the exit distribution from the "
@@ -196,12 +204,14 @@ class ExitGateTrainingConfig:
         choices=("uniform", "geometric"),
     )
     prior_mean: float | None = option(
-        None, "Mean iterations of the geometric prior, before it is cut at max_steps.", above=1
+        None,
+        "Mean of the geometric prior in iterations, before it is truncated at max_steps.",
+        above=1,
     )
     max_steps: int | None = option(
         None,
-        "Iterations that the term looks at; the last takes what probability is left. None: twice "
-        "model.recurrence.mean_steps.",
+        "Iterations that the term covers; the last one takes the remaining probability. Default "
+        "(None): twice model.recurrence.mean_steps.",
         minimum=2,
     )
     detach: bool = option(
@@ -226,7 +236,7 @@ class ExitGateTrainingConfig:
 
     @rule("prior", "prior_mean")
     def _prior_needs_a_weight(self) -> None:
-        """At their defaults with kl_weight=0."""
+        """Keep the default with kl_weight=0."""
         if self.kl_weight == 0:
             require_defaults(self, ("prior", "prior_mean"), "with kl_weight=0", "raise kl_weight")
 

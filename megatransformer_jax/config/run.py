@@ -60,7 +60,7 @@ class RunConfig:
         "NAME=value pairs put into the process environment before JAX starts, such as XLA_FLAGS.",
     )
     compilation_cache_dir: str | None = option(
-        None, "Keeps compiled programs between runs. None: no cache."
+        None, "Folder that keeps compiled programs between runs. Default (None): no cache."
     )
     model: ModelConfig = section(ModelConfig, "Architecture.")
     data: DataConfig = section(DataConfig, "Data.")
@@ -74,7 +74,9 @@ class RunConfig:
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
     evaluation: EvaluationConfig = section(EvaluationConfig, "Validation.")
     samples: SampleConfig = section(SampleConfig, "Samples.")
-    diagnostics: DiagnosticsConfig = section(DiagnosticsConfig, "Looks into the model.")
+    diagnostics: DiagnosticsConfig = section(
+        DiagnosticsConfig, "Figures that show the inside of the model during training."
+    )
     logging: LoggingConfig = section(LoggingConfig, "Logging.")
     vocoder: VocoderConfig = section(VocoderConfig, "The vocoder, with kind='vocoder'.")
     image_vae: ImageVaeRunConfig = section(
@@ -92,21 +94,21 @@ class RunConfig:
 
     @rule("vocoder", "image_vae")
     def _other_kinds_sections_are_not_set(self) -> None:
-        """At its defaults unless kind names it."""
+        """Keep the default unless `kind` names the section."""
         check_own_sections(self)
 
     @rule("kind")
     def _other_kinds_are_no_transformers(self) -> None:
-        """With another kind than 'transformer' options that only transformers have are at their
-        defaults: preset, model, fine_tuning, diagnostics, terms of the loss, the memory budget,
-        text samples, final depths, the tensor and sequence axes of the mesh."""
+        """For other kinds than 'transformer', options that apply only to transformers must keep
+        their default values: preset, model, fine_tuning, diagnostics, terms of the loss, the memory
+        budget, text samples, final depths, and the tensor and sequence axes of the mesh."""
         check_no_transformer(self)
 
     @rule("kind", "data.media.tasks")
     def _other_kinds_read_one_medium(self) -> None:
-        """With kind='vocoder' data.source='media' and data.media.tasks=('speak=1',), with
-        kind='image_vae' ('draw=1',); no text, so that data.tokenizer.kind='bytes', and no
-        augmentation."""
+        """kind='vocoder' needs data.source='media' and data.media.tasks=('speak=1',);
+        kind='image_vae' needs ('draw=1',). Both read no text, so data.tokenizer.kind='bytes' and
+        augmentation is off."""
         check_media_source(self)
 
     @rule("environment")
@@ -225,13 +227,14 @@ class RunConfig:
 
     @rule("model.image", "model.audio")
     def _media_go_without_text_only_options(self) -> None:
-        """With media no train.memory_budget_gib, train.stability.jacobian_weight, diagnostics,
-        other text samples than the defaults, model.exit_gate and model.residual='admin'."""
+        """Models with images or sound do not support train.memory_budget_gib,
+        train.stability.jacobian_weight, diagnostics, text samples other than the defaults,
+        model.exit_gate and model.residual='admin'."""
         check_text_only_options(self)
 
     @rule("samples.num_media")
     def _media_samples_need_media(self) -> None:
-        """At its default unless a transformer has images or sound."""
+        """Keep the default unless the model is a transformer with images or sound."""
         check_media_samples(self)
 
     @rule("model.max_length")
@@ -292,7 +295,7 @@ class RunConfig:
 
     @rule("train.exit_gate")
     def _gate_training_needs_a_gate(self) -> None:
-        """At its defaults unless model.exit_gate.enabled=True."""
+        """Keep the default unless model.exit_gate.enabled=True."""
         if not self.model.exit_gate.enabled:
             names = [field.name for field in dataclasses.fields(ExitGateTrainingConfig)]
             try:
@@ -389,7 +392,7 @@ class RunConfig:
 
     @rule("samples.prompts", "samples.max_new_tokens", "samples.temperature")
     def _text_samples_need_text(self) -> None:
-        """At their defaults with data.source='reasoning', which shows solved problems instead."""
+        """Keep the default with data.source='reasoning', which shows solved problems instead."""
         if self.data.source == "reasoning":
             try:
                 require_defaults(

@@ -31,27 +31,27 @@ class DepthConfig:
 
     depth: int | None = option(
         None,
-        "Iterations per token, at most. None: the mean in training.",
+        "Iterations per token, at most. Default (None): the mean in training.",
         minimum=1,
         maximum=MAX_COUNT,
     )
     exit_criterion: str = option(
         "fixed",
-        "What ends a token's iterations before depth. fixed: nothing. The others measure how much "
-        "an iteration changed: latent_diff and cosine the core's state; entropy_diff, kl and "
-        "minp_kl the distribution of the next token; argmax_stability counts iterations in a row "
-        "that kept the likeliest token. learned_gate: the model's trained exit gate, if it has one "
-        "(model.exit_gate.enabled).",
+        "Criterion that ends a token's iterations before depth. fixed: none. The others measure "
+        "how much an iteration changed: latent_diff and cosine compare the core's state; "
+        "entropy_diff, kl and minp_kl compare the distribution of the next token; "
+        "argmax_stability counts consecutive iterations with the same likeliest token. "
+        "learned_gate: the model's trained exit gate (model.exit_gate.enabled).",
         choices=EXIT_CRITERIA,
     )
     exit_threshold: float | None = option(
         None,
-        "A token is done once its value is below this (argmax_stability: at least this). "
-        "None: the criterion's default, see models/exit_criteria.py.",
+        "A token exits once its value is below this (argmax_stability: at least this). Default "
+        "(None): the criterion's default, see models/exit_criteria.py.",
         above=0,
     )
     min_depth: int = option(
-        1, "No token exits after fewer iterations.", minimum=1, maximum=MAX_COUNT
+        1, "Smallest number of iterations before a token may exit.", minimum=1, maximum=MAX_COUNT
     )
     warm_start: bool = option(
         False, "A token's first state is the last state of the token before it (arXiv 2502.05171)."
@@ -62,7 +62,7 @@ class DepthConfig:
 
     @rule("exit_threshold", "min_depth")
     def _exit_options_need_a_criterion(self) -> None:
-        """At its default with exit_criterion='fixed'."""
+        """Keep the default with exit_criterion='fixed'."""
         if self.exit_criterion == "fixed":
             require_defaults(
                 self,
@@ -98,7 +98,8 @@ class CacheConfig:
 
     slots: int | None = option(
         None,
-        "Slots of each core layer, shared by the iterations. None: one slot per iteration.",
+        "Slots of each core layer, shared by the iterations. Default (None): one slot per "
+        "iteration.",
         minimum=1,
         maximum=MAX_COUNT,
     )
@@ -111,19 +112,19 @@ class CacheConfig:
     )
     exited_reads: str = option(
         "latest",
-        "What deeper iterations of later tokens read of a token that exited early. latest: its "
-        "last keys and values. skip: nothing, they do not see it.",
+        "What later tokens read, at deeper iterations, of a token that exited early. latest: its "
+        "last keys and values. skip: they do not see it.",
         choices=("latest", "skip"),
     )
     capacity: int | None = option(
         None,
-        "Tokens that the cache has room for. None: prompt and new tokens, rounded up.",
+        "Cache capacity in tokens. Default (None): prompt and new tokens, rounded up.",
         minimum=2,
         maximum=MAX_COUNT,
     )
     prefill_chunk: int | None = option(
         None,
-        "Prompt tokens read in one pass, which limits memory. None: the whole prompt.",
+        "Prompt tokens per prefill pass, which limits memory. Default (None): the whole prompt.",
         minimum=1,
         maximum=MAX_COUNT,
     )
@@ -133,7 +134,7 @@ class CacheConfig:
 
     @rule("sharing")
     def _sharing_needs_slots(self) -> None:
-        """At its default without slots."""
+        """Keep the default without slots."""
         if self.slots is None:
             require_defaults(self, ("sharing",), "as every iteration has its own slot", "set slots")
 
@@ -158,12 +159,12 @@ class SamplingConfig:
 
     temperature: float = option(
         1.0,
-        "Divides the scores. Below 1 favours likely tokens, above 1 evens out. 0: the likeliest "
-        "token, with strategy speculative or parallel.",
+        "Divides the logits. Values below 1 favour likely tokens, values above 1 flatten the "
+        "distribution. 0: the likeliest token, with strategy speculative or parallel.",
         minimum=0,
     )
     top_k: int | None = option(
-        None, "Keeps this many of the likeliest tokens.", minimum=1, maximum=MAX_COUNT
+        None, "Keeps only this many of the likeliest tokens.", minimum=1, maximum=MAX_COUNT
     )
     top_p: float | None = option(
         None,
@@ -187,19 +188,19 @@ class SamplingConfig:
     )
     repetition_penalty: float = option(
         1.0,
-        "Divides positive scores of tokens that occurred, in the prompt too, and multiplies "
-        "negative ones (arXiv 1909.05858). 1: none.",
+        "Divides positive logits of tokens that have occurred (the prompt included) and "
+        "multiplies negative ones (arXiv 1909.05858). 1: no penalty.",
         above=0,
     )
     presence_penalty: float = option(
-        0.0, "Taken off the score of a token that has been generated before."
+        0.0, "Subtracted from the logit of a token that has been generated before."
     )
     frequency_penalty: float = option(
-        0.0, "Taken off the score of a token as often as it has been generated before."
+        0.0, "Subtracted from the logit of a token once for each time it has been generated."
     )
     no_repeat_ngram: int | None = option(
         None,
-        "No run of this many tokens occurs twice. None: no limit.",
+        "No run of this many tokens occurs twice. Default (None): no limit.",
         minimum=1,
         maximum=MAX_COUNT,
     )
@@ -228,7 +229,7 @@ class SamplingConfig:
 
     @rule("forced_words")
     def _no_word_is_banned_and_forced(self) -> None:
-        """Contain none of banned_words."""
+        """Must not contain banned_words."""
         for forced in self.forced_words:
             for banned in self.banned_words:
                 if banned in forced:
@@ -254,7 +255,7 @@ def check_encodable(name: str, texts: Sequence[str]) -> None:
     """Checks that texts can be written in UTF-8.
 
     Raises:
-      ConfigError: if one has a lone surrogate; a command line has them for bytes that are no text.
+      ConfigError: if one has a lone surrogate; a command line has them for bytes that are not text.
     """
     for text in texts:
         try:
@@ -262,6 +263,6 @@ def check_encodable(name: str, texts: Sequence[str]) -> None:
         except UnicodeEncodeError as error:
             raise ConfigError(
                 name,
-                f"{text!r} has {text[error.start]!r} at character {error.start}, which is no text; "
-                "write it in UTF-8.",
+                f"{text!r} has {text[error.start]!r} at character {error.start}, which is not "
+                "text; write it in UTF-8.",
             ) from error

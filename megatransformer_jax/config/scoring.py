@@ -38,31 +38,34 @@ class ScoringConfig:
 
     depths: tuple[int, ...] = option(
         (),
-        "Iterations of the core, one row of the table for each. Empty: evaluation.final_depths of "
-        "the run; of other models a quarter, half, all and twice of the mean in training.",
+        "Depths to score, one row of the table for each. Default (empty): evaluation.final_depths "
+        "of the run; for other models a quarter, half, all and twice the trained mean.",
         minimum=1,
         maximum=MAX_COUNT,
     )
     files: tuple[str, ...] = option(
         (),
-        "Files with text to score (.txt, .jsonl, .parquet). Empty: the validation split of the "
-        "run.",
+        "Files with text to score (.txt, .jsonl, .parquet). Default (empty): the validation split "
+        "of the run.",
     )
     text_field: str = option("text", "Field with the text, of .jsonl and .parquet files.")
     num_batches: int | None = option(
-        None, "Batches that are scored, at most. None: all.", minimum=1, maximum=MAX_COUNT
+        None,
+        "Largest number of batches to score. Default (None): all.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     sequence_length: int | None = option(
         None,
-        "Tokens per row of a batch. None: data.sequence_length of the run; of other models 1024, "
-        "or less if the model reads less.",
+        "Tokens per row of a batch. Default (None): data.sequence_length of the run; of other "
+        "models 1024, or less if the model reads less.",
         minimum=1,
         maximum=MAX_COUNT,
     )
     batch_size: int | None = option(
         None,
-        "Rows that are scored, or prompts that are continued, at once. None: data.batch_size of "
-        "the run; otherwise 8.",
+        "Rows that are scored, or prompts that are continued, at once. Default (None): "
+        "data.batch_size of the run; otherwise 8.",
         minimum=1,
         maximum=MAX_COUNT,
     )
@@ -73,35 +76,38 @@ class ScoringConfig:
     )
     media_per_class: int | None = option(
         None,
-        "Of a model that draws or speaks digits: how many it makes of each, at each depth, for "
-        "judges that know real ones. None: 20; 0: none.",
+        "For a model that draws or speaks digits: how many of each it makes at each depth, for "
+        "judges trained on real ones. Default (None): 20. 0: none.",
         minimum=0,
         maximum=MAX_COUNT,
     )
     guidance_scale: float | None = option(
-        None, "Classifier-free guidance of what is made. None: as in the run's config.", minimum=0
+        None,
+        "Classifier-free guidance of what is made. Default (None): as in the run's config.",
+        minimum=0,
     )
     sampler_steps: int | None = option(
         None,
-        "Steps of the sampler for what is made. None: as in the run's config.",
+        "Steps of the sampler for what is made. Default (None): as in the run's config.",
         minimum=1,
         maximum=MAX_COUNT,
     )
     resynthesized_clips: int | None = option(
         None,
-        "Of a model with sound: held-out clips that are made again from their spectrograms and "
-        "compared with themselves (PESQ, STOI, SI-SDR). None: 8; 0: none.",
+        "For a model with sound: held-out clips to resynthesise from their spectrograms and "
+        "compare with the originals (PESQ, STOI, SI-SDR). Default (None): 8. 0: none.",
         minimum=0,
         maximum=MAX_COUNT,
     )
     vocoder: str | None = option(
         None,
-        "Folder of a run with kind='vocoder' that makes them. None: Griffin and Lim's method.",
+        "Folder of a run with kind='vocoder' for the resynthesis. Default (None): Griffin and "
+        "Lim's method.",
     )
     seed: int | None = option(
         None,
-        "Seed of the core's first states and of draws. None: what validation in training has; of "
-        "models that are not a run, and of generation, 0.",
+        "Seed of the core's first states and of random draws. Default (None): the seed of "
+        "validation in training; for other models, and for generation, 0.",
         minimum=0,
         maximum=MAX_SEED,
     )
@@ -117,7 +123,7 @@ class ScoringConfig:
 
     @rule("depths")
     def _depths_differ(self) -> None:
-        """Each once."""
+        """Each depth once."""
         if len(set(self.depths)) != len(self.depths):
             raise ConfigError("depths", f"{self.depths} names one twice; give each once.")
 

@@ -112,7 +112,7 @@ class VocoderLossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DiscriminatorConfig:
-    """Networks that tell generated waveforms from recorded ones; trained beside the generator.
+    """Networks that tell generated waveforms from recorded ones, trained with the generator.
 
     Least-squares losses (arXiv 1611.04076) and feature matching, as HiFi-GAN has them.
     """
@@ -125,7 +125,7 @@ class DiscriminatorConfig:
     )
     num_scales: int = option(
         3,
-        "Multi-scale discriminators: the first hears the waveform, each further one at half the "
+        "Multi-scale discriminators: the first reads the waveform, each following one half the "
         "rate of the one before.",
         minimum=0,
     )
@@ -140,7 +140,7 @@ class DiscriminatorConfig:
 
     @rule("periods", "num_scales", "width", "weight", "feature_weight")
     def _options_need_discriminators(self) -> None:
-        """At their defaults with enabled=False."""
+        """Keep the default with enabled=False."""
         if not self.enabled:
             require_defaults(
                 self,
@@ -173,12 +173,12 @@ class VocoderConfig:
     )
     width: int = option(256, "Channels at the rate of frames.", minimum=1)
     segment_frames: int = option(
-        32, "Frames of the random pieces of clips that it is trained on.", minimum=1
+        32, "Length in frames of the random clip segments used for training.", minimum=1
     )
     mel: MelConfig = section(MelConfig, "The spectrograms that it reads.")
     istft: IstftConfig = section(IstftConfig, "The generator with kind='istft'.")
     hifigan: HifiganConfig = section(HifiganConfig, "The generator with kind='hifigan'.")
-    loss: VocoderLossConfig = section(VocoderLossConfig, "Comparison with recorded waveforms.")
+    loss: VocoderLossConfig = section(VocoderLossConfig, "Losses against recorded waveforms.")
     discriminator: DiscriminatorConfig = section(DiscriminatorConfig, "Adversarial training.")
 
     def __post_init__(self) -> None:
@@ -186,7 +186,7 @@ class VocoderConfig:
 
     @rule("istft", "hifigan")
     def _only_the_chosen_generator_has_options(self) -> None:
-        """At its defaults with another kind."""
+        """Keep the default with the other kind."""
         for name in VOCODERS:
             if name != self.kind:
                 require_defaults(self, (name,), f"with kind={self.kind!r}", f"set kind={name!r}")

@@ -28,7 +28,7 @@ SHARED_MEMORY_BYTES = 4 << 20
 
 @dataclasses.dataclass(frozen=True)
 class TokenizeDocument(grain.transforms.Map):
-    """Text to token ids; what is no text passes as it is. Runs in the worker processes."""
+    """Text to token ids; what is not text passes as it is. Runs in the worker processes."""
 
     tokenizer: Tokenizer
 
@@ -79,7 +79,7 @@ def _live_with_parent(worker_index: int, worker_count: int) -> None:
 
     A terminal, `timeout` and schedulers send their signals to all processes of a group. A worker
     that dies of one in the middle of a message leaves the training process waiting for the rest of
-    it, for ever; that process ends its workers itself.
+    it, forever; that process ends its workers itself.
     """
     del worker_index, worker_count
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -97,7 +97,7 @@ def _live_with_parent(worker_index: int, worker_count: int) -> None:
 class Documents:
     """Opens the stream of documents at any number. One is open at a time.
 
-    With `augmentation` each document is changed as that says, anew in each epoch; hidden tokens
+    With `augmentation` each document is changed as that says, again in each epoch; hidden tokens
     are as `token_dropout` describes them.
     """
 
@@ -160,7 +160,7 @@ class Documents:
         The stream that is open stays as it is.
         """
         document = self._dataset[number]
-        assert isinstance(document, np.ndarray), "a bad record is no document"
+        assert isinstance(document, np.ndarray), "a bad record is not a document"
         return document
 
     def close(self) -> None:

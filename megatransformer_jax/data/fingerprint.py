@@ -121,7 +121,7 @@ def _add(digest: Any, content: bytes) -> None:
 def media_fingerprint(
     config: DataConfig, fingerprint_files: typing.Callable[[list[str]], str]
 ) -> str:
-    """What decides the media beside the configuration, in words for a message.
+    """What decides the media in addition to the configuration, in words for a message.
 
     Args:
       config: with source='media'.

@@ -1,4 +1,4 @@
-"""Hugging Face's tokenizer.json, as it lies beside published weights such as Huginn's.
+"""Hugging Face's tokenizer.json, as it lies next to published weights such as Huginn's.
 
 Needs the `tokenizers` library (extra 'huginn').
 """
@@ -34,7 +34,7 @@ class HuggingFaceTokenizer:
 
     Special tokens that are written out in a text ('<|begin_header|>') are recognised, as chat
     formats need it; none is added. `decode` gives the text of the pieces as it is: the cleaning of
-    blanks before punctuation that some tokenizer_config.json ask for is not made.
+    spaces before punctuation that some tokenizer_config.json ask for is not made.
 
     Attributes:
       definition: the text of tokenizer.json.
@@ -45,7 +45,7 @@ class HuggingFaceTokenizer:
       name: for messages only.
 
     Raises:
-      UserError: if the text is no tokenizer, or the library is not installed.
+      UserError: if the text is not a tokenizer, or the library is not installed.
     """
 
     definition: str = dataclasses.field(repr=False)

@@ -69,10 +69,10 @@ class MediaTokenizer:
         """The closing token that belongs to an opening one.
 
         Raises:
-          ValueError: if `token` is no opening token.
+          ValueError: if `token` is not an opening token.
         """
         if not self.medium_after(token):
-            raise ValueError(f"{token} is no opening token; those are {self.opening_ids}.")
+            raise ValueError(f"{token} is not an opening token; those are {self.opening_ids}.")
         return token + 1
 
     @property

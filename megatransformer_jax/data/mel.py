@@ -35,7 +35,7 @@ def log_mel(waveform: np.ndarray, config: MelConfig) -> np.ndarray:
       config: of the spectrogram.
 
     Raises:
-      ValueError: if the waveform is no vector of at least one float.
+      ValueError: if the waveform is not a vector of at least one float.
     """
     if waveform.ndim != 1 or not len(waveform) or waveform.dtype.kind != "f":
         raise ValueError(

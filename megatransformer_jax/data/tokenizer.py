@@ -64,7 +64,7 @@ class Tokenizer(typing.Protocol):
         """UTF-8 bytes that the id stands for; none for a special token.
 
         Joined, those of several ids are the bytes of their text, except that `decode` writes U+FFFD
-        for bytes that are no text, or for a character with a special token inside.
+        for bytes that are not text, or for a character with a special token inside.
         """
         ...
 
@@ -91,7 +91,7 @@ class BytesTokenizer:
         return [3 + byte for byte in text.encode("utf-8")]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Bytes that are no UTF-8, as a sampler may write, become U+FFFD."""
+        """Bytes that are not UTF-8, as a sampler may write, become U+FFFD."""
         return bytes(token - 3 for token in map(int, ids) if token >= 3).decode("utf-8", "replace")
 
     def piece_bytes(self, token: int) -> bytes:
@@ -109,7 +109,7 @@ class SentencePieceTokenizer:
     """A SentencePiece model, given as the bytes of its .model file.
 
     Raises:
-      UserError: if the bytes are no model, or the model has no start or end token.
+      UserError: if the bytes are not a model, or the model has no start or end token.
     """
 
     model: bytes = dataclasses.field(repr=False)
@@ -169,7 +169,7 @@ class SentencePieceTokenizer:
     def piece_bytes(self, token: int) -> bytes:
         """The piece's text, or its byte.
 
-        A model with a dummy prefix has a blank before its first piece that `decode` drops.
+        A model with a dummy prefix has a space before its first piece that `decode` drops.
         """
         _check_id(token, self.vocab_size)
         processor = self._processor
@@ -189,7 +189,7 @@ class SentencePieceTokenizer:
 
 def _check_id(token: int, vocab_size: int) -> None:
     if not 0 <= token < vocab_size:
-        raise ValueError(f"{token} is no id of this tokenizer; it has 0 to {vocab_size - 1}.")
+        raise ValueError(f"{token} is not an id of this tokenizer; it has 0 to {vocab_size - 1}.")
 
 
 def build_tokenizer(
@@ -241,12 +241,12 @@ def _check_description(
     current: Mapping[str, typing.Any], description_path: pathlib.Path, path: pathlib.Path
 ) -> None:
     """Checks that the stored model is the one that this run would train."""
-    fix = f"use another workdir, or delete {path} to have it trained anew."
+    fix = f"use another workdir, or delete {path} to have it trained again."
     try:
         saved = json.loads(description_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: there is no readable {description_path.name} beside it, which says what it "
+            f"{path}: there is no readable {description_path.name} next to it, which says what it "
             f"was trained on ({type(error).__name__}). To go on, {fix}"
         ) from error
     if not isinstance(saved, dict):
@@ -311,7 +311,7 @@ def train_sentencepiece(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
     """The model file, the same bytes for the same texts and options.
 
     Ids: padding 0, start 1, end 2, unknown 3 (never used, as bytes are the fallback), 256 bytes,
-    then the learned pieces. Text is not normalised, and no blank is added before it.
+    then the learned pieces. Text is not normalised, and no space is added before it.
 
     Raises:
       ConfigError: if the text does not support the vocabulary size.

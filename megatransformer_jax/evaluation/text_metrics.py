@@ -38,7 +38,7 @@ class TextScores:
       rouge1: 0 to 1, mean over texts of the F1 of single words; without stemming.
       rouge2: the same of pairs of words.
       rouge_l: the same of the longest common subsequence.
-      exact_match: 0 to 1, share of texts that equal a reference but for blanks at both ends.
+      exact_match: 0 to 1, share of texts that equal a reference but for whitespace at both ends.
       texts: how many.
     """
 
@@ -105,7 +105,7 @@ def rouge_f1(predictions: Sequence[str], references: Sequence[Sequence[str]]) ->
 
 
 def exact_match(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of predictions that equal a reference; blanks at both ends do not count.
+    """Share of predictions that equal a reference; whitespace at both ends does not count.
 
     Arguments and errors as of `score_texts`.
     """
@@ -162,7 +162,7 @@ class TextSize:
 
     Attributes:
       bytes: in UTF-8.
-      words: runs of characters between blanks.
+      words: runs of characters between spaces.
     """
 
     bytes: int

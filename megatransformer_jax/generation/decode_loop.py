@@ -2,7 +2,7 @@
 
 Everything that a request may change is data: depth, thresholds, the numbers of the logits
 processors, the most tokens, the stop texts of one size of automaton. Structure is what compiles
-anew: the model, batch size, capacity, which processors there are, the exit criterion.
+recompiles: the model, batch size, capacity, which processors there are, the exit criterion.
 
     settings = DecodeSettings(rule, chain, ending, row_keys)
     state = start(settings, prefilled, history)

@@ -34,7 +34,7 @@ from megatransformer_jax.data.tokenizer import Tokenizer
 
 # Bounds the table, which has a row per byte of the texts and a column per token.
 MAX_TEXT_BYTES = 4096
-# Rows are rounded up to a power of two, so that other texts seldom compile anew.
+# Rows are rounded up to a power of two, so that other texts seldom recompile.
 MIN_STATES = 16
 _REPLACEMENT = "\ufffd"
 
@@ -111,7 +111,7 @@ def text_automaton(groups: Sequence[Sequence[str]], pieces: PieceTable) -> TextA
       pieces: of the tokenizer.
 
     Raises:
-      UserError: if a text is empty, contains U+FFFD (which stands for bytes that are no text), or
+      UserError: if a text is empty, contains U+FFFD (which stands for bytes that are not text), or
         all together are too long.
     """
     for text in (text for group in groups for text in group):

@@ -4,7 +4,7 @@
     for completion in generator.generate(["Once upon a time"]):
         print(completion.text)
 
-Another generator with other numbers compiles nothing new; what is compiled anew is listed in
+Another generator with other numbers compiles nothing new; what recompiles is listed in
 `decode_loop`. On a mesh texts are cut over the devices, see `placement`.
 """
 
@@ -188,7 +188,7 @@ class Generator:
             yield StreamedToken(text, token, steps)
 
     def _token_stream(self, ids: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
-        """(token, steps, whether it is the last) of one row; an end token is none of them."""
+        """(token, steps, whether it is the last) of one row; end tokens are not yielded."""
         num_given = 0
         for decoded in self._progress(ids):
             tokens, steps = _new_tokens(decoded, 0, len(ids))

@@ -10,7 +10,8 @@ cache with their closing tokens, and the rows go on.
 
 What a medium is made from (its condition) comes from a pass over the whole row without a cache: it
 is what training computed, at the fixed depth of the request even if tokens of text exit early. That
-costs as much as reading the row anew, once per medium, which is little beside a sampler's steps.
+costs as much as reading the row again, once per medium, which is cheap compared with a sampler's
+steps.
 
 A row's draws depend on the seed, its prompt's number and its sample's: not on other rows.
 """

@@ -302,7 +302,7 @@ def parts_of_ids(
     """
     parts: list[GeneratedPart] = []
     left_images, left_mels = iter(images), iter(mels)
-    # Text right behind the prompt's own continues it, other text begins anew.
+    # Text right behind the prompt's own continues it, other text starts a new one.
     before: list[int] = []
     for token in prompt_ids:
         before = [] if tokenizer.marker_of(token) else [*before, int(token)]

@@ -9,7 +9,7 @@ settled state means a settled token.
 How this differs from the paper:
 
 - A position is final only if the token that it iterated on is still the one drawn before it, and it
-  iterates at most `depth` times on the same text. Counting starts anew when a token of the
+  iterates at most `depth` times on the same text. Counting restarts when a token of the
   wavefront at or before it changes; its state goes on. So with a threshold of about 0 the result is
   that of token-by-token decoding, as far as the core forgets where it came from.
 - Rows of a batch advance on their own, and shapes are static: a round computes the smallest of a

@@ -151,7 +151,7 @@ def _pass(
 
 @functools.partial(jax.jit, static_argnames="num_columns")
 def _left_padded(history: History, num_columns: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens [B, num_columns], and which of them are none of padding."""
+    """Tokens [B, num_columns], and a mask that is False at padding."""
     tokens = history.suffix(num_columns)
     is_token = tokens != NO_TOKEN
     return jnp.where(is_token, tokens, 0), is_token
@@ -159,6 +159,6 @@ def _left_padded(history: History, num_columns: int) -> tuple[jax.Array, jax.Arr
 
 @functools.partial(jax.jit, static_argnums=2)
 def _columns(arrays: Any, start: Int[Array, ""] | int, size: int) -> Any:
-    """A chunk, wherever it starts: a slice as such compiles anew for each place."""
+    """A chunk, wherever it starts: a slice as such recompiles for each place."""
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=size, axis=1)
     return jax.tree.map(lambda array: cut(array, start), arrays)

@@ -40,7 +40,7 @@ def encode_prompts(
       vocab_size: of the model.
 
     Raises:
-      UserError: if there is no prompt, or one is empty or has something that is no id.
+      UserError: if there is no prompt, or one is empty or has something that is not an id.
     """
     if isinstance(prompts, str):
         raise UserError(f"prompts are a list of texts, not the text {prompts!r}; put it in a list.")
@@ -62,7 +62,7 @@ def _encode(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[i
         except UnicodeEncodeError as error:
             raise UserError(
                 f"the text has {prompt[error.start]!r} at position {error.start}, half of a "
-                "surrogate pair, which is no character; remove it."
+                "surrogate pair, which is not a character; remove it."
             ) from error
         ids = tokenizer.encode(prompt)
         return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
@@ -184,7 +184,7 @@ def sample_keys(prompt_keys: Key[Array, "B"], count: int) -> Key[Array, "B2"]:
 # ------------------------------------------------------------------------------
 # What generation gives back: finished texts, and tokens as they come.
 
-# What decoders write for bytes that are no character (yet).
+# What decoders write for bytes that are not a character (yet).
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -241,7 +241,7 @@ def continuation_text(
 ) -> str:
     """Text of the new tokens behind the prompt's.
 
-    Decoded together, since a token's text can depend on the one before: SentencePiece drops a blank
+    Decoded together, since a token's text can depend on the one before: SentencePiece drops a space
     at the start.
     """
     prompt = [token for token in prompt_ids if token != tokenizer.bos_id]

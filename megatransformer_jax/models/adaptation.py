@@ -43,7 +43,7 @@ def init_lora(params: Any, axes: Any, config: LoraConfig, key: Key[Array, ""]) -
       Nested dicts as `params`, of the targets only, each with {'a', 'b'}, float32.
 
     Raises:
-      ConfigError: if a pattern matches no parameter, or one that is no matrix, or if the rank is
+      ConfigError: if a pattern matches no parameter, or one that is not a matrix, or if the rank is
         above the smaller side of a target.
     """
     shapes = {path: leaf.shape for path, leaf in flatten_dict(params, sep="/").items()}
@@ -115,8 +115,8 @@ def _targets(axes: Any, config: LoraConfig) -> dict[str, int]:
             if inputs is None:
                 raise ConfigError(
                     _TARGETS,
-                    f"{pattern!r} matches {path}, which is no matrix between the residual stream "
-                    "and a layer; end the pattern with $, or make it narrower.",
+                    f"{pattern!r} matches {path}, which is not a matrix between the residual "
+                    "stream and a layer; end the pattern with $, or make it narrower.",
                 )
             found[path] = inputs
     return {path: found[path] for path in flat if path in found}
@@ -204,7 +204,7 @@ _ROWS = ("vocab", "experts", None)
 
 
 def num_input_axes(axes: tuple[str | None, ...]) -> int | None:
-    """How many leading axes are the input; None if this is no matrix.
+    """How many leading axes are the input; None if this is not a matrix.
 
     Example:
       >>> num_input_axes(("embed", "kv_heads", None, None))
@@ -220,7 +220,7 @@ def num_input_axes(axes: tuple[str | None, ...]) -> int | None:
 
 
 def output_axes(axes: tuple[str | None, ...]) -> tuple[int, ...] | None:
-    """The numbers of the axes that make an output channel; None if this is no matrix.
+    """The numbers of the axes that make an output channel; None if this is not a matrix.
 
     Of a table (embeddings, learned positions, head, experts) it is the rows.
     """

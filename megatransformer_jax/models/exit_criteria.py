@@ -240,7 +240,7 @@ def _survival(
             "model's gate in every iteration when the criterion's needs_gate is True."
         )
     gate = observation.gate.astype(jnp.float32)
-    # An infinite gate comes from a state that has run away; it is no wish to stop.
+    # An infinite gate comes from a state that has run away; it is not a wish to stop.
     log_survival = log_survival + log_continue(jnp.where(jnp.isfinite(gate), gate, jnp.nan))
     return jnp.exp(log_survival), log_survival
 

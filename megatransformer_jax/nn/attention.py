@@ -165,7 +165,7 @@ class SelfAttention(nn.Module):
         shape = (*mixed.shape[-2:], width)
         axes = ("heads", None, "embed")
         kernel = matrix(self, "output", self.inits.residual, shape, axes, self.policy)
-        # As one axis N*H: over two, XLA on CPU transposes the kernel anew in every call.
+        # As one axis N*H: over two, XLA on CPU transposes the kernel again in every call.
         merged = mixed.reshape(*mixed.shape[:2], -1) @ kernel.reshape(-1, width)
         if self.config.attention.output_bias:
             bias = vector(self, "output_bias", nn.initializers.zeros, (width,))

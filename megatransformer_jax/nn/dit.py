@@ -127,7 +127,7 @@ def layer_config(config: DitConfig) -> ModelConfig:
 def grid_embedding(rows: int, columns: int, width: int) -> Float[Array, "1 P D"]:
     """Sinusoids of each place's row in the first half of the channels, of its column in the other.
 
-    Raises ValueError if width is no multiple of 4.
+    Raises ValueError if width is not a multiple of 4.
     """
     if width % 4:
         raise ValueError(f"width is {width}; two sinusoids of a place need a multiple of 4.")

@@ -29,8 +29,9 @@ from megatransformer_jax.types import DTypePolicy
 # ------------------------------------------------------------------------------
 # The layer.
 
-# Elements that a block of tokens may gather from one table: 16 MiB of float32. That is small beside
-# the tables of a million experts, and large beside the cost of a turn of the loop.
+# Elements that a block of tokens may gather from one table: 16 MiB of float32. That is small
+# compared with the tables of a million experts, and large compared with the cost of a turn of the
+# loop.
 MAX_GATHERED = 2**22
 _EPS = 1e-5
 

@@ -29,7 +29,7 @@ class UNet(nn.Module):
 
     Down: per level `blocks_per_level` residual blocks, the output of each kept as a skip, then half
     the sides. Middle: block, attention, block. Up: the same with one block more, each of which gets
-    a skip beside what comes from below. Attention follows the blocks of the configured levels.
+    a skip next to what comes from below. Attention follows the blocks of the configured levels.
     """
 
     config: UNetConfig

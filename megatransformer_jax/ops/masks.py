@@ -29,7 +29,7 @@ class AttentionMask:
       is_causal: static; a query sees no later row.
       window: static; a query sees itself and `window - 1` rows before it. None: no limit.
       query_offset: row of the first query = cache length before this call. A Python int is static
-        (each value compiles anew, and fused kernels can use it); an int32 array [] or [B] is data.
+        (each value recompiles, and fused kernels can use it); an int32 array [] or [B] is data.
       query_segment_ids: int32 [B, T], 0 is padding. Given together with the keys' or not at all.
       key_segment_ids: int32 [B, S].
     """

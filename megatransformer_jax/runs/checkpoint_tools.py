@@ -56,7 +56,7 @@ def average_checkpoints(
     """Writes the mean of checkpoints as the only checkpoint of a new workdir.
 
     Only parameters are kept, under the number of the newest averaged step. One checkpoint is in
-    memory at a time, beside the sum.
+    memory at a time, in addition to the sum.
 
     Args:
       source: the workdir of the run; nothing in it is changed.

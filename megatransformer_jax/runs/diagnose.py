@@ -51,7 +51,7 @@ def diagnose_run(
       The folder with the files.
 
     Raises:
-      UserError: if the folder is no run, or an option does not fit it.
+      UserError: if the folder is not a run, or an option does not fit it.
     """
     source = source.expanduser()
     if is_huginn_folder(source):

@@ -168,8 +168,8 @@ def is_huginn_folder(folder: pathlib.Path) -> bool:
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "no such folder"
         raise UserError(
-            f"{folder}: {what}. Name the workdir of a run, or a Huginn folder; paths count "
-            f"from {pathlib.Path.cwd()}."
+            f"{folder}: {what}. Name the workdir of a run, or a Huginn folder; paths are "
+            f"relative to {pathlib.Path.cwd()}."
         )
     config_file = folder / "config.json"
     values = read_values(config_file) if config_file.is_file() else {}
@@ -182,7 +182,7 @@ def is_huginn_folder(folder: pathlib.Path) -> bool:
     found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"{folder} is neither the workdir of a run (a folder checkpoints/ in it) nor a Huginn "
-        "folder (config.json with n_embd, beside model.safetensors or its shards). It has: "
+        "folder (config.json with n_embd, next to model.safetensors or its shards). It has: "
         f"{found}."
     )
 
@@ -263,7 +263,7 @@ def _load_run(
 
 def _no_average(weights: str, folder: pathlib.Path) -> UserError:
     return UserError(
-        f"weights={weights!r}: {folder} has one set of weights, no average beside them (as with "
+        f"weights={weights!r}: {folder} has one set of weights and no average (as with "
         "train.ema_decay or a schedule-free optimiser). Leave weights out."
     )
 

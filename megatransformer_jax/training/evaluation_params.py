@@ -30,7 +30,7 @@ def evaluation_params(state: TrainState, config: RunConfig) -> Any:
     """The tree that `model.apply` takes for evaluation.
 
     Everything that looks at a state from outside the step asks here, so that what training keeps
-    (averages of weights, adapters beside them) has one place where it becomes a model.
+    (averages of weights, adapters next to them) has one place where it becomes a model.
 
     With `train.ema_decay` it is that average, with a schedule-free optimiser its sequence x, else
     the trained parameters. Frozen parameters are what they are, LoRA's updates are added.
@@ -150,5 +150,5 @@ def _without_the_rest(state: TrainState) -> TrainState:
     opt_state = jax.tree.map(
         keep_average, state.opt_state, is_leaf=lambda node: isinstance(node, kinds)
     )
-    # Frozen parameters and running statistics are taken from the parameters also beside an average.
+    # Frozen parameters and running statistics come from the parameters even if there is an average.
     return unread(state).replace(params=state.params, opt_state=opt_state)

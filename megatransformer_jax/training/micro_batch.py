@@ -1,7 +1,8 @@
 """Chooses the size of the micro-batch by the memory that the compiled step says it takes.
 
-The step is compiled ahead of time for ever smaller micro-batches until it fits, and the program
-that fits is the one that trains: nothing is compiled twice and nothing is allocated to find out.
+The step is compiled ahead of time for smaller and smaller micro-batches until it fits, and the
+program that fits is the one that trains: nothing is compiled twice and nothing is allocated to find
+out.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -143,7 +144,7 @@ def choose_accumulation(
                 # They are the same for every micro-batch, so the search ends.
                 raise ConfigError(
                     OPTION,
-                    f"{budget_gib:g} GiB do not suffice; state and batch alone take "
+                    f"{budget_gib:g} GiB is not enough: state and batch alone take "
                     f"{error.memory.arguments / GIB:.4g} GiB on each device, whatever the "
                     "accumulation. Raise the budget, or lower the model's size, take an optimiser "
                     "with a smaller state, or share parameters over more devices (mesh.fsdp).",
@@ -159,7 +160,7 @@ def choose_accumulation(
         return parts, step
     raise ConfigError(
         OPTION,
-        f"{budget_gib:g} GiB do not suffice; the step takes at least {least[1]} on each device. "
+        f"{budget_gib:g} GiB is not enough: the step takes at least {least[1]} on each device. "
         "Raise the budget, or lower data.sequence_length, model.recurrence.backprop_depth or the "
         "model's size, set model.remat='full', or share parameters over more devices (mesh.fsdp).",
     )

@@ -247,7 +247,8 @@ def _first(
     """Those that count, in front and padded with others to `room`: which they are, and their
     arrays.
 
-    Decoders are dear, and most slots of a mixed batch hold media to read, or none.
+    Decoders are expensive, and most slots of a mixed batch are empty or hold media that are only
+    read.
     """
     ways = model.sharder.ways("batch")
     size = min(-(-room // ways) * ways, counts_in.shape[0])

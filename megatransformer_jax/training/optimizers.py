@@ -315,7 +315,7 @@ def check_groups(groups: Sequence[ParameterGroup], params: Any) -> None:
         reason = (
             f"matches only parameters of groups before it, such as {matched[0]}; put it before them"
             if matched
-            else "matches no parameter; mend it. There are " + _some(paths)
+            else "matches no parameter; fix it. There are " + _some(paths)
         )
         raise ConfigError("optimizer.groups", f"{group.pattern.pattern!r} {reason}.")
 

@@ -207,7 +207,7 @@ def test_an_older_export_is_replaced_as_a_whole_only_if_told(tmp_path, folder):
     save_huginn(folder, config, params, overwrite=True)
     assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
     (folder / "thesis.tex").touch()
-    with pytest.raises(UserError, match=r"has 'thesis\.tex', which is no part of an export"):
+    with pytest.raises(UserError, match=r"has 'thesis\.tex', which is not part of an export"):
         save_huginn(folder, config, params, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

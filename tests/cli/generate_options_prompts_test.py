@@ -44,7 +44,7 @@ def test_json_lines_have_a_field(tmp_path: pathlib.Path) -> None:
         ("a.jsonl", '{"text": "a"}', r"line 1: no field 'prompt'; its fields: 'text'"),
         ("a.jsonl", '{"prompt": ""}', r"line 1: 'prompt' is ''; it must be a text"),
         ("a.jsonl", '\n{"prompt": [1]}', r"line 2: 'prompt' is \[1\]"),
-        ("a.jsonl", '{"prompt": "\\ud800"}', r"line 1: .* is no text"),
+        ("a.jsonl", '{"prompt": "\\ud800"}', r"line 1: .* is not text"),
     ],
 )
 def test_a_bad_file_is_an_error_with_the_line(

@@ -87,7 +87,7 @@ def test_a_prompt_may_be_repeated_and_hold_commas() -> None:
         (["--convert"], r"^--convert: would be ignored without --image or --audio"),
         (["--vocoder=a"], r"^--vocoder: would be ignored without --output"),
         (["--precision=float16"], r"^--precision: .* one of 'auto', 'float32', 'bfloat16'"),
-        (["--prompt=\udcff"], r"^--prompt: .* is no text; write it in UTF-8"),
+        (["--prompt=\udcff"], r"^--prompt: .* is not text; write it in UTF-8"),
         (["stray"], r"'stray' is not an option; options look like --model=VALUE"),
         (["--depth"], "depth"),
     ],

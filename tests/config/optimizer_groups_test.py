@@ -33,7 +33,7 @@ def test_the_command_line_can_say_them():
         ("mlp", "'mlp' is not 'REGEX: NAME=VALUE"),
         (": learning_rate=1", "is not 'REGEX: NAME=VALUE"),
         ("mlp:", "is not 'REGEX: NAME=VALUE"),
-        ("(mlp: learning_rate=1", "is no regular expression"),
+        ("(mlp: learning_rate=1", "is not a regular expression"),
         ("mlp: rate=1", "'rate' in .* is unknown; known: learning_rate, weight_decay"),
         ("mlp: learning_rate=1, learning_rate=2", "sets learning_rate twice"),
         ("mlp: learning_rate=fast", "learning_rate=fast in .* a number of at least 0"),

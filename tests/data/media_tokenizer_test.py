@@ -38,7 +38,7 @@ def test_media_come_after_opening_tokens_only() -> None:
     for marker in ("AUDIO", "IMAGE", "VOICE"):
         closing = TOKENIZER.closing_id(TOKENIZER.marker_id(f"<|{marker}|>"))
         assert closing == TOKENIZER.marker_id(f"<|/{marker}|>")
-    with pytest.raises(ValueError, match="70 is no opening token"):
+    with pytest.raises(ValueError, match="70 is not an opening token"):
         TOKENIZER.closing_id(70)
 
 

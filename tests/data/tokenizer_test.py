@@ -81,7 +81,9 @@ def test_bytes_of_single_pieces(trained: SentencePieceTokenizer):
             pieces = map(tokenizer.piece_bytes, tokenizer.encode(text))
             assert b"".join(pieces) == text.encode()
         for token in (-1, tokenizer.vocab_size):
-            with pytest.raises(ValueError, match=f"{token} is no id of this tokenizer; it has 0 t"):
+            with pytest.raises(
+                ValueError, match=f"{token} is not an id of this tokenizer; it has 0 t"
+            ):
                 tokenizer.piece_bytes(token)
     assert trained.piece_bytes(trained.encode(" the")[0]).startswith(b" ")
 
@@ -165,7 +167,7 @@ def test_a_model_without_its_description_or_of_another_is_an_error(
 ):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(trained.model)
-    with pytest.raises(UserError, match=r"no readable tokenizer.json beside it"):
+    with pytest.raises(UserError, match=r"no readable tokenizer.json next to it"):
         build_tokenizer(SMALL, TEXTS, path, TRAINED_ON)
     path.unlink()
     build_tokenizer(SMALL, TEXTS, path, TRAINED_ON)

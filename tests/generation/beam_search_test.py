@@ -62,7 +62,7 @@ def row_keys(prompts):
 
 
 def settings(prompts=PROMPTS, rule=None, end_ids=END_IDS, count=COUNT, stops=None, **options):
-    # One size of end ids, so that less is compiled; -1 is no token.
+    # One size of end ids, so that less is compiled; -1 is not a token.
     end_ids = [*end_ids, *[-1] * (len(END_IDS) - len(end_ids))]
     return DecodeSettings(
         depth_rule() if rule is None else rule,

@@ -164,7 +164,7 @@ def test_numbers_may_differ_between_rows():
     chain = (Temperature(jnp.asarray(temperatures, jnp.float32)),)
     state = run(TINY, settings(depth_rule(depths), count=counts, chain=chain, is_drawn=True))
     for row in range(3):
-        # In the same place, so that nothing compiles anew.
+        # In the same place, so that nothing compiles again.
         alone = settings(
             depth_rule([depths[row]] * 3),
             count=[counts[row]] * 3,

@@ -156,7 +156,7 @@ def test_reading_rows_of_unequal_length():
 
 
 def test_it_runs_in_a_loop(tables: dict[str, PieceTable]):
-    """And other texts of about the same length do not compile anew."""
+    """And other texts of about the same length do not compile again."""
 
     @jax.jit
     def first_hit(automaton: TextAutomaton, tokens: jax.Array) -> jax.Array:

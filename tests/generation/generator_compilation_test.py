@@ -1,4 +1,4 @@
-"""What compiles anew and what does not, when requests differ."""
+"""What compiles again and what does not, when requests differ."""
 
 import jax.monitoring
 import numpy as np

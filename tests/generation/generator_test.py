@@ -30,7 +30,7 @@ from megatransformer_jax.generation.generator import Generator
 BYTES = BytesTokenizer()
 RANDOM = tiny(recurrence={"state_init": "unit"})
 BYTES_MODEL = dataclasses.replace(PLAIN, vocab_size=264)
-# What a completion may hold: padding and the rows behind the tokenizer's are no text.
+# What a completion may hold: padding and the rows behind the tokenizer's are not text.
 TEXT_IDS = range(1, PIECES.vocab_size)
 
 

@@ -56,7 +56,7 @@ def test_characters_are_shown_when_they_are_complete():
     new = [3 + byte for byte in b"a" + euro + b"b" + euro[:2]]
     pieces = streamed(BYTES, [BYTES.bos_id], new)
     assert pieces == ["a", "", "", "\u20ac", "b", "", "\ufffd"]
-    # Bytes that are no text are shown once something else follows.
+    # Bytes that are not text are shown once something else follows.
     assert streamed(BYTES, [1], [3 + 0xFF, 3 + ord("a")]) == ["", "\ufffda"]
 
 

@@ -140,7 +140,7 @@ def test_targets_that_fit_nothing_or_no_matrix_are_refused(parts):
     _, params, axes, _, _ = parts
     for pattern, words in (
         ("mlp/absent", r"'mlp/absent' matches no parameter; their paths are like "),
-        ("attention_norm_in", r"matches .*attention_norm_in/scale, which is no matrix"),
+        ("attention_norm_in", r"matches .*attention_norm_in/scale, which is not a matrix"),
     ):
         with pytest.raises(ConfigError, match=rf"fine_tuning\.lora\.targets: .*{words}"):
             config = LoraConfig(rank=1, targets=(pattern,))

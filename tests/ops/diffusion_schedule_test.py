@@ -1,4 +1,4 @@
-"""Noise schedules against their formulas, written anew in NumPy."""
+"""Noise schedules against their formulas, written again in NumPy."""
 
 import itertools
 

@@ -67,7 +67,7 @@ def test_rules_that_are_not_given_are_those_of_the_run(workdir, rules, kept):
     ("rules", "message"),
     [
         (["--keep_last=0"], "--keep_last: 0 is not allowed; it must be at least 1"),
-        (["--keep_every_steps=6"], "--keep_every_steps: 6 is no multiple of every_steps=4"),
+        (["--keep_every_steps=6"], "--keep_every_steps: 6 is not a multiple of every_steps=4"),
         (["--best_metric=bleu"], "--best_metric: 'bleu' is not allowed"),
         (
             ["--best_metric=validation/exact_accuracy"],

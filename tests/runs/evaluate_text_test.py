@@ -18,7 +18,7 @@ def test_references(tmp_path):
         tmp_path / "r.jsonl",
         '{"prompt": "a", "reference": "b"}',
         "",
-        # A separator of lines in a text is no end of a line of the file.
+        # A separator of lines in a text is not an end of a line of the file.
         json.dumps({"prompt": "c\u2028", "reference": ["d", ""], "more": 1}, ensure_ascii=False),
     )
     wanted = [Reference("a", ("b",)), Reference("c\u2028", ("d", ""))]

@@ -105,7 +105,7 @@ SECTION_COMPANIONS |= MEDIA_SECTION_COMPANIONS
 
 
 def companions(path: str) -> list[str]:
-    """The flags that the other value of the option at `path` needs beside it."""
+    """The flags that the other value of the option at `path` needs next to it."""
     if path == "data.reasoning.task":
         return ["--config.data.source=reasoning"]
     if path in COMPANIONS:

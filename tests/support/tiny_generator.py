@@ -9,7 +9,7 @@ from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.generation.generator import Generator
 
 PIECES = Pieces()
-# An end token that is never drawn. Not `()`: another number of end tokens compiles anew.
+# An end token that is never drawn. Not `()`: another number of end tokens compiles again.
 NO_END = (30,)
 
 

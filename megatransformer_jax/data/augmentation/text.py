@@ -63,7 +63,7 @@ def read_synonyms(path: str) -> Synonyms:
     """Reads a file of lines 'word<TAB>synonym,synonym'.
 
     Blank lines and lines that start with '#' are passed over. Words are compared without regard to
-    capitals. A synonym may have several words; blanks around it are dropped.
+    capitals. A synonym may have several words; whitespace around it is dropped.
 
     Raises:
       ConfigError: if the file cannot be read, or naming the line that is not of this form.
@@ -170,7 +170,7 @@ class BackTranslation:
         if not result.strip():
             return self._failure("returned an empty text", text, number)
         if any("\ud800" <= character <= "\udfff" for character in result):
-            return self._failure("returned a lone surrogate, which is no text,", text, number)
+            return self._failure("returned a lone surrogate, which is not text,", text, number)
         return result
 
     def _failure(self, what: str, text: str, number: int) -> FailedAugmentation:
@@ -217,7 +217,7 @@ def load_function(name: str) -> Callable[[str, int], str]:
 
 @dataclasses.dataclass(frozen=True)
 class TextAugmentation(grain.transforms.MapWithIndex):
-    """Back-translation, then synonyms. What is no text (a bad record) passes as it is.
+    """Back-translation, then synonyms. What is not text (a bad record) passes as it is.
 
     Attributes:
       seed: `data.seed`.
@@ -277,7 +277,7 @@ class TextAugmentation(grain.transforms.MapWithIndex):
 
 @dataclasses.dataclass(frozen=True)
 class TokenDropout(grain.transforms.MapWithIndex):
-    """Hides each token with a probability. What is no array (a bad record) passes as it is.
+    """Hides each token with a probability. What is not an array (a bad record) passes as it is.
 
     Attributes:
       rate: the probability.

@@ -91,7 +91,7 @@ class MediaBatches:
         if bad_records and not batch.segment_ids.any():
             raise UserError(
                 f"no row of a batch could be made; {len(bad_records)} records of it are bad, the "
-                f"first: {bad_records[0]} Mend the data."
+                f"first: {bad_records[0]} Fix the data."
             )
         return batch
 

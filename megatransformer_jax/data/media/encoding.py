@@ -59,7 +59,7 @@ def encode_sample(
 
     Raises:
       SampleError: for an image of another size, a clip of another rate or of too many frames, or
-        values that are no image or sound, naming the sample.
+        values that are not an image or sound, naming the sample.
     """
     ids, kinds = [tokenizer.bos_id], [0]
     images, is_drawn, mels, is_spoken = [], [], [], []
@@ -235,7 +235,7 @@ def _checked_mel(part: AudioPart, name: str, formats: MediaFormats) -> np.ndarra
 
 def check_waveform(waveform: np.ndarray, name: str) -> None:
     """Raises:
-    SampleError: if it is no mono float32 sound in [-1, 1] of at least one sample.
+    SampleError: if it is not mono float32 sound in [-1, 1] of at least one sample.
     """
     if waveform.ndim != 1 or not len(waveform):
         raise SampleError(

@@ -19,7 +19,7 @@ class FolderFormat:
         `text_field`.
       media_field: the field with the file.
       text_field: the field with the text.
-      suffixes: of files that have a .txt of the same name beside them, where there is no index.
+      suffixes: of files that have a .txt of the same name next to them, where there is no index.
       option: for messages.
     """
 
@@ -36,7 +36,7 @@ class FolderItem:
 
     Attributes:
       path: of the file.
-      text: None if it is in a .txt beside the file.
+      text: None if it is in a .txt next to the file.
       where: it is listed, for messages.
       problem: why there is no record, for a .txt without a file.
     """
@@ -66,7 +66,7 @@ AUDIO_FOLDER = FolderFormat(
 def list_folder(folder: str, layout: FolderFormat) -> list[FolderItem]:
     """The files of a folder in the order of the index, or of their names.
 
-    Without an index, each .txt that has no file beside it is an item with a `problem`.
+    Without an index, each .txt that has no file next to it is an item with a `problem`.
 
     Raises:
       UserError: if there is no such folder, the index has a line that cannot be used (other keys,
@@ -74,7 +74,7 @@ def list_folder(folder: str, layout: FolderFormat) -> list[FolderItem]:
     """
     root = pathlib.Path(os.path.expanduser(folder))
     if not root.is_dir():
-        raise ConfigError(layout.option, f"{folder!r} is no folder. Correct the path.")
+        raise ConfigError(layout.option, f"{folder!r} is not a folder. Correct the path.")
     index = root / layout.index_file
     items = _indexed(index, layout) if index.is_file() else _paired(root, layout)
     problems = [item for item in items if item.problem is not None]
@@ -82,7 +82,7 @@ def list_folder(folder: str, layout: FolderFormat) -> list[FolderItem]:
         raise ConfigError(
             layout.option,
             f"{folder!r} has neither {layout.index_file} with lines in it nor files "
-            f"{', '.join(layout.suffixes)} with a .txt beside each. Put them there."
+            f"{', '.join(layout.suffixes)} with a .txt next to each. Put them there."
             + "".join(f" {item.path}: {item.problem}" for item in problems[:1]),
         )
     return items
@@ -143,7 +143,7 @@ def _index_line(line: str, where: str, layout: FolderFormat) -> tuple[str, str]:
         )
     file, text = (fields.get(name) for name in names)
     if not (isinstance(file, str) and isinstance(text, str) and file.strip() and text.strip()):
-        raise UserError(f"{where}: {line.strip()[:80]!r} is not {wanted}. Mend the line.")
+        raise UserError(f"{where}: {line.strip()[:80]!r} is not {wanted}. Fix the line.")
     short = os.path.normpath(file)
     if os.path.isabs(file) or short.split(os.sep)[0] == os.pardir:
         raise UserError(
@@ -153,15 +153,15 @@ def _index_line(line: str, where: str, layout: FolderFormat) -> tuple[str, str]:
     try:
         file.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {file!r} can be no file's name. Mend the line.") from error
+        raise UserError(f"{where}: {file!r} cannot be a file's name. Fix the line.") from error
     if "\0" in file:
-        raise UserError(f"{where}: {file!r} can be no file's name. Mend the line.")
+        raise UserError(f"{where}: {file!r} cannot be a file's name. Fix the line.")
     return short, text
 
 
 def _paired(root: pathlib.Path, layout: FolderFormat) -> list[FolderItem]:
     """Files with the right ending anywhere below the folder, whose texts are read later; and each
-    .txt that has none beside it, which is a bad record."""
+    .txt that has none next to it, which is a bad record."""
     everything = sorted(path for path in root.rglob("*") if not path.is_dir())
     media = [path for path in everything if path.suffix.lower() in layout.suffixes]
     items = [FolderItem(str(path), None, str(path)) for path in media]
@@ -174,7 +174,7 @@ def _paired(root: pathlib.Path, layout: FolderFormat) -> list[FolderItem]:
             others = [name for name in beside[path.with_suffix("")] if name != path.name]
             found = f"only {', '.join(others)}" if others else "nothing"
             problem = (
-                f"beside this text is {found}, no file of its name that is read: "
+                f"next to this text is {found}, no file of its name that is read: "
                 f"{', '.join(layout.suffixes)}. Convert the file or put it there, or move the text "
                 "out of the folder."
             )
@@ -191,7 +191,7 @@ def item_text(item: FolderItem) -> str:
 
     Raises:
       ValueError: if either is missing, or the text cannot be used; the message says why and how
-        to mend it.
+        to fix it.
     """
     if item.problem is not None:
         raise ValueError(item.problem)
@@ -211,7 +211,7 @@ def _check_text(text: str) -> None:
     except UnicodeEncodeError as error:
         raise ValueError(
             f"its text has a lone surrogate, {text[error.start]!r}, at character {error.start}, "
-            "which is no text. Mend the line."
+            "which is not text. Fix the line."
         ) from error
 
 
@@ -220,7 +220,7 @@ def _read_text(path: pathlib.Path) -> str:
         text = path.read_text(encoding="utf-8-sig").strip()
     except OSError as error:
         raise ValueError(
-            f"its text {path.name} cannot be read ({error.strerror or error}). Put it beside the "
+            f"its text {path.name} cannot be read ({error.strerror or error}). Put it next to the "
             "file."
         ) from error
     except UnicodeDecodeError as error:

@@ -221,7 +221,7 @@ def _size(shape: tuple[int, ...]) -> str:
 
 
 class ImageFolder:
-    """The images that captions.jsonl lists, or those with a .txt beside them.
+    """The images that captions.jsonl lists, or those with a .txt next to them.
 
     Raises:
       UserError: see `list_folder`.
@@ -249,7 +249,7 @@ class ImageFolder:
         # image, and SyntaxError for some broken PNG files.
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             return BadRecord(
-                where, f"cannot be read as an image ({error}). Mend the file, or delete the record."
+                where, f"cannot be read as an image ({error}). Fix the file, or delete the record."
             )
         if isinstance(pixels, BadRecord):
             return pixels

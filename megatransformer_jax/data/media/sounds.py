@@ -142,7 +142,7 @@ def _counted(channels: int) -> str:
 
 
 class AudioFolder:
-    """The WAV and FLAC files that transcripts.jsonl lists, or those with a .txt beside them.
+    """The WAV and FLAC files that transcripts.jsonl lists, or those with a .txt next to them.
 
     Raises:
       UserError: see `list_folder`.
@@ -190,7 +190,7 @@ def read_sound(path: str) -> tuple[np.ndarray, int]:
 
     Raises:
       ValueError: if the file cannot be read, or ends before the samples that its header promises;
-        the message says how to mend it.
+        the message says how to fix it.
     """
     promised = None
     soundfile = _soundfile()
@@ -200,7 +200,7 @@ def read_sound(path: str) -> tuple[np.ndarray, int]:
             if promised == NO_COUNT:
                 raise ValueError(
                     "its header does not say how many samples it has, so that a missing end would "
-                    "not be seen. Write the file anew, for example with `flac` from a WAV file."
+                    "not be seen. Write the file again, for example with `flac` from a WAV file."
                 )
             if file.format in ("WAV", "WAVEX", "RF64"):
                 _check_wav(path)
@@ -209,7 +209,7 @@ def read_sound(path: str) -> tuple[np.ndarray, int]:
         found = _num_readable(path) if promised else 0
         if promised is None or found == promised:
             raise ValueError(
-                f"cannot be read as sound ({error}). Mend the file, or delete the record."
+                f"cannot be read as sound ({error}). Fix the file, or delete the record."
             ) from error
         raise ValueError(
             f"its header promises {promised} samples, but only about {found} can be read "

@@ -214,7 +214,7 @@ def _voices(options: AudioDataConfig) -> list[Voice]:
 
 
 def sentences(max_words: int) -> list[str]:
-    """Different sentences of `pydoc_data.topics` that have words and blanks alone, in their order.
+    """Different sentences of `pydoc_data.topics` that have words and spaces alone, in their order.
 
     Longer ones are cut up into parts of `max_words`, of which a last one of a single word is left
     out. They are in lower case, without the mark at their end.

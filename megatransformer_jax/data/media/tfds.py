@@ -132,6 +132,6 @@ def _check_feature(features: typing.Any, path: str, option: str, name: str) -> N
     except (KeyError, TypeError) as error:
         raise ConfigError(
             option,
-            f"{path!r} is no feature of {name}; its features: {', '.join(map(repr, features))}. "
+            f"{path!r} is not a feature of {name}; its features: {', '.join(map(repr, features))}. "
             "Name one; a/b is the feature b in a.",
         ) from error

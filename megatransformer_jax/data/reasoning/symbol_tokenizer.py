@@ -50,7 +50,7 @@ class SymbolTokenizer:
         """Ids of the symbols.
 
         Raises:
-          UserError: naming the first thing that is no symbol, and the symbols.
+          UserError: naming the first thing that is not a symbol, and the symbols.
         """
         ids = []
         position = 0
@@ -60,8 +60,8 @@ class SymbolTokenizer:
                 known = " ".join(self.symbols[token] for token in self._content_ids)
                 shown = known if len(known) <= 60 else f"{known[:60]} ..."
                 raise UserError(
-                    f"{text[position : position + 10]!r} in {text!r} is no symbol of the task; its "
-                    f"symbols are: {shown}."
+                    f"{text[position : position + 10]!r} in {text!r} is not a symbol of the task; "
+                    f"its symbols are: {shown}."
                 )
             if match[1] is not None:
                 ids.append(self.symbols.index(match[1]))
@@ -69,7 +69,7 @@ class SymbolTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Symbols with a blank between each two; padding, start and end are left out."""
+        """Symbols separated by spaces; padding, start and end are left out."""
         content = set(self._content_ids)
         return " ".join(self.symbols[int(token)] for token in ids if int(token) in content)
 
@@ -78,7 +78,7 @@ class SymbolTokenizer:
         return hashlib.sha256(" ".join(self.symbols).encode()).hexdigest()
 
     def piece_bytes(self, token: int) -> bytes:
-        """A blank and the symbol, as it stands inside a text; special symbols add nothing."""
+        """A space and the symbol, as it stands inside a text; special symbols add nothing."""
         is_content = int(token) in self._content_ids
         return f" {self.symbols[int(token)]}".encode() if is_content else b""
 

@@ -57,7 +57,7 @@ class Task(abc.ABC):
         return f"{self.decode(problem.tokens)} => {self.decode(problem.targets[asked])}"
 
     def decode(self, ids: typing.Iterable[int]) -> str:
-        """Symbols of the ids, with a blank between them."""
+        """Symbols of the ids, separated by spaces."""
         return " ".join(self.symbols[int(token)] for token in ids)
 
 

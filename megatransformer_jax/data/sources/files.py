@@ -34,7 +34,7 @@ class TextFile:
 
     A file of up to 16 KiB is one document. A longer one is cut at the first blank line after
     every 16 KiB, so that it can be shuffled, held out and tokenised piece by piece. Where 48 KiB
-    pass without a blank line, the cut is at the first line end there, else at a blank, else
+    pass without a blank line, the cut is at the first line end there, else at a space, else
     between two characters.
     """
 
@@ -88,7 +88,7 @@ def _next_cut(content: mmap.mmap, start: int, size: int) -> int:
 
 
 class JsonlFile:
-    """The lines of a .jsonl file; blank lines are no records, nor is a byte order mark."""
+    """The lines of a .jsonl file; blank lines are not records, nor is a byte order mark."""
 
     def __init__(self, path: str, field: str):
         self._path = path
@@ -108,7 +108,7 @@ class JsonlFile:
         try:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            return BadRecord(where, f"not valid JSON ({error}). Mend or delete the line.")
+            return BadRecord(where, f"not valid JSON ({error}). Fix or delete the line.")
         if not isinstance(record, dict):
             return BadRecord(
                 where,
@@ -119,7 +119,7 @@ class JsonlFile:
             fields = ", ".join(map(repr, record)) or "none"
             return BadRecord(
                 where,
-                f"no field {self._field!r}; its fields: {fields}. Mend the record, or name "
+                f"no field {self._field!r}; its fields: {fields}. Fix the record, or name "
                 "another field with data.text_field.",
             )
         return text_of(record[self._field], self._field, where)
@@ -155,7 +155,7 @@ class ParquetFile:
     thousand rows, or use ArrayRecord.
 
     Raises:
-      UserError: if the file is no Parquet file, or the column is missing or not text.
+      UserError: if the file is not a Parquet file, or the column is missing or not text.
     """
 
     def __init__(self, path: str, column: str):
@@ -171,7 +171,7 @@ class ParquetFile:
                 )
         except pyarrow.ArrowInvalid as error:
             raise UserError(
-                f"{path}: not a readable Parquet file ({error}). Write it anew, or set "
+                f"{path}: not a readable Parquet file ({error}). Write it again, or set "
                 "data.source to the format it has."
             ) from error
         except OSError as error:
@@ -192,11 +192,11 @@ class ParquetFile:
                 where,
             )
         except UnicodeDecodeError as error:
-            return BadRecord(where, f"not UTF-8 ({error.reason}). Write the row anew.")
+            return BadRecord(where, f"not UTF-8 ({error.reason}). Write the row again.")
         except (_pyarrow().ArrowException, OSError) as error:
             # OSError is what pyarrow raises for a page that cannot be decoded, too.
             return BadRecord(
-                where, f"row group {group} cannot be decoded ({error}). Write the file anew."
+                where, f"row group {group} cannot be decoded ({error}). Write the file again."
             )
 
 
@@ -243,7 +243,7 @@ class ArrayRecordFile:
     """The records of an ArrayRecord file (Riegeli chunks with an index for random access).
 
     Raises:
-      UserError: if the file is no ArrayRecord file.
+      UserError: if the file is not an ArrayRecord file.
     """
 
     def __init__(self, path: str):
@@ -254,7 +254,7 @@ class ArrayRecordFile:
             self._records = grain.sources.ArrayRecordDataSource(path)
         except (ValueError, RuntimeError, OSError) as error:
             raise UserError(
-                f"{path}: not a readable ArrayRecord file ({error}). Write it anew with "
+                f"{path}: not a readable ArrayRecord file ({error}). Write it again with "
                 "array_record, or set data.source to the format it has."
             ) from error
 
@@ -266,5 +266,5 @@ class ArrayRecordFile:
         try:
             raw = self._records[index]
         except (RuntimeError, ValueError, OSError) as error:
-            return BadRecord(where, f"its chunk cannot be read ({error}). Write the file anew.")
+            return BadRecord(where, f"its chunk cannot be read ({error}). Write the file again.")
         return decoded(raw, where)

@@ -29,7 +29,7 @@ class BadRecord:
     """
 
     where: str  # "corpus.jsonl, line 17"
-    problem: str  # what is wrong, and how to mend it
+    problem: str  # what is wrong, and how to fix it
 
     def __str__(self) -> str:
         return f"{self.where}: {self.problem}"
@@ -124,14 +124,14 @@ def text_of(value: typing.Any, field: str, where: str) -> str | BadRecord:
             return BadRecord(
                 where,
                 f"field {field!r} has a lone surrogate, {value[error.start]!r}, at character "
-                f"{error.start}, which is no text. Mend the record.",
+                f"{error.start}, which is not text. Fix the record.",
             )
         return value
     if isinstance(value, bytes):
         return decoded(value, where)
     return BadRecord(
         where,
-        f"field {field!r} is {type(value).__name__}, not text. Mend the record, or name "
+        f"field {field!r} is {type(value).__name__}, not text. Fix the record, or name "
         "another field with data.text_field.",
     )
 

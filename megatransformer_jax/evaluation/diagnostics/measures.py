@@ -345,7 +345,7 @@ class LayerNorms(NamedTuple):
 def norms_by_layer(tree: Any) -> dict[str, Float[Array, ""]]:
     """Norms of the groups of arrays that belong together (`layer_of`), in the tree's order.
 
-    Running statistics are no weights, and what takes the place of their gradients is none.
+    Running statistics are not weights, and what takes the place of their gradients is none.
     """
     squares: dict[str, jax.Array] = {}
     for path, array in jax.tree_util.tree_leaves_with_path(tree):

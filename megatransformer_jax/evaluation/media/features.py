@@ -220,7 +220,7 @@ def inception_score(probabilities: Float[np.ndarray, "N C"], num_splits: int = 1
       num_splits: parts of nearly equal size, in the order of the rows; p(class) is each part's own.
 
     Raises:
-      UserError: if rows are no distributions, or there are fewer rows than splits.
+      UserError: if rows are not distributions, or there are fewer rows than splits.
     """
     if not 1 <= num_splits <= len(probabilities):
         raise UserError(

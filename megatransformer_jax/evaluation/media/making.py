@@ -504,4 +504,4 @@ def _empty(kind: int, formats: MediaFormats, is_voice: bool) -> ImagePart | Audi
         frame = np.zeros((1, mel.num_mels), np.float32)
         silence = np.zeros(mel.hop_samples, np.float32)
         return AudioPart(silence, mel.sample_rate_hz, is_voice, is_target=True, mel=frame)
-    raise ValueError(f"kind {kind} is no medium; give IMAGE={IMAGE} or AUDIO={AUDIO}")
+    raise ValueError(f"kind {kind} is not a medium; give IMAGE={IMAGE} or AUDIO={AUDIO}")

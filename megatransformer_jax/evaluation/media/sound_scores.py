@@ -238,7 +238,7 @@ class TranscriptErrors:
     Attributes:
       word_error_rate: (substitutions + deletions + insertions) / words of the references, over the
         whole set (the mean of clips' rates is another number).
-      character_error_rate: the same of characters, blanks included.
+      character_error_rate: the same of characters, spaces included.
       exact: share of transcripts without an error.
       transcripts: how many.
     """
@@ -250,7 +250,7 @@ class TranscriptErrors:
 
 
 def transcript_errors(predictions: Sequence[str], references: Sequence[str]) -> TranscriptErrors:
-    """Compares transcripts as they are: case and punctuation count; blanks at both ends and
+    """Compares transcripts as they are: case and punctuation count; whitespace at both ends and
     repeated ones do not.
 
     Args:

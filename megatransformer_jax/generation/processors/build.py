@@ -101,7 +101,7 @@ def _banned_texts(sampling: SamplingConfig, pieces: PieceTable) -> BannedTexts:
 
 
 def _forced_words(config: GenerationConfig, tokenizer: Tokenizer) -> ForcedWords:
-    """Each word is written after a blank, and counts without one too."""
+    """Each word is written after a space, and counts without one too."""
     sampling = config.sampling
     path = "sampling.forced_words"
     if config.stop:

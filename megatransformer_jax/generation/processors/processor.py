@@ -199,7 +199,7 @@ class AllowedTokens(Stateless):
 
 
 def allowed_tokens(tokenizer: Tokenizer, vocab_size: int) -> AllowedTokens:
-    """Allows the tokenizer's ids except padding and the tokens around media, which are no text.
+    """Allows the tokenizer's ids except padding and the tokens around media, which are not text.
 
     A tokenizer without a padding token of its own pads with its end token, which stays allowed.
 

@@ -140,7 +140,7 @@ class BannedTexts:
     """Bans every token that would complete one of the texts, inside it or at its end.
 
     A text may begin in the prompt. It is banned inside longer words too; to ban a word of its own
-    only, give it with a blank before it. The state is the automaton's.
+    only, give it with a space before it. The state is the automaton's.
 
     Attributes:
       automaton: finds the texts.

@@ -74,7 +74,7 @@ class WindowCoda(nn.Module):
 
 
 def side_stack_config(config: ModelConfig) -> ModelConfig:
-    """The model's config for a short stack beside the main path: every place seen, as any batch
+    """The model's config for a short stack next to the main path: every place seen, as any batch
     comes, each layer with weights of its own."""
     attention = dataclasses.replace(config.attention, window=None, kernel="xla")
     return dataclasses.replace(config, attention=attention, scan_layers=False)

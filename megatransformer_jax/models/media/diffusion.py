@@ -126,7 +126,7 @@ def sample_diffusion(
       condition: of each.
       shape: of one medium.
       key: every medium has its own of it, see `decoder_keys`.
-      guidance_scale: in place of the settings'; may be traced, so that no value compiles anew.
+      guidance_scale: in place of the settings'; may be traced, so that no value recompiles.
       is_valid: which values are there; see `diffusion_loss`. The others are zeros.
 
     Raises:

@@ -1,9 +1,10 @@
 """Iterates the core over new tokens with a cache; every token leaves on its own.
 
 The loop ends when all tokens have left or the depth is reached. Both depth and threshold are data,
-so one compilation serves all. A token that has left keeps its state; deeper readers get what
-`KVCache.exited_reads` says, within this pass just as from the cache later. So the result does not
-depend on which tokens share a pass: all at once, in chunks or one by one.
+so one compilation serves all. A token that has left keeps its state; tokens that read it at a
+greater depth see its keys and values as `KVCache.exited_reads` says, within this pass just as from
+the cache later. So the result does not depend on which tokens share a pass: all at once, in chunks
+or one by one.
 
 The exception is an exit criterion that needs logits, in a pass of several tokens: the coda that
 judges a token then sees its neighbours at their present iteration, not at their last.

@@ -268,7 +268,7 @@ def _apply(
 
 
 def _variance(array: Float[Array, "B T D"], segment_ids: Int[Array, "B T"]) -> Float[Array, ""]:
-    """Over all entries of all tokens that are no padding."""
+    """Over all entries of all tokens that are not padding."""
     x = array.astype(jnp.float32)
     weight = jnp.broadcast_to((segment_ids > 0)[..., None], x.shape)
     mean = jnp.mean(x, where=weight)

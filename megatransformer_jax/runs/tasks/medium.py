@@ -95,7 +95,7 @@ class MediumRun:
         if not sum(rows):
             raise UserError(
                 f"no held-out record of data.media can be used (data.validation_fraction="
-                f"{config.data.validation_fraction:g}); mend the data."
+                f"{config.data.validation_fraction:g}); fix the data."
             )
         self.validation = MeanValidation(placed, rows, jax.jit(judge))
 

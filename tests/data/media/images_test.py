@@ -181,13 +181,13 @@ def test_a_text_without_an_image_is_a_bad_record(folder: pathlib.Path) -> None:
     assert len(source) == 4
     suffixes = r"\.png, \.jpg, .*, \.gif\. Convert"
     assert re.search(
-        rf"/x\.txt: beside this text is only x\.tiff, .* is read: {suffixes}", problems[0]
+        rf"/x\.txt: next to this text is only x\.tiff, .* is read: {suffixes}", problems[0]
     )
-    assert re.search(rf"/y\.txt: beside this text is nothing, no file .*: {suffixes}", problems[1])
+    assert re.search(rf"/y\.txt: next to this text is nothing, no file .*: {suffixes}", problems[1])
     assert len(folder_files(str(folder), IMAGE_FOLDER)) == 6
     for image in (folder / "deep").glob("*.png"):
         image.unlink()
-    with pytest.raises(ConfigError, match=r"has neither .*\.txt: beside this text is nothing"):
+    with pytest.raises(ConfigError, match=r"has neither .*\.txt: next to this text is nothing"):
         folder_source(folder)
 
 
@@ -220,7 +220,7 @@ def test_a_caption_that_is_no_text_is_named_with_its_line(folder: pathlib.Path) 
             r"line 1: 'a/\.\./\.\./x\.png' is outside the folder; paths are relative",
         ),
         ('{"image": "/x.png", "caption": "x"}', "line 1: '/x.png' is outside the folder"),
-        ('{"image": "\\ud800.png", "caption": "x"}', "line 1: .* can be no file's name"),
+        ('{"image": "\\ud800.png", "caption": "x"}', "line 1: .* cannot be a file's name"),
         (
             '{"image": "a.png", "caption": "x"}\n\n{"image": "./a.png", "caption": "y"}',
             "line 3: 'a.png' is on line 1 already; .* Delete one of the lines",
@@ -237,7 +237,9 @@ def test_a_broken_index_is_an_error_at_once(
 
 
 def test_a_missing_folder_is_named() -> None:
-    with pytest.raises(ConfigError, match=r"data\.media\.images\.folder: 'no/such' is no folder"):
+    with pytest.raises(
+        ConfigError, match=r"data\.media\.images\.folder: 'no/such' is not a folder"
+    ):
         folder_source(pathlib.Path("no/such"))
 
 

@@ -146,9 +146,21 @@ def test_parts_are_held_out_without_a_validation_split(data_dir: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"image_field": "pic"}, ConfigError, r"images\.image_field: 'pic' is no feature of tiny_"),
-        ({"caption_field": "captions/x"}, ConfigError, r"caption_field: 'captions/x' is no featu"),
-        ({"transcript_field": "said"}, ConfigError, r"audio\.transcript_field: 'said' is no feat"),
+        (
+            {"image_field": "pic"},
+            ConfigError,
+            r"images\.image_field: 'pic' is not a feature of tiny_",
+        ),
+        (
+            {"caption_field": "captions/x"},
+            ConfigError,
+            r"caption_field: 'captions/x' is not a featu",
+        ),
+        (
+            {"transcript_field": "said"},
+            ConfigError,
+            r"audio\.transcript_field: 'said' is not a feat",
+        ),
         (
             {"tfds_sample_rate_hz": None},
             ConfigError,

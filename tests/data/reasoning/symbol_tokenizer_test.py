@@ -54,7 +54,7 @@ def test_digests_differ():
 
 @pytest.mark.parametrize("text", ["1 2", "0 1 x", "<s> 1", "1 <pad>"])
 def test_what_is_no_symbol_is_named_with_the_symbols(text):
-    with pytest.raises(UserError, match=r"is no symbol of the task; its symbols are: 0 1\."):
+    with pytest.raises(UserError, match=r"is not a symbol of the task; its symbols are: 0 1\."):
         TOKENIZERS["parity"].encode(text)
 
 

@@ -37,7 +37,7 @@ def texts(text: str) -> BannedTexts:
     return BannedTexts(text_automaton([[text]], PieceTable(letters, np.ones(VOCAB_SIZE, np.int32))))
 
 
-# From two numbers, which every processor of a type takes without compiling anew.
+# From two numbers, which every processor of a type takes without compiling again.
 MAKERS: dict[str, Callable[[jax.Array, jax.Array], Processor]] = {
     "Temperature": lambda number, whole: Temperature(number),
     "TopK": lambda number, whole: TopK(whole),
