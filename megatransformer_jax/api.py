@@ -58,7 +58,7 @@ from megatransformer_jax.runs.load import (
     model_of_run,
 )
 from megatransformer_jax.runs.train import Run
-from megatransformer_jax.runs.workdir import shown_logs
+from megatransformer_jax.runs.workdir import shown_logs, use_compilation_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.recorder import read_metrics as read_metrics_file
 from megatransformer_jax.types import Batch, DTypePolicy
@@ -88,6 +88,7 @@ def load(
       >>> mt.load(run).trained_depth
       4
     """
+    use_compilation_cache("auto")
     return Model(
         load_model(
             _path("folder", folder),
@@ -147,6 +148,7 @@ def create(
             f"{config.vocab_size} is less than the {tokenizer.vocab_size} ids of the tokenizer; "
             "raise it, or leave it out.",
         )
+    use_compilation_cache("auto")
     platform = jax.default_backend()
     policy = DTypePolicy.from_precision(precision, platform)
     module = build_model(config, policy, Sharder(), platform)

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from megatransformer_jax.config.option import ConfigError, check_options, option, rule
+from megatransformer_jax.config.option import (
+    ConfigError,
+    check_options,
+    compilation_cache_option,
+    option,
+    rule,
+)
 
 if TYPE_CHECKING:
     from megatransformer_jax.runs.load import LoadedModel
@@ -70,6 +76,7 @@ class ModelOptions:
     weights: str = weights_option()
     precision: str | None = precision_option()
     param_dtype: str = param_dtype_option()
+    compilation_cache_dir: str | None = compilation_cache_option()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -115,6 +122,7 @@ def load_chosen_model(options: ModelOptions) -> "LoadedModel":
       UserError: if an option does not fit the folder, or something in it cannot be used.
     """
     from megatransformer_jax.runs.load import is_huginn_folder, load_model  # noqa: PLC0415
+    from megatransformer_jax.runs.workdir import use_compilation_cache  # noqa: PLC0415
 
     folder = options.folder
     if options.param_dtype != "float32" and not is_huginn_folder(folder):
@@ -123,6 +131,7 @@ def load_chosen_model(options: ModelOptions) -> "LoadedModel":
             f"{options.param_dtype!r} is for Huginn checkpoints, and {folder} is a run of ours; "
             "leave it out.",
         )
+    use_compilation_cache(options.compilation_cache_dir)
     loaded = load_model(
         folder,
         step=options.step,

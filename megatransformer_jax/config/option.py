@@ -105,6 +105,16 @@ def option(
     return dataclasses.field(default=default, metadata={"meaning": meaning, "check": check})
 
 
+def compilation_cache_option() -> Any:
+    """Where compiled programs are kept, for all that compiles."""
+    return option(
+        "auto",
+        "Folder that keeps compiled programs, so that the next start need not compile them again. "
+        "auto: the folder that JAX is set to, otherwise ~/.cache/megatransformer_jax/xla. "
+        "None: as JAX is set, which keeps nothing by default.",
+    )
+
+
 def section(config_class: type, meaning: str) -> Any:
     """A dataclass field that holds another configuration dataclass."""
     return dataclasses.field(default_factory=config_class, metadata={"meaning": meaning})

@@ -24,6 +24,7 @@ from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,
+    compilation_cache_option,
     option,
     require_defaults,
     rule,
@@ -59,9 +60,7 @@ class RunConfig:
         (),
         "NAME=value pairs put into the process environment before JAX starts, such as XLA_FLAGS.",
     )
-    compilation_cache_dir: str | None = option(
-        None, "Folder that keeps compiled programs between runs. Default (None): no cache."
-    )
+    compilation_cache_dir: str | None = compilation_cache_option()
     model: ModelConfig = section(ModelConfig, "Architecture.")
     data: DataConfig = section(DataConfig, "Data.")
     optimizer: OptimizerConfig = section(OptimizerConfig, "Optimiser.")

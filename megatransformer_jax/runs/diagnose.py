@@ -22,7 +22,7 @@ from megatransformer_jax.evaluation.diagnostics.kinds import (
     write_scalars,
 )
 from megatransformer_jax.runs.load import LoadedModel, is_huginn_folder, load_model, read_run_config
-from megatransformer_jax.runs.workdir import make_folder
+from megatransformer_jax.runs.workdir import make_folder, use_compilation_cache
 from megatransformer_jax.sharding.rules import Sharder
 
 _DRAWS = "depth_draws"
@@ -59,6 +59,7 @@ def diagnose_run(
             "model", f"{source} is a Huginn folder, which has no data to look at; name a run."
         )
     config = _with_options(read_run_config(source), kinds, num_rows, num_steps)
+    use_compilation_cache(config.compilation_cache_dir)
     loaded = load_model(source, step=step)
     logging.info("%s", loaded.description)
     subject = _subject(config, loaded)

@@ -25,7 +25,7 @@ from megatransformer_jax.runs.build import (
     require_transformer,
 )
 from megatransformer_jax.runs.tasks.start import fresh_state
-from megatransformer_jax.runs.workdir import make_workdir
+from megatransformer_jax.runs.workdir import make_workdir, use_compilation_cache
 from megatransformer_jax.training.distributed import make_global_batch, start_distributed
 from megatransformer_jax.training.lr_finder import (
     RangeTest,
@@ -49,6 +49,7 @@ def find_learning_rate(config: RunConfig, start: float, end: float, steps: int) 
     """
     require_transformer(config)
     check_range(start, end, steps)
+    use_compilation_cache(config.compilation_cache_dir)
     start_distributed(config.distributed)
     check_augmentation(config)
     workdir = make_workdir(config.workdir)

@@ -28,7 +28,12 @@ from megatransformer_jax.runs.tasks.image_vae import ImageVaeRun
 from megatransformer_jax.runs.tasks.start import check_workdir, run_info, start_state
 from megatransformer_jax.runs.tasks.transformer import TransformerRun
 from megatransformer_jax.runs.tasks.vocoder import VocoderRun
-from megatransformer_jax.runs.workdir import hold_workdir, log_file, make_folder, make_workdir
+from megatransformer_jax.runs.workdir import (
+    hold_workdir,
+    log_file,
+    make_workdir,
+    use_compilation_cache,
+)
 from megatransformer_jax.training.distributed import start_distributed
 from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.loop import (
@@ -72,10 +77,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, stack: contextlib.ExitStack, *, is_kept: bool = True):
-        if config.compilation_cache_dir is not None:
-            cache = make_folder("compilation_cache_dir", config.compilation_cache_dir)
-            jax.config.update("jax_compilation_cache_dir", str(cache))
-            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        use_compilation_cache(config.compilation_cache_dir)
         start_distributed(config.distributed)
         check_augmentation(config)
         self._stack = stack

@@ -2,8 +2,10 @@
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import pathlib
+import platform
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -45,6 +47,60 @@ def make_folder(option: str, path: str) -> pathlib.Path:
             option, f"{path!r} cannot be written to ({error.strerror}); choose another folder."
         ) from error
     return folder
+
+
+_CACHE_OPTION = "jax_compilation_cache_dir"
+# In the user's home.
+_CACHE = pathlib.Path(".cache", "megatransformer_jax", "xla")
+# JAX keeps what took a second; generation compiles dozens of programs that take less each.
+_MIN_COMPILE_S = 0.1
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Keeps the programs that this process compiles, and takes those that others have kept.
+
+    Args:
+      folder: see `compilation_cache_option`. A home that cannot be written to is no error.
+
+    Raises:
+      ConfigError: if a folder that is named cannot be made or written to.
+    """
+    # Commands import this module before they set JAX's environment.
+    import jax  # noqa: PLC0415
+    from jax.experimental.compilation_cache import compilation_cache  # noqa: PLC0415
+
+    has_one = getattr(jax.config, _CACHE_OPTION) is not None
+    if folder is None or (folder == "auto" and has_one):
+        return
+    if folder == "auto":
+        try:
+            home = pathlib.Path.home()
+            path = make_folder("compilation_cache_dir", str(home / _CACHE / _processor()))
+        except (ConfigError, RuntimeError) as error:  # RuntimeError: the user has no home.
+            absl_logging.info("compiled programs are not kept: %s", error)
+            return
+    else:
+        path = make_folder("compilation_cache_dir", folder)
+    jax.config.update(_CACHE_OPTION, str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_S)
+    # JAX looks once whether there is a cache, when it compiles its first program.
+    compilation_cache.reset_cache()
+
+
+def _processor() -> str:
+    """A name for the instructions that this machine has.
+
+    Programs for a CPU use all of them, JAX's keys do not name them, and homes are shared.
+    """
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    # x86 and ARM call them so. The rest of the file has numbers that change all the time.
+    flags = [line for line in lines if line.split(":")[0].strip() in ("flags", "Features")]
+    name = flags[0] if flags else platform.processor()
+    digest = hashlib.sha256(name.encode()).hexdigest()
+    return f"{platform.machine()}-{digest[:12]}"
 
 
 @contextlib.contextmanager

@@ -27,4 +27,4 @@ def test_rules_stand_with_the_options_they_concern() -> None:
     page = options_page()
     row = next(line for line in page.splitlines() if "`model.attention.num_kv_heads`" in line)
     assert "Divides num_heads." in row
-    assert "The whole section: At its defaults when core_layers=0." in page
+    assert "For the whole section: keep the default when core_layers=0." in page

@@ -38,7 +38,7 @@ def test_the_choice_is_kept_and_resumes_bit_for_bit(tmp_path, small_run, monkeyp
         assert not train(values("budget", BUDGET)).is_finished
     saved = load_config(tmp_path / "budget" / "config.json").train
     assert (saved.accumulation, saved.memory_budget_gib) == (2, None)
-    with pytest.raises(ConfigError, match="1e-06 GiB do not suffice; state and batch alone"):
+    with pytest.raises(ConfigError, match="1e-06 GiB is not enough: state and batch alone"):
         train(values("budget", {"train": {"memory_budget_gib": 1e-6}}))
     # ... which the run keeps where a new one would take the whole batch.
     with caplog.at_level("INFO", logger="absl"):

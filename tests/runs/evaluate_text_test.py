@@ -44,7 +44,7 @@ def test_predictions(tmp_path):
         ('{"prompt": "a"}', "line 1: 'reference' is None"),
         ('{"prompt": "a", "reference": []}', r"line 1: 'reference' is \[\]"),
         ('{"prompt": "a", "reference": [1]}', r"line 1: 'reference' is \[1\]"),
-        ('{"prompt": "a", "reference": "\\ud800"}', "line 1: .*no text"),
+        ('{"prompt": "a", "reference": "\\ud800"}', "line 1: .*is not text"),
         ("", "has no text"),
     ],
 )

@@ -86,7 +86,7 @@ def test_the_smallest_that_fits_is_chosen_and_nothing_is_compiled_twice():
 
 
 def test_what_never_fits_is_an_error_with_the_least_that_is_needed():
-    with pytest.raises(ConfigError, match=r"4 GiB do not suffice.* 5 GiB .*accumulation=2 on") as e:
+    with pytest.raises(ConfigError, match=r"4 GiB is not enough.* 5 GiB .*accumulation=2 on") as e:
         choose({1: 6, 2: 3, 4: 5}, budget=4.0)
     assert e.value.path == "train.memory_budget_gib"
 

@@ -1,0 +1,77 @@
+"""What a process keeps of the programs that it compiles."""
+
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.runs.workdir import use_compilation_cache
+
+NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+# Prints the number of programs that were compiled, and of those that were taken from the cache.
+GENERATE = """
+import collections
+import jax
+counts = collections.Counter()
+jax.monitoring.register_event_listener(lambda name, **_: counts.update([name]))
+import megatransformer_jax as mt
+model = mt.create("tiny", tokenizer=mt.BytesTokenizer(), core_layers=1)
+print(len(model.generate("a", strategy="greedy", max_new_tokens=2).token_ids))
+print(counts["/jax/compilation_cache/cache_misses"], counts["/jax/compilation_cache/cache_hits"])
+"""
+
+
+@pytest.fixture(autouse=True)
+def settings() -> Iterator[None]:
+    """JAX's settings are put back."""
+    before = {name: getattr(jax.config, name) for name in NAMES}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_what_jax_is_set_to_stays_unless_a_folder_is_named(tmp_path: pathlib.Path) -> None:
+    before = getattr(jax.config, NAMES[0])
+    assert before is not None  # Set by conftest.py.
+    for folder in ("auto", None):
+        use_compilation_cache(folder)
+        assert getattr(jax.config, NAMES[0]) == before
+    use_compilation_cache(str(tmp_path / "cache"))
+    assert getattr(jax.config, NAMES[0]) == str(tmp_path / "cache")
+
+
+def test_a_home_that_cannot_be_written_to_is_no_error(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jax.config.update(NAMES[0], None)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    use_compilation_cache("auto")
+    assert getattr(jax.config, NAMES[0]) is None
+    with pytest.raises(ConfigError, match=r"compilation_cache_dir: .* cannot be written to"):
+        use_compilation_cache(str(tmp_path / "file" / "x"))
+
+
+def test_the_second_process_takes_the_programs_of_the_first(tmp_path: pathlib.Path) -> None:
+    without = {key: value for key, value in os.environ.items() if "CACHE" not in key}
+    environment = {**without, "HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+
+    def run() -> tuple[int, int]:
+        words = [sys.executable, "-c", GENERATE]
+        shown = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
+        misses, hits = shown.stdout.split()[-2:]
+        return int(misses), int(hits)
+
+    misses, hits = run()
+    assert misses > 0 and hits == 0
+    [folder] = (tmp_path / ".cache" / "megatransformer_jax" / "xla").iterdir()
+    assert folder.name.startswith(platform.machine()) and any(folder.iterdir())
+    assert run() == (0, misses)
