@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import tensorboardX
-from tensorboardX import summary
 
 from megatransformer_jax.config.loop import LoggingConfig
 from megatransformer_jax.extras import import_extra
@@ -145,6 +143,11 @@ class TensorBoardWriter:
     """
 
     def __init__(self, directory: str | os.PathLike[str], start_step: int = 0):
+        # It imports torch where that is installed, which takes a second.
+        import tensorboardX  # noqa: PLC0415
+        from tensorboardX import summary  # noqa: PLC0415
+
+        self._make_hparams = summary.hparams
         purge_step = start_step if start_step > 0 else None
         self._writer = tensorboardX.SummaryWriter(
             os.fspath(directory),
@@ -193,7 +196,7 @@ class TensorBoardWriter:
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in hparams.items()
         }
-        for event in summary.hparams(plain, {}):
+        for event in self._make_hparams(plain, {}):
             self._writer.file_writer.add_summary(event)
 
     def flush(self) -> None:
