@@ -149,7 +149,7 @@ def table_of(results: dict[str, list[list[float]]]) -> Table:
 
 def main(words: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, type=pathlib.Path, help="workdir of a text run")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", default="", help="words of the names of cases, by commas")

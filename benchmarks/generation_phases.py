@@ -156,8 +156,10 @@ class GenerationPhases:
         )
 
     def _check(self, result: DecodeState) -> None:
-        state = jax.device_get(result)
-        steps = state.steps[:, self.prompt + 1 : self.length + 1]
-        is_whole = np.all(state.history.lengths == self.length + 1) and np.all(steps == self.depth)
-        if not is_whole or not np.all(np.isfinite(state.scores)):
+        steps, lengths, scores = jax.device_get(
+            (result.steps, result.history.lengths, result.scores)
+        )
+        steps = steps[:, self.prompt + 1 : self.length + 1]
+        is_whole = np.all(lengths == self.length + 1) and np.all(steps == self.depth)
+        if not is_whole or not np.all(np.isfinite(scores)):
             raise RuntimeError("decoding did not make the tokens that it was asked for")

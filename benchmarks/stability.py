@@ -90,7 +90,7 @@ def measure(
     )
     few = jax.device_put(jax.tree.map(lambda array: array[: arguments.rows], batches[0]))
     radius = np.asarray(spectral_radius(model, params, few, depths[-1], key, arguments.products))
-    curves = jax.device_get(iteration_curves(model, params, few, depths[-1], key))
+    curves = iteration_curves(model, params, few, depths[-1], key)
     return [
         Row(
             run=name,

@@ -14,7 +14,7 @@ MAX_FILES_OF_A_PROMPT = 36
 MAX_SHIM_LINES = 10
 
 # Folders of tests that no folder of the package stands for.
-OWN_FOLDERS = {"architecture", "docs", "support", "experiments"}
+OWN_FOLDERS = {"architecture", "benchmarks", "docs", "support", "experiments"}
 
 
 def test_the_layout_keeps_its_limits(repository):

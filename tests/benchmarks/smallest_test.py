@@ -1,0 +1,113 @@
+"""Every benchmark runs at its smallest and prints its result; documented options are there."""
+
+import pathlib
+import re
+import runpy
+import sys
+from collections.abc import Callable
+
+import pytest
+from markdown_pages import pages
+
+from megatransformer_jax.config.build import configure, merge
+from megatransformer_jax.runs.train import train
+
+pytestmark = pytest.mark.slow
+
+SHORT = {"train": {"steps": 3}, "optimizer": {"warmup_steps": 1}, "checkpoint": {"every_steps": 3}}
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run on text that has hardly begun."""
+    folder = tmp_path_factory.mktemp("text") / "run"
+    changes = {"workdir": str(folder), "evaluation": {"final_depths": (1,), "num_batches": 1}}
+    train(configure("recurrent:tiny", merge(SHORT, changes)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reasoning_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A run on problems that has hardly begun."""
+    folder = tmp_path_factory.mktemp("reasoning") / "run"
+    changes = {"workdir": str(folder), "evaluation": {"final_depths": (1,), "num_batches": 1}}
+    train(configure("reasoning:tiny", merge(SHORT, changes)))
+    return folder
+
+
+@pytest.fixture
+def run(
+    repository: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a benchmark as a command; returns what it printed."""
+
+    monkeypatch.syspath_prepend(repository)
+
+    def run_module(name: str, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *words])
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_module
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "shown"),
+    [
+        (
+            "train_step",
+            "--batch=1 --length=16 --steps-without-gradient=1 --steps-with-gradient=1 --rounds=1",
+            r"ratio +\d",
+        ),
+        (
+            "generate",
+            "--prompt=8 --new=4 --depth=1 --capacities 64 --rounds=1",
+            r"times a cached token",
+        ),
+        (
+            "peer",
+            "--experts=16 --heads=1 --top-k=1 --width=8 --batch=1 --length=8 --rounds=1",
+            r"PEER / dense: \d",
+        ),
+    ],
+)
+def test_without_a_run(run: Callable[..., str], name: str, words: str, shown: str) -> None:
+    assert re.search(shown, run(name, *words.split()))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "shown"),
+    [
+        ("int8_weights", "--depths 1 --batches=1", r"\| 1 \| [\d,]+ \| [\d.]+ \| [\d.]+ \|"),
+        (
+            "strategies",
+            "--prompts=1 --prompt-length=8 --new=4 --only=greedy --rounds=1",
+            r"\| greedy \|",
+        ),
+        ("cold_start", "--only=help", r"megatransformer"),
+    ],
+)
+def test_of_a_text_run(
+    run: Callable[..., str], text_run: pathlib.Path, name: str, words: str, shown: str
+) -> None:
+    option = "--model" if name == "cold_start" else "--workdir"
+    assert re.search(shown, run(name, f"{option}={text_run}", *words.split()))
+
+
+def test_of_a_reasoning_run(run: Callable[..., str], reasoning_run: pathlib.Path) -> None:
+    few = ("--problems=16", "--depth=2", "--sections", "fixed")
+    assert run("reasoning_depth", f"--workdir={reasoning_run}", *few).count("|") > 8
+    shown = run("stability", str(reasoning_run), "--times", "1", "--rows=1", "--products=2")
+    assert shown.count("|") > 8
+
+
+def test_documented_options_are_there(repository: pathlib.Path) -> None:
+    """Those of `python -m benchmarks.NAME` anywhere in the documentation."""
+    seen = set()
+    for page in [*pages(repository), repository / "benchmarks" / "README.md"]:
+        for name, rest in re.findall(r"python -m benchmarks\.(\w+)([^`\n]*)", page.read_text()):
+            source = (repository / "benchmarks" / f"{name}.py").read_text()
+            for option in re.findall(r"--[a-z][a-z0-9-]*", rest):
+                assert f'"{option}"' in source, f"{page.name}: {name} {option}"
+            seen.add(name)
+    assert {"train_step", "generate", "strategies", "peer", "cold_start", "stability"} <= seen
