@@ -50,6 +50,46 @@ def test_bleu_equals_the_formula(target):
     assert bleu([text], [[target]]) == pytest.approx(wanted)
 
 
+def f_score(precision, recall, beta):
+    return (1 + beta**2) * precision * recall / (beta**2 * precision + recall)
+
+
+def test_chrf_equals_the_formula():
+    """Popovic (2015): F2 of the mean precision and recall of 1 to 6 characters, without spaces."""
+    text, target = "the cat sat on the mat", "a cat is sitting on that mat"
+    found, wanted = ([*words.replace(" ", "")] for words in (text, target))
+    pairs = [(ngrams(found, n), ngrams(wanted, n)) for n in range(1, 7)]
+    hits = [(one & other).total() for one, other in pairs]
+    precision = sum(hit / one.total() for hit, (one, _) in zip(hits, pairs, strict=True)) / 6
+    recall = sum(hit / other.total() for hit, (_, other) in zip(hits, pairs, strict=True)) / 6
+    assert 0.2 < precision < 0.8
+    assert chrf([text], [[target]]) == pytest.approx(100 * f_score(precision, recall, 2))
+
+
+def longest_common(one, other):
+    """Length of the longest common subsequence, by its recurrence."""
+    if not one or not other:
+        return 0
+    if one[-1] == other[-1]:
+        return 1 + longest_common(one[:-1], other[:-1])
+    return max(longest_common(one[:-1], other), longest_common(one, other[:-1]))
+
+
+def test_rouge_equals_the_formula():
+    """Lin (2004): F1 of common words, of common pairs, and of the longest common subsequence."""
+    text, target = "the mat sat on the cat", "a cat is sitting on the old mat"
+    one, other = text.split(), target.split()
+    wanted = []
+    for n in (1, 2):
+        hits = (ngrams(one, n) & ngrams(other, n)).total()
+        wanted.append(f_score(hits / (len(one) - n + 1), hits / (len(other) - n + 1), 1))
+    common = longest_common(one, other)
+    wanted.append(f_score(common / len(one), common / len(other), 1))
+    assert len(set(wanted)) == 3
+    scores = score_texts([text], [[target]])
+    assert (scores.rouge1, scores.rouge2, scores.rouge_l) == pytest.approx(tuple(wanted))
+
+
 def test_scores_equal_the_libraries():
     # sacrebleu takes the n-th references of all texts together.
     streams = [

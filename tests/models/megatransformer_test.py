@@ -252,7 +252,7 @@ def test_bfloat16_policy_keeps_parameters_and_logits_in_float32():
     assert output.latent.dtype == jnp.bfloat16
     full = build_model(BASE, DTypePolicy(), Sharder(), "cpu")
     exact = full.apply({"params": params}, TOKENS, num_steps=3).logits
-    np.testing.assert_allclose(output.logits, exact, atol=0.1)
+    np.testing.assert_allclose(output.logits, exact, atol=0.04)
 
 
 def test_a_named_kernel_does_not_stand_in_the_way_of_initialisation():
