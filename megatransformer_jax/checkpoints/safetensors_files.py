@@ -5,7 +5,6 @@ whole. The layout is Hugging Face's: `model.safetensors`, or `model-00001-of-000
 so on next to `model.safetensors.index.json`, which says what is where.
 """
 
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,6 +17,7 @@ from safetensors.numpy import save_file
 
 from megatransformer_jax.config.build import read_values
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.files import write_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -136,11 +136,6 @@ def write_safetensors(
         places |= dict.fromkeys(names, file)
     write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
     return total
-
-
-def write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
-    """Writes values as readable JSON, in their order."""
-    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def shortened(names: Iterable[str]) -> str:

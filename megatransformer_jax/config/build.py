@@ -14,7 +14,6 @@ import os
 import pathlib
 import re
 import sys
-import tempfile
 import tokenize
 import traceback
 import typing
@@ -38,6 +37,7 @@ from megatransformer_jax.config.option import (
     wrong_type,
 )
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.files import write_json
 
 
 def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
@@ -168,16 +168,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     """Writes `config` as JSON. A reader sees the old file or the new one, never a part."""
-    path = pathlib.Path(path)
-    text = json.dumps(to_dict(config), indent=2, allow_nan=False) + "\n"
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", delete=False
-    ) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)  # The temporary file is private to its maker.
-    os.replace(file.name, path)
+    write_json(path, to_dict(config))
 
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:

@@ -1,11 +1,12 @@
 """Streams of batches that can be resumed: text, reasoning problems, buckets of like length."""
 
 import dataclasses
+import functools
 import json
 import sys
 import typing
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -145,6 +146,29 @@ class NumberedStream(typing.Generic[Element]):
             self._elements = None
 
 
+@dataclasses.dataclass(frozen=True)
+class NumberedBatches(typing.Generic[Element]):
+    """One process's share of batch n, by random access. Worker processes get it pickled.
+
+    Attributes:
+      num_rows: of all batches together; endless rows have sys.maxsize.
+      share: of this process.
+      make: a batch of the rows with these numbers, filled up with padding to a number of rows.
+    """
+
+    num_rows: int
+    share: Share
+    make: Callable[[list[int], int], Element]
+
+    def __len__(self) -> int:
+        return min(-(-self.num_rows // self.share.batch_size), sys.maxsize)
+
+    def __getitem__(self, number: int) -> Element:
+        first = number * self.share.batch_size
+        mine = range(first, first + self.share.batch_size)[self.share.rows]
+        return self.make([row for row in mine if row < self.num_rows], len(mine))
+
+
 class ProblemBatches(NumberedStream[Batch]):
     """Batches of reasoning problems. Each process generates its own share only."""
 
@@ -161,26 +185,14 @@ class ProblemBatches(NumberedStream[Batch]):
         order = in_order(
             grain.MapDataset.range(len(problems)), seed=seed, shuffle=shuffle, repeat=repeat
         )
-        super().__init__(_NumberedBatches(problems, order, share), num_workers)
+        make = functools.partial(_problem_batch, problems, order)
+        super().__init__(NumberedBatches(len(order), share, make), num_workers)
 
 
-@dataclasses.dataclass(frozen=True)
-class _NumberedBatches:
-    """One process's share of batch n, by random access."""
-
-    problems: ProblemSet
-    order: grain.MapDataset
-    share: Share
-
-    def __len__(self) -> int:
-        # Endless orders have sys.maxsize elements.
-        return min(-(-len(self.order) // self.share.batch_size), sys.maxsize)
-
-    def __getitem__(self, number: int) -> Batch:
-        first = number * self.share.batch_size
-        rows = range(first, min(first + self.share.batch_size, len(self.order)))
-        mine = [int(self.order[row]) for row in rows[self.share.rows]]
-        return self.problems.batch(mine, self.share.batch_size // self.share.process_count)
+def _problem_batch(
+    problems: ProblemSet, order: grain.MapDataset, rows: list[int], size: int
+) -> Batch:
+    return problems.batch([int(order[row]) for row in rows], size)
 
 
 def first_batches(stream: Iterator[Batch], limit: int | None) -> list[Batch]:

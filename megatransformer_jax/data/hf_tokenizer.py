@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from megatransformer_jax.config.build import read_text, read_values
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.files import write_json
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -92,7 +93,7 @@ class HuggingFaceTokenizer:
             "eos_token_id": list(self.end_ids),
             "pad_token_id": self.pad_id,
         }
-        (folder / ID_FILES[0]).write_text(json.dumps(ids, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / ID_FILES[0], ids)
 
     def digest(self) -> str:
         """SHA-256 of the definition and the special ids."""

@@ -13,7 +13,6 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -22,6 +21,7 @@ from absl import logging
 
 from megatransformer_jax.config.data import TokenizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.files import write_atomically, write_json
 
 # The options of TokenizerConfig that decide what a model trained on given texts looks like.
 TRAINING_OPTIONS = ("vocab_size", "model_type", "character_coverage", "max_training_bytes")
@@ -228,8 +228,7 @@ def build_tokenizer(
         model = train_sentencepiece(config, training_texts)
         # The description first: a model without one can then not come from a crash in between.
         digest = hashlib.sha256(model).hexdigest()
-        text = json.dumps(description | {MODEL_DIGEST: digest}, indent=2) + "\n"
-        write_atomically(description_path, text.encode())
+        write_json(description_path, description | {MODEL_DIGEST: digest})
         write_atomically(path, model)
         logging.info("Trained a tokenizer of %d pieces: %s", config.vocab_size, path)
     tokenizer = load_sentencepiece(path)
@@ -279,23 +278,6 @@ def load_sentencepiece(path: str | os.PathLike) -> SentencePieceTokenizer:
             "data.tokenizer.model_file, or leave it None to have one trained."
         ) from error
     return SentencePieceTokenizer(model, str(path))
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file, and the folders above it, so that a reader, or a start after a crash, sees
-    the whole file or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # ------------------------------------------------------------------------------

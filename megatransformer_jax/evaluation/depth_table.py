@@ -18,6 +18,7 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.evaluation.text_metrics import TextSize
 from megatransformer_jax.evaluation.validation import Scores, ValidationSet
+from megatransformer_jax.files import write_json
 
 # ------------------------------------------------------------------------------
 # One run.
@@ -92,7 +93,7 @@ def write_depth_table(
     json_path = Path(directory, "depth_table.json")
     rows = depth_rows(scores, text_size)
     content = {"trained_depth": trained_depth, "is_reasoning": is_reasoning, "rows": rows}
-    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(json_path, content)
     png_path = Path(directory, "depth_table.png")
     plot_scores(scores, trained_depth, is_reasoning=is_reasoning).savefig(png_path, dpi=120)
     return json_path, png_path

@@ -6,7 +6,6 @@ are in the extra 'eval' and are imported when a score is asked for.
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.files import write_json
 from megatransformer_jax.types import Batch
 
 # ------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ def write_text_scores(
     """
     json_path = directory / "text_scores.json"
     content = {"trained_depth": trained_depth, "rows": text_rows(scores)}
-    json_path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(json_path, content)
     if len(scores) < 2:
         return [json_path]
     png_path = directory / "text_scores.png"

@@ -149,15 +149,23 @@ def mean_scores(depth: int | None, sums: Iterable[Sequence[Any]]) -> Scores:
     )
 
 
-class ValidationHook:
-    """Scores the validation set at the trained mean depth (a `Hook` of the training loop).
+def scores_by_name(scores: Scores, *, is_reasoning: bool) -> dict[str, float]:
+    """Loss, perplexity and accuracy; of reasoning exact answers too, which text never has."""
+    names = ["loss", "perplexity", "accuracy", *(["exact_accuracy"] if is_reasoning else [])]
+    return {name: getattr(scores, name) for name in names}
+
+
+# ------------------------------------------------------------------------------
+# The hook that validates during training, whatever is scored.
+
+
+class ScoreHook:
+    """Scores the parameters every so many steps, as validation/<name> (a `Hook` of the loop).
 
     Args:
       every_steps: steps between validations; the last step is validated too.
-      validation_set: what is scored.
-      depth: iterations of the core, or None for a model without one.
+      score: from parameters to numbers by name, the same on every process.
       params_of: from the train state to the parameters that are scored.
-      is_reasoning: also reports exact answers; no row of text is ever predicted whole.
     """
 
     at_end = True
@@ -167,33 +175,23 @@ class ValidationHook:
     def __init__(
         self,
         every_steps: int,
-        validation_set: ValidationSet,
-        depth: int | None,
+        score: Callable[[Any], Mapping[str, float]],
         params_of: Callable[[Any], Any],
-        *,
-        is_reasoning: bool,
     ):
         self.every_steps = every_steps
-        self._set = validation_set
-        self._depth = depth
+        self._score = score
         self._params_of = params_of
-        self._is_reasoning = is_reasoning
 
     def __call__(self, step: int, state: Any, scalars: Mapping[str, float]) -> dict[str, float]:
-        """Returns validation/loss, perplexity and accuracy, and exact_accuracy for reasoning."""
-        scores = self._set.score(self._params_of(state), self._depth)
-        logging.info(
-            "validation after step %d: loss %.4f  perplexity %.2f  token accuracy %.3f%s",
-            step,
-            scores.loss,
-            scores.perplexity,
-            scores.accuracy,
-            f"  exact answers {scores.exact_accuracy:.3f}" if self._is_reasoning else "",
-        )
-        names = ["loss", "perplexity", "accuracy"]
-        if self._is_reasoning:
-            names.append("exact_accuracy")
-        return {f"validation/{name}": getattr(scores, name) for name in names}
+        """Scores, logs and returns the numbers."""
+        scores = self._score(self._params_of(state))
+        shown = "  ".join(f"{_shown_name(name)} {value:.4f}" for name, value in scores.items())
+        logging.info("validation after step %d: %s", step, shown)
+        return {f"validation/{name}": value for name, value in scores.items()}
+
+
+def _shown_name(name: str) -> str:
+    return {"accuracy": "token accuracy", "exact_accuracy": "exact answers"}.get(name, name)
 
 
 # ------------------------------------------------------------------------------
@@ -229,31 +227,3 @@ class MeanValidation:
             name: float(np.dot(self._weights, [float(score[name]) for score in scores]))
             for name in scores[0]
         }
-
-
-class MeanValidationHook:
-    """Scores held-out batches (a `Hook` of the training loop).
-
-    Args:
-      every_steps: steps between validations; the last step is validated too.
-      validation: what is scored.
-      params_of: from the train state to the parameters that are scored.
-    """
-
-    at_end = True
-    at_stop = False
-    skips_bad_steps = False
-
-    def __init__(
-        self, every_steps: int, validation: MeanValidation, params_of: Callable[[Any], Any]
-    ):
-        self.every_steps = every_steps
-        self._validation = validation
-        self._params_of = params_of
-
-    def __call__(self, step: int, state: Any, scalars: Mapping[str, float]) -> dict[str, float]:
-        """Returns each mean as validation/<its name>."""
-        scores = self._validation.score(self._params_of(state))
-        shown = "  ".join(f"{name} {value:.4f}" for name, value in scores.items())
-        logging.info("validation after step %d: %s", step, shown)
-        return {f"validation/{name}": value for name, value in scores.items()}

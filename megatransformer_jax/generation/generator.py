@@ -43,7 +43,6 @@ from megatransformer_jax.generation.placement import (
     for_rows,
     put_rows,
     replicate,
-    row_ways,
 )
 from megatransformer_jax.generation.prefill import Prefilled, prefill, repeat_rows
 from megatransformer_jax.generation.processors.build import build_chain
@@ -300,7 +299,7 @@ class Generator:
         size, texts = num_prompts, self._config.texts_per_prompt
         if self._config.batch_size is not None:
             size = min(size, self._config.batch_size // texts)
-        ways = row_ways(self._model.sharder)
+        ways = self._model.sharder.ways("batch")
         multiple = ways // math.gcd(ways, texts)
         filled = -(-size // multiple) * multiple
         return filled if filled < size * ways else size

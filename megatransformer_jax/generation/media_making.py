@@ -24,7 +24,6 @@ from megatransformer_jax.generation.placement import (
     fetch,
     put_rows,
     replicate,
-    row_ways,
 )
 from megatransformer_jax.generation.prefill import Prefilled
 from megatransformer_jax.generation.processors.processor import init_chain, update_chain
@@ -119,7 +118,7 @@ class MediaMaker:
         keys: jax.Array,
     ) -> list[np.ndarray]:
         """Media of one kind; `numbers` tells how many each row has made before."""
-        chosen = _rounded_up(waiting, len(keys), row_ways(model.sharder))
+        chosen = _rounded_up(waiting, len(keys), model.sharder.ways("batch"))
         before = np.zeros(len(keys), np.int32)
         before[waiting] = numbers
         rows, counts = put_rows(model.sharder, (chosen, before[chosen]))

@@ -15,7 +15,6 @@ everything. Without a mesh all functions leave arrays where they are.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -28,15 +27,6 @@ from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache, init_cache
 from megatransformer_jax.sharding.rules import Sharder
 
 
-def row_ways(sharder: Sharder) -> int:
-    """Parts that rows are cut into where they divide: devices on the mesh axes of the batch."""
-    axes = sharder.rules.batch
-    if sharder.mesh is None or axes is None:
-        return 1
-    axes = (axes,) if isinstance(axes, str) else axes
-    return math.prod(sharder.mesh.shape[axis] for axis in axes)
-
-
 def for_rows(model: MegaTransformer, num_rows: int) -> MegaTransformer:
     """The model as it passes that many rows: laid out for them, with any kernel that serves them.
 
@@ -46,7 +36,7 @@ def for_rows(model: MegaTransformer, num_rows: int) -> MegaTransformer:
     """
     sharder, attention = model.sharder, model.config.attention
     if sharder.mesh is not None:
-        batch = sharder.rules.batch if num_rows % row_ways(sharder) == 0 else None
+        batch = sharder.rules.batch if num_rows % sharder.ways("batch") == 0 else None
         rules = dataclasses.replace(sharder.rules, batch=batch, length=None)
         sharder = Sharder(sharder.mesh, rules)
     if attention.kernel != "xla":

@@ -12,7 +12,6 @@
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +81,7 @@ def attention(
         has_softcap=logit_softcap is not None,
         has_alibi=alibi_slopes is not None,
         has_dropout=dropout_rate > 0.0,
-        row_shards=_row_shards(sharder),
+        row_shards=sharder.ways("length"),
     )
     chosen = choose_kernel(kernel, platform, features)
     if chosen == "cudnn":
@@ -108,15 +107,6 @@ def attention(
             rows_are_whole=features.row_shards == 1,
         )
     return output if head_mask is None else output * head_mask.astype(output.dtype)[:, None]
-
-
-def _row_shards(sharder: Sharder) -> int:
-    """Devices that the query rows are cut over."""
-    axis = sharder.rules.length
-    if sharder.mesh is None or axis is None:
-        return 1
-    axes = (axis,) if isinstance(axis, str) else axis
-    return math.prod(sharder.mesh.shape[name] for name in axes)
 
 
 def _check_options(

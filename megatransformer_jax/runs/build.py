@@ -37,8 +37,8 @@ from megatransformer_jax.data.tokenizer import (
     Tokenizer,
     build_tokenizer,
     load_sentencepiece,
-    write_atomically,
 )
+from megatransformer_jax.files import write_atomically
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
 from megatransformer_jax.runs.load import (
     HUGGINGFACE_FOLDER,

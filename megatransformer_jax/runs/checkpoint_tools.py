@@ -27,8 +27,8 @@ from megatransformer_jax.data.tokenizer import (
     BytesTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    write_atomically,
 )
+from megatransformer_jax.files import write_atomically
 from megatransformer_jax.runs.load import (
     HUGGINGFACE_FOLDER,
     SENTENCEPIECE_FILE,

@@ -1,7 +1,6 @@
 """What a run costs, without allocating the model: parameters, FLOPs, memory, and their tables."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -19,6 +18,7 @@ from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.evaluation.depth_table import evaluated_depths
+from megatransformer_jax.files import write_json
 from megatransformer_jax.models.cost.flops import (
     ForwardFlops,
     MediumFlops,
@@ -118,7 +118,7 @@ class CostReport:
     def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
         """Writes cost.json with all numbers, exact, into a folder; returns its path."""
         path = folder / "cost.json"
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
         return [path]
 
 

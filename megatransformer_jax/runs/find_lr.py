@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from rich.table import Table
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.pipeline import build_pipeline
 from megatransformer_jax.evaluation.report import new_figure
+from megatransformer_jax.files import write_json
 from megatransformer_jax.runs.build import (
     MemoryPlan,
     build_sharded_model,
@@ -124,7 +124,7 @@ def _show(result: RangeTest, config: RunConfig) -> None:
 
 def _write(result: RangeTest, config: RunConfig, workdir: pathlib.Path) -> None:
     values = {"optimizer": config.optimizer.name, **dataclasses.asdict(result)}
-    (workdir / "find_lr.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_json(workdir / "find_lr.json", values)
     plot(result).savefig(workdir / "find_lr.png", dpi=120)
     logging.info("numbers and plot: %s, %s", workdir / "find_lr.json", workdir / "find_lr.png")
 

@@ -13,6 +13,7 @@ LAYERS: Mapping[str, int] = {
     "types": 0,
     "streams": 0,
     "extras": 0,
+    "files": 0,
     "sharding": 0,
     "ops": 1,
     "data": 1,

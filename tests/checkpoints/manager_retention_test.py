@@ -13,7 +13,7 @@ from megatransformer_jax.checkpoints.manager import (
 )
 from megatransformer_jax.config.loop import REASONING_METRICS, TEXT_METRICS, CheckpointConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.evaluation.validation import Scores, ValidationHook, ValidationSet
+from megatransformer_jax.evaluation.validation import ScoreHook, Scores, scores_by_name
 
 LOSS, ACCURACY = "validation/loss", "validation/accuracy"
 
@@ -59,14 +59,10 @@ def test_a_metric_that_validation_never_returns_is_an_error():
     ("is_reasoning", "known"), [(False, TEXT_METRICS), (True, REASONING_METRICS)]
 )
 def test_the_known_metrics_are_those_that_validation_returns(is_reasoning, known):
-    class Constant(ValidationSet):
-        def __init__(self):
-            pass
-
-        def score(self, params, depth):
-            return Scores(depth, 0.0, 1.0, 0.0, 0.0, 1)
-
-    hook = ValidationHook(1, Constant(), None, lambda state: state, is_reasoning=is_reasoning)
+    scores = Scores(1, 0.0, 1.0, 0.0, 0.0, 1)
+    hook = ScoreHook(
+        1, lambda params: scores_by_name(scores, is_reasoning=is_reasoning), lambda state: state
+    )
     assert set(hook(1, None, {})) == set(known)
 
 

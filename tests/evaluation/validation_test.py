@@ -6,11 +6,12 @@ from flax import linen as nn
 
 from megatransformer_jax.evaluation.validation import (
     EvalSums,
-    ValidationHook,
+    ScoreHook,
     ValidationSet,
     depth_argument,
     make_eval_step,
     mean_scores,
+    scores_by_name,
 )
 from megatransformer_jax.types import Batch, ModelOutput
 
@@ -95,10 +96,12 @@ def test_hook_names_what_the_checkpoint_looks_for(is_reasoning):
         params = PARAMS
 
     step = jax.jit(make_eval_step(FakeModel(Traces()), jax.random.key(0)))
-    hook = ValidationHook(
-        10, ValidationSet([BATCH], step), 1, lambda state: state.params, is_reasoning=is_reasoning
-    )
-    values = hook(10, State(), {})
+    validation = ValidationSet([BATCH], step)
+
+    def score(params):
+        return scores_by_name(validation.score(params, 1), is_reasoning=is_reasoning)
+
+    values = ScoreHook(10, score, lambda state: state.params)(10, State(), {})
     names = {"validation/loss", "validation/perplexity", "validation/accuracy"}
     assert set(values) == names | ({"validation/exact_accuracy"} if is_reasoning else set())
     if is_reasoning:

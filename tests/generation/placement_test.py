@@ -16,7 +16,6 @@ from megatransformer_jax.generation.placement import (
     for_rows,
     put_rows,
     replicate,
-    row_ways,
 )
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.mesh import make_mesh
@@ -30,7 +29,7 @@ def sharder():
 
 
 def test_rows_are_cut_over_the_batch_axes(sharder):
-    assert row_ways(sharder) == 4
+    assert sharder.ways("batch") == 4
     array = put_rows(sharder, jnp.arange(24).reshape(8, 3))
     assert array.addressable_shards[0].data.shape == (2, 3)
     np.testing.assert_array_equal(array, np.arange(24).reshape(8, 3))
@@ -63,7 +62,7 @@ def test_constraints_cut_the_first_axis(sharder):
 
 def test_without_a_mesh_arrays_are_left_alone():
     tree = {"a": jnp.arange(3)}
-    assert row_ways(Sharder()) == 1
+    assert Sharder().ways("batch") == 1
     for function in (put_rows, replicate, constrain_rows):
         assert function(Sharder(), tree) is tree
     assert isinstance(fetch(Sharder(), tree)["a"], np.ndarray)

@@ -1,7 +1,7 @@
 """Batches with media, and batches of one medium without text; both can be resumed."""
 
 import dataclasses
-import sys
+import functools
 import typing
 
 import grain
@@ -11,7 +11,12 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.vocoder import VocoderConfig
-from megatransformer_jax.data.batches import NumberedStream, Pipeline, Share
+from megatransformer_jax.data.batches import (
+    NumberedBatches,
+    NumberedStream,
+    Pipeline,
+    Share,
+)
 from megatransformer_jax.data.documents import in_order
 from megatransformer_jax.data.media.build import (
     build_audio_source,
@@ -32,33 +37,20 @@ from megatransformer_jax.types import Batch, ImageBatch, WaveformBatch
 NumberedBatch = tuple[Batch, tuple[BadRecord, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class _NumberedBatches:
-    """One process's share of batch n, and the bad records that were met on the way."""
-
-    rows: Records[Row]
-    share: Share
-    shape: RowShape
-    formats: MediaFormats
-    pad_id: int
-
-    def __len__(self) -> int:
-        # Endless rows have sys.maxsize elements.
-        return min(-(-len(self.rows) // self.share.batch_size), sys.maxsize)
-
-    def __getitem__(self, number: int) -> NumberedBatch:
-        first = number * self.share.batch_size
-        mine = range(first, first + self.share.batch_size)[self.share.rows]
-        padding = Row(0, None)
-        rows = [self.rows[n] if n < len(self.rows) else padding for n in mine]
-        batch = make_batch(
-            [row.content for row in rows],
-            [row.task for row in rows],
-            self.shape,
-            self.formats,
-            self.pad_id,
-        )
-        return batch, tuple(record for row in rows for record in row.bad_records)
+def _batch_of_rows(
+    records: Records[Row],
+    shape: RowShape,
+    formats: MediaFormats,
+    pad_id: int,
+    numbers: list[int],
+    size: int,
+) -> NumberedBatch:
+    """A batch, and the bad records that were met on the way."""
+    rows = [records[number] for number in numbers]
+    rows += [Row(0, None)] * (size - len(rows))
+    contents, tasks = [row.content for row in rows], [row.task for row in rows]
+    batch = make_batch(contents, tasks, shape, formats, pad_id)
+    return batch, tuple(record for row in rows for record in row.bad_records)
 
 
 class MediaBatches:
@@ -80,7 +72,8 @@ class MediaBatches:
         sources = build_media_sources(config, tokenizer, formats, split)
         maker = RowMaker(config, tokenizer, formats, sources, augments=is_training)
         rows: Records[Row] = (TrainingRows if is_training else ValidationRows)(maker, config)
-        source = _NumberedBatches(rows, share, maker.shape, formats, tokenizer.pad_id)
+        make = functools.partial(_batch_of_rows, rows, maker.shape, formats, tokenizer.pad_id)
+        source = NumberedBatches(len(rows), share, make)
         self._stream: NumberedStream[NumberedBatch] = NumberedStream(source, config.num_workers)
         self._bad_records = bad_records
 
@@ -130,26 +123,19 @@ class RowFormat(typing.Protocol[Made_co]):
 
 
 @dataclasses.dataclass(frozen=True)
-class _NumberedMedia(typing.Generic[Made_co]):
-    """One process's share of batch n, and the bad records that were met on the way."""
+class _MediumMaker(typing.Generic[Made_co]):
+    """Makes a batch, and collects the bad records that it meets on the way."""
 
     records: Records[typing.Any]
     order: grain.MapDataset
     row_format: RowFormat[Made_co]
-    share: Share
     seed: int
 
-    def __len__(self) -> int:
-        # Endless orders have sys.maxsize elements.
-        return min(-(-len(self.order) // self.share.batch_size), sys.maxsize)
-
-    def __getitem__(self, number: int) -> tuple[Made_co, tuple[BadRecord, ...]]:
-        first = number * self.share.batch_size
-        mine = range(first, first + self.share.batch_size)[self.share.rows]
+    def __call__(self, numbers: list[int], size: int) -> tuple[Made_co, tuple[BadRecord, ...]]:
         bad: list[BadRecord] = []
-        made = [self._row(n, bad) for n in mine if n < len(self.order)]
+        made = [self._row(number, bad) for number in numbers]
         rows = [row for row in made if row is not None]
-        return self.row_format.batch(rows, len(mine)), tuple(bad)
+        return self.row_format.batch(rows, size), tuple(bad)
 
     def _row(self, number: int, bad: list[BadRecord]) -> np.ndarray | None:
         rng = generator_of(self.seed, number, Purpose.SEGMENTS)
@@ -193,7 +179,8 @@ class MediumBatches(typing.Generic[Made_co]):
         order = in_order(
             grain.MapDataset.range(len(records)), seed=seed, shuffle=shuffle, repeat=repeat
         )
-        source = _NumberedMedia(records, order, row_format, share, seed)
+        make = _MediumMaker(records, order, row_format, seed)
+        source = NumberedBatches(len(order), share, make)
         self._stream: NumberedStream[tuple[Made_co, tuple[BadRecord, ...]]] = NumberedStream(
             source, num_workers
         )

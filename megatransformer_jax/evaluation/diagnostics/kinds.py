@@ -1,7 +1,6 @@
 """Kinds of diagnostics: what each measures and shows, and the hook that makes them in training."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -30,6 +29,7 @@ from megatransformer_jax.evaluation.recurrence import (
     iteration_curves,
     spectral_radius,
 )
+from megatransformer_jax.files import write_json
 from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.writers import MetricWriter
@@ -351,7 +351,7 @@ def finite_scalars(findings: Mapping[str, Finding]) -> dict[str, float]:
 
 def write_scalars(findings: Mapping[str, Finding], path: pathlib.Path) -> None:
     """Writes them to a JSON file."""
-    path.write_text(json.dumps(finite_scalars(findings), indent=2) + "\n", encoding="utf-8")
+    write_json(path, finite_scalars(findings))
 
 
 # ------------------------------------------------------------------------------

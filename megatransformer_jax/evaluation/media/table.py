@@ -1,7 +1,6 @@
 """Scores and pictures of a model with media, for people: tables, JSON, contact sheets."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from megatransformer_jax.evaluation.media.judges import DrawnScores, Recognition
 from megatransformer_jax.evaluation.media.sound_scores import ResynthesisScores, TranscriptErrors
 from megatransformer_jax.evaluation.media.validation import MediaScores
 from megatransformer_jax.evaluation.report import new_figure
+from megatransformer_jax.files import write_json
 
 # ------------------------------------------------------------------------------
 # Tables.
@@ -126,7 +126,7 @@ def write_media_scores(
         "rows": [dataclasses.asdict(row) for row in rows],
         "resynthesis": None if resynthesis is None else dataclasses.asdict(resynthesis),
     }
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)
     return path
 
 

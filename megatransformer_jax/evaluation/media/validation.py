@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax import streams
@@ -300,39 +299,3 @@ def mean_media_scores(
 
 def _means(terms: Mapping[str, Any], count: Any) -> dict[str, float]:
     return {name: float(value / count) for name, value in terms.items()} if count else {}
-
-
-class MediaValidationHook:
-    """Scores the validation set at the trained mean depth (a `Hook` of the training loop).
-
-    Takes the place of `ValidationHook` in runs with media.
-
-    Args:
-      every_steps: steps between validations; the last step is validated too.
-      validation_set: what is scored.
-      depth: iterations of the core, or None for a model without one.
-      params_of: from the train state to the parameters that are scored.
-    """
-
-    at_end = True
-    at_stop = False
-    skips_bad_steps = False
-
-    def __init__(
-        self,
-        every_steps: int,
-        validation_set: MediaValidationSet,
-        depth: int | None,
-        params_of: Callable[[Any], Any],
-    ):
-        self.every_steps = every_steps
-        self._set = validation_set
-        self._depth = depth
-        self._params_of = params_of
-
-    def __call__(self, step: int, state: Any, scalars: Mapping[str, float]) -> dict[str, float]:
-        """Returns `MediaScores.metrics` as validation/<name>."""
-        metrics = self._set.score(self._params_of(state), self._depth).metrics()
-        words = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        logging.info("validation after step %d: %s", step, words)
-        return {f"validation/{name}": value for name, value in metrics.items()}

@@ -1,7 +1,6 @@
 """What runs that train a model of one medium, without text, have in common."""
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +15,8 @@ from rich.table import Table
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.batches import Pipeline, first_batches
-from megatransformer_jax.evaluation.validation import Judge, MeanValidation, MeanValidationHook
+from megatransformer_jax.evaluation.validation import Judge, MeanValidation, ScoreHook
+from megatransformer_jax.files import write_json
 from megatransformer_jax.runs.task import NoVocabulary, ParamsOf
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
@@ -126,7 +126,7 @@ class MediumRun:
     def judges(self, params_of: ParamsOf) -> list[Hook]:
         """See `RunKind`."""
         every_steps = self.config.evaluation.every_steps
-        return [MeanValidationHook(every_steps, self.validation, params_of)]
+        return [ScoreHook(every_steps, self.validation.score, params_of)]
 
     def observers(self, params_of: ParamsOf, writer: MultiWriter) -> list[Hook]:
         """Samples."""
@@ -152,7 +152,7 @@ class MediumRun:
             table.add_row(name, f"{value:.4f}")
         console.print(table)
         path = self._workdir / "summary.json"
-        path.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")
+        write_json(path, scores)
         logging.info("numbers: %s", path)
 
 

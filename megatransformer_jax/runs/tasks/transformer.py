@@ -28,15 +28,15 @@ from megatransformer_jax.evaluation.depth_table import (
 )
 from megatransformer_jax.evaluation.diagnostics.kinds import DiagnosticsHook, make_subject
 from megatransformer_jax.evaluation.media.validation import (
-    MediaValidationHook,
     MediaValidationSet,
     make_media_eval_step,
 )
 from megatransformer_jax.evaluation.validation import (
+    ScoreHook,
     Scores,
-    ValidationHook,
     ValidationSet,
     make_eval_step,
+    scores_by_name,
 )
 from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.models.megatransformer import MegaTransformer
@@ -122,24 +122,20 @@ class TransformerRun:
 
     def judges(self, params_of: ParamsOf) -> list[Hook]:
         """See `RunKind`."""
+        depth = trained_depth(self.config)
         if self.config.model.has_media:
-            return [
-                MediaValidationHook(
-                    self.config.evaluation.every_steps,
-                    self._build_media_validation_set(),
-                    trained_depth(self.config),
-                    params_of,
-                )
-            ]
-        return [
-            ValidationHook(
-                self.config.evaluation.every_steps,
-                self.validation_set,
-                trained_depth(self.config),
-                params_of,
-                is_reasoning=self.vocabulary.tokenizer is None,
-            )
-        ]
+            media = self._build_media_validation_set()
+
+            def score(params: Any) -> dict[str, float]:
+                return media.score(params, depth).metrics()
+
+        else:
+            text, is_reasoning = self.validation_set, self.vocabulary.tokenizer is None
+
+            def score(params: Any) -> dict[str, float]:
+                return scores_by_name(text.score(params, depth), is_reasoning=is_reasoning)
+
+        return [ScoreHook(self.config.evaluation.every_steps, score, params_of)]
 
     def observers(self, params_of: ParamsOf, writer: MultiWriter) -> list[Hook]:
         """Samples, and diagnostics if there are any."""

@@ -14,7 +14,6 @@ from megatransformer_jax.evaluation.media.making import (
     rows_of_task,
 )
 from megatransformer_jax.evaluation.media.validation import (
-    MediaValidationHook,
     MediaValidationSet,
     is_after_media,
     make_media_eval_step,
@@ -111,10 +110,8 @@ def test_means_and_metrics(subject, batch):
     assert "unused_text_loss" not in metrics
     assert scores.tasks["text"].exact_accuracy is None
     assert scores.tasks["text"].tokens == 2 * 6
-    hook = MediaValidationHook(10, MediaValidationSet([batch], step, TASKS), 2, lambda state: state)
-    assert hook(10, params, {}) == {
-        f"validation/{name}": pytest.approx(value) for name, value in metrics.items()
-    }
+    again = MediaValidationSet([batch], step, TASKS).score(params, 2).metrics()
+    assert again == {name: pytest.approx(value) for name, value in metrics.items()}
     with pytest.raises(ValueError, match="at least one batch"):
         MediaValidationSet([], step, TASKS)
     empty = jax.tree.map(np.zeros_like, sums)
