@@ -9,7 +9,6 @@ Importing this module loads neither JAX nor NumPy; the first use of a name does.
 in `__all__` are private and may be moved.
 """
 
-import difflib
 import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
@@ -86,9 +85,11 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version(__name__)
     if name not in _MODULE_OF:
-        nearest = difflib.get_close_matches(name, __all__, n=1)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
+        from megatransformer_jax.config.option import nearest_hint  # noqa: PLC0415
+
+        hint = nearest_hint(name, __all__)
+        problem = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(f"{problem}; {hint.strip()}" if hint else problem)
     return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
 
 

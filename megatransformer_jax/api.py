@@ -33,6 +33,7 @@ from megatransformer_jax.config.option import (
     MAX_SEED,
     ConfigError,
     UserError,
+    as_path,
     as_python,
     as_tuple,
     as_whole,
@@ -91,7 +92,7 @@ def load(
     use_compilation_cache("auto")
     return Model(
         load_model(
-            _path("folder", folder),
+            as_path("folder", folder),
             step=as_python(step),
             precision=precision,
             param_dtype=param_dtype,
@@ -178,7 +179,7 @@ def configure(experiment: str | os.PathLike[str] | None = None, **options: Any) 
       (40, 64)
     """
     if isinstance(experiment, os.PathLike):
-        experiment = str(_path("experiment", experiment))
+        experiment = str(as_path("experiment", experiment))
     if experiment is not None and not isinstance(experiment, str):
         raise UserError(
             f"experiment: {experiment!r} is neither a name nor a file; give one such as 'tiny'."
@@ -269,7 +270,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
       >>> rows[0]["step"], "loss" in rows[0]
       (1, True)
     """
-    file = _path("path", path)
+    file = as_path("path", path)
     file = file / "metrics.jsonl" if file.is_dir() else file
     if not file.is_file():
         raise UserError(f"{file} does not exist; name the folder of a run that has begun.")
@@ -309,10 +310,10 @@ class Trainer:
         if not isinstance(config, RunConfig):
             raise UserError(f"a Trainer takes a RunConfig, see configure; this is {config!r}.")
         self._is_kept = workdir is not None
-        folder = config.workdir if workdir in (None, _OF_CONFIG) else _path("workdir", workdir)
+        chosen = config.workdir if workdir in (None, _OF_CONFIG) else workdir
         # Absolute, so that a later change of the working directory starts no other run.
-        folder = str(pathlib.Path(folder).expanduser().absolute())
-        self.config = dataclasses.replace(config, workdir=folder)
+        folder = as_path("workdir", chosen).absolute()
+        self.config = dataclasses.replace(config, workdir=str(folder))
         self._run: Run | None = None
         self._last_step: int | None = None
         self._stack = contextlib.ExitStack()
@@ -334,7 +335,7 @@ class Trainer:
           ...     trainer.step_number
           20
         """
-        file = _path("workdir", workdir) / "config.json"
+        file = as_path("workdir", workdir) / "config.json"
         if not file.is_file():
             raise UserError(f"{file} does not exist; name the folder of a run that has begun.")
         return cls(configure(str(file), **options), workdir)
@@ -479,12 +480,6 @@ class Trainer:
             tokenizer = self._opened().kind.vocabulary
             check_media(checked, typing.cast(Any, tokenizer).tokenizer)
         return checked
-
-
-def _path(name: str, value: Any) -> pathlib.Path:
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise UserError(f"{name}: {value!r} is not a path; give the name of a folder.")
-    return pathlib.Path(value).expanduser()
 
 
 def _nested(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from megatransformer_jax.config.option import (
     MAX_SEED,
     ConfigError,
     UserError,
+    as_path,
     as_python,
     as_whole,
     declared_values,
@@ -267,9 +268,7 @@ class Model:
           >>> mt.load(lm.save(folder / "saved")).config == lm.config
           True
         """
-        if not isinstance(folder, (str, os.PathLike)) or not os.fspath(folder):
-            raise ConfigError("folder", f"{folder!r} is not a path; give the name of a folder.")
-        path = pathlib.Path(folder).expanduser()
+        path = as_path("folder", folder)
         match format:
             case "run":
                 if overwrite or dtype is not None:

@@ -1,12 +1,12 @@
 """Continues prompts with a trained model: `megatransformer generate`."""
 
-import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING
 
 from megatransformer_jax.cli.flags import Command, Parsed
 from megatransformer_jax.cli.generate_options import GenerateOptions, check_can_stream, read_prompts
+from megatransformer_jax.cli.launch import drop_output
 from megatransformer_jax.cli.model_options import OLD_MODEL_NAMES, load_chosen_model
 from megatransformer_jax.config.generation import GENERATION_OPTIONS
 from megatransformer_jax.config.option import ConfigError, UserError
@@ -46,9 +46,7 @@ def generate(parsed: Parsed) -> None:
         else:
             continue_texts(loaded, parsed, prompts)
     except BrokenPipeError:
-        # The reader of the texts, such as `head`, has enough. At exit Python would write what is
-        # left, and fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(BROKEN_PIPE)
 
 

@@ -29,11 +29,10 @@ def run_command(command: Command, arguments: Sequence[str]) -> None:
     """
     with errors_in_one_line():
         if wants_help(arguments):
-            with contextlib.suppress(BrokenPipeError):
+            try:
                 print(help_page(command, full=wants_full_help(arguments)), flush=True)
-                return
-            # The reader, such as `head`, has enough; Python would fail again at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            except BrokenPipeError:
+                drop_output()
             return
         parsed = parse(command, arguments)
         level = "info"
@@ -43,6 +42,14 @@ def run_command(command: Command, arguments: Sequence[str]) -> None:
         start_logging(level)
         with quiet_libraries(level), named_as_written(command.known):
             command.run(parsed)
+
+
+def drop_output() -> None:
+    """For a reader of stdout, such as `head`, that has enough.
+
+    At exit Python would write what is left, and fail again.
+    """
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

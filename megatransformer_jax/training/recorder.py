@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.files import write_atomically
 from megatransformer_jax.training.progress import Progress
 from megatransformer_jax.training.writers import MetricWriter
 
@@ -62,9 +63,7 @@ class MetricsFile:
                 self._path,
             )
         kept = [line for line, row in rows if row["step"] <= last_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self._path)
+        write_atomically(self._path, "".join(kept))
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:

@@ -145,9 +145,7 @@ class TensorBoardWriter:
     def __init__(self, directory: str | os.PathLike[str], start_step: int = 0):
         # It imports torch where that is installed, which takes a second.
         import tensorboardX  # noqa: PLC0415
-        from tensorboardX import summary  # noqa: PLC0415
 
-        self._make_hparams = summary.hparams
         purge_step = start_step if start_step > 0 else None
         self._writer = tensorboardX.SummaryWriter(
             os.fspath(directory),
@@ -192,11 +190,13 @@ class TensorBoardWriter:
 
     def write_hparams(self, hparams: Mapping[str, Any]) -> None:
         """Writes a flat mapping; values that TensorBoard has no type for are written as text."""
+        from tensorboardX.summary import hparams as make_events  # noqa: PLC0415
+
         plain = {
             name: value if isinstance(value, (bool, int, float, str)) else str(value)
             for name, value in hparams.items()
         }
-        for event in self._make_hparams(plain, {}):
+        for event in make_events(plain, {}):
             self._writer.file_writer.add_summary(event)
 
     def flush(self) -> None:

@@ -17,22 +17,21 @@ pytestmark = pytest.mark.slow
 SHORT = {"train": {"steps": 3}, "optimizer": {"warmup_steps": 1}, "checkpoint": {"every_steps": 3}}
 
 
+def begun(experiment: str, folder: pathlib.Path) -> pathlib.Path:
+    """A run that has hardly begun."""
+    changes = {"workdir": str(folder), "evaluation": {"final_depths": (1,), "num_batches": 1}}
+    train(configure(experiment, merge(SHORT, changes)))
+    return folder
+
+
 @pytest.fixture(scope="module")
 def text_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run on text that has hardly begun."""
-    folder = tmp_path_factory.mktemp("text") / "run"
-    changes = {"workdir": str(folder), "evaluation": {"final_depths": (1,), "num_batches": 1}}
-    train(configure("recurrent:tiny", merge(SHORT, changes)))
-    return folder
+    return begun("recurrent:tiny", tmp_path_factory.mktemp("text") / "run")
 
 
 @pytest.fixture(scope="module")
 def reasoning_run(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A run on problems that has hardly begun."""
-    folder = tmp_path_factory.mktemp("reasoning") / "run"
-    changes = {"workdir": str(folder), "evaluation": {"final_depths": (1,), "num_batches": 1}}
-    train(configure("reasoning:tiny", merge(SHORT, changes)))
-    return folder
+    return begun("reasoning:tiny", tmp_path_factory.mktemp("reasoning") / "run")
 
 
 @pytest.fixture
