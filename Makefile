@@ -1,5 +1,5 @@
 # Two commands do everything: `make train` trains the model of the README, `make test` runs all tests.
-# Both need Python 3.11 or newer and nothing else; they make the environment .venv first.
+# All targets need Python 3.11 or newer and nothing else; they make the environment .venv first.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,7 +8,7 @@ ARGS ?=
 RUN := $(VENV)/bin
 PIP := $(RUN)/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help train test base dev smoke
+.PHONY: help train test docs base dev smoke
 
 help:
 	@echo 'make train   makes $(VENV) with what training needs, and trains the model of the README'
@@ -16,6 +16,7 @@ help:
 	@echo '             ARGS="--config.train.steps=100"   more options'
 	@echo 'make test    makes or updates $(VENV) with what development needs, and runs all tests'
 	@echo '             ARGS="tests/models -n 0"   some of them'
+	@echo 'make docs    makes $(VENV) with what the documentation needs, and builds the site in build/site'
 	@echo 'make base    only makes $(VENV), for training, evaluating and generating text'
 	@echo 'make dev     only makes or updates $(VENV), with everything that development needs'
 	@echo 'make smoke   makes $(VENV) with little more than the base, and runs the most important tests'
@@ -28,6 +29,11 @@ train: base
 test: dev
 	@echo '== all tests'
 	$(RUN)/pytest $(ARGS)
+
+# Strict: a page that no menu has, or a link that leads nowhere, is an error.
+docs: $(VENV)/.docs
+	@echo '== building the documentation: build/site/index.html'
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
 smoke: $(VENV)/.smoke
 	@echo '== smoke tests'
@@ -48,10 +54,15 @@ $(VENV)/.smoke: $(VENV)/bin/python setup.py
 	$(PIP) --editable '.[test]'
 	@touch $@ $(VENV)/.base
 
+$(VENV)/.docs: $(VENV)/bin/python setup.py
+	@echo '== installing the base and MkDocs into $(VENV)'
+	$(PIP) --editable '.[docs]'
+	@touch $@ $(VENV)/.base
+
 $(VENV)/.dev: $(VENV)/bin/python setup.py
 	@echo '== installing what development needs into $(VENV): about 3 GB on disk'
 	$(PIP) --editable '.[dev]'
-	@touch $@ $(VENV)/.base $(VENV)/.smoke
+	@touch $@ $(VENV)/.base $(VENV)/.smoke $(VENV)/.docs
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

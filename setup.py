@@ -27,6 +27,12 @@ EXTRAS = {
     "wandb": ["wandb>=0.18"],
     "tpu": [f"jax[tpu]{JAX_VERSIONS}"],
     "cuda": [f"jax[cuda13]{JAX_VERSIONS}"],
+    # MkDocs 2 has neither plugins nor themes of this kind.
+    "docs": [
+        "mkdocs>=1.6,<2",
+        "mkdocs-material>=9.6,<10",
+        "mkdocstrings[python]>=1,<2",
+    ],
 }
 
 TEST = ["beartype>=0.19", "pytest>=8", "pytest-xdist>=3"]
@@ -76,7 +82,7 @@ setup(
         "dev": [
             *(
                 line
-                for name in ("media", "parquet", "tfds", "eval", "huginn", "qlora")
+                for name in ("media", "parquet", "tfds", "eval", "huginn", "qlora", "docs")
                 for line in EXTRAS[name]
             ),
             *TEST,

@@ -85,7 +85,7 @@ def load(
     Raises:
       UserError: if the folder is neither, or something in it is missing or damaged.
 
-    Example:
+    Examples:
       >>> mt.load(run).trained_depth
       4
     """
@@ -123,7 +123,7 @@ def create(
     Raises:
       UserError: if an option is not known or cannot be used.
 
-    Example:
+    Examples:
       >>> model = mt.create("tiny", tokenizer=mt.BytesTokenizer(), core_layers=1)
       >>> model("abc", depth=2).logits.shape
       (1, 4, 259)
@@ -173,7 +173,7 @@ def configure(experiment: str | os.PathLike[str] | None = None, **options: Any) 
     Raises:
       UserError: if an option is not known or cannot be used; names the nearest.
 
-    Example:
+    Examples:
       >>> config = mt.configure("recurrent:tiny", train={"steps": 40})
       >>> config.train.steps, config.model.width
       (40, 64)
@@ -199,7 +199,7 @@ def evaluate(model: Model, **options: Any) -> Report:
     Raises:
       UserError: if an option is not known or does not fit the model, or data cannot be read.
 
-    Example:
+    Examples:
       >>> report = mt.evaluate(lm, depths=(1, 4), num_batches=1)
       >>> [row["depth"] for row in report.rows]
       [1, 4]
@@ -231,7 +231,7 @@ def inspect(run: RunConfig | Model | str | os.PathLike[str], **options: Any) -> 
     Raises:
       UserError: if something in it cannot be used.
 
-    Example:
+    Examples:
       >>> report = mt.inspect("huginn_3_5b", evaluation={"final_depths": (1, 32)})
       >>> [row["depth"] for row in report.rows]
       [1, 32]
@@ -265,7 +265,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
     Raises:
       UserError: if there is no such file, or a line cannot be read.
 
-    Example:
+    Examples:
       >>> rows = mt.read_metrics(run)
       >>> rows[0]["step"], "loss" in rows[0]
       (1, True)
@@ -298,7 +298,7 @@ class Trainer:
     Raises:
       UserError: if the workdir cannot be used.
 
-    Example:
+    Examples:
       >>> trainer = mt.Trainer(mt.configure("recurrent:tiny", train={"steps": 20}), workdir=None)
       >>> first = trainer.step()
       >>> trainer.step_number, first["loss"] > 0
@@ -330,7 +330,7 @@ class Trainer:
         Raises:
           UserError: if there is no such run, or it cannot go on with these options.
 
-        Example:
+        Examples:
           >>> with mt.Trainer.resume(run) as trainer:
           ...     trainer.step_number
           20

@@ -17,7 +17,7 @@ def import_extra(module: str, extra: str, purpose: str) -> Any:
     Raises:
       UserError: if the package, or one that it needs itself, is not installed.
 
-    Example:
+    Examples:
       >>> import_extra("json", "media", "an example").dumps([1])
       '[1]'
     """

@@ -36,7 +36,7 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
 def write_json(path: str | os.PathLike[str], values: Any) -> None:
     """Writes values as indented JSON. Numbers that are not finite become NaN and Infinity.
 
-    Example:
+    Examples:
       >>> write_json(tmp_path / "a.json", {"loss": 2.5})
       >>> (tmp_path / "a.json").read_text()
       '{\\n  "loss": 2.5\\n}\\n'

@@ -186,7 +186,7 @@ class GenerationConfig:
           ConfigError: if a name is not known, a value is out of range, or values exclude each
             other.
 
-        Example:
+        Examples:
           >>> config = GenerationConfig.of(depth=16, exit_criterion="kl", top_p=0.9)
           >>> config.depth.depth, config.sampling.top_p
           (16, 0.9)

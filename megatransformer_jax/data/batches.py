@@ -216,7 +216,7 @@ class Pipeline:
     Training is endless; validation is one pass in a fixed order, whose last batch is filled up
     with rows of padding. The state is that of the last batch returned, whatever was made ahead.
 
-    Example:
+    Examples:
       with build_pipeline(config.data, tokenizer, split="train") as batches:
           batch = next(batches)
           state = batches.get_state()

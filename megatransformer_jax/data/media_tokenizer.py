@@ -25,7 +25,7 @@ class MediaTokenizer:
 
     Plain text that reads like a marker stays text: only `encode_with_media` makes markers of it.
 
-    Example:
+    Examples:
       tokenizer = MediaTokenizer(BytesTokenizer())
       prompt = tokenizer.encode_with_media("a three: <|IMAGE|>")
     """

@@ -48,7 +48,7 @@ class Report:
       write: puts the numbers and plots into a folder that exists; returns the paths.
       draw: makes the plot; None if there is nothing to plot.
 
-    Example:
+    Examples:
       >>> from rich.table import Table
       >>> table = Table("depth", "loss")
       >>> table.add_row("1", "2.5")

@@ -206,7 +206,7 @@ _ROWS = ("vocab", "experts", None)
 def num_input_axes(axes: tuple[str | None, ...]) -> int | None:
     """How many leading axes are the input; None if this is not a matrix.
 
-    Example:
+    Examples:
       >>> num_input_axes(("embed", "kv_heads", None, None))
       1
       >>> num_input_axes(("heads", None, "embed"))

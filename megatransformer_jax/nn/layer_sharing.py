@@ -28,7 +28,7 @@ def layer_owners(scheme: str, num_layers: int, num_unique: int) -> tuple[int, ..
     Raises:
       ValueError: for an unknown scheme, 'none' with fewer unique layers than layers, or more.
 
-    Example:
+    Examples:
       >>> layer_owners("cycle_rev", 6, 3)
       (0, 1, 2, 2, 1, 0)
     """
@@ -100,7 +100,7 @@ def plan_loops(owners: tuple[int, ...]) -> list[LayerLoop]:
     A last round that is cut short is a loop of its own; so is each run of a `sequence` whose runs
     are of unequal length.
 
-    Example:
+    Examples:
       >>> [(loop.owners, loop.is_reversed) for loop in plan_loops((0, 1, 2, 2, 1, 0))]
       [((0, 1, 2), False), ((0, 1, 2), True)]
     """

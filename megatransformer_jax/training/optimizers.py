@@ -54,7 +54,7 @@ def build_optimizer(
       ConfigError: from its `init`, if a parameter group decides for no parameter, or Muon acts on
         none.
 
-    Example:
+    Examples:
       >>> optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-3), total_steps=1000)
       >>> state = optimizer.init({"kernel": jnp.ones((2, 2))})
     """
@@ -245,7 +245,7 @@ def add_decayed_weights(rates: Callable[[Any], Any]) -> optax.GradientTransforma
       rates: from a tree of parameters, which may lack some, to a tree of floats. Where the rate is
         0 the update is left as it is.
 
-    Example:
+    Examples:
       >>> decay = add_decayed_weights(lambda params: jax.tree.map(lambda p: 0.1, params))
       >>> optimizer = optax.chain(optax.scale_by_adam(), decay, optax.scale(-1e-3))
     """
@@ -332,7 +332,7 @@ def scale_by_learning_rate(
       factors: from a tree of parameters to a tree of floats.
       check: called with the whole tree of parameters when the state is made.
 
-    Example:
+    Examples:
       >>> ones = lambda params: jax.tree.map(lambda p: 1.0, params)
       >>> rate = scale_by_learning_rate(optax.constant_schedule(0.1), ones, lambda params: None)
     """

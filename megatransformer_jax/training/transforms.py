@@ -56,7 +56,7 @@ def scale_by_muon(
         matrix times consistent_rms sqrt(max(inputs, outputs)). None: times
         sqrt(max(1, outputs / inputs)), as Muon's author has it.
 
-    Example:
+    Examples:
       >>> optimizer = optax.chain(scale_by_muon(0.95, True, 5, 0.2), optax.scale(-1e-3))
       >>> state = optimizer.init({"up": jnp.ones((8, 2, 16))})
     """
@@ -135,7 +135,7 @@ def grokfast_ema(
       alpha: decay of the average, in [0, 1).
       lamb: how much of the average is added.
 
-    Example:
+    Examples:
       >>> optimizer = optax.chain(grokfast_ema(0.98, 2.0), optax.adamw(1e-3))
       >>> state = optimizer.init({"kernel": jnp.ones((2, 2))})
     """
@@ -171,7 +171,7 @@ def grokfast_ma(
     Raises:
       ValueError: if `window` is below 1.
 
-    Example:
+    Examples:
       >>> optimizer = optax.chain(grokfast_ma(window=100, lamb=5.0), optax.adamw(1e-3))
       >>> state = optimizer.init({"kernel": jnp.ones((2, 2))})
     """
@@ -232,7 +232,7 @@ def average_weights(
       inner: what makes the updates.
       decay: in (0, 1); the average looks back over about 1 / (1 - decay) updates.
 
-    Example:
+    Examples:
       >>> optimizer = average_weights(optax.adamw(1e-3), decay=0.999)
       >>> state = optimizer.init({"kernel": jnp.ones((2, 2))})
       >>> state.average["kernel"].shape

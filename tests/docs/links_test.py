@@ -22,11 +22,12 @@ def test_links_resolve(repository):
     assert {page.name: broken for page in found if (broken := broken_links(page))} == {}
 
 
-def test_every_page_is_linked_from_the_readme(repository):
-    linked = links((repository / "README.md").read_text())
-    for page in (repository / "docs").iterdir():
-        if page.suffix in (".md", ".ipynb"):
-            assert f"docs/{page.name}" in linked
+def test_every_page_is_linked_from_the_first(repository):
+    docs = repository / "docs"
+    linked = {name.partition("#")[0] for name in links((docs / "README.md").read_text())}
+    paths = [path for kind in ("md", "ipynb") for path in docs.rglob(f"*.{kind}")]
+    assert {str(path.relative_to(docs)) for path in paths} - linked == {"README.md"}
+    assert "docs/README.md" in links((repository / "README.md").read_text())
 
 
 @pytest.mark.parametrize("link", ["absent.md", "other.md#absent", "#absent", "picture.png"])

@@ -11,7 +11,7 @@ _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 def pages(root: pathlib.Path) -> list[pathlib.Path]:
     """Every page of documentation."""
-    return [*sorted(root.glob("*.md")), *sorted((root / "docs").glob("*.md"))]
+    return [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md"))]
 
 
 def links(text: str) -> list[str]:
