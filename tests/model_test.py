@@ -197,7 +197,7 @@ def test_huginns_format_is_written_where_it_can_express_the_model(
         (lambda lm: lm(TEXT, seed=None), "seed: None is not a whole number"),
         (lambda lm: lm([1, [2]]), "must be whole numbers, one after the other"),
         (lambda lm: lm(np.array(3)), "neither a text nor a sequence"),
-        (lambda lm: lm("a\ud800"), r"the text has '\\ud800' at position 1, half of a surrogate"),
+        (lambda lm: lm("a\ud800"), r"^prompt: .* has '\\ud800' at character 1, which"),
         (lambda lm: jax.jit(lambda ids: lm(ids).logits)(jnp.ones(3, int)), "inputs are traced"),
         (lambda lm: lm.trace(TEXT, depth=10**9), r"depth: a trace of 1000000000 .* GiB"),
         (lambda lm: lm(TEXT, dpeth=2), "dpeth: no such option; did you mean 'depth'"),

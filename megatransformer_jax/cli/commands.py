@@ -1,7 +1,6 @@
 """All commands of `megatransformer`: their names, and those that take a few lines."""
 
 import dataclasses
-import difflib
 import importlib.metadata
 import json
 import os
@@ -23,6 +22,7 @@ from megatransformer_jax.config.option import (
     ConfigError,
     UserError,
     check_options,
+    nearest_hint,
     option,
     rule,
 )
@@ -84,8 +84,7 @@ def find_command(name: str) -> Command:
     if name in COMMANDS:
         _, load = COMMANDS[name]
         return load()
-    nearest = difflib.get_close_matches(name.replace("_", "-"), SUMMARIES, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    hint = nearest_hint(name.replace("_", "-"), SUMMARIES, str)
     raise UserError(f"{name!r} is not a command; {hint}commands are {', '.join(SUMMARIES)}.")
 
 

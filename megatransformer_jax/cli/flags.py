@@ -6,7 +6,6 @@ whole configuration of a run as well. Its flags, help and error messages follow 
 
 import contextlib
 import dataclasses
-import difflib
 import textwrap
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from megatransformer_jax.config.option import (
     ConfigError,
     Option,
     UserError,
+    nearest_hint,
     options_of,
     parse_text,
     section_rules,
@@ -235,10 +235,8 @@ def unknown_name(name: str, known: Iterable[str], mark: str) -> UserError:
     plain = name.replace("-", "_")
     known = list(known)
     if name in by_path and by_path[name] in known:
-        nearest = [by_path[name]]
-    else:
-        nearest = difflib.get_close_matches(plain, known, n=1)
-    hint = f"did you mean {mark}{nearest[0]}? " if nearest else ""
+        plain = by_path[name]
+    hint = nearest_hint(plain, known, lambda near: f"{mark}{near}")
     return UserError(f"{mark}{name}: no such option; {hint}{mark}help lists all.")
 
 

@@ -28,7 +28,11 @@ from megatransformer_jax.config.generation import GENERATION_OPTIONS, Generation
 from megatransformer_jax.config.option import ConfigError, UserError, parse_text
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.generator import Generator
-from megatransformer_jax.generation.request import Completion, out_of_memory_is_bad_input
+from megatransformer_jax.generation.request import (
+    Completion,
+    PromptTooLong,
+    out_of_memory_is_bad_input,
+)
 from megatransformer_jax.runs.load import LoadedModel
 
 # ------------------------------------------------------------------------------
@@ -436,7 +440,7 @@ class Session:
 
     def _hint(self, error: UserError) -> str:
         """What to do here about a text that has grown too long."""
-        is_too_long = "max_length" in str(error) and bool(self._context)
+        is_too_long = isinstance(error, PromptTooLong) and bool(self._context)
         return " /reset forgets the text so far." if is_too_long else ""
 
     def handle(self, line: str) -> None:

@@ -22,6 +22,8 @@ from typing import Any
 MAX_SEED = 2**32 - 1
 # Counts that compiled code gets as int32.
 MAX_COUNT = 2**31 - 1
+# How a reader recognises them.
+_POWERS = {MAX_SEED: "2^32 - 1", MAX_COUNT: "2^31 - 1"}
 
 
 class UserError(ValueError):
@@ -89,6 +91,8 @@ class OptionCheck:
 
 def _number(value: float) -> str:
     """Whole numbers in full, others as short as they can be."""
+    if value in _POWERS:
+        return _POWERS[value]
     return str(value) if isinstance(value, int) else f"{value:g}"
 
 
@@ -383,10 +387,16 @@ def unknown_key(path: str, allowed: Iterable[str]) -> ConfigError:
     return ConfigError(path, f"no such option; {hint}{place}: {', '.join(allowed)}.")
 
 
-def nearest_hint(name: str, allowed: Iterable[str]) -> str:
-    """'did you mean X? ' with the name that is nearest to a misspelt one; empty if none is."""
+def nearest_hint(name: str, allowed: Iterable[str], written: Callable[[str], str] = repr) -> str:
+    """'did you mean X? ' with the name that is nearest to a misspelt one; empty if none is.
+
+    Args:
+      name: the misspelt one.
+      allowed: the names that there are.
+      written: how a name is shown; a flag has its dashes in front, and no quotes.
+    """
     nearest = difflib.get_close_matches(name, list(allowed), n=1)
-    return f"did you mean {nearest[0]!r}? " if nearest else ""
+    return f"did you mean {written(nearest[0])}? " if nearest else ""
 
 
 def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field]]:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Key
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.sampling import check_encodable
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.endings import cut_at_stop, num_held_back
 from megatransformer_jax.nn.kv_cache import rows_to_blocks
@@ -23,6 +24,10 @@ from megatransformer_jax.nn.kv_cache import rows_to_blocks
 
 # Ids may be in a list, a tuple or an array.
 Prompt = str | Sequence[int] | np.ndarray | jax.Array
+
+
+class PromptTooLong(UserError):
+    """A prompt that leaves no room in the model for the new tokens."""
 
 
 def encode_prompts(
@@ -57,13 +62,7 @@ def _encode(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[i
     if isinstance(prompt, str):
         if tokenizer is None:
             raise UserError("this model has no tokenizer; give prompts as token ids.")
-        try:
-            prompt.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text has {prompt[error.start]!r} at position {error.start}, half of a "
-                "surrogate pair, which is not a character; remove it."
-            ) from error
+        check_encodable("prompt", (prompt,))
         ids = tokenizer.encode(prompt)
         return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
     try:
@@ -124,7 +123,8 @@ def plan_cache(
       platform: of the devices.
 
     Raises:
-      UserError: if prompt and new tokens exceed the cache or the model.
+      PromptTooLong: if prompt and new tokens exceed the model.
+      ConfigError: if they exceed the cache that was asked for.
     """
     _check_length(model, config, longest_prompt)
     columns, rows = round_columns(longest_prompt), config.cache.capacity
@@ -158,7 +158,7 @@ def round_columns(longest: int) -> int:
 def _check_length(model: ModelConfig, config: GenerationConfig, longest_prompt: int) -> None:
     total = longest_prompt + config.max_new_tokens
     if total > model.max_length:
-        raise UserError(
+        raise PromptTooLong(
             f"the longest prompt has {longest_prompt} tokens (the start token included); with "
             f"max_new_tokens={config.max_new_tokens} that is more than the model's "
             f"max_length={model.max_length}. Shorten it or lower max_new_tokens."

@@ -462,3 +462,6 @@ def test_an_option_added_since_has_its_default():
     saved = to_dict(RUN)
     del saved["model"]["logit_softcap"]
     check_resumable(saved, RUN, "x")
+    capped = dataclasses.replace(RUN, model=ModelConfig(logit_softcap=30.0))
+    with pytest.raises(CheckpointMismatch, match=r"logit_softcap: saved None, now 30\.0"):
+        check_resumable(saved, capped, "x")

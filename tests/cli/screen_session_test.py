@@ -10,6 +10,7 @@ from small_generator import SmallGenerator
 
 from megatransformer_jax.cli.screen import Screen, Session, Stopwatch
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.generation.request import PromptTooLong
 
 
 class Talk:
@@ -110,6 +111,30 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for command in ("/depth 16", "/temperature 0.7", "/settings", "/reset", "/help", "/quit"):
         assert command in text
+
+
+@pytest.mark.parametrize(
+    ("error", "is_told"), [(PromptTooLong("full."), True), (UserError("full."), False)]
+)
+def test_a_text_that_has_grown_too_long_can_be_forgotten(
+    error: UserError,
+    is_told: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = SmallGenerator.stream
+
+    def stream(self: SmallGenerator, prompt: Any) -> Iterator[Any]:
+        if len(prompt) > 4:
+            raise error
+        return original(self, prompt)
+
+    monkeypatch.setattr(SmallGenerator, "stream", stream)
+    Talk("ab", "c", "/reset", "abcde").run()
+    lines = capsys.readouterr().err.splitlines()
+    first, second = [line for line in lines if line.startswith("error")]
+    assert first == "error: full." + " /reset forgets the text so far." * is_told
+    assert second == "error: full."
 
 
 def test_quit_leaves() -> None:

@@ -218,8 +218,8 @@ def test_every_rule_has_a_case_and_says_what_it_wants() -> None:
         (DepthConfig, {"exit_criterion": "entropy"}, "one of 'fixed', 'latent_diff', 'cosine'"),
         (GenerationConfig, {"strategy": "nucleus"}, "one of 'greedy', 'sample', 'beam'"),
         (GenerationConfig, {"max_new_tokens": 0}, "at least 1"),
-        (GenerationConfig, {"max_new_tokens": 2**31}, "at least 1 and at most 2147483647"),
-        (DepthConfig, {"depth": 2**31}, "at least 1 and at most 2147483647"),
+        (GenerationConfig, {"max_new_tokens": 2**31}, r"at least 1 and at most 2\^31 - 1"),
+        (DepthConfig, {"depth": 2**31}, r"at least 1 and at most 2\^31 - 1"),
     ],
 )
 def test_a_value_out_of_range_names_what_is_allowed(
@@ -230,22 +230,52 @@ def test_a_value_out_of_range_names_what_is_allowed(
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("values", "one_further", "path"),
     [
-        {"strategy": "beam", "num_samples": 4, "beam": BeamConfig(early_stopping=True)},
-        {"strategy": "greedy", "sampling": SamplingConfig(repetition_penalty=1.2)},
-        {"strategy": "speculative", "sampling": COLD, "depth": DepthConfig(depth=3)},
-        {"strategy": "parallel", "sampling": SamplingConfig(top_p=1.0)},
-        {
-            "depth": DepthConfig(exit_criterion="kl", depth=4, min_depth=4),
-            "cache": CacheConfig(slots=4, sharing="anchor", exited_reads="skip"),
-        },
-        {"max_new_tokens": 63, "cache": CacheConfig(capacity=64)},
-        {"cache": CacheConfig(slots=1, sharing="last"), "depth": DepthConfig(warm_start=True)},
+        ({"strategy": "beam", "num_samples": 4}, {"num_samples": 5}, "num_samples"),
+        (
+            {"strategy": "beam", "beam": BeamConfig(early_stopping=True)},
+            {"strategy": "sample"},
+            "beam.early_stopping",
+        ),
+        (
+            {"strategy": "greedy", "sampling": SamplingConfig(repetition_penalty=1.2)},
+            {"strategy": "parallel"},
+            "sampling.repetition_penalty",
+        ),
+        (
+            {"strategy": "speculative", "sampling": COLD, "depth": DepthConfig(depth=3)},
+            {"depth": DepthConfig(depth=2)},
+            "speculative.draft_depth",
+        ),
+        (
+            {
+                "depth": DepthConfig(exit_criterion="kl", depth=4, min_depth=4),
+                "cache": CacheConfig(slots=4, sharing="anchor", exited_reads="skip"),
+            },
+            {"depth": DepthConfig(depth=3, exit_criterion="kl")},
+            "cache.slots",
+        ),
+        (
+            {"max_new_tokens": 63, "cache": CacheConfig(capacity=64)},
+            {"max_new_tokens": 64},
+            "cache.capacity",
+        ),
+        (
+            {"cache": CacheConfig(slots=1, sharing="last"), "depth": DepthConfig(warm_start=True)},
+            {"strategy": "parallel"},
+            "depth.warm_start",
+        ),
     ],
 )
-def test_what_goes_together_is_accepted(values: dict[str, Any]) -> None:
-    GenerationConfig(**values)
+def test_what_goes_together_is_accepted_and_a_step_further_is_not(
+    values: dict[str, Any], one_further: dict[str, Any], path: str
+) -> None:
+    config = GenerationConfig(**values)
+    assert {name: getattr(config, name) for name in values} == values
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(config, **one_further)
+    assert caught.value.path == path
 
 
 def test_the_defaults_draw_from_the_models_own_distribution() -> None:

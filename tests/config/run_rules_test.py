@@ -530,15 +530,26 @@ def test_positions_schemes_without_rotation_allow_odd_heads() -> None:
     assert model.head_dim(model.width) == 15
 
 
-def test_a_tokenizer_that_is_not_trained_has_no_size_to_compare() -> None:
-    RunConfig(
-        model=ModelConfig(vocab_size=300), data=DataConfig(tokenizer=TokenizerConfig(kind="bytes"))
-    )
-    RunConfig(model=ModelConfig(vocab_size=16), data=DataConfig(source="reasoning"))
+def test_only_a_tokenizer_that_is_trained_has_a_size_to_compare() -> None:
+    small, trained = ModelConfig(vocab_size=299), DataConfig()
+    with pytest.raises(ConfigError, match=r"^model\.vocab_size: 299 is too few"):
+        RunConfig(model=small, data=trained)
+    for free in (
+        DataConfig(tokenizer=TokenizerConfig(kind="bytes")),
+        DataConfig(tokenizer=TokenizerConfig(model_file="my.model")),
+        DataConfig(source="reasoning"),
+    ):
+        assert RunConfig(model=small, data=free).model.vocab_size == 299
+    just = DataConfig(tokenizer=TokenizerConfig(vocab_size=300))
+    assert RunConfig(model=ModelConfig(vocab_size=300), data=just).data is just
+    assert RunConfig(model=ModelConfig(vocab_size=300), data=trained).data is trained
 
 
 def test_uniform_may_just_reach_the_limit() -> None:
-    RecurrenceConfig(sampling="uniform", mean_steps=8, max_steps=15)
+    values = {"sampling": "uniform", "mean_steps": 8}
+    assert RecurrenceConfig(**values, max_steps=15).max_steps == 15
+    with pytest.raises(ConfigError, match=r"^max_steps: 14 .* at least 15"):
+        RecurrenceConfig(**values, max_steps=14)
 
 
 def test_recurrence_without_a_core_names_the_options_and_the_flags() -> None:
@@ -583,5 +594,5 @@ def test_experts_over_a_preset_are_told_what_to_type() -> None:
 @pytest.mark.parametrize("config_class", [DataConfig, TrainConfig])
 def test_a_seed_has_32_bits(config_class: type) -> None:
     assert config_class(seed=2**32 - 1).seed == 2**32 - 1
-    with pytest.raises(ConfigError, match="at least 0 and at most 4294967295"):
+    with pytest.raises(ConfigError, match=r"at least 0 and at most 2\^32 - 1"):
         config_class(seed=2**32)

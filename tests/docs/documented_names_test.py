@@ -22,6 +22,11 @@ OPTIONS = {option.path for option in options_of(RunConfig)}
 # A file of the workdir, and attributes of `mt.Model`.
 NO_OPTIONS = {"train.log", "model.module", "model.params", "model.py"}
 SECTIONS = {path for path, _, _ in sections_of(RunConfig)}
+# Names in code font that stand for something of another project, or of the reader's.
+ELSEWHERE = {
+    *("CUDA_VISIBLE_DEVICES", "QArray", "coco_captions", "pydoc_data", "topics"),
+    *("lm", "utils", "tiff", "mp3"),
+}
 
 
 def check(command: list[str]) -> None:
@@ -143,6 +148,43 @@ def test_options_exist(repository):
             if name not in known and name not in NO_OPTIONS
         ]
     assert unknown == []
+
+
+def names_in_code(repository) -> set[str]:
+    """Everything that Python code here defines, uses or has as a text, and the presets."""
+    names = {path.stem for path in (repository / "gin").glob("*.gin")} | {"mt", "setup"}
+    for folder in ("megatransformer_jax", "experiments", "benchmarks"):
+        for path in (repository / folder).rglob("*.py"):
+            names |= {path.stem, path.parent.name, "py"}
+            for node in ast.walk(ast.parse(path.read_text())):
+                match node:
+                    case ast.FunctionDef(name=name) | ast.ClassDef(name=name):
+                        names.add(name)
+                    case ast.Name(id=name) | ast.Attribute(attr=name):
+                        names.add(name)
+                    case ast.arg(arg=str(name)) | ast.keyword(arg=str(name)):
+                        names.add(name)
+                    case ast.alias(name=name):
+                        names.update(name.split("."))
+                    case ast.Constant(value=str(text)) if re.fullmatch(r"[\w./]+", text):
+                        names.update(re.split(r"[./]", text))
+    return names
+
+
+def test_names_in_code_font_are_those_of_the_code(repository):
+    """Names with a dot, an underscore or a capital inside; CHANGELOG tells of the past."""
+    known = names_in_code(repository) | ELSEWHERE
+    unknown, count = [], 0
+    for page in pages(repository):
+        found = re.findall(r"`([A-Za-z_][\w.]*)(?:\([^`]*\)|=[^`]*)?`", page.read_text())
+        for name in found if page.name != "CHANGELOG.md" else ():
+            if re.search(r"\w[._A-Z]+[a-z]", name):
+                # Capitals at the end stand for numbers: `drawn_N.png`.
+                parts = re.sub(r"_[A-Z]+\b", "_", name).split(".")
+                unknown += [f"{page.name}: {name}" for part in parts if part not in known]
+                count += 1
+    assert unknown == []
+    assert count >= 300
 
 
 def test_files_exist(repository):
