@@ -23,7 +23,7 @@ MAX_SEED = 2**32 - 1
 # Counts that compiled code gets as int32.
 MAX_COUNT = 2**31 - 1
 # How a reader recognises them.
-_POWERS = {MAX_SEED: "2^32 - 1", MAX_COUNT: "2^31 - 1"}
+_POWERS: dict[float, str] = {MAX_SEED: "2^32 - 1", MAX_COUNT: "2^31 - 1"}
 
 
 class UserError(ValueError):
