@@ -153,7 +153,8 @@ class ModelConfig:
     remat: str = option(
         "none",
         "What is recomputed in the backward pass. none: nothing. full: each core iteration and "
-        "each other layer. dots: the same, but products with weights are kept.",
+        "each other layer, those of encoders and decoders of images and sound included. dots: the "
+        "same, but products and convolutions with weights are kept.",
         choices=("none", "full", "dots"),
     )
     scan_layers: bool = option(

@@ -1,7 +1,7 @@
 """One transformer layer, and stacks of them."""
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import jax
 from flax import linen as nn
@@ -22,6 +22,8 @@ from megatransformer_jax.types import DTypePolicy
 RESIDUAL_UPDATES = "residual_updates"
 # Everything that layers sow. A loop over layers would lose it.
 SOWN_BY_LAYERS = (NEW_ROWS, RESIDUAL_UPDATES, "intermediates")
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Block(nn.Module):
@@ -109,10 +111,8 @@ class Stack(nn.Module):
         """Runs the layers; `remat` as in `ModelConfig.remat`, applied to each."""
         if self._can_scan():
             return self._scan(x, context)
-        block_class = Block
-        if self.remat != "none":
-            # `layer`, argument 3 after self, x and context, picks a parameterless row: static.
-            block_class = nn.remat(Block, policy=remat_policy(self.remat), static_argnums=(3,))
+        # `layer`, argument 3 after self, x and context, picks a parameterless row: static.
+        block_class = rematerialized(Block, self.remat, static_argnums=(3,))
         self.sow(RESIDUAL_UPDATES, "stream", x)
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
         blocks = [block_class(*parts, name=f"layer_{owner}") for owner in sorted(set(self.owners))]
@@ -145,8 +145,31 @@ class Stack(nn.Module):
         return scan_layers(apply_layer, self.variables["params"], self.owners, x)
 
 
+def rematerialized(
+    module_class: type[Module], remat: str, *, static_argnums: tuple[int, ...] = ()
+) -> type[Module]:
+    """The module, computed again in the backward pass as `ModelConfig.remat` says.
+
+    Parameters keep their names, if the module is given its own: a wrapped class is called
+    otherwise.
+
+    Args:
+      module_class: of a layer.
+      remat: none, full or dots.
+      static_argnums: arguments of its call that are not arrays, counted from `self`, which is 0.
+
+    Raises:
+      ValueError: for other values of `remat`.
+    """
+    if remat == "none":
+        return module_class
+    wrapped = nn.remat(module_class, policy=remat_policy(remat), static_argnums=static_argnums)
+    return cast(type[Module], wrapped)
+
+
 def remat_policy(remat: str) -> Callable[..., bool] | None:
-    """What a rematerialised layer keeps: nothing (full) or its products with weights (dots).
+    """What a rematerialised layer keeps: nothing (full) or its products and convolutions with
+    weights (dots).
 
     Raises:
       ValueError: for 'none', which rematerialises nothing, and for unknown names.
@@ -155,5 +178,13 @@ def remat_policy(remat: str) -> Callable[..., bool] | None:
         case "full":
             return jax.checkpoint_policies.nothing_saveable
         case "dots":
-            return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint_policies.save_from_both_policies(
+                jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_convolution
+            )
     raise ValueError(f"remat={remat!r} has no policy; it must be 'full' or 'dots'")
+
+
+def _is_convolution(primitive: Any, *unused: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`."""
+    del unused, params
+    return primitive is jax.lax.conv_general_dilated_p

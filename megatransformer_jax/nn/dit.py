@@ -9,6 +9,7 @@ from megatransformer_jax.config.decoders import DitConfig
 from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.nn.attention import CrossAttention, SelfAttention
+from megatransformer_jax.nn.block import rematerialized
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.conv import ZEROS, Dense
 from megatransformer_jax.nn.embedding import patchify, unpatchify
@@ -27,13 +28,15 @@ EPS = 1e-6
 class Dit(nn.Module):
     """From a noisy image, the time and a condition to a prediction of the image's shape.
 
-    Places are two sinusoids, of the row and of the column. The output starts at zero.
+    Places are two sinusoids, of the row and of the column. The output starts at zero. `remat` as in
+    `ModelConfig.remat`, applied to each layer.
     """
 
     config: DitConfig
     policy: DTypePolicy
     sharder: Sharder
     platform: str
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -63,8 +66,9 @@ class Dit(nn.Module):
         rows, columns = height // config.patch_size, width // config.patch_size
         x = Dense(config.width, policy, name="patches_in")(patches)
         x = x + grid_embedding(rows, columns, config.width).astype(x.dtype)
+        block_class = rematerialized(DitBlock, self.remat)
         for layer in range(config.num_layers):
-            block = DitBlock(config, policy, self.sharder, self.platform, name=f"layer_{layer}")
+            block = block_class(config, policy, self.sharder, self.platform, name=f"layer_{layer}")
             x = block(x, embedding, context, is_context)
         shift, scale = _modulation(embedding, 2, config.width, policy, "modulation_out")
         x = _modulated(x, shift, scale)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.audio import AudioDecoderConfig
 from megatransformer_jax.nn.attention import CrossAttention
+from megatransformer_jax.nn.block import rematerialized
 from megatransformer_jax.nn.conv import ZEROS, Dense, MaskedConvolution, frame_mask
 from megatransformer_jax.nn.norms import layer_normalize
 from megatransformer_jax.nn.parameters import vector
@@ -111,11 +112,13 @@ class MelDenoiser(nn.Module):
 
     Bins are channels. Each frame is told how far along the clip it is, and each vector of the
     condition how far along that is, by the same waves: so cross-attention can learn to read the
-    text from its start to its end while the sound goes on.
+    text from its start to its end while the sound goes on. `remat` as in `ModelConfig.remat`,
+    applied to each block.
     """
 
     config: AudioDecoderConfig
     policy: DTypePolicy
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -150,8 +153,9 @@ class MelDenoiser(nn.Module):
         embedding = embedding + Dense(embedding.shape[-1], policy, name="length")(size)
         frames = jnp.broadcast_to(jnp.arange(mels.shape[1]), mels.shape[:2])
         rotary = rotary_table(frames, self.config.head_width, ROTARY_BASE)
+        block_class = rematerialized(MelBlock, self.remat)
         for index, dilation in enumerate(self.config.dilations):
-            block = MelBlock(self.config, dilation, policy, name=f"block_{index}")
+            block = block_class(self.config, dilation, policy, name=f"block_{index}")
             x = block(x, embedding, context, is_context, is_frame, rotary)
         x = ScaledNorm(policy, name="norm_out")(x, embedding)
         output = MaskedConvolution(mels.shape[-1], policy, kernel_init=ZEROS, name="conv_out")

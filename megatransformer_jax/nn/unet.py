@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float
 
 from megatransformer_jax.config.decoders import UNetConfig
 from megatransformer_jax.nn.attention import CrossAttention
+from megatransformer_jax.nn.block import rematerialized
 from megatransformer_jax.nn.conv import ZEROS, Convolution, Dense
 from megatransformer_jax.nn.norms import GroupNorm
 from megatransformer_jax.nn.time_embedding import ConditionEmbedding
@@ -30,10 +31,12 @@ class UNet(nn.Module):
     Down: per level `blocks_per_level` residual blocks, the output of each kept as a skip, then half
     the sides. Middle: block, attention, block. Up: the same with one block more, each of which gets
     a skip next to what comes from below. Attention follows the blocks of the configured levels.
+    `remat` as in `ModelConfig.remat`, applied to each block and each attention.
     """
 
     config: UNetConfig
     policy: DTypePolicy
+    remat: str = "none"
 
     @nn.compact
     def __call__(
@@ -59,11 +62,14 @@ class UNet(nn.Module):
         embed = ConditionEmbedding(EMBEDDING_FACTOR * config.base_width, policy, name="condition")
         embedding, context = embed(time, context, is_context)
 
+        block_class = rematerialized(ResidualBlock, self.remat)
+        attention_class = rematerialized(PixelAttention, self.remat)
+
         def block(x: jax.Array, channels: int, name: str) -> jax.Array:
-            return ResidualBlock(channels, config.norm_groups, policy, name=name)(x, embedding)
+            return block_class(channels, config.norm_groups, policy, name=name)(x, embedding)
 
         def attend(x: jax.Array, name: str) -> jax.Array:
-            module = PixelAttention(config.head_width, config.norm_groups, policy, name=name)
+            module = attention_class(config.head_width, config.norm_groups, policy, name=name)
             return module(x, context, is_context)
 
         def layer(x: jax.Array, level: int, name: str) -> jax.Array:

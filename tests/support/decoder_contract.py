@@ -163,6 +163,35 @@ def check_gradients_reach_all_parameters(case, without=()):
             assert np.max(np.abs(leaf)) > 0, name
 
 
+def check_remat_keeps_less_and_changes_nothing(case, rematerialized):
+    """The same gradients of the same parameters from less than is kept without.
+
+    Args:
+      case: of a decoder without rematerialisation.
+      rematerialized: the decoder of the case with remat='full'.
+    """
+    other = DecoderCase(rematerialized, case.media, case.lengths, case.context_width, case.settings)
+    plain, again = (c.gradients(c.condition, jax.random.key(6)) for c in (case, other))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, again)
+    assert _kept_bytes(other) < 0.6 * _kept_bytes(case)
+
+
+def _kept_bytes(case):
+    """What the forward pass hands to the backward pass beyond its arguments."""
+    sizes = []
+
+    def trace(variables, *arguments):
+        loss = lambda variables: case.decoder.apply(variables, *arguments, method="loss")["loss"]  # noqa: E731
+        backward = jax.vjp(loss, variables)[1]
+        given = {id(leaf) for leaf in jax.tree.leaves((variables, arguments))}
+        kept = {id(leaf): leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given}
+        sizes.extend(leaf.size * leaf.dtype.itemsize for leaf in kept.values())
+
+    arguments = case.media, case.lengths, case.condition, jax.random.key(6)
+    jax.eval_shape(trace, case.variables, *arguments)
+    return sum(sizes)
+
+
 CHECKS = (
     check_protocol_and_shapes,
     check_media_are_independent,

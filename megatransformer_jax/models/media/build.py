@@ -25,7 +25,7 @@ from megatransformer_jax.types import DTypePolicy
 
 
 def build_image_decoder(
-    config: ImageConfig, policy: DTypePolicy, sharder: Sharder, platform: str
+    config: ImageConfig, policy: DTypePolicy, sharder: Sharder, platform: str, remat: str = "none"
 ) -> Any:
     """The `MediaDecoder` of images that `config.decoder` asks for.
 
@@ -34,6 +34,7 @@ def build_image_decoder(
       policy: types.
       sharder: places what is cut over devices.
       platform: of the devices: 'cpu', 'gpu' or 'tpu'.
+      remat: see `ModelConfig.remat`; applied to each layer of the network.
 
     Raises:
       ValueError: for an unknown kind.
@@ -50,14 +51,14 @@ def build_image_decoder(
     match decoder.kind:
         case "unet":
             inner = DiffusionDecoder(
-                network=UNet(decoder.unet, policy, parent=None),
+                network=UNet(decoder.unet, policy, remat, parent=None),
                 diffusion=decoder.diffusion,
                 sampler=decoder.sampler,
                 **shared,
             )
         case "dit":
             inner = FlowDecoder(
-                network=Dit(decoder.dit, policy, sharder, platform, parent=None),
+                network=Dit(decoder.dit, policy, sharder, platform, remat, parent=None),
                 flow=decoder.flow,
                 sampler=decoder.flow_sampler,
                 **shared,
@@ -70,9 +71,15 @@ def build_image_decoder(
     return LatentDecoder(vae, inner, config.shape, parent=None)
 
 
-def build_audio_decoder(config: AudioConfig, policy: DTypePolicy) -> Any:
-    """The `MediaDecoder` of sound. Its weights are whole on every device."""
-    return MelDiffusionDecoder(config, policy)
+def build_audio_decoder(config: AudioConfig, policy: DTypePolicy, remat: str = "none") -> Any:
+    """The `MediaDecoder` of sound. Its weights are whole on every device.
+
+    Args:
+      config: the clips' format, and the decoder.
+      policy: types.
+      remat: see `ModelConfig.remat`; applied to each block of the network.
+    """
+    return MelDiffusionDecoder(config, policy, remat)
 
 
 # ------------------------------------------------------------------------------

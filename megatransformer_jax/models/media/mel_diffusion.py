@@ -28,10 +28,11 @@ class MelDiffusionDecoder(nn.Module):
 
     config: AudioConfig
     policy: DTypePolicy
+    remat: str = "none"
 
     def setup(self) -> None:
         """Declares the network, and the head that tells the length."""
-        self.network = MelDenoiser(self.config.decoder, self.policy)
+        self.network = MelDenoiser(self.config.decoder, self.policy, self.remat)
         self.duration = DurationHead(self.config.max_frames, self.policy)
 
     def loss(

@@ -37,11 +37,11 @@ class MediaParts(nn.Module):
         if config.image.enabled:
             self.image_prelude = build_image_prelude(config, *parts)
             self.image_coda = WindowCoda(config, config.image.coda_layers, *parts)
-            self.image_decoder = build_image_decoder(config.image, *parts)
+            self.image_decoder = build_image_decoder(config.image, *parts, config.remat)
         if config.audio.enabled:
             self.audio_prelude = build_audio_prelude(config, *parts)
             self.audio_coda = WindowCoda(config, config.audio.coda_layers, *parts)
-            self.audio_decoder = build_audio_decoder(config.audio, self.policy)
+            self.audio_decoder = build_audio_decoder(config.audio, self.policy, config.remat)
         if config.loss_weighting == "learned":
             # Text, images, sound: logarithms of variances (arXiv 1705.07115).
             init = nn.with_partitioning(nn.initializers.zeros, (None,))

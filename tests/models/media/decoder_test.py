@@ -10,6 +10,7 @@ from decoder_contract import (
     CHECKS,
     DecoderCase,
     check_gradients_reach_all_parameters,
+    check_remat_keeps_less_and_changes_nothing,
     random_condition,
 )
 from flax import linen as nn
@@ -58,9 +59,12 @@ class Owner(nn.Module):
     """A model that has a decoder among its parts."""
 
     config: ImageConfig
+    remat: str = "none"
 
     def setup(self):
-        self.image_decoder = build_image_decoder(self.config, DTypePolicy(), Sharder(), "cpu")
+        self.image_decoder = build_image_decoder(
+            self.config, DTypePolicy(), Sharder(), "cpu", self.remat
+        )
 
     def loss(self, *arguments):
         assert isinstance(self.image_decoder, MediaDecoder)
@@ -97,6 +101,10 @@ def test_gradients_reach_all_parameters_but_the_autoencoders(case):
     is_latent = case.decoder.config.decoder.vae is not None
     assert sorted(decoder) == (["decoder", "image_vae"] if is_latent else ["network"])
     check_gradients_reach_all_parameters(case, without=("image_vae",))
+
+
+def test_remat_keeps_less_and_changes_nothing(case):
+    check_remat_keeps_less_and_changes_nothing(case, Owner(case.decoder.config, "full"))
 
 
 class TinyNetwork(nn.Module):

@@ -6,7 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoder_contract import CHECKS, DecoderCase, check_gradients_reach_all_parameters
+from decoder_contract import (
+    CHECKS,
+    DecoderCase,
+    check_gradients_reach_all_parameters,
+    check_remat_keeps_less_and_changes_nothing,
+)
 
 from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, MelConfig
 from megatransformer_jax.config.decoders import SamplerConfig
@@ -43,6 +48,11 @@ def test_contract(case, check):
 
 def test_gradients_reach_all_parameters(case):
     check_gradients_reach_all_parameters(case)
+
+
+def test_remat_keeps_less_and_changes_nothing(case):
+    rematerialized = build_audio_decoder(CONFIG, DTypePolicy(), "full")
+    check_remat_keeps_less_and_changes_nothing(case, rematerialized)
 
 
 def test_padding_changes_no_term_and_no_frame(case):
