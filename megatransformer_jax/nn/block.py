@@ -163,8 +163,7 @@ def rematerialized(
     """
     if remat == "none":
         return module_class
-    wrapped = nn.remat(module_class, policy=remat_policy(remat), static_argnums=static_argnums)
-    return cast(type[Module], wrapped)
+    return nn.remat(module_class, policy=remat_policy(remat), static_argnums=static_argnums)
 
 
 def remat_policy(remat: str) -> Callable[..., bool] | None:
