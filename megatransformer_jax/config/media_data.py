@@ -368,6 +368,13 @@ class MediaDataConfig:
         """Whether a task uses sound."""
         return any(name in self.task_weights for name in AUDIO_TASKS)
 
+    @property
+    def fills_slots(self) -> bool:
+        """Whether every row has a medium in each of its slots, by the tasks; bad records aside."""
+        tasks = set(self.task_weights)
+        of_images = self.images_per_row == 1 and tasks <= set(IMAGE_TASKS)
+        return of_images or (self.audio_per_row == 1 and tasks <= set(AUDIO_TASKS))
+
     @rule("tasks")
     def _tasks_have_names_and_weights(self) -> None:
         """Each name=weight, each name once, no weight below 0, one above."""

@@ -20,7 +20,7 @@ from megatransformer_jax.nn.embedding import TextEmbedding
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import axes_of, matrix, weight_init
-from megatransformer_jax.ops.interleave import Layout, interleave, take_places
+from megatransformer_jax.ops.interleave import Layout, interleave, place_media, take_places
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
 from megatransformer_jax.sharding.rules import Sharder
@@ -78,6 +78,7 @@ class MegaTransformer(nn.Module):
         head_mask: Float[Array, "L N"] | None = None,
         deterministic: bool = True,
         media: MediaBatch | None = None,
+        fills_slots: bool = False,
     ) -> ModelOutput:
         """Scores the next token at every position.
 
@@ -93,6 +94,8 @@ class MegaTransformer(nn.Module):
           deterministic: no dropout. Otherwise the rng stream 'dropout' is needed.
           media: images and sound between the tokens. `positions` are not used then, and
             `num_steps` and `state` are those of the sequences with the media in them, S for T.
+          fills_slots: static; says that the media fill next to all of their slots. Otherwise the
+            encoders skip the empty ones.
 
         Returns:
           Logits of the tokens; the latent, which is the core's state after
@@ -114,7 +117,7 @@ class MegaTransformer(nn.Module):
                 segment_ids = jnp.ones(tokens.shape, jnp.int32)
             layout = self.media.layout(media, segment_ids)
             positions, segment_ids = layout.positions, layout.segment_ids
-            x = self._enter_sequence(tokens, media, layout, masks[0], deterministic)
+            x = self._enter_sequence(tokens, media, layout, masks[0], deterministic, fills_slots)
             outer = pass_context(config, positions, segment_ids, config.width, deterministic)
         if config.is_recurrent:
             inner = pass_context(config, positions, segment_ids, config.core_width, deterministic)
@@ -168,6 +171,7 @@ class MegaTransformer(nn.Module):
         layout: Layout,
         head_mask: jax.Array | None,
         deterministic: bool,
+        fills_slots: bool,
     ) -> jax.Array:
         """Text and media after their preludes, in one sequence [B, S, D].
 
@@ -179,10 +183,8 @@ class MegaTransformer(nn.Module):
         context = pass_context(config, layout.positions, text_segments, config.width, deterministic)
         context = dataclasses.replace(context, head_mask=head_mask)
         x = self.run_prelude(interleave(layout, tokens), layout.positions, context)
-        images, clips = self.media.encode(media, deterministic)
-        nothing = jnp.zeros((*tokens.shape, x.shape[-1]), x.dtype)
-        inserted = interleave(layout, nothing, images, clips)
-        x = jnp.where(layout.is_medium[..., None], inserted, x)
+        images, clips = self.media.encode(media, deterministic, fills_slots=fills_slots)
+        x = jnp.where(layout.is_medium[..., None], place_media(layout, images, clips), x)
         return self.sharder.constrain(x, "batch", "length", None)
 
     def run_prelude(

@@ -129,9 +129,35 @@ def interleave(
         if media is None:
             media = jnp.zeros((*places.shape, *features), text.dtype)
         streams.append(media.reshape(shape[0], -1, *features).astype(text.dtype))
-    streams.append(jnp.zeros((shape[0], 1, *features), text.dtype))
-    index = layout.source.reshape(*shape, *(1 for _ in features))
-    return jnp.take_along_axis(jnp.concatenate(streams, axis=1), index, axis=1)
+    return _gather(streams, layout.source)
+
+
+def place_media(
+    layout: Layout,
+    images: Float[Array, "B I P D"] | None = None,
+    audio: Float[Array, "B A Q D"] | None = None,
+) -> Float[Array, "B S D"]:
+    """The media of a sequence at their places, zeros at those of text and of padding.
+
+    At least one kind must be given; one that is None has no slots in the layout.
+    """
+    batch_size, num_tokens = layout.text_places.shape
+    streams = [
+        media.reshape(batch_size, -1, media.shape[-1])
+        for media in (images, audio)
+        if media is not None
+    ]
+    nothing = sum(stream.shape[1] for stream in streams)
+    source = layout.source - num_tokens
+    return _gather(streams, jnp.where(source < 0, nothing, source))
+
+
+def _gather(streams: list[jax.Array], source: jax.Array) -> jax.Array:
+    """What `source` [B, S] numbers of streams [B, any, ...] laid end to end, and one zero row."""
+    batch_size, _, *features = streams[0].shape
+    nothing = jnp.zeros((batch_size, 1, *features), streams[0].dtype)
+    index = source.reshape(*source.shape, *(1 for _ in features))
+    return jnp.take_along_axis(jnp.concatenate([*streams, nothing], axis=1), index, axis=1)
 
 
 def take_places(

@@ -352,6 +352,7 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
             rngs={"state": state_key, "dropout": dropout_key},
             mutable=[LAST_STATE] if jacobian_weight else [],
             media=part.media,
+            fills_slots=data.media.fills_slots,
         )
         sums = token_loss(output.logits, part.targets, part.loss_mask)
         weighted = sums.cross_entropy + config.train.z_loss * sums.squared_log_normalizer

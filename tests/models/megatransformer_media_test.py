@@ -184,6 +184,31 @@ def test_gradients_reach_every_part(parts):
     assert still == []
 
 
+def test_empty_slots_are_skipped_without_effect(parts):
+    """Of 20 slots of either kind 5 to 15 are in use."""
+    model, params = parts
+    batch = tiny_media_batch(10)
+
+    def loss(params, fills_slots):
+        output = model.apply(
+            {"params": params},
+            batch.tokens,
+            segment_ids=batch.segment_ids,
+            num_steps=1,
+            backprop_depth=1,
+            media=batch.media,
+            fills_slots=fills_slots,
+        )
+        is_text = batch.segment_ids[..., None] > 0
+        return jnp.sum(jnp.where(is_text, output.logits, 0) ** 2)
+
+    differentiate = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (one, first), (other, second) = (differentiate(params, fills) for fills in (False, True))
+    np.testing.assert_allclose(one, other, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.max(np.abs(b)))
+
+
 def test_codas_follow_their_protocol(parts):
     model, params = parts
     bound = model.bind({"params": params})

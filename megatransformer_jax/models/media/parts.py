@@ -11,7 +11,12 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.media.build import build_audio_decoder, build_image_decoder
 from megatransformer_jax.models.media.coda import WindowCoda
 from megatransformer_jax.models.media.decoder import Condition
-from megatransformer_jax.models.media.preludes import build_audio_prelude, build_image_prelude
+from megatransformer_jax.models.media.preludes import (
+    Encoded,
+    build_audio_prelude,
+    build_image_prelude,
+    encode_used,
+)
 from megatransformer_jax.ops.interleave import Layout, interleave_layout, window_before
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy, MediaBatch
@@ -69,18 +74,29 @@ class MediaParts(nn.Module):
             audio.num_tokens if audio.enabled else 0,
         )
 
-    def encode(self, media: MediaBatch, deterministic: bool) -> MediaEmbeddings:
-        """Embeddings of image slots, [B, I, P, D], and of audio slots, [B, A, Q, D]."""
+    def encode(
+        self, media: MediaBatch, deterministic: bool, *, fills_slots: bool = False
+    ) -> MediaEmbeddings:
+        """Embeddings of image slots, [B, I, P, D], and of audio slots, [B, A, Q, D].
+
+        Those of slots that are not in use are not defined, and nothing reads them.
+
+        Args:
+          media: of the batch.
+          deterministic: no dropout.
+          fills_slots: says that next to all slots are in use, so that looking for others would cost
+            more than it saves; all are encoded.
+        """
         images = clips = None
         if self.config.image.enabled:
-            flat = media.images.reshape(-1, *media.images.shape[2:])
-            images = self.image_prelude(flat, None, deterministic).embeddings
-            images = images.reshape(*media.images.shape[:2], *images.shape[1:])
+            images = self._encode(
+                self.image_prelude, media.images, None, media.is_image, deterministic, fills_slots
+            )
         if self.config.audio.enabled:
-            flat = media.mels.reshape(-1, *media.mels.shape[2:])
-            lengths = media.mel_lengths.reshape(-1)
-            clips = self.audio_prelude(flat, lengths, deterministic).embeddings
-            clips = clips.reshape(*media.mels.shape[:2], *clips.shape[1:])
+            lengths = media.mel_lengths
+            clips = self._encode(
+                self.audio_prelude, media.mels, lengths, lengths > 0, deterministic, fills_slots
+            )
         return images, clips
 
     def conditions(
@@ -144,6 +160,32 @@ class MediaParts(nn.Module):
             mels = jnp.zeros((1, frames, config.audio.mel.num_mels), jnp.float32)
             self.audio_prelude(mels, lengths, True)
             self.audio_loss(mels, lengths, self.audio_coda(context, exists, True), key)
+
+    def _encode(
+        self,
+        prelude: Any,
+        media: jax.Array,
+        lengths: jax.Array | None,
+        is_used: jax.Array,
+        deterministic: bool,
+        fills_slots: bool,
+    ) -> jax.Array:
+        """Embeddings [B, slots, P, D] of slots [B, slots, ...]."""
+        flat = media.reshape(-1, *media.shape[2:])
+        flat_lengths = None if lengths is None else lengths.reshape(-1)
+        if fills_slots:
+            embeddings = prelude(flat, flat_lengths, deterministic).embeddings
+        else:
+            module, variables = prelude.unbind()
+            key = None if deterministic else self.make_rng("dropout")
+
+            def encode(media: jax.Array, lengths: jax.Array | None, group: jax.Array) -> jax.Array:
+                rngs = None if key is None else {"dropout": jax.random.fold_in(key, group)}
+                encoded = module.apply(variables, media, lengths, deterministic, rngs=rngs)
+                return cast(Encoded, encoded).embeddings
+
+            embeddings = encode_used(encode, flat, flat_lengths, is_used.reshape(-1), self.sharder)
+        return embeddings.reshape(*media.shape[:2], *embeddings.shape[1:])
 
     def _condition(
         self,

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
@@ -199,6 +201,76 @@ class AudioPrelude(nn.Module):
         )
         x = layers(x, side_context(self.config, is_place, deterministic))
         return Encoded(jnp.where(is_place[..., None], x, 0), is_place)
+
+
+# ------------------------------------------------------------------------------
+# Encoding only the slots that are in use.
+#
+# How many there are is data, and shapes are not. So the slots in use are put in front, and the
+# encoder runs over groups of them in a loop that skips the groups behind: one program for every
+# count, and the time is that of the count rounded up to a group. On a mesh each device sorts the
+# slots that it holds and nothing moves; a group is skipped once all devices are done.
+
+# At most so many groups, and none of fewer slots than that (on each device).
+MAX_GROUPS, MIN_GROUP = 8, 8
+
+# (media [n, ...], lengths [n] or None, number of the group) -> embeddings [n, P, D]
+EncodeGroup = Callable[[jax.Array, jax.Array | None, jax.Array], jax.Array]
+
+
+def encode_used(
+    encode: EncodeGroup,
+    media: Float[Array, "N ..."],
+    lengths: Int[Array, "N"] | None,
+    is_used: Bool[Array, "N"],
+    sharder: Sharder,
+) -> Float[Array, "N P D"]:
+    """Embeddings of the slots in use; those of the others are not defined, but finite.
+
+    Args:
+      encode: encodes each medium by itself, see `Prelude`; pure.
+      media: the slots of a batch.
+      lengths: frames of clips; None for images.
+      is_used: which slots hold a medium.
+      sharder: says over how many devices the slots are cut.
+    """
+    num_slots, ways = media.shape[0], sharder.ways("batch")
+    if num_slots == 0 or num_slots % ways:
+        ways = 1
+    here = num_slots // ways
+    size = min(max(MIN_GROUP, -(-here // MAX_GROUPS)), here)
+    num_groups = -(-here // size)
+    order = jnp.argsort(~is_used.reshape(ways, here), axis=1, stable=True)
+    most = jnp.max(jnp.sum(is_used.reshape(ways, here), axis=1))
+    padded = jnp.pad(order, ((0, 0), (0, num_groups * size - here)), mode="edge")
+    groups = padded.reshape(ways, num_groups, size).swapaxes(0, 1)
+
+    def take(slots: jax.Array, group: jax.Array) -> jax.Array:
+        """Of [N, ...] those of one group, [ways * size, ...]."""
+        by_device = slots.reshape(ways, here, *slots.shape[1:])
+        index = group.reshape(ways, size, *(1 for _ in slots.shape[1:]))
+        taken = jnp.take_along_axis(by_device, index, axis=1)
+        taken = taken.reshape(ways * size, *slots.shape[1:])
+        return sharder.constrain(taken, "batch", *(None,) * (taken.ndim - 1))
+
+    def run(group: jax.Array, number: jax.Array) -> jax.Array:
+        own = None if lengths is None else take(lengths, group)
+        return encode(take(media, group), own, number)
+
+    def visit(_: None, numbered: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        group, number = numbered
+        made = jax.eval_shape(run, group, number)
+        return None, jax.lax.cond(
+            number * size < most,
+            lambda: run(group, number),
+            lambda: jnp.zeros(made.shape, made.dtype),
+        )
+
+    _, encoded = jax.lax.scan(visit, None, (groups, jnp.arange(num_groups)))
+    encoded = encoded.reshape(num_groups, ways, size, *encoded.shape[2:]).swapaxes(0, 1)
+    encoded = encoded.reshape(ways, num_groups * size, *encoded.shape[3:])
+    back = jnp.argsort(order, axis=1)[:, :, None, None]
+    return jnp.take_along_axis(encoded, back, axis=1).reshape(num_slots, *encoded.shape[2:])
 
 
 # ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Int, Key
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.cached import Inserted, token_states
-from megatransformer_jax.ops.interleave import interleave, take_places
+from megatransformer_jax.ops.interleave import interleave, place_media, take_places
 from megatransformer_jax.types import MediaBatch
 
 
@@ -57,8 +57,7 @@ def media_sequence(
         return layout, module.media.encode(media, True)
 
     layout, (images, clips) = cast(Any, model.apply({"params": params}, method=enter))
-    shape = (*tokens.shape, model.config.width)
-    values = interleave(layout, jnp.zeros(shape, model.policy.compute), images, clips)
+    values = place_media(layout, images, clips)
     used = jnp.sum(layout.segment_ids > 0, axis=1)
     places = used[:, None] - num_columns + jnp.arange(num_columns)
     is_token = places >= 0

@@ -17,6 +17,7 @@ from megatransformer_jax.models.media.preludes import (
     Prelude,
     build_audio_prelude,
     build_image_prelude,
+    encode_used,
 )
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -184,6 +185,42 @@ def test_embeddings_start_as_large_as_the_texts(kind):
     std = (2 / (5 * 64)) ** 0.5
     size = np.asarray(encoded.embeddings)[np.asarray(encoded.is_embedding)].std()
     assert 0.7 * std < size < 2 * std
+
+
+SLOTS = 20
+SIZES = []
+
+
+@jax.jit
+def encode_some(weight, media, lengths, is_used):
+    """With an encoder that notes how many media it is given."""
+
+    def loss(weight):
+        def encode(media, lengths, group):
+            jax.debug.callback(lambda group: SIZES.append(media.shape[0]), group)
+            return (jnp.sin(weight * media) + lengths[:, None])[:, None]
+
+        embeddings = encode_used(encode, media, lengths, is_used, Sharder())[:, 0]
+        embeddings = jnp.where(is_used[:, None], embeddings, 0)
+        return jnp.sum(embeddings**2), embeddings
+
+    return jax.grad(loss, has_aux=True)(weight)
+
+
+@pytest.mark.parametrize(("used", "groups"), [([], 0), ([3, 19, 0], 1), (range(1, 20, 2), 2)])
+def test_encoders_run_for_slots_in_use_only(used, groups):
+    is_used = np.isin(np.arange(SLOTS), list(used))
+    media = np.random.default_rng(0).normal(size=(SLOTS, 2)).astype(np.float32)
+    lengths = np.arange(SLOTS, dtype=np.int32)
+    SIZES.clear()
+    gradient, embeddings = encode_some(jnp.float32(0.7), media, lengths, is_used)
+    jax.effects_barrier()
+    assert [8] * groups == SIZES
+    wanted = np.where(is_used[:, None], np.sin(0.7 * media) + lengths[:, None], 0)
+    np.testing.assert_allclose(embeddings, wanted, atol=1e-5)
+    wanted = np.sum(2 * wanted * np.cos(0.7 * media) * media)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-4)
+    assert encode_some._cache_size() == 1
 
 
 IMAGES, CLIPS = jnp.zeros((1, 4, 6, 1)), jnp.zeros((1, FRAMES, 5))
