@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from megatransformer_jax.config.media_data import MediaDataConfig
+from megatransformer_jax.config.media_data import AUDIO_TASKS, MediaDataConfig
 from megatransformer_jax.config.option import (
     MAX_SEED,
     ConfigError,
@@ -365,13 +365,26 @@ class DataConfig:
         """Keep the default unless source='media'."""
         self._only_for(("media",), "media")
 
-    @rule("packing", "augmentation")
+    @rule("packing")
     def _media_samples_fill_a_row_each(self) -> None:
         """Keep the default with source='media', which has one sample per row."""
         if self.source == "media":
-            require_defaults(
-                self, ("packing", "augmentation"), "with source='media'", "choose another source"
-            )
+            require_defaults(self, ("packing",), "with source='media'", "choose another source")
+
+    @rule("augmentation.synonyms_file", "augmentation.back_translation")
+    def _transcripts_keep_their_words(self) -> None:
+        """With source='media', only with a task besides 'speak' and 'transcribe'. A transcript is
+        not put into other words, because it says what can be heard."""
+        if self.source == "media" and set(self.media.task_weights) <= set(AUDIO_TASKS):
+            try:
+                require_defaults(
+                    self.augmentation,
+                    ("synonyms_file", "synonym_rate", "back_translation", "back_translation_rate"),
+                    f"with data.media.tasks={self.media.tasks!r}, whose texts are transcripts",
+                    "add a task such as 'caption=1' or 'text=1'",
+                )
+            except ConfigError as error:
+                raise error.below("augmentation") from None
 
     @rule("tokenizer.kind")
     def _media_need_a_tokenizer(self) -> None:

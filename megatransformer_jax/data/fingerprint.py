@@ -44,10 +44,11 @@ def data_fingerprint(config: DataConfig) -> str:
     if config.source == "media":
         # scikit-learn and the like take a second to import, which text needs not pay.
 
-        return media_fingerprint(config, _of_files)
-    words = split_fingerprint(config, "train")
-    if config.validation_files or config.tfds_validation_split is not None:
-        words += f"; validation: {split_fingerprint(config, 'validation')}"
+        words = media_fingerprint(config, _of_files)
+    else:
+        words = split_fingerprint(config, "train")
+        if config.validation_files or config.tfds_validation_split is not None:
+            words += f"; validation: {split_fingerprint(config, 'validation')}"
     synonyms_file = config.augmentation.synonyms_file
     if synonyms_file is not None:
         read_synonyms(synonyms_file)  # Its error names the option of this file.

@@ -99,10 +99,14 @@ BROKEN_MEDIA_DATA: list[tuple[str, type, dict[str, Any], str]] = [
     ),
     ("_media_section_needs_its_source", DataConfig, {"media": SPEAK}, "media.tasks"),
     (
-        "_media_samples_fill_a_row_each",
+        "_transcripts_keep_their_words",
         DataConfig,
-        MEDIA | {"augmentation": AugmentationConfig(token_dropout=0.1)},
-        "augmentation.token_dropout",
+        MEDIA
+        | {
+            "augmentation": AugmentationConfig(synonyms_file="words.tsv", synonym_rate=0.1),
+            "media": MediaDataConfig(tasks=("speak=1", "transcribe=1")),
+        },
+        "augmentation.synonyms_file",
     ),
     ("_media_samples_fill_a_row_each", DataConfig, MEDIA | {"packing": "pad"}, "packing"),
     ("_media_need_a_tokenizer", DataConfig, {"source": "media"}, "tokenizer.kind"),

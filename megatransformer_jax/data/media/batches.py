@@ -11,6 +11,7 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.vocoder import VocoderConfig
+from megatransformer_jax.data.augmentation.text import FailedAugmentation
 from megatransformer_jax.data.batches import (
     NumberedBatches,
     NumberedStream,
@@ -34,7 +35,7 @@ from megatransformer_jax.types import Batch, ImageBatch, WaveformBatch
 # ------------------------------------------------------------------------------
 # Rows with media.
 
-NumberedBatch = tuple[Batch, tuple[BadRecord, ...]]
+NumberedBatch = tuple[Batch, tuple[BadRecord | FailedAugmentation, ...]]
 
 
 def _batch_of_rows(
@@ -45,7 +46,7 @@ def _batch_of_rows(
     numbers: list[int],
     size: int,
 ) -> NumberedBatch:
-    """A batch, and the bad records that were met on the way."""
+    """A batch, and the bad records or failed augmentations that were met on the way."""
     rows = [records[number] for number in numbers]
     rows += [Row(0, None)] * (size - len(rows))
     contents, tasks = [row.content for row in rows], [row.task for row in rows]
@@ -80,6 +81,8 @@ class MediaBatches:
     def __next__(self) -> Batch:
         batch, bad_records = next(self._stream)
         for record in bad_records:
+            if isinstance(record, FailedAugmentation):
+                raise UserError(record.message)
             self._bad_records.handle(record)
         if bad_records and not batch.segment_ids.any():
             raise UserError(

@@ -8,6 +8,7 @@ import itertools
 import sys
 import typing
 from collections import OrderedDict
+from collections.abc import Callable
 
 import grain
 import numpy as np
@@ -15,6 +16,7 @@ import numpy as np
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
 from megatransformer_jax.data.augmentation.media import augment_image, augment_mel, augment_waveform
+from megatransformer_jax.data.augmentation.text import FailedAugmentation
 from megatransformer_jax.data.documents import in_order
 from megatransformer_jax.data.media.encoding import (
     EncodedSample,
@@ -32,6 +34,7 @@ from megatransformer_jax.data.media.records import (
     MediaFormats,
     Sample,
 )
+from megatransformer_jax.data.media.row_texts import RowTexts
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord, Records
@@ -48,11 +51,17 @@ MAX_ATTEMPTS = 10
 
 
 class Row(typing.NamedTuple):
-    """One row: None is padding, as a validation row is whose record is bad."""
+    """One row: None is padding, as a validation row is whose record is bad.
+
+    Attributes:
+      task: number of its task.
+      content: what it holds.
+      bad_records: that were met on the way to it, or a text that could not be augmented.
+    """
 
     task: int
     content: EncodedSample | None
-    bad_records: tuple[BadRecord, ...] = ()
+    bad_records: tuple[BadRecord | FailedAugmentation, ...] = ()
 
 
 class RowMaker:
@@ -78,6 +87,7 @@ class RowMaker:
         self._images = config.media.images.augmentation
         self._audio = config.media.audio.augmentation
         self._changed_tasks = _changed_tasks(config) if augments else ()
+        self._texts = RowTexts(config, tokenizer.pad_id) if augments else None
         self.shape = RowShape(
             config.sequence_length, config.media.images_per_row, config.media.audio_per_row
         )
@@ -85,7 +95,7 @@ class RowMaker:
 
     def make(
         self, task: str, index: int, number: int, rng: np.random.Generator
-    ) -> EncodedSample | BadRecord:
+    ) -> EncodedSample | BadRecord | FailedAugmentation:
         """The row.
 
         Args:
@@ -97,22 +107,33 @@ class RowMaker:
         try:
             kind = source_of(task)
             if kind == "text":
-                content: EncodedSample = self.sources["text"][index]
+                content = self._text_row(index, number)
+            else:
+                make = self._image_sample if kind == "images" else self._audio_sample
+                sample: Sample | BadRecord | FailedAugmentation = make(task, index, number, rng)
+                if self._texts is not None and isinstance(sample, Sample):
+                    sample = self._texts.change_sample(sample, number)
+                if not isinstance(sample, Sample):
+                    return sample
+                content = encode_sample(sample, self._tokenizer, self._formats)
+                check_fits(content, sample.name, self.shape)
+            if self._texts is None or isinstance(content, FailedAugmentation):
                 return content
-            make = self._image_sample if kind == "images" else self._audio_sample
-            sample = make(task, index, number, rng)
-            if isinstance(sample, BadRecord):
-                return sample
-            content = encode_sample(sample, self._tokenizer, self._formats)
-            check_fits(content, sample.name, self.shape)
-            return content
+            return self._texts.hide(content, number)
         except SampleError as error:
             where, _, problem = str(error).partition(": ")
             return BadRecord(where, problem)
 
+    def _text_row(self, index: int, number: int) -> EncodedSample | FailedAugmentation:
+        pieces = typing.cast(TextPieces, self.sources["text"])
+        if self._texts is None or not self._texts.changes_words:
+            return pieces[index]
+        change = self._texts.change
+        return pieces.changed(index, lambda text: change(text, number))
+
     def _image_sample(
         self, task: str, index: int, number: int, rng: np.random.Generator
-    ) -> typing.Any:
+    ) -> Sample | BadRecord:
         record: ImageRecord | BadRecord = self.sources["images"][index]
         if isinstance(record, BadRecord):
             return record
@@ -124,7 +145,7 @@ class RowMaker:
 
     def _audio_sample(
         self, task: str, index: int, number: int, rng: np.random.Generator
-    ) -> typing.Any:
+    ) -> Sample | BadRecord:
         del rng  # A clip has one transcript.
         changes = task in self._changed_tasks
         if not (changes and self._audio.changes_waveforms):
@@ -211,6 +232,8 @@ class TrainingRows:
         bad: list[BadRecord] = []
         for _ in range(MAX_ATTEMPTS):
             content = self._maker.make(name, index, number, rng)
+            if isinstance(content, FailedAugmentation):
+                return Row(task, None, (content,))
             if not isinstance(content, BadRecord):
                 return Row(task, content, tuple(bad))
             bad.append(content)
@@ -241,7 +264,7 @@ class ValidationRows:
         task, index = self._rows[number]
         rng = generator_of(self._seed, number, Purpose.MEDIA_ROW)
         content = self._maker.make(self._names[task], index, number, rng)
-        if isinstance(content, BadRecord):
+        if isinstance(content, BadRecord | FailedAugmentation):
             return Row(task, None, (content,))
         return Row(task, content)
 
@@ -327,14 +350,15 @@ class TextPieces:
     def __init__(
         self, documents: Records[str | BadRecord], tokenizer: Tokenizer, sequence_length: int
     ):
-        self._bos = tokenizer.bos_id
+        self._tokenizer = tokenizer
         self._size = sequence_length - 1  # The start token takes one place.
+        self._texts = documents
         self._documents = []
         self._pieces = []
         for number in range(len(documents)):
             text = documents[number]
             assert isinstance(text, str), "our own text has no bad records"
-            ids = np.array([*tokenizer.encode(text), tokenizer.eos_id], np.int32)
+            ids = self._encode(text)
             self._documents.append(ids)
             starts = range(0, max(len(ids) - 1, 1), max(self._size, 1))
             self._pieces += [(number, start) for start in starts]
@@ -344,8 +368,26 @@ class TextPieces:
 
     def __getitem__(self, index: int) -> EncodedSample:
         document, start = self._pieces[index]
-        targets = self._documents[document][start : start + self._size + 1]
-        tokens = np.concatenate(([self._bos], targets[:-1])).astype(np.int32)
+        return self._piece(self._documents[document], start)
+
+    def changed(
+        self, index: int, change: Callable[[str], str | FailedAugmentation]
+    ) -> EncodedSample | FailedAugmentation:
+        """The piece at the same place of the changed document, or its last if it is shorter."""
+        document, start = self._pieces[index]
+        text = change(typing.cast(str, self._texts[document]))
+        if isinstance(text, FailedAugmentation):
+            return text
+        ids = self._encode(text)
+        size = max(self._size, 1)
+        return self._piece(ids, min(start, max(len(ids) - 2, 0) // size * size))
+
+    def _encode(self, text: str) -> np.ndarray:
+        return np.array([*self._tokenizer.encode(text), self._tokenizer.eos_id], np.int32)
+
+    def _piece(self, ids: np.ndarray, start: int) -> EncodedSample:
+        targets = ids[start : start + self._size + 1]
+        tokens = np.concatenate(([self._tokenizer.bos_id], targets[:-1])).astype(np.int32)
         return EncodedSample(
             tokens=tokens,
             targets=targets,
