@@ -402,9 +402,7 @@ class Trainer:
         )
         where = f"run {run.workdir}" if self._is_kept else "run without a workdir"
         description = f"{where}, step {run.step}"
-        return Model(
-            model_of_run(run.config, params, run.workdir, run.kind.vocabulary.digest, description)
-        )
+        return Model(model_of_run(run.config, params, run.workdir, run.task.digest, description))
 
     def save(self) -> pathlib.Path:
         """Saves a checkpoint of the present step into the workdir, and waits for it.
@@ -477,8 +475,7 @@ class Trainer:
         if self.config.model.has_media:
             if checked.media is None:
                 raise UserError("batch.media is None; a model with media needs a MediaBatch.")
-            tokenizer = self._opened().kind.vocabulary
-            check_media(checked, typing.cast(Any, tokenizer).tokenizer)
+            check_media(checked, typing.cast(Any, self._opened().task).tokenizer)
         return checked
 
 

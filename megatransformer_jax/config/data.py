@@ -294,6 +294,11 @@ class DataConfig:
         check_options(self)
 
     @property
+    def task(self) -> str:
+        """What is learned from it: 'text', 'reasoning' or 'media'."""
+        return {"reasoning": "reasoning", "media": "media"}.get(self.source, "text")
+
+    @property
     def batch_shapes(self) -> tuple[tuple[int, int], ...]:
         """Rows and length, [B, T], of every kind of batch, from the shortest rows to the longest.
 

@@ -43,6 +43,8 @@ from megatransformer_jax.config.run_rules import (
 )
 from megatransformer_jax.config.vocoder import VocoderConfig
 
+TASKS = ("text", "reasoning", "media", "vocoder", "image_vae")
+
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
@@ -84,6 +86,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def task(self) -> str:
+        """What is learned, one of `TASKS`."""
+        return self.data.task if self.kind == "transformer" else self.kind
 
     @rule("workdir")
     def _workdir_is_named(self) -> None:

@@ -39,16 +39,15 @@ def data_fingerprint(config: DataConfig) -> str:
     Raises:
       UserError: if the data cannot be read.
     """
-    if config.source == "reasoning":
-        return "generated problems"
-    if config.source == "media":
-        # scikit-learn and the like take a second to import, which text needs not pay.
-
-        words = media_fingerprint(config, _of_files)
-    else:
-        words = split_fingerprint(config, "train")
-        if config.validation_files or config.tfds_validation_split is not None:
-            words += f"; validation: {split_fingerprint(config, 'validation')}"
+    match config.task:
+        case "reasoning":
+            return "generated problems"
+        case "media":
+            words = media_fingerprint(config, _of_files)
+        case _:
+            words = split_fingerprint(config, "train")
+            if config.validation_files or config.tfds_validation_split is not None:
+                words += f"; validation: {split_fingerprint(config, 'validation')}"
     synonyms_file = config.augmentation.synonyms_file
     if synonyms_file is not None:
         read_synonyms(synonyms_file)  # Its error names the option of this file.

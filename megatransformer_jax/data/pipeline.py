@@ -1,5 +1,6 @@
 """From the data configuration to batches: the one entry point of the data layer."""
 
+from collections.abc import Callable
 from typing import Any
 
 from megatransformer_jax.config.data import DataConfig
@@ -17,10 +18,26 @@ from megatransformer_jax.data.documents import Documents
 from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.packing import PackedRows, PaddedRows, Row, SpecialIds
-from megatransformer_jax.data.reasoning import ProblemSet
+from megatransformer_jax.data.reasoning import ProblemSet, build_task
+from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.sources import BadRecordPolicy, build_source
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.types import Batch
+
+
+def data_tokenizer(config: DataConfig, read_text: Callable[[], Tokenizer]) -> Tokenizer:
+    """What turns the data into ids: symbols of problems, or what reads text.
+
+    Args:
+      config: where the data comes from.
+      read_text: makes or reads the tokenizer of text; called only if there is text.
+    """
+    match config.task:
+        case "reasoning":
+            return SymbolTokenizer.of_task(build_task(config.reasoning))
+        case "media":
+            return MediaTokenizer(read_text())
+    return read_text()
 
 
 def build_pipeline(
@@ -38,7 +55,7 @@ def build_pipeline(
 
     Args:
       config: where the data comes from.
-      tokenizer: None for source='reasoning', which needs none.
+      tokenizer: see `data_tokenizer`; source='reasoning' needs none.
       split: 'train' is endless, 'validation' one pass.
       media: the model's formats, for source='media', which needs a MediaTokenizer too.
       process_index: which process this is, from 0.
@@ -58,17 +75,18 @@ def build_pipeline(
         raise ValueError(f"no split {split!r}; there are 'train' and 'validation'")
     share = Share(config.batch_size, process_index, process_count)
     bad_records = BadRecordPolicy(config.on_bad_record)
-    if config.source == "reasoning":
-        stream: BatchStream = _problem_batches(config, split, share)
-    elif config.source == "media":
-        if media is None or not isinstance(tokenizer, MediaTokenizer):
-            raise ValueError("source='media' needs `media` formats and a MediaTokenizer")
-        # scikit-learn and the like take a second to import, which text needs not pay.
-        from megatransformer_jax.data.media.batches import MediaBatches  # noqa: PLC0415
+    match config.task:
+        case "reasoning":
+            stream: BatchStream = _problem_batches(config, split, share)
+        case "media":
+            if media is None or not isinstance(tokenizer, MediaTokenizer):
+                raise ValueError("source='media' needs `media` formats and a MediaTokenizer")
+            # scikit-learn and the like take a second to import, which text needs not pay.
+            from megatransformer_jax.data.media.batches import MediaBatches  # noqa: PLC0415
 
-        stream = MediaBatches(config, tokenizer, media, split, share, bad_records)
-    else:
-        stream = _text_batches(config, tokenizer, split, share, bad_records)
+            stream = MediaBatches(config, tokenizer, media, split, share, bad_records)
+        case _:
+            stream = _text_batches(config, tokenizer, split, share, bad_records)
     return Pipeline(stream, bad_records, config.prefetch_batches)
 
 

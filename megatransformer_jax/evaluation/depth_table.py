@@ -17,7 +17,7 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.evaluation.text_metrics import TextSize
-from megatransformer_jax.evaluation.validation import Scores, ValidationSet
+from megatransformer_jax.evaluation.validation import PROBLEM_SCORES, Scores, ValidationSet
 from megatransformer_jax.files import write_json
 
 # ------------------------------------------------------------------------------
@@ -36,30 +36,35 @@ def score_depths(
     return [validation_set.score(params, depth) for depth in depths]
 
 
+# Heading and digits of each score.
+_COLUMNS = {
+    "loss": ("loss", 4),
+    "perplexity": ("perplexity", 3),
+    "accuracy": ("token accuracy", 4),
+    "exact_accuracy": ("exact answers", 4),
+}
+
+
 def make_table(
     scores: Sequence[Scores],
     trained_depth: int | None,
-    *,
-    is_reasoning: bool,
+    names: Sequence[str],
     text_size: TextSize | None = None,
 ) -> Table:
     """A table with one row per depth; the trained mean is marked with a star.
 
-    Exact answers are a column for reasoning tasks only: no row of text is ever predicted whole.
-    If the size of the text is known, bits per byte and perplexity per word are columns too.
+    The columns are the scores with these names, `TEXT_SCORES` or `PROBLEM_SCORES`. If the size of
+    the text is known, bits per byte and perplexity per word are columns too.
     """
     table = Table(title="Validation by depth" if trained_depth else "Validation")
-    headings = ["depth", "loss", "perplexity", "token accuracy"]
-    headings += ["exact answers"] if is_reasoning else []
+    headings = ["depth", *(_COLUMNS[name][0] for name in names)]
     headings += ["bits per byte", "word perplexity"] if text_size is not None else []
     for heading in headings:
         table.add_column(heading, justify="right")
     for row in scores:
         depth = "-" if row.depth is None else str(row.depth)
         is_trained = row.depth is not None and row.depth == trained_depth
-        cells = [f"{row.loss:.4f}", f"{row.perplexity:.3f}", f"{row.accuracy:.4f}"]
-        if is_reasoning:
-            cells.append(f"{row.exact_accuracy:.4f}")
+        cells = [f"{getattr(row, name):.{_COLUMNS[name][1]}f}" for name in names]
         if text_size is not None:
             per_text = _scores_per_text(row, text_size)
             cells += [f"{per_text['bits_per_byte']:.4f}", f"{per_text['word_perplexity']:.2f}"]
@@ -73,8 +78,7 @@ def write_depth_table(
     directory: str | os.PathLike[str],
     scores: Sequence[Scores],
     trained_depth: int | None,
-    *,
-    is_reasoning: bool,
+    names: Sequence[str],
     text_size: TextSize | None = None,
 ) -> tuple[Path, Path]:
     """Writes depth_table.json and depth_table.png.
@@ -83,7 +87,7 @@ def write_depth_table(
       directory: an existing folder.
       scores: one entry per depth.
       trained_depth: mean depth in training, or None for a model without a core.
-      is_reasoning: plots exact-answer accuracy next to the loss, rather than perplexity.
+      names: of the scores that are shown; the plot has the loss and the last of them.
       text_size: of the text that was predicted. If given, each row of the JSON file also has
         `bits_per_byte` and `word_perplexity`.
 
@@ -92,10 +96,10 @@ def write_depth_table(
     """
     json_path = Path(directory, "depth_table.json")
     rows = depth_rows(scores, text_size)
-    content = {"trained_depth": trained_depth, "is_reasoning": is_reasoning, "rows": rows}
+    content = {"trained_depth": trained_depth, "shown": list(names), "rows": rows}
     write_json(json_path, content)
     png_path = Path(directory, "depth_table.png")
-    plot_scores(scores, trained_depth, is_reasoning=is_reasoning).savefig(png_path, dpi=120)
+    plot_scores(scores, trained_depth, names[-1]).savefig(png_path, dpi=120)
     return json_path, png_path
 
 
@@ -119,24 +123,17 @@ def _scores_per_text(row: Scores, text_size: TextSize) -> dict[str, float]:
     }
 
 
-def plot_scores(
-    scores: Sequence[Scores], trained_depth: int | None, *, is_reasoning: bool
-) -> Figure:
-    """Loss and accuracy over depth, on a logarithmic axis."""
+def plot_scores(scores: Sequence[Scores], trained_depth: int | None, second: str) -> Figure:
+    """Loss and a second score over depth, on a logarithmic axis."""
     figure = new_figure(9.0, 3.6)
-    panels = [("validation loss (nats per token)", "loss")]
-    if is_reasoning:
-        panels.append(("exact-answer accuracy", "exact_accuracy"))
-    else:
-        panels.append(("token accuracy", "accuracy"))
     depths = [1 if row.depth is None else row.depth for row in scores]
-    for axes, (label, field) in zip(figure.subplots(1, 2), panels, strict=True):
+    for axes, field in zip(figure.subplots(1, 2), ("loss", second), strict=True):
         axes.plot(depths, [getattr(row, field) for row in scores], marker="o", color="tab:blue")
         axes.set_xscale("log", base=2)
         axes.set_xticks(depths, [str(depth) for depth in depths])
         axes.minorticks_off()
         axes.set_xlabel("depth (iterations of the core)")
-        axes.set_ylabel(label)
+        axes.set_ylabel(METRICS[field])
         axes.grid(alpha=0.3)
         if field == "exact_accuracy":
             axes.set_ylim(-0.03, 1.03)
@@ -167,15 +164,16 @@ class DepthCurve:
 
 
 def default_metric(workdirs: Sequence[pathlib.Path]) -> str:
-    """Exact answers if all runs are of reasoning tasks, otherwise the loss, which every run has.
+    """Exact answers if the tables of all runs show them, otherwise the loss, which every run has.
 
     Raises:
       UserError: if a run is not finished.
     """
-    # Tables of before the flag do not tell.
+    metric = PROBLEM_SCORES[-1]
     tables = [_read_table(workdir) for workdir in workdirs]
-    is_reasoning = all(table.get("is_reasoning", False) for table in tables)
-    return "exact_accuracy" if is_reasoning else "loss"
+    # Tables of version 0.1 have a flag in place of the names, older ones neither.
+    shows = [metric in table.get("shown", ()) or table.get("is_reasoning") for table in tables]
+    return metric if all(shows) else "loss"
 
 
 def read_curve(workdir: pathlib.Path, metric: str) -> DepthCurve:

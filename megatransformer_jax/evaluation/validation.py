@@ -149,9 +149,13 @@ def mean_scores(depth: int | None, sums: Iterable[Sequence[Any]]) -> Scores:
     )
 
 
-def scores_by_name(scores: Scores, *, is_reasoning: bool) -> dict[str, float]:
-    """Loss, perplexity and accuracy; of reasoning exact answers too, which text never has."""
-    names = ["loss", "perplexity", "accuracy", *(["exact_accuracy"] if is_reasoning else [])]
+# What is shown of `Scores`. Only of problems is a row ever predicted right as a whole.
+TEXT_SCORES = ("loss", "perplexity", "accuracy")
+PROBLEM_SCORES = (*TEXT_SCORES, "exact_accuracy")
+
+
+def scores_by_name(scores: Scores, names: Sequence[str]) -> dict[str, float]:
+    """Those of the scores that have one of the names."""
     return {name: getattr(scores, name) for name in names}
 
 

@@ -161,13 +161,11 @@ def _write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> str:
     if isinstance(tokenizer, MediaTokenizer):
         _write_tokenizer(tokenizer.base, folder)
         return tokenizer.digest()
-    if isinstance(tokenizer, SymbolTokenizer):
-        return " ".join(tokenizer.symbols)
     if isinstance(tokenizer, SentencePieceTokenizer):
         write_atomically(folder / SENTENCEPIECE_FILE, tokenizer.model)
     elif isinstance(tokenizer, HuggingFaceTokenizer):
         tokenizer.save(folder / HUGGINGFACE_FOLDER)
-    elif not isinstance(tokenizer, BytesTokenizer):
+    elif not isinstance(tokenizer, (BytesTokenizer, SymbolTokenizer)):
         raise UserError(
             f"a {type(tokenizer).__name__} cannot be written; use one of ours, such as "
             "SentencePieceTokenizer."

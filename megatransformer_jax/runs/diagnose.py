@@ -88,8 +88,7 @@ def _with_options(
 
 
 def _subject(config: RunConfig, loaded: LoadedModel) -> Subject:
-    tokenizer = None if config.data.source == "reasoning" else loaded.tokenizer
     media = MediaFormats.of_model(config.model)
-    (batch,) = validation_batches(config.data, tokenizer, num_batches=1, media=media)
+    (batch,) = validation_batches(config.data, loaded.tokenizer, num_batches=1, media=media)
     on_device = jax.device_put(batch, jax.local_devices()[0])
     return make_subject(config, loaded.model, on_device, Sharder())

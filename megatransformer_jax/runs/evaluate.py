@@ -29,8 +29,10 @@ from megatransformer_jax.evaluation.depth_table import (
     write_depth_table,
 )
 from megatransformer_jax.evaluation.report import Report
-from megatransformer_jax.evaluation.text_metrics import predicted_text_size
+from megatransformer_jax.evaluation.text_metrics import TextSize, predicted_text_size
 from megatransformer_jax.evaluation.validation import (
+    PROBLEM_SCORES,
+    TEXT_SCORES,
     Scores,
     depth_argument,
     make_eval_step,
@@ -78,16 +80,20 @@ def evaluate(
             batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
             progress=progress,
         )
-    run = loaded.run_config
-    scores_media = run is not None and run.data.source == "media" and not options.files
-    if not scores_media:
-        options.reject_media("no media are made where text alone is scored")
+    state_key = _state_key(options, loaded.run_config)
+    shown: Sequence[str] = TEXT_SCORES
+    tokenizer = loaded.tokenizer
+    match "text" if options.files else loaded.task:
+        case "media":
+            batches = evaluation_batches(options, loaded)
+            return evaluate_media(loaded, options, batches, depths, state_key, progress)
+        case "reasoning":
+            shown, tokenizer = PROBLEM_SCORES, None
+    options.reject_media("no media are made where text alone is scored")
     batches = evaluation_batches(options, loaded)
-    state_key = _state_key(options, run)
-    if scores_media:
-        assert run is not None  # `scores_media` says so.
-        return evaluate_media(loaded, options, run, batches, depths, state_key, progress)
-    return _score_data(loaded, batches, depths, state_key, progress)
+    size = None if tokenizer is None else predicted_text_size(batches, tokenizer)
+    scores = score_batches(loaded, batches, depths, state_key, progress)
+    return _report(scores, loaded.trained_depth, shown, size)
 
 
 def _depths(options: ScoringConfig, loaded: LoadedModel) -> tuple[int | None, ...]:
@@ -103,30 +109,16 @@ def _depths(options: ScoringConfig, loaded: LoadedModel) -> tuple[int | None, ..
     return tuple(sorted({max(mean // 4, 1), max(mean // 2, 1), mean, 2 * mean}))
 
 
-def _score_data(
-    loaded: LoadedModel,
-    batches: Sequence[Batch],
-    depths: Sequence[int | None],
-    state_key: jax.Array,
-    progress: Progress,
+def _report(
+    scores: Sequence[Scores], mean: int | None, names: Sequence[str], size: TextSize | None
 ) -> Report:
-    reasoning = is_reasoning(loaded.run_config)
-    size = None
-    if not reasoning and loaded.tokenizer is not None:
-        size = predicted_text_size(batches, loaded.tokenizer)
-    scores = score_batches(loaded, batches, depths, state_key, progress)
-    mean = loaded.trained_depth
     return Report(
         depth_rows(scores, size),
-        [make_table(scores, mean, is_reasoning=reasoning, text_size=size)],
+        [make_table(scores, mean, names, text_size=size)],
         functools.partial(
-            write_depth_table,
-            scores=scores,
-            trained_depth=mean,
-            is_reasoning=reasoning,
-            text_size=size,
+            write_depth_table, scores=scores, trained_depth=mean, names=names, text_size=size
         ),
-        functools.partial(plot_scores, scores, mean, is_reasoning=reasoning),
+        functools.partial(plot_scores, scores, mean, names[-1]),
     )
 
 
@@ -195,21 +187,20 @@ def evaluation_batches(options: ScoringConfig, loaded: LoadedModel) -> list[Batc
     """
     run = loaded.run_config
     config = _data_config(options, loaded)
-    limit, reason = loaded.config.max_length, ""
-    if run is not None and config.source == "media":
-        places = sum(media_places(run))
-        limit, reason = limit - places, f" less the {places} places of a row's media"
+    # Of a run's own data; files have no media.
+    places = 0 if run is None or options.files else sum(media_places(run))
+    limit = loaded.config.max_length - places
+    reason = f" less the {places} places of a row's media" if places else ""
     if config.sequence_length > limit:
         raise ConfigError(
             "sequence_length",
             f"{config.sequence_length} exceeds the model's max_length={loaded.config.max_length}"
             f"{reason}; set it to {limit} or less.",
         )
-    tokenizer = None if config.source == "reasoning" else loaded.tokenizer
     try:
         batches = validation_batches(
             config,
-            tokenizer,
+            loaded.tokenizer,
             num_batches=options.num_batches,
             media=MediaFormats.of_model(loaded.config),
         )
@@ -220,11 +211,6 @@ def evaluation_batches(options: ScoringConfig, loaded: LoadedModel) -> list[Batc
     if not batches:
         raise UserError(f"{', '.join(options.files) or 'the validation split'} holds no text.")
     return batches
-
-
-def is_reasoning(run: RunConfig | None) -> bool:
-    """Whether the model was trained on problems, whose answers are right or wrong."""
-    return run is not None and run.data.source == "reasoning"
 
 
 def _data_config(options: ScoringConfig, loaded: LoadedModel) -> DataConfig:
@@ -242,7 +228,7 @@ def _data_config(options: ScoringConfig, loaded: LoadedModel) -> DataConfig:
                 "text (.txt, .jsonl, .parquet), or references.",
             )
         return dataclasses.replace(run.data, batch_size=batch_size, sequence_length=length)
-    if is_reasoning(run):
+    if loaded.task == "reasoning":
         raise ConfigError(
             "files",
             "are not for a model that reads symbols of a reasoning task, not text; leave them out "

@@ -74,7 +74,6 @@ _CLIPS_APART = 2
 def evaluate_media(
     loaded: LoadedModel,
     options: ScoringConfig,
-    run: RunConfig,
     batches: Sequence[Batch],
     depths: Sequence[int | None],
     state_key: jax.Array,
@@ -85,14 +84,15 @@ def evaluate_media(
     The report writes media_scores.json, and drawn_digits.png if digits are drawn.
 
     Args:
-      loaded: a model with media.
+      loaded: a model with media, of a run.
       options: what is made, and how.
-      run: its configuration.
       batches: the validation split, on the host.
       depths: iterations of the core; None: the model has none.
       state_key: of the core's first states; draws of media come from it too.
       progress: shows how far it is.
     """
+    run = loaded.run_config
+    assert run is not None  # It says that there are media.
     subject = MediaMeasures(options, loaded, run, batches, state_key)
     resynthesis = score_resynthesis(options, loaded, run)
     rows = []

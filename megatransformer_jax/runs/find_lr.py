@@ -13,18 +13,18 @@ from rich.console import Console
 from rich.table import Table
 
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.pipeline import build_pipeline
 from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.files import write_json
 from megatransformer_jax.runs.build import (
     MemoryPlan,
     build_sharded_model,
-    build_vocabulary,
     check_augmentation,
-    media_formats,
     require_transformer,
 )
 from megatransformer_jax.runs.tasks.start import fresh_state
+from megatransformer_jax.runs.tokenizers import start_tokenizer
 from megatransformer_jax.runs.workdir import make_workdir, use_compilation_cache
 from megatransformer_jax.training.distributed import make_global_batch, start_distributed
 from megatransformer_jax.training.lr_finder import (
@@ -76,7 +76,7 @@ def _start(
     stack: contextlib.ExitStack,
 ) -> Callable[[], float]:
     """A function that makes one step of a new run and returns its loss."""
-    vocabulary = build_vocabulary(config, workdir)
+    tokenizer = start_tokenizer(config, workdir)
     model, sharder = build_sharded_model(config)
     # No average of the weights: it has no part in the steps.
     optimizer = optimizer_with_schedule(config.optimizer, schedule)
@@ -87,14 +87,14 @@ def _start(
         config, train_step = plan.compile(config, model, optimizer, sharder)
     batches = build_pipeline(
         config.data,
-        vocabulary.tokenizer,
+        tokenizer,
         split="train",
-        media=media_formats(config),
+        media=MediaFormats.of_model(config.model),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
     stack.callback(batches.close)
-    state = fresh_state(config, model, optimizer, sharder, vocabulary, batches)
+    state = fresh_state(config, model, optimizer, sharder, tokenizer, batches)
 
     def next_loss() -> float:
         nonlocal state

@@ -20,8 +20,7 @@ from megatransformer_jax.data.hf_tokenizer import (
     HuggingFaceTokenizer,
     load_huggingface_tokenizer,
 )
-from megatransformer_jax.data.media_tokenizer import MediaTokenizer
-from megatransformer_jax.data.reasoning import build_task
+from megatransformer_jax.data.pipeline import data_tokenizer
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_sentencepiece
 from megatransformer_jax.generation.generator import Generator
@@ -64,6 +63,11 @@ class LoadedModel:
     trained_depth: int | None
     description: str
     run_config: RunConfig | None = None
+
+    @property
+    def task(self) -> str:
+        """What it was trained on: 'text' (also if no run says), 'reasoning' or 'media'."""
+        return "text" if self.run_config is None else self.run_config.task
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -385,34 +389,29 @@ def read_config(
 
 def _run_tokenizer(config: RunConfig, folder: pathlib.Path, digest: str) -> Tokenizer:
     """What the run was trained with, which the digest in its checkpoints proves."""
-    options = config.data.tokenizer
-    if config.data.source == "reasoning":
-        task = build_task(config.data.reasoning)
-        symbols = SymbolTokenizer.of_task(task)
-        if " ".join(task.symbols) != digest:
-            raise UserError(
-                f"{folder} was trained with other symbols of the task "
-                f"{config.data.reasoning.task!r} than this version of the library has; use the "
-                "version that wrote it."
-            )
-        return symbols
-    if options.kind == "bytes":
-        tokenizer: Tokenizer = BytesTokenizer()
-        path = folder
-    elif (folder / HUGGINGFACE_FOLDER / TOKENIZER_FILE).is_file():
-        path = folder / HUGGINGFACE_FOLDER
-        tokenizer = load_huggingface_tokenizer(path)
-    else:
+    options, path = config.data.tokenizer, folder
+
+    def read_text() -> Tokenizer:
+        nonlocal path
+        if options.kind == "bytes":
+            return BytesTokenizer()
+        if (folder / HUGGINGFACE_FOLDER / TOKENIZER_FILE).is_file():
+            path = folder / HUGGINGFACE_FOLDER
+            return load_huggingface_tokenizer(path)
         path = find_sentencepiece(folder, options.model_file)
-        tokenizer = load_sentencepiece(path)
-    if config.data.source == "media":
-        tokenizer = MediaTokenizer(tokenizer)
-    if tokenizer.digest() != digest:
+        return load_sentencepiece(path)
+
+    tokenizer = data_tokenizer(config.data, read_text)
+    if tokenizer.digest() == digest:
+        return tokenizer
+    if isinstance(tokenizer, SymbolTokenizer):
         raise UserError(
-            f"{path} is not the tokenizer that the run was trained with; put the original file "
-            "back."
+            f"{folder} was trained with other symbols of the task {config.data.reasoning.task!r} "
+            "than this version of the library has; use the version that wrote it."
         )
-    return tokenizer
+    raise UserError(
+        f"{path} is not the tokenizer that the run was trained with; put the original file back."
+    )
 
 
 def find_sentencepiece(folder: pathlib.Path, model_file: str | None) -> pathlib.Path:

@@ -1,7 +1,6 @@
-"""What differs between kinds of run: everything else of a run is the same for all of them."""
+"""What differs between runs: everything else of a run is the same for all of them."""
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -16,41 +15,22 @@ from megatransformer_jax.training.writers import MultiWriter
 ParamsOf = Callable[[TrainState], Any]
 
 
-class Identified(Protocol):
-    """What token ids mean, if there are any."""
-
-    @property
-    def digest(self) -> str:
-        """The same only for the same vocabulary."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class NoVocabulary:
-    """Of runs without text."""
-
-    digest: str = "no text"
-
-
-class RunKind(Protocol):
-    """A run's model, data and judges, built from its config.
+class Task(Protocol):
+    """What is learned, from what, and how it is judged and shown; built from a run's config.
 
     Attributes:
-      config: of the run, with what building it has resolved.
+      config: of the run, with what building the task has resolved.
       sharder: with the mesh.
       batches: of the training split, of this process.
+      digest: of the vocabulary; it must be the same when the run goes on.
       facts: words about the model for the overview at the start.
     """
 
     config: RunConfig
     sharder: Sharder
     batches: Pipeline
+    digest: str
     facts: str
-
-    @property
-    def vocabulary(self) -> Identified:
-        """Must be the same when the run goes on."""
-        ...
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the train state."""
@@ -61,15 +41,16 @@ class RunKind(Protocol):
         ...
 
     def step_function(self) -> StepFunction:
-        """The train step, compiled or to be compiled when it is called; donates its state."""
+        """The train step, which has the loss in it; compiled, or to be compiled when it is called.
+        It donates its state."""
         ...
 
     def place_batch(self, batch: Any) -> Any:
         """Puts this process's part of a batch onto the mesh."""
         ...
 
-    def judges(self, params_of: ParamsOf) -> Sequence[Hook]:
-        """Validation: called before a checkpoint, which is saved with its scores."""
+    def scores(self, params: Any) -> Mapping[str, float]:
+        """Numbers of the validation set by name, the same on every process."""
         ...
 
     def observers(self, params_of: ParamsOf, writer: MultiWriter) -> Sequence[Hook]:

@@ -15,19 +15,20 @@ from rich.console import Console
 from megatransformer_jax.checkpoints.compatibility import flatten_config
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import save_config, to_dict
-from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.config.run_rules import RUN_KINDS
+from megatransformer_jax.config.run import TASKS, RunConfig
+from megatransformer_jax.evaluation.validation import ScoreHook
 from megatransformer_jax.runs.build import (
     MemoryPlan,
     check_augmentation,
     count_parameters,
     plan_memory,
 )
-from megatransformer_jax.runs.task import RunKind
-from megatransformer_jax.runs.tasks.image_vae import ImageVaeRun
+from megatransformer_jax.runs.task import Task
+from megatransformer_jax.runs.tasks.image_vae import ImageVaeTask
+from megatransformer_jax.runs.tasks.media import MediaTask
 from megatransformer_jax.runs.tasks.start import check_workdir, run_info, start_state
-from megatransformer_jax.runs.tasks.transformer import TransformerRun
-from megatransformer_jax.runs.tasks.vocoder import VocoderRun
+from megatransformer_jax.runs.tasks.text import ReasoningTask, TextTask
+from megatransformer_jax.runs.tasks.vocoder import VocoderTask
 from megatransformer_jax.runs.workdir import (
     hold_workdir,
     log_file,
@@ -68,7 +69,7 @@ class Run:
 
     Attributes:
       config: with what building the run has resolved.
-      kind: model, data and judges.
+      task: model, data and what the model is judged by.
       state: the train state after `step` steps. Each step donates it.
       step: optimiser steps done.
 
@@ -98,12 +99,12 @@ class Run:
         stack.callback(self._checkpoints.close)
         config, plan = plan_memory(config, self._checkpoints)
         check_workdir(config, self._checkpoints)
-        self.kind: RunKind = build_run(config, self.workdir, stack, plan)
-        self.config = self.kind.config
-        self.state, self.step = start_state(self.kind, self._checkpoints)
+        self.task: Task = open_task(config, self.workdir, stack, plan)
+        self.config = self.task.config
+        self.state, self.step = start_state(self.task, self._checkpoints)
         self._log_overview()
         self._open_records()
-        self._step_function = self.kind.step_function()
+        self._step_function = self.task.step_function()
         self._has_stepped = False
 
     def _open_records(self) -> None:
@@ -147,8 +148,8 @@ class Run:
         if not self._has_stepped:
             logging.info("compiling the train step ...")
             self._has_stepped = True
-        host = next(self.kind.batches) if batch is None else batch
-        placed = self.kind.place_batch(host)
+        host = next(self.task.batches) if batch is None else batch
+        placed = self.task.place_batch(host)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self._step_function(self.state, placed)
         self.step += 1
@@ -170,7 +171,7 @@ class Run:
             )
             return result
         console = self._console if self._is_primary else None
-        self.kind.summarize(self.params_of(result.state), console)
+        self.task.summarize(self.params_of(result.state), console)
         return result
 
     def _loop(self) -> LoopResult:
@@ -178,8 +179,8 @@ class Run:
             result = train_loop(
                 self.state,
                 self._step_function,
-                self.kind.batches,
-                self.kind.place_batch,
+                self.task.batches,
+                self.task.place_batch,
                 self._hooks(),
                 recorder=self._recorder,
                 writer=self._writer,
@@ -202,9 +203,9 @@ class Run:
 
         checkpoints = [CheckpointHook(self.config.checkpoint.every_steps, save)]
         return [
-            *self.kind.judges(self.params_of),
+            ScoreHook(self.config.evaluation.every_steps, self.task.scores, self.params_of),
             *(checkpoints if self._is_kept else []),
-            *self.kind.observers(self.params_of, self._writer),
+            *self.task.observers(self.params_of, self._writer),
         ]
 
     @property
@@ -219,8 +220,8 @@ class Run:
         self._checkpoints.wait()
 
     def _save(self, step: int, state: TrainState, scores: Mapping[str, float]) -> None:
-        info = run_info(self.config, self.kind.vocabulary)
-        self._checkpoints.save(step, state, self.kind.batches.get_state(), info, scores)
+        info = run_info(self.config, self.task.digest)
+        self._checkpoints.save(step, state, self.task.batches.get_state(), info, scores)
 
     def params_of(self, state: TrainState) -> Any:
         """The parameters that validation, samples and the summary use."""
@@ -229,8 +230,8 @@ class Run:
     def _log_overview(self) -> None:
         counts = count_parameters(self.state.params)
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-        assert self.kind.sharder.mesh is not None  # `build_run` always makes one.
-        mesh_shape = self.kind.sharder.mesh.shape
+        assert self.task.sharder.mesh is not None  # `open_task` always makes one.
+        mesh_shape = self.task.sharder.mesh.shape
         logging.info("parameters: %s (%s)", f"{sum(counts.values()):,}", parts)
         trained, frozen = split_params(self.state.params, self.config.fine_tuning)
         if jax.tree.leaves(frozen):
@@ -240,7 +241,7 @@ class Run:
             "mesh: %s on %s; %s; workdir: %s",
             " x ".join(f"{axis} {size}" for axis, size in mesh_shape.items()),
             jax.devices()[0].device_kind,
-            self.kind.facts,
+            self.task.facts,
             self.workdir if self._is_kept else "none",
         )
 
@@ -259,10 +260,10 @@ def _warn_of_bad_steps(result: LoopResult, last_loss: float | None) -> None:
         logging.warning("the loss of the last step is not finite: %s.", last_loss)
 
 
-def build_run(
+def open_task(
     config: RunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack, plan: MemoryPlan | None
-) -> RunKind:
-    """Builds model, data and judges.
+) -> Task:
+    """Builds model, data and what the model is judged by.
 
     Args:
       config: of the run.
@@ -272,13 +273,17 @@ def build_run(
 
     Raises:
       UserError: if model, data and devices do not fit each other.
-      ValueError: if the kind is unknown.
+      ValueError: if the task is unknown.
     """
-    match config.kind:
-        case "transformer":
-            return TransformerRun(config, workdir, stack, plan)
+    match config.task:
+        case "text":
+            return TextTask(config, workdir, stack, plan)
+        case "reasoning":
+            return ReasoningTask(config, workdir, stack, plan)
+        case "media":
+            return MediaTask(config, workdir, stack, plan)
         case "vocoder":
-            return VocoderRun(config, workdir, stack)
+            return VocoderTask(config, workdir, stack)
         case "image_vae":
-            return ImageVaeRun(config, workdir, stack)
-    raise ValueError(f"unknown kind of run {config.kind!r}; known: {', '.join(RUN_KINDS)}")
+            return ImageVaeTask(config, workdir, stack)
+    raise ValueError(f"unknown task {config.task!r}; known: {', '.join(TASKS)}")

@@ -13,7 +13,13 @@ from megatransformer_jax.checkpoints.manager import (
 )
 from megatransformer_jax.config.loop import REASONING_METRICS, TEXT_METRICS, CheckpointConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.evaluation.validation import ScoreHook, Scores, scores_by_name
+from megatransformer_jax.evaluation.validation import (
+    PROBLEM_SCORES,
+    TEXT_SCORES,
+    ScoreHook,
+    Scores,
+    scores_by_name,
+)
 
 LOSS, ACCURACY = "validation/loss", "validation/accuracy"
 
@@ -56,13 +62,11 @@ def test_a_metric_that_validation_never_returns_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("is_reasoning", "known"), [(False, TEXT_METRICS), (True, REASONING_METRICS)]
+    ("names", "known"), [(TEXT_SCORES, TEXT_METRICS), (PROBLEM_SCORES, REASONING_METRICS)]
 )
-def test_the_known_metrics_are_those_that_validation_returns(is_reasoning, known):
+def test_the_known_metrics_are_those_that_validation_returns(names, known):
     scores = Scores(1, 0.0, 1.0, 0.0, 0.0, 1)
-    hook = ScoreHook(
-        1, lambda params: scores_by_name(scores, is_reasoning=is_reasoning), lambda state: state
-    )
+    hook = ScoreHook(1, lambda params: scores_by_name(scores, names), lambda state: state)
     assert set(hook(1, None, {})) == set(known)
 
 

@@ -43,19 +43,25 @@ def test_command_writes_a_plot(runs, capsys):
 
 
 def test_text_is_compared_by_loss_and_reasoning_by_exact_answers(runs, capsys):
-    def set_reasoning(name, is_reasoning):
+    def say(name, said):
         path = runs / name / "depth_table.json"
         content = json.loads(path.read_text())
-        path.write_text(json.dumps({**content, "is_reasoning": is_reasoning}))
+        content = {key: content[key] for key in ("trained_depth", "rows")}
+        path.write_text(json.dumps({**content, **said}))
+
+    problems, text = {"shown": ["loss", "exact_accuracy"]}, {"shown": ["loss", "accuracy"]}
+    # As version 0.1 wrote it.
+    old_problems, old_text = {"is_reasoning": True}, {"is_reasoning": False}
 
     words = [str(runs / "one"), str(runs / "two"), f"--output={runs / 'plot.svg'}"]
-    for flags, metric in (
-        ((True, True), "exact-answer accuracy"),
-        ((True, False), "validation loss"),
-        ((False, False), "validation loss"),
+    for said, metric in (
+        ((problems, old_problems), "exact-answer accuracy"),
+        ((problems, text), "validation loss"),
+        ((old_text, old_problems), "validation loss"),
+        (({}, {}), "validation loss"),
     ):
-        set_reasoning("one", flags[0])
-        set_reasoning("two", flags[1])
+        say("one", said[0])
+        say("two", said[1])
         command("compare", words)
         assert capsys.readouterr().out.startswith(metric)
 

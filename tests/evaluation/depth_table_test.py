@@ -15,14 +15,14 @@ from megatransformer_jax.evaluation.depth_table import (
     write_depth_table,
 )
 from megatransformer_jax.evaluation.text_metrics import TextSize
-from megatransformer_jax.evaluation.validation import Scores
+from megatransformer_jax.evaluation.validation import PROBLEM_SCORES, TEXT_SCORES, Scores
 
 SCORES = [Scores(d, 3.0 / d, math.exp(3.0 / d), 0.1 * d, 0.05 * d, 99) for d in (1, 2, 4, 8)]
 
 
-def printed(scores, trained_depth, is_reasoning=True) -> str:
+def printed(scores, trained_depth, names=PROBLEM_SCORES) -> str:
     output = io.StringIO()
-    table = make_table(scores, trained_depth, is_reasoning=is_reasoning)
+    table = make_table(scores, trained_depth, names)
     Console(file=output, width=100).print(table)
     return output.getvalue()
 
@@ -38,7 +38,7 @@ def test_table_has_a_row_per_depth_and_marks_the_trained_one():
 
 def test_text_has_no_exact_answers():
     assert "exact answers" in printed(SCORES, 4)
-    assert "exact answers" not in printed(SCORES, 4, is_reasoning=False)
+    assert "exact answers" not in printed(SCORES, 4, TEXT_SCORES)
 
 
 def test_model_without_core_has_one_row_without_a_depth():
@@ -53,9 +53,9 @@ def test_recurrent_model_has_the_configured_depths():
     assert evaluated_depths(config) == (1, 3)
 
 
-@pytest.mark.parametrize("is_reasoning", [False, True])
-def test_json_and_plot_are_written(tmp_path, is_reasoning):
-    json_path, png_path = write_depth_table(tmp_path, SCORES, 4, is_reasoning=is_reasoning)
+@pytest.mark.parametrize("names", [TEXT_SCORES, PROBLEM_SCORES])
+def test_json_and_plot_are_written(tmp_path, names):
+    json_path, png_path = write_depth_table(tmp_path, SCORES, 4, names)
     content = json.loads(json_path.read_text())
     assert content["trained_depth"] == 4
     assert [row["depth"] for row in content["rows"]] == [1, 2, 4, 8]
@@ -69,30 +69,30 @@ def test_json_stays_valid_when_a_model_diverged(tmp_path):
         Scores(1, math.nan, math.nan, 0.0, 0.0, 9),
         Scores(2, math.inf, math.inf, 0.0, 0.0, 9),
     ]
-    path, _ = write_depth_table(tmp_path, scores, 2, is_reasoning=False)
+    path, _ = write_depth_table(tmp_path, scores, 2, TEXT_SCORES)
     rows = json.loads(path.read_text(), parse_constant=pytest.fail)["rows"]
     assert rows[0]["loss"] is None and rows[1]["loss"] is None
 
 
 def test_a_single_row_can_be_plotted(tmp_path):
     scores = [Scores(None, 1.0, 2.7, 0.5, 0.5, 9)]
-    _, png_path = write_depth_table(tmp_path, scores, None, is_reasoning=False)
+    _, png_path = write_depth_table(tmp_path, scores, None, TEXT_SCORES)
     assert png_path.stat().st_size > 1000
 
 
 def test_the_size_of_the_text_adds_columns(tmp_path):
     size = TextSize(bytes=33, words=11)
     output = io.StringIO()
-    table = make_table(SCORES, 4, is_reasoning=False, text_size=size)
+    table = make_table(SCORES, 4, TEXT_SCORES, text_size=size)
     Console(file=output, width=120).print(table)
     bits = 3.0 / 4 * 99 / math.log(2) / 33
     per_word = math.exp(3.0 / 4 * 99 / 11)
     row = output.getvalue().splitlines()[6]
     assert "4 *" in row and f"{bits:.4f}" in row and f"{per_word:.2f}" in row
     assert "bits per byte" not in printed(SCORES, 4)
-    path, _ = write_depth_table(tmp_path, SCORES, 4, is_reasoning=False, text_size=size)
+    path, _ = write_depth_table(tmp_path, SCORES, 4, TEXT_SCORES, text_size=size)
     rows = json.loads(path.read_text())["rows"]
     assert rows[2]["bits_per_byte"] == pytest.approx(bits)
     assert rows[2]["word_perplexity"] == pytest.approx(per_word)
-    path, _ = write_depth_table(tmp_path, SCORES, 4, is_reasoning=False)
+    path, _ = write_depth_table(tmp_path, SCORES, 4, TEXT_SCORES)
     assert "bits_per_byte" not in json.loads(path.read_text())["rows"][2]

@@ -5,6 +5,8 @@ import pytest
 from flax import linen as nn
 
 from megatransformer_jax.evaluation.validation import (
+    PROBLEM_SCORES,
+    TEXT_SCORES,
     EvalSums,
     ScoreHook,
     ValidationSet,
@@ -90,8 +92,8 @@ def test_no_token_that_counts_is_an_error():
         mean_scores(1, [EvalSums(*[np.float32(0)] * 5)])
 
 
-@pytest.mark.parametrize("is_reasoning", [False, True])
-def test_hook_names_what_the_checkpoint_looks_for(is_reasoning):
+@pytest.mark.parametrize("names", [TEXT_SCORES, PROBLEM_SCORES])
+def test_hook_names_what_the_checkpoint_looks_for(names):
     class State:
         params = PARAMS
 
@@ -99,12 +101,12 @@ def test_hook_names_what_the_checkpoint_looks_for(is_reasoning):
     validation = ValidationSet([BATCH], step)
 
     def score(params):
-        return scores_by_name(validation.score(params, 1), is_reasoning=is_reasoning)
+        return scores_by_name(validation.score(params, 1), names)
 
     values = ScoreHook(10, score, lambda state: state.params)(10, State(), {})
-    names = {"validation/loss", "validation/perplexity", "validation/accuracy"}
-    assert set(values) == names | ({"validation/exact_accuracy"} if is_reasoning else set())
-    if is_reasoning:
+    assert list(values) == [f"validation/{name}" for name in names]
+    assert values["validation/accuracy"] == validation.score(PARAMS, 1).accuracy
+    if "exact_accuracy" in names:
         assert values["validation/exact_accuracy"] == pytest.approx(2 / 3)
 
 

@@ -14,9 +14,10 @@ from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build, load_config, merge, to_dict
 from megatransformer_jax.config.loop import CheckpointConfig
-from megatransformer_jax.runs.build import build_sharded_model, build_vocabulary
+from megatransformer_jax.runs.build import build_sharded_model
 from megatransformer_jax.runs.load import load_model
 from megatransformer_jax.runs.tasks.start import check_workdir, run_info
+from megatransformer_jax.runs.tokenizers import start_tokenizer
 from megatransformer_jax.training.evaluation_params import evaluation_params, find_average
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import init_state
@@ -135,7 +136,7 @@ def test_the_average_of_weights_is_averaged_where_the_run_keeps_one(tmp_path, sm
     changes = {"train": {"ema_decay": 0.9}, "data": {"tokenizer": {"kind": "bytes"}}}
     config = build(merge(merge(small_run(folder), TINY), changes))
     folder.mkdir()
-    vocabulary = build_vocabulary(config, folder)
+    tokenizer = start_tokenizer(config, folder)
     model, _ = build_sharded_model(config)
     optimizer = build_optimizer(config.optimizer, config.train.steps, config.train.ema_decay)
     state = jax.jit(lambda key: init_state(model, optimizer, key))(jax.random.key(0))
@@ -150,7 +151,7 @@ def test_the_average_of_weights_is_averaged_where_the_run_keeps_one(tmp_path, sm
             is_leaf=lambda node: node is average,  # noqa: B023
         )
         saved = dataclasses.replace(state, opt_state=opt_state)
-        checkpoints.save(step, saved, {}, run_info(config, vocabulary))
+        checkpoints.save(step, saved, {}, run_info(config, tokenizer.digest()))
     checkpoints.close()
     command("average", [f"--model={folder}", f"--output={out}", "--last=2"])
     assert load_config(out / "config.json").train.ema_decay is None

@@ -11,8 +11,9 @@ from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import save_config
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import init_params
-from megatransformer_jax.runs.build import build_sharded_model, build_vocabulary
+from megatransformer_jax.runs.build import build_sharded_model
 from megatransformer_jax.runs.tasks.start import run_info
+from megatransformer_jax.runs.tokenizers import start_tokenizer
 
 
 def write_run(
@@ -27,10 +28,10 @@ def write_run(
     """
     workdir = pathlib.Path(config.workdir)
     workdir.mkdir(exist_ok=True)
-    vocabulary = build_vocabulary(config, workdir)
+    tokenizer = start_tokenizer(config, workdir)
     model, _ = build_sharded_model(config)
     checkpoints = CheckpointManager(workdir / "checkpoints", config.checkpoint)
-    run = run_info(config, vocabulary)
+    run = run_info(config, tokenizer.digest())
     saved = {}
     for step, loss in losses.items():
         params = init_params(model, jax.random.key(step))

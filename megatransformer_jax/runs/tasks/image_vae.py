@@ -21,7 +21,7 @@ from megatransformer_jax.models.media.image_vae import (
     vae_loss,
 )
 from megatransformer_jax.nn.parameters import axes_of
-from megatransformer_jax.runs.tasks.medium import MediumRun
+from megatransformer_jax.runs.tasks.medium import MediumTask
 from megatransformer_jax.training.media_hook import MediaSamples
 from megatransformer_jax.types import DTypePolicy, ImageBatch
 
@@ -63,8 +63,8 @@ class ImageVaeModel:
         return {"loss": loss, **terms}
 
 
-class ImageVaeRun(MediumRun):
-    """A `RunKind`."""
+class ImageVaeTask(MediumTask):
+    """A `Task`."""
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack):
         policy = DTypePolicy.from_precision(config.train.precision, jax.default_backend())

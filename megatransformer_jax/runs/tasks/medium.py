@@ -1,5 +1,6 @@
 """What runs that train a model of one medium, without text, have in common."""
 
+import abc
 import contextlib
 import pathlib
 from collections.abc import Callable
@@ -15,9 +16,9 @@ from rich.table import Table
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.batches import Pipeline, first_batches
-from megatransformer_jax.evaluation.validation import Judge, MeanValidation, ScoreHook
+from megatransformer_jax.evaluation.validation import Judge, MeanValidation
 from megatransformer_jax.files import write_json
-from megatransformer_jax.runs.task import NoVocabulary, ParamsOf
+from megatransformer_jax.runs.task import ParamsOf
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.loop import Hook, StepFunction
@@ -47,8 +48,8 @@ class MediumModel(Protocol):
         """The mean over the rows of the batch, and further means by the name of their metric."""
 
 
-class MediumRun:
-    """A `RunKind`, from a model, its data and its judges.
+class MediumTask(abc.ABC):
+    """A `Task`, from a model, its data and its judges.
 
     Args:
       config: of the run.
@@ -71,7 +72,7 @@ class MediumRun:
         judge: Judge,
     ):
         self.config = config
-        self.vocabulary = NoVocabulary()
+        self.digest = "no text"
         self.facts = f"kind: {config.kind}"
         self._workdir = workdir
         self._model = model
@@ -100,11 +101,11 @@ class MediumRun:
         self.validation = MeanValidation(placed, rows, jax.jit(judge))
 
     def abstract_state(self) -> TrainState:
-        """See `RunKind`."""
+        """See `Task`."""
         return abstract_state(self._model, self._optimizer, self.sharder)
 
     def fresh_state(self) -> TrainState:
-        """See `RunKind`."""
+        """See `Task`."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         make = jax.jit(
             lambda key: _first_state(self._model, self._optimizer, key), out_shardings=shardings
@@ -112,21 +113,20 @@ class MediumRun:
         return make(jax.random.key(self.config.train.seed))
 
     def step_function(self) -> StepFunction:
-        """See `RunKind`."""
+        """See `Task`."""
         step = make_loss_step(self._model.loss, self._optimizer, self.config.train.accumulation)
         return jax.jit(step, donate_argnums=0)
 
     def place_batch(self, batch: Any) -> Any:
-        """See `RunKind`."""
+        """See `Task`."""
         sharding = self.sharder.sharding("batch")
         return jax.tree.map(
             lambda array: jax.make_array_from_process_local_data(sharding, array), batch
         )
 
-    def judges(self, params_of: ParamsOf) -> list[Hook]:
-        """See `RunKind`."""
-        every_steps = self.config.evaluation.every_steps
-        return [ScoreHook(every_steps, self.validation.score, params_of)]
+    def scores(self, params: Any) -> dict[str, float]:
+        """See `Task`."""
+        return self.validation.score(params)
 
     def observers(self, params_of: ParamsOf, writer: MultiWriter) -> list[Hook]:
         """Samples."""
@@ -138,13 +138,13 @@ class MediumRun:
 
         return [MediaSampleHook(self.config.samples.every_steps, make, writer, folder)]
 
+    @abc.abstractmethod
     def samples(self, params: Any) -> MediaSamples:
         """What the model makes of held-out media."""
-        raise NotImplementedError
 
     def summarize(self, params: Any, console: Console | None) -> None:
         """Scores the held-out media as a table and in summary.json."""
-        scores = self.validation.score(params)
+        scores = self.scores(params)
         if console is None:
             return
         table = Table("validation", "mean", box=box.ASCII, title=self.config.kind)

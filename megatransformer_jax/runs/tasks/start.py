@@ -26,14 +26,14 @@ from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.batches import Pipeline
 from megatransformer_jax.data.fingerprint import data_fingerprint
-from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
+from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.models.media.build import check_image_vae, insert_image_vae
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.observed import profile_admin
 from megatransformer_jax.models.retrofit import plan_retrofit, retrofit_params
-from megatransformer_jax.runs.build import Vocabulary, abstract_train_state
+from megatransformer_jax.runs.build import abstract_train_state
 from megatransformer_jax.runs.load import LoadedModel, load_model
-from megatransformer_jax.runs.task import Identified, RunKind
+from megatransformer_jax.runs.task import Task
 from megatransformer_jax.runs.tasks.load_medium import load_image_vae
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.distributed import make_global_batch
@@ -45,11 +45,11 @@ from megatransformer_jax.types import Batch
 # The start.
 
 
-def run_info(config: RunConfig, vocabulary: Identified) -> dict[str, Any]:
-    """What a checkpoint says about the run that wrote it."""
+def run_info(config: RunConfig, digest: str) -> dict[str, Any]:
+    """What a checkpoint says about the run that wrote it; `digest` is that of its tokenizer."""
     return {
         "config": to_dict(config),
-        "vocabulary": vocabulary.digest,
+        "vocabulary": digest,
         "data": data_fingerprint(config.data),
     }
 
@@ -105,23 +105,23 @@ def _check_data(saved: str | None, config: RunConfig, where: str) -> None:
         )
 
 
-def start_state(run: RunKind, checkpoints: CheckpointManager) -> tuple[TrainState, int]:
-    """The train state and the steps done. Sets the batches of `run` to where they go on.
+def start_state(task: Task, checkpoints: CheckpointManager) -> tuple[TrainState, int]:
+    """The train state and the steps done. Sets the batches of `task` to where they go on.
 
     Raises:
       CheckpointMismatch: if the checkpoint's arrays or vocabulary are not this run's.
     """
     step = checkpoints.latest_step()
     if step is None:
-        return run.fresh_state(), 0
-    if checkpoints.run_info(step)["vocabulary"] != run.vocabulary.digest:
+        return task.fresh_state(), 0
+    if checkpoints.run_info(step)["vocabulary"] != task.digest:
         raise CheckpointMismatch(
             f"the checkpoint {checkpoints.directory / str(step)} was trained with another "
             "vocabulary (tokenizer or task) than the one of this run. Put the workdir's "
             "tokenizer.model back, or choose another workdir."
         )
-    restored = checkpoints.restore(run.abstract_state(), step)
-    run.batches.set_state(restored.iterator_state)
+    restored = checkpoints.restore(task.abstract_state(), step)
+    task.batches.set_state(restored.iterator_state)
     logging.info("resuming from step %d of %s", step, checkpoints.directory)
     return restored.state, step
 
@@ -131,14 +131,14 @@ def fresh_state(
     model: MegaTransformer,
     optimizer: optax.GradientTransformation,
     sharder: Sharder,
-    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
     batches: Pipeline,
 ) -> TrainState:
     """The train state of a run that begins. `batches` may be looked at, and are put back."""
     abstract = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     if config.fine_tuning.init_from is not None:
-        return pretrained_state(config, model, optimizer, sharder, shardings, vocabulary)
+        return pretrained_state(config, model, optimizer, sharder, shardings, tokenizer)
     if config.fine_tuning.freeze or config.fine_tuning.train_only:
         logging.warning(
             "fine_tuning.init_from is None, so what fine_tuning freezes stays as it is drawn, "
@@ -171,7 +171,7 @@ def pretrained_state(
     optimizer: optax.GradientTransformation,
     sharder: Sharder,
     shardings: TrainState,
-    vocabulary: Vocabulary,
+    tokenizer: Tokenizer,
 ) -> TrainState:
     """A state at step 0 with the parameters of `fine_tuning.init_from`.
 
@@ -181,7 +181,7 @@ def pretrained_state(
       optimizer: starts afresh.
       sharder: where the source's parameters are put when they are read.
       shardings: of the state.
-      vocabulary: of the run; it must be the source's.
+      tokenizer: of the run; it must be the source's.
 
     Raises:
       CheckpointMismatch: listing what the source has otherwise.
@@ -192,7 +192,7 @@ def pretrained_state(
     options = config.fine_tuning
     assert options.init_from is not None  # The caller has asked.
     source = load_model(options.init_from, step=options.init_step, sharder=sharder)
-    _check_vocabulary(source, vocabulary)
+    _check_tokenizer(source, tokenizer)
     _check_model(source, config)
     if not source.config.exit_gate.enabled:
         config.check_fresh_gate()
@@ -209,18 +209,14 @@ def pretrained_state(
     return start(jax.random.key(config.train.seed), source.params)
 
 
-def _check_vocabulary(source: LoadedModel, vocabulary: Vocabulary) -> None:
-    tokenizer = source.tokenizer
-    if tokenizer is None:
+def _check_tokenizer(source: LoadedModel, tokenizer: Tokenizer) -> None:
+    if source.tokenizer is None:
         logging.warning(
             "%s has no tokenizer, so that of this run cannot be compared with it.",
             source.description,
         )
         return
-    digest = tokenizer.digest()
-    if isinstance(tokenizer, SymbolTokenizer):
-        digest = " ".join(tokenizer.symbols)
-    if digest != vocabulary.digest:
+    if source.tokenizer.digest() != tokenizer.digest():
         raise CheckpointMismatch(
             f"fine_tuning.init_from: {source.description} was trained with another vocabulary "
             "(tokenizer or task) than the one of this run. Leave data.tokenizer at its defaults, "

@@ -17,7 +17,7 @@ from megatransformer_jax.evaluation.diagnostics.figures import to_image
 from megatransformer_jax.evaluation.media.table import draw_mels
 from megatransformer_jax.losses.sound import resynthesize, spectral_losses, vocoder_loss
 from megatransformer_jax.models.vocoders import init_vocoder, vocoder_axes
-from megatransformer_jax.runs.tasks.medium import MediumRun
+from megatransformer_jax.runs.tasks.medium import MediumTask
 from megatransformer_jax.training.media_hook import MediaSamples
 from megatransformer_jax.types import DTypePolicy, WaveformBatch
 
@@ -59,8 +59,8 @@ def make_vocoder(config: RunConfig) -> VocoderModel:
     return VocoderModel(config.vocoder, policy)
 
 
-class VocoderRun(MediumRun):
-    """A `RunKind`."""
+class VocoderTask(MediumTask):
+    """A `Task`."""
 
     def __init__(self, config: RunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack):
         model = make_vocoder(config)

@@ -6,7 +6,7 @@ from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.evaluation.media.making import Answered, Made
-from megatransformer_jax.runs.tasks.media_samples import present
+from megatransformer_jax.runs.tasks.media import present
 from megatransformer_jax.types import AUDIO, IMAGE
 
 TOKENIZER = MediaTokenizer(BytesTokenizer())

@@ -9,8 +9,9 @@ from absl import logging
 
 from megatransformer_jax.config.build import build
 from megatransformer_jax.data.pipeline import build_pipeline
-from megatransformer_jax.runs.build import build_sharded_model, build_vocabulary
+from megatransformer_jax.runs.build import build_sharded_model
 from megatransformer_jax.runs.tasks.start import admin_state, first_batch, fresh_state
+from megatransformer_jax.runs.tokenizers import start_tokenizer
 
 
 def test_a_fresh_run_starts_from_its_first_batch(tmp_path, small_run, monkeypatch):
@@ -21,14 +22,14 @@ def test_a_fresh_run_starts_from_its_first_batch(tmp_path, small_run, monkeypatc
         "coda_layers": 0,
     }
     config = build(small_run(tmp_path, {"model": model_options, "mesh": {"fsdp": 2}}))
-    vocabulary = build_vocabulary(config, tmp_path)
+    tokenizer = start_tokenizer(config, tmp_path)
     model, sharder = build_sharded_model(config)
     optimizer = optax.trace(0.9, accumulator_dtype=None)
     lines: list[str] = []
     monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
-    with build_pipeline(config.data, vocabulary.tokenizer, split="train") as batches:
+    with build_pipeline(config.data, tokenizer, split="train") as batches:
         before = batches.get_state()
-        state = fresh_state(config, model, optimizer, sharder, vocabulary, batches)
+        state = fresh_state(config, model, optimizer, sharder, tokenizer, batches)
         assert batches.get_state() == before
         batch = first_batch(batches, sharder)
         np.testing.assert_array_equal(next(batches).tokens, batch.tokens)

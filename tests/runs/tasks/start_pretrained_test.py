@@ -19,14 +19,10 @@ from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.models.adaptation import kept_params, model_params
 from megatransformer_jax.models.megatransformer import init_params
-from megatransformer_jax.runs.build import (
-    abstract_train_state,
-    build_sharded_model,
-    build_vocabulary,
-    inherited_tokenizer,
-)
+from megatransformer_jax.runs.build import abstract_train_state, build_sharded_model
 from megatransformer_jax.runs.load import load_model
 from megatransformer_jax.runs.tasks.start import _adopt, fresh_state, pretrained_state, run_info
+from megatransformer_jax.runs.tokenizers import inherited_tokenizer, start_tokenizer
 from megatransformer_jax.training.trainable import split_params
 
 OPTIMIZER = optax.sgd(1.0)
@@ -66,16 +62,16 @@ def sentencepiece_source(tmp_path_factory, small_run):
     (folder / "run").mkdir()
     save_config(config, folder / "run" / "config.json")
     (folder / "run" / "checkpoints").mkdir()
-    build_vocabulary(config, folder / "run")
+    start_tokenizer(config, folder / "run")
     return folder / "run"
 
 
 def start(config, workdir):
-    vocabulary = build_vocabulary(config, workdir)
+    tokenizer = start_tokenizer(config, workdir)
     model, sharder = build_sharded_model(config)
     abstract = abstract_train_state(model, OPTIMIZER, sharder, config.fine_tuning)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return pretrained_state(config, model, OPTIMIZER, sharder, shardings, vocabulary)
+    return pretrained_state(config, model, OPTIMIZER, sharder, shardings, tokenizer)
 
 
 def from_source(small_run, workdir, source, changes=None, **options):
@@ -144,18 +140,18 @@ def test_the_tokenizer_is_copied_once(sentencepiece_source, tmp_path, small_run)
     folder = sentencepiece_source
     changes = {"model": {"vocab_size": 320}, "data": {"tokenizer": {"kind": "sentencepiece"}}}
     config = from_source(small_run, tmp_path, folder, changes)
-    vocabulary = build_vocabulary(config, tmp_path)
-    assert vocabulary.size == 310
+    tokenizer = start_tokenizer(config, tmp_path)
+    assert tokenizer.vocab_size == 310
     original = (folder / "tokenizer.model").read_bytes()
     assert (tmp_path / "tokenizer.model").read_bytes() == original
     # Later starts do not need the source, and the options of the source may be repeated.
     absent = from_source(small_run, tmp_path, "absent", changes)
-    assert build_vocabulary(absent, tmp_path).digest == vocabulary.digest
+    assert start_tokenizer(absent, tmp_path).digest() == tokenizer.digest()
     repeated = merge(changes, {"data": {"tokenizer": {"vocab_size": 310}}})
     again = inherited_tokenizer(
         from_source(small_run, tmp_path / "b", folder, repeated), tmp_path / "b"
     )
-    assert again.digest() == vocabulary.digest
+    assert again.digest() == tokenizer.digest()
     with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size: 315 would be ignored"):
         other = merge(changes, {"data": {"tokenizer": {"vocab_size": 315}}})
         inherited_tokenizer(from_source(small_run, tmp_path / "c", folder, other), tmp_path / "c")
@@ -198,12 +194,12 @@ def test_a_run_with_lora_is_read_and_exported_merged(source, tmp_path, small_run
     config = build(small_run(tmp_path / "run", {"model": HUGINN, "fine_tuning": options}))
     model, _ = build_sharded_model(config)
     (tmp_path / "run").mkdir()
-    vocabulary = build_vocabulary(config, tmp_path / "run")
+    tokenizer = start_tokenizer(config, tmp_path / "run")
     params = init_params(model, jax.random.key(0))
     kept = kept_params(model, config.fine_tuning, params, jax.random.key(1))
     kept["lora"] = jax.tree.map(lambda leaf: leaf + 0.1, kept["lora"])
     checkpoints = CheckpointManager(tmp_path / "run" / "checkpoints", config.checkpoint)
-    checkpoints.save(2, {"params": kept}, {}, run_info(config, vocabulary))
+    checkpoints.save(2, {"params": kept}, {}, run_info(config, tokenizer.digest()))
     checkpoints.close()
     loaded = load_model(tmp_path / "run")
     jax.tree.map(
@@ -221,9 +217,9 @@ def test_freezing_without_a_source_is_warned_of(tmp_path, small_run, monkeypatch
     lines = []
     monkeypatch.setattr(logging, "warning", lines.append)
     config = build(small_run(tmp_path, {"fine_tuning": {"train_only": ["^core/"]}}))
-    vocabulary = build_vocabulary(config, tmp_path)
+    tokenizer = start_tokenizer(config, tmp_path)
     model, sharder = build_sharded_model(config)
-    fresh_state(config, model, OPTIMIZER, sharder, vocabulary, None)
+    fresh_state(config, model, OPTIMIZER, sharder, tokenizer, None)
     assert any("fine_tuning.init_from is None" in line for line in lines)
 
 

@@ -10,10 +10,7 @@ from absl import logging
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.runs.build import Vocabulary
 from megatransformer_jax.runs.tasks.start import check_workdir, run_info
-
-VOCABULARY = Vocabulary(None, 2, str, "digest")
 
 
 class SavedOnce:
@@ -43,7 +40,7 @@ def config(corpus: pathlib.Path) -> RunConfig:
 
 
 def test_a_file_that_grew_is_an_error_that_shows_both(corpus: pathlib.Path):
-    saved = SavedOnce(run_info(config(corpus), VOCABULARY))
+    saved = SavedOnce(run_info(config(corpus), "digest"))
     check_workdir(config(corpus), saved)
     with corpus.open("a") as file:
         file.write('{"text": "c"}\n')
@@ -61,7 +58,7 @@ def test_a_checkpoint_without_a_fingerprint_is_a_warning(
 ):
     warnings: list[str] = []
     monkeypatch.setattr(logging, "warning", lambda text, *values: warnings.append(text % values))
-    run = run_info(config(corpus), VOCABULARY)
+    run = run_info(config(corpus), "digest")
     del run["data"]
     check_workdir(config(corpus), SavedOnce(run))
     assert any("did not note what the data was" in warning for warning in warnings)

@@ -1,5 +1,6 @@
-"""What a run with media shows of its model: what it draws and says, next to what is real."""
+"""Runs on text with images and sound: scores by task and medium, samples next to what is real."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from megatransformer_jax import streams
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.option import MAX_SEED
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.media.rows import task_names
 from megatransformer_jax.data.mel import griffin_lim
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
@@ -20,18 +22,52 @@ from megatransformer_jax.evaluation.media.making import (
     make_making_step,
 )
 from megatransformer_jax.evaluation.media.table import Tile, contact_sheet, draw_mels, pixels_of
+from megatransformer_jax.evaluation.media.validation import (
+    MediaValidationSet,
+    make_media_eval_step,
+)
 from megatransformer_jax.evaluation.validation import depth_argument
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.runs.build import Vocabulary, trained_depth
-from megatransformer_jax.training.media_hook import MediaSamples
+from megatransformer_jax.runs.build import trained_depth
+from megatransformer_jax.runs.tasks.transformer import TransformerTask
+from megatransformer_jax.training.loop import Hook
+from megatransformer_jax.training.media_hook import MediaSampleHook, MediaSamples
+from megatransformer_jax.training.writers import MultiWriter
 from megatransformer_jax.types import Batch
 
+
+class MediaTask(TransformerTask):
+    """A `Task`: to predict text, and to make the images and the sound in it."""
+
+    def scores(self, params: Any) -> dict[str, float]:
+        """See `Task`; of text by task, and of each decoder."""
+        return self._media_validation_set.score(params, trained_depth(self.config)).metrics()
+
+    @functools.cached_property
+    def _media_validation_set(self) -> MediaValidationSet:
+        names = task_names(self.config.data)
+        eval_step = make_media_eval_step(self.model, self.validation_key, len(names))
+        return MediaValidationSet(self.validation_set.batches, jax.jit(eval_step), names)
+
+    def make_sampler(self) -> Callable[[Any, int], MediaSamples | None]:
+        """See `TransformerTask`."""
+        batch = self.validation_set.batches[0]
+        return make_media_sampler(self.config, self.model, self.tokenizer, batch)
+
+    def sample_hook(self, make_samples: Callable[[Any, int], Any], writer: MultiWriter) -> Hook:
+        """See `TransformerTask`."""
+        every_steps = self.config.samples.every_steps
+        return MediaSampleHook(every_steps, make_samples, writer, self.folder("samples"))
+
+
+# ------------------------------------------------------------------------------
+# Samples.
+
 MAX_COLUMNS = 8
-# Of the fold-in chain of train.seed; steps are folded in behind it.
 
 
 def make_media_sampler(
-    config: RunConfig, model: MegaTransformer, vocabulary: Vocabulary, batch: Batch
+    config: RunConfig, model: MegaTransformer, tokenizer: Tokenizer, batch: Batch
 ) -> Callable[[Any, int], MediaSamples | None]:
     """A function from (params, step) to samples, for all processes of a run to call together.
 
@@ -41,14 +77,12 @@ def make_media_sampler(
     Args:
       config: `samples.num_media` of each kind are made.
       model: of the run.
-      vocabulary: with a tokenizer.
+      tokenizer: of the run.
       batch: of the validation set, on the mesh.
 
     Returns:
       The function; None comes of all processes but the primary one.
     """
-    tokenizer = vocabulary.tokenizer
-    assert tokenizer is not None  # Data with media have text.
     depth = trained_depth(config) if config.samples.depth is None else config.samples.depth
     key = jax.random.fold_in(jax.random.key(config.train.seed), streams.MEDIA_SAMPLES)
     make = make_making_step(model, key, config.samples.num_media)

@@ -9,8 +9,7 @@ from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.sampling import DepthConfig
 from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.runs.build import Vocabulary
-from megatransformer_jax.runs.tasks.transformer import make_sampler
+from megatransformer_jax.runs.tasks.text import prompt_sampler
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -58,9 +57,7 @@ def texts_of(parts, small_run):
     def texts(step, **samples):
         samples = {"prompts": PROMPTS, "max_new_tokens": NEW_TOKENS, "every_steps": 4} | samples
         config = build(small_run("unused", {"samples": samples}))
-        letters = Letters()
-        vocabulary = Vocabulary(letters, letters.vocab_size, letters.decode, letters.digest())
-        return make_sampler(config, parts[1], vocabulary, None)(parts[2], step)
+        return prompt_sampler(config, parts[1], Letters())(parts[2], step)
 
     return texts
 

@@ -1,0 +1,153 @@
+"""The tokenizer that a run starts with: trained now, given, inherited, or symbols of a task."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+from megatransformer_jax.config.build import load_config
+from megatransformer_jax.config.data import TokenizerConfig
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.fingerprint import training_text_identity
+from megatransformer_jax.data.hf_tokenizer import (
+    ID_FILES,
+    TOKEN_FILES,
+    TOKENIZER_FILE,
+    load_huggingface_tokenizer,
+)
+from megatransformer_jax.data.pipeline import data_tokenizer
+from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
+from megatransformer_jax.data.sources import training_texts
+from megatransformer_jax.data.tokenizer import (
+    TRAINING_OPTIONS,
+    Tokenizer,
+    build_tokenizer,
+    load_sentencepiece,
+)
+from megatransformer_jax.files import write_atomically
+from megatransformer_jax.runs.load import (
+    HUGGINGFACE_FOLDER,
+    SENTENCEPIECE_FILE,
+    find_sentencepiece,
+    is_huginn_folder,
+)
+
+
+def start_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+    """The tokenizer of a run: of text trained now if it must be, given, or that of the model which
+    the run starts from; of a reasoning task its symbols.
+
+    Raises:
+      ConfigError: if the model has fewer embeddings than there are ids, or the tokenizer of
+        `fine_tuning.init_from` is not what the options say.
+    """
+    options = config.data.tokenizer
+
+    def read_text() -> Tokenizer:
+        if not options.is_trained:
+            return build_tokenizer(options, [], workdir / SENTENCEPIECE_FILE, {})
+        if config.fine_tuning.init_from is not None:
+            return inherited_tokenizer(config, workdir)
+        return build_tokenizer(
+            options.with_vocab_size(config.model.vocab_size),
+            training_texts(config.data),
+            workdir / SENTENCEPIECE_FILE,
+            training_text_identity(config.data),
+        )
+
+    tokenizer = data_tokenizer(config.data, read_text)
+    if config.model.vocab_size < tokenizer.vocab_size:
+        is_symbols = isinstance(tokenizer, SymbolTokenizer)
+        source = "task" if is_symbols else "tokenizer"
+        is_trained = not is_symbols and options.is_trained
+        raise ConfigError(
+            "model.vocab_size",
+            f"{config.model.vocab_size} is less than the {tokenizer.vocab_size} ids of the "
+            f"{source}; set model.vocab_size={tokenizer.vocab_size} or more"
+            + (" or data.tokenizer.vocab_size lower." if is_trained else "."),
+        )
+    return tokenizer
+
+
+# ------------------------------------------------------------------------------
+# A fine-tuned run reads text as the model that it starts from: it gets that tokenizer's files.
+
+
+def inherited_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+    """The tokenizer of `fine_tuning.init_from`.
+
+    Its files are copied into the workdir and read from there from then on, so that the run does
+    not need its source again: tokenizer.model, or a folder tokenizer/ with Hugging Face's files.
+
+    Raises:
+      ConfigError: if the source has no such file, or options of the tokenizer's training contradict
+        it.
+      UserError: if a file cannot be read.
+    """
+    own, own_folder = workdir / SENTENCEPIECE_FILE, workdir / HUGGINGFACE_FOLDER
+    if not own.is_file() and not (own_folder / TOKENIZER_FILE).is_file():
+        assert config.fine_tuning.init_from is not None  # The caller has asked.
+        _copy(pathlib.Path(config.fine_tuning.init_from).expanduser(), config, workdir)
+    if own.is_file():
+        return load_sentencepiece(own)
+    return load_huggingface_tokenizer(own_folder)
+
+
+def _copy(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> None:
+    is_huginn = is_huginn_folder(source)
+    folder = source if is_huginn else source / HUGGINGFACE_FOLDER
+    if (folder / TOKENIZER_FILE).is_file():
+        _check_training_options(config.data.tokenizer, {}, source)
+        # The definition last: where it is, the others are.
+        for name in (*TOKEN_FILES, *ID_FILES, TOKENIZER_FILE):
+            if (folder / name).is_file():
+                content = (folder / name).read_bytes()
+                write_atomically(workdir / HUGGINGFACE_FOLDER / name, content)
+    else:
+        path = _sentencepiece_of(source, is_huginn=is_huginn)
+        description = path.with_suffix(".json")
+        trained_with = json.loads(description.read_text()) if description.is_file() else {}
+        _check_training_options(config.data.tokenizer, trained_with, source)
+        write_atomically(workdir / SENTENCEPIECE_FILE, path.read_bytes())
+    logging.info("the tokenizer is that of %s", source)
+
+
+def _sentencepiece_of(source: pathlib.Path, *, is_huginn: bool) -> pathlib.Path:
+    if is_huginn:
+        if (source / SENTENCEPIECE_FILE).is_file():
+            return source / SENTENCEPIECE_FILE
+        raise ConfigError(
+            "fine_tuning.init_from",
+            f"{source} has neither {TOKENIZER_FILE} nor {SENTENCEPIECE_FILE}; put the one that the "
+            "model was trained with there, or name it as data.tokenizer.model_file.",
+        )
+    data = load_config(source / "config.json").data
+    if data.task == "reasoning":
+        raise ConfigError(
+            "data.source",
+            f"text, but {source} was trained on reasoning problems, whose symbols it knows alone; "
+            "set data.source='reasoning' and data.reasoning as there.",
+        )
+    if data.tokenizer.kind == "bytes":
+        raise ConfigError(
+            "data.tokenizer.kind",
+            f"'sentencepiece', but {source} was trained on bytes; set it to 'bytes'.",
+        )
+    return find_sentencepiece(source, data.tokenizer.model_file)
+
+
+def _check_training_options(
+    options: TokenizerConfig, trained_with: Mapping[str, Any], source: pathlib.Path
+) -> None:
+    """None may ask for another tokenizer than the one that there is."""
+    for name in TRAINING_OPTIONS:
+        value, path = getattr(options, name), f"data.tokenizer.{name}"
+        if value != getattr(TokenizerConfig(), name) and trained_with.get(path) != value:
+            raise ConfigError(
+                path,
+                f"{value!r} would be ignored, because the run reads text as {source} does; leave "
+                f"it at {getattr(TokenizerConfig(), name)!r}.",
+            )
