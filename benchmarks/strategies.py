@@ -31,7 +31,7 @@ import numpy as np
 
 from benchmarks.strategy_cases import GREEDY, Case, make_cases
 from benchmarks.timing import Phase, alternate, by_round, call_first, environment, quartiles
-from megatransformer_jax.config.build import build, read_values
+from megatransformer_jax.config.build import load_config
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.sources import build_source
@@ -62,7 +62,7 @@ def held_out_prompts(workdir: pathlib.Path, loaded: LoadedModel, count: int, len
     Raises:
       UserError: if the run is not of text, or has too few such documents.
     """
-    config, tokenizer = build(read_values(workdir / "config.json")).data, loaded.tokenizer
+    config, tokenizer = load_config(workdir / "config.json").data, loaded.tokenizer
     if config.source == "reasoning" or tokenizer is None:
         raise UserError(f"{workdir} is not a run on text; name one.")
     documents = build_source(config, "validation")

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kinds import VocoderRunConfig
 from megatransformer_jax.data.media.build import build_audio_source
 from megatransformer_jax.data.mel import fill_hops, griffin_lim, normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord
@@ -51,7 +51,7 @@ class Quality:
     times_real: float
 
 
-def held_out_clips(config: RunConfig, count: int) -> list[np.ndarray]:
+def held_out_clips(config: VocoderRunConfig, count: int) -> list[np.ndarray]:
     """Waveforms of whole frames, the first held-out ones that are long enough.
 
     Raises:
@@ -64,7 +64,7 @@ def held_out_clips(config: RunConfig, count: int) -> list[np.ndarray]:
     return [fill_hops(clip, mel) for clip in clips]
 
 
-def _long_clips(config: RunConfig, count: int) -> Iterator[np.ndarray]:
+def _long_clips(config: VocoderRunConfig, count: int) -> Iterator[np.ndarray]:
     mel = config.vocoder.mel
     source = build_audio_source(config.data, mel, "validation")
     found = 0
@@ -79,7 +79,9 @@ def _long_clips(config: RunConfig, count: int) -> Iterator[np.ndarray]:
             yield record.waveform
 
 
-def measure(name: str, method: Method, clips: list[np.ndarray], config: RunConfig) -> Quality:
+def measure(
+    name: str, method: Method, clips: list[np.ndarray], config: VocoderRunConfig
+) -> Quality:
     """The method's means over the clips.
 
     Raises:
@@ -134,7 +136,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         vocoder = load_vocoder(options.workdir, step=options.step)
-        config, _ = load_medium_run(options.workdir, "vocoder", make_vocoder, options.step)
+        config, _ = load_medium_run(options.workdir, VocoderRunConfig, make_vocoder, options.step)
         clips = held_out_clips(config, options.count)
         rows = [
             measure(name, method, clips, config)

@@ -40,7 +40,8 @@ from megatransformer_jax.config.option import (
     declared_values,
     options_of,
 )
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
+from megatransformer_jax.config.run_kinds import AllOptions, require_transformer
 from megatransformer_jax.config.scoring import OF_GENERATION, ScoringConfig, check_generation
 from megatransformer_jax.data.batches import check_batch
 from megatransformer_jax.data.media.encoding import check_media
@@ -50,7 +51,6 @@ from megatransformer_jax.generation.request import out_of_memory_is_bad_input
 from megatransformer_jax.model import Model
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.runs import evaluate as scoring
-from megatransformer_jax.runs.build import require_transformer
 from megatransformer_jax.runs.cost import cost_tables, make_report
 from megatransformer_jax.runs.load import (
     LoadedModel,
@@ -159,7 +159,7 @@ def create(
     return Model(LoadedModel(config, module, params, tokenizer, depth, f"new {name}, seed {seed}"))
 
 
-def configure(experiment: str | os.PathLike[str] | None = None, **options: Any) -> RunConfig:
+def configure(experiment: str | os.PathLike[str] | None = None, **options: Any) -> BaseRunConfig:
     """The configuration of a run, checked.
 
     What comes later wins: defaults, preset, experiment, `options`.
@@ -184,7 +184,7 @@ def configure(experiment: str | os.PathLike[str] | None = None, **options: Any) 
         raise UserError(
             f"experiment: {experiment!r} is neither a name nor a file; give one such as 'tiny'."
         )
-    return resolve(experiment, _as_declared(_nested(options), RunConfig))
+    return resolve(experiment, _as_declared(_nested(options), AllOptions))
 
 
 def evaluate(model: Model, **options: Any) -> Report:
@@ -219,7 +219,7 @@ def evaluate(model: Model, **options: Any) -> Report:
         return scoring.evaluate(model._loaded, config, generation)
 
 
-def inspect(run: RunConfig | Model | str | os.PathLike[str], **options: Any) -> Report:
+def inspect(run: BaseRunConfig | Model | str | os.PathLike[str], **options: Any) -> Report:
     """What a run costs before it starts: parameters, FLOPs and cache by depth, memory of training.
 
     Nothing of the model's size is allocated.
@@ -238,7 +238,7 @@ def inspect(run: RunConfig | Model | str | os.PathLike[str], **options: Any) -> 
     """
     if isinstance(run, (str, os.PathLike)):
         config = configure(run, **options)
-    elif not isinstance(run, (Model, RunConfig)):
+    elif not isinstance(run, (Model, BaseRunConfig)):
         raise UserError(
             f"run: {run!r} is neither a RunConfig, an mt.Model nor the name of an experiment."
         )
@@ -306,8 +306,8 @@ class Trainer:
       >>> trainer.close()
     """
 
-    def __init__(self, config: RunConfig, workdir: str | os.PathLike[str] | None = _OF_CONFIG):
-        if not isinstance(config, RunConfig):
+    def __init__(self, config: BaseRunConfig, workdir: str | os.PathLike[str] | None = _OF_CONFIG):
+        if not isinstance(config, BaseRunConfig):
             raise UserError(f"a Trainer takes a RunConfig, see configure; this is {config!r}.")
         self._is_kept = workdir is not None
         chosen = config.workdir if workdir in (None, _OF_CONFIG) else workdir
@@ -395,6 +395,7 @@ class Trainer:
         """
         require_transformer(self.config)
         run = self._opened()
+        config = require_transformer(run.config)
         device = jax.local_devices()[0]
         # Copies: the next step gives its own arrays away.
         params = jax.tree.map(
@@ -402,7 +403,7 @@ class Trainer:
         )
         where = f"run {run.workdir}" if self._is_kept else "run without a workdir"
         description = f"{where}, step {run.step}"
-        return Model(model_of_run(run.config, params, run.workdir, run.task.digest, description))
+        return Model(model_of_run(config, params, run.workdir, run.task.digest, description))
 
     def save(self) -> pathlib.Path:
         """Saves a checkpoint of the present step into the workdir, and waits for it.
@@ -470,9 +471,9 @@ class Trainer:
         Raises:
           UserError: naming what does not fit.
         """
-        require_transformer(self.config)
-        checked = check_batch(batch, self.config.model, self.config.train.accumulation)
-        if self.config.model.has_media:
+        config = require_transformer(self.config)
+        checked = check_batch(batch, config.model, config.train.accumulation)
+        if config.model.has_media:
             if checked.media is None:
                 raise UserError("batch.media is None; a model with media needs a MediaBatch.")
             check_media(checked, typing.cast(Any, self._opened().task).tokenizer)

@@ -27,11 +27,9 @@ def get_config(arg: str = "") -> ConfigDict:
                 "model": {"base_width": 32, "latent_channels": 4},
             },
             "data": {
-                "source": "media",
                 "batch_size": 64,
                 "validation_fraction": 0.2,
-                "tokenizer": {"kind": "bytes"},
-                "media": {"tasks": ("draw=1",), "images": {"source": "digits"}},
+                "media": {"images": {"source": "digits"}},
             },
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50},
             "train": {"steps": 1500, "ema_decay": 0.995},

@@ -32,13 +32,8 @@ def get_config(arg: str = "") -> ConfigDict:
                 "istft": {"num_blocks": 5, "griffin_lim_steps": 24},
             },
             "data": {
-                "source": "media",
                 "batch_size": 16,
-                "tokenizer": {"kind": "bytes"},
-                "media": {
-                    "tasks": ("speak=1",),
-                    "audio": {"source": "speech", "cache_dir": "runs/vocoder_speech"},
-                },
+                "media": {"audio": {"source": "speech", "cache_dir": "runs/vocoder_speech"}},
             },
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 100, "clip_norm": 10.0},
             "train": {"steps": 3000, "ema_decay": 0.999},

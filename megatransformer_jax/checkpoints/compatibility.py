@@ -6,7 +6,7 @@ from typing import Any
 from megatransformer_jax.config.build import build, to_dict
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError, options_of
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
 
 # What a resumed run must keep: everything below these sections but for the options that follow.
 RESUME_SECTIONS = (
@@ -138,7 +138,7 @@ def shape_differences(
     return lines
 
 
-def check_model(saved: Mapping[str, Any], current: RunConfig, where: str) -> None:
+def check_model(saved: Mapping[str, Any], current: BaseRunConfig, where: str) -> None:
     """Checks that a checkpoint's parameters make the model of this config.
 
     Compared are the options of `model` that shape the parameters or say how they are used; not
@@ -165,7 +165,7 @@ def check_model(saved: Mapping[str, Any], current: RunConfig, where: str) -> Non
         )
 
 
-def check_resumable(saved: Mapping[str, Any], current: RunConfig, where: str) -> None:
+def check_resumable(saved: Mapping[str, Any], current: BaseRunConfig, where: str) -> None:
     """Checks that a run can go on from a checkpoint.
 
     Exactly as if it had not stopped, unless `resume_warnings` says otherwise.
@@ -192,7 +192,7 @@ def check_resumable(saved: Mapping[str, Any], current: RunConfig, where: str) ->
         )
 
 
-def resume_warnings(saved: Mapping[str, Any], current: RunConfig, where: str) -> list[str]:
+def resume_warnings(saved: Mapping[str, Any], current: BaseRunConfig, where: str) -> list[str]:
     """What makes a resumed run differ from one that was never stopped; empty if nothing does.
 
     Args:

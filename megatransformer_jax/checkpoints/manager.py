@@ -15,7 +15,7 @@ from absl import logging
 from orbax.checkpoint import checkpoint_managers
 
 from megatransformer_jax.checkpoints import compatibility
-from megatransformer_jax.config.loop import CheckpointConfig
+from megatransformer_jax.config.loop import CheckpointConfig, SavingConfig
 from megatransformer_jax.config.option import UserError
 
 _STATE, _DATA, _RUN = "state", "data", "run"
@@ -47,9 +47,9 @@ class Ranking(NamedTuple):
     is_higher_better: bool
 
     @classmethod
-    def from_config(cls, config: CheckpointConfig) -> "Ranking":
+    def from_config(cls, config: SavingConfig) -> "Ranking":
         """As `checkpoint.best_metric` and `checkpoint.best_mode` say."""
-        return cls(config.best_metric, config.is_higher_better)
+        return cls(*config.ranking)
 
     def cost(self, scores: Mapping[str, Any] | None) -> float:
         """Lower is better; infinity for a checkpoint without a finite score."""
@@ -97,7 +97,7 @@ def stored_score(scores: Mapping[str, Any] | None, metric: str) -> float | None:
     return None if value is None else float(value)
 
 
-def retention_policy(config: CheckpointConfig) -> checkpoint_managers.AnyPreservationPolicy:
+def retention_policy(config: SavingConfig) -> checkpoint_managers.AnyPreservationPolicy:
     """Keeps what any of the config's rules keeps: the last, the best, the multiples."""
     policies: list = [checkpoint_managers.LatestN(config.keep_last)]
     if config.keep_best:
@@ -107,7 +107,7 @@ def retention_policy(config: CheckpointConfig) -> checkpoint_managers.AnyPreserv
     return checkpoint_managers.AnyPreservationPolicy(policies)
 
 
-def kept_steps(config: CheckpointConfig, checkpoints: Sequence[SavedCheckpoint]) -> set[int]:
+def kept_steps(config: SavingConfig, checkpoints: Sequence[SavedCheckpoint]) -> set[int]:
     """Steps of the checkpoints that the rules keep.
 
     Args:
@@ -150,7 +150,7 @@ class CheckpointManager:
         is, so that a run may be writing to it at the same time.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], config: CheckpointConfig | None):
+    def __init__(self, directory: str | os.PathLike[str], config: SavingConfig | None):
         self._directory = Path(directory).absolute()
         self._config = config
         self._remove_trash()
@@ -321,7 +321,7 @@ class CheckpointManager:
         compatibility.check_shapes(saved, wanted, str(self._directory / str(step)))
         return self._read_parts(abstract_state, step)
 
-    def prune(self, config: CheckpointConfig, *, is_dry_run: bool = False) -> dict[int, int]:
+    def prune(self, config: SavingConfig, *, is_dry_run: bool = False) -> dict[int, int]:
         """Deletes the checkpoints that no rule of `config` keeps; never the newest.
 
         Args:
@@ -407,7 +407,7 @@ class CheckpointManager:
             logging.debug("removed old checkpoints in %s", trash)
 
 
-def _options(config: CheckpointConfig | None) -> ocp.CheckpointManagerOptions:
+def _options(config: SavingConfig | None) -> ocp.CheckpointManagerOptions:
     # Orbax stores and reads metrics only with `best_fn`; what is kept is up to the policy.
     metrics: dict[str, Any] = {"best_fn": _unused, "best_mode": "min"}
     if config is None:

@@ -26,7 +26,7 @@ from megatransformer_jax.config.option import (
     option,
     rule,
 )
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.extras import import_extra
 
 # A pipe or a file has no width, and a table should not be cut there.
@@ -88,7 +88,7 @@ def find_command(name: str) -> Command:
     raise UserError(f"{name!r} is not a command; {hint}commands are {', '.join(SUMMARIES)}.")
 
 
-def _require_run(parsed: Parsed, command: str) -> RunConfig:
+def _require_run(parsed: Parsed, command: str) -> BaseRunConfig:
     if parsed.config is None:
         raise ConfigError(
             "config",

@@ -31,7 +31,8 @@ from megatransformer_jax.config.option import (
     type_name,
     unknown_key,
 )
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
+from megatransformer_jax.config.run_kinds import AllOptions
 
 PREFIX = "config."
 PROGRAM = "megatransformer"
@@ -98,7 +99,7 @@ class Parsed:
     options: Any
     given: dict[str, Any]
     generation: GenerationConfig
-    config: RunConfig | None
+    config: BaseRunConfig | None
 
 
 def parse(command: Command, arguments: Sequence[str]) -> Parsed:
@@ -247,11 +248,11 @@ def unknown_name(name: str, known: Iterable[str], mark: str) -> UserError:
 def define_config_flags(flag_values: flags.FlagValues) -> None:
     """Defines --config=FILE and one flag for every option."""
     flags.DEFINE_string("config", None, "Experiment.", flag_values=flag_values)
-    for option in options_of(RunConfig):
+    for option in options_of(AllOptions):
         define_flag(flag_values, PREFIX + option.path, option)
 
 
-def config_from_flags(flag_values: flags.FlagValues) -> RunConfig | None:
+def config_from_flags(flag_values: flags.FlagValues) -> BaseRunConfig | None:
     """The run that parsed flags describe: defaults < preset < experiment file < command line.
 
     Returns:
@@ -269,7 +270,7 @@ def config_from_flags(flag_values: flags.FlagValues) -> RunConfig | None:
 def _given_values(flag_values: flags.FlagValues) -> dict[str, Any]:
     """Nested values of the options that the command line names."""
     values: dict[str, Any] = {}
-    for option in options_of(RunConfig):
+    for option in options_of(AllOptions):
         flag = flag_values[PREFIX + option.path]
         if flag.present:
             nested: Any = flag.value
@@ -282,12 +283,12 @@ def _given_values(flag_values: flags.FlagValues) -> dict[str, Any]:
 def _unknown_config_flag(name: str) -> UserError:
     """The error for a flag that starts with `config.` and is not defined."""
     path = name.removeprefix(PREFIX)
-    full_paths = [o.path for o in options_of(RunConfig) if o.path.endswith(f".{path}")]
+    full_paths = [o.path for o in options_of(AllOptions) if o.path.endswith(f".{path}")]
     if full_paths:
         return UserError(
             f"--{name}: write it in full, --{PREFIX}{f' or --{PREFIX}'.join(full_paths)}."
         )
-    sections = {section: owner for section, owner, _ in sections_of(RunConfig)}
+    sections = {section: owner for section, owner, _ in sections_of(AllOptions)}
     if path in sections:
         example = next(iter(options_of(sections[path]))).path
         return UserError(
@@ -296,9 +297,9 @@ def _unknown_config_flag(name: str) -> UserError:
     parent = path.rpartition(".")[0]
     while parent and parent not in sections:
         path, parent = parent, parent.rpartition(".")[0]
-    if any(option.path == path for option in options_of(RunConfig)):
+    if any(option.path == path for option in options_of(AllOptions)):
         return UserError(f"--{name}: {path} is an option, not a section; nothing is below it.")
-    owner = sections.get(parent, RunConfig)
+    owner = sections.get(parent, AllOptions)
     return unknown_key(path, [field.name for field in dataclasses.fields(owner)])
 
 
@@ -352,7 +353,7 @@ def help_page(command: Command, *, full: bool = False) -> str:
             )
         )
     if command.takes_run and full:
-        of_run = {PREFIX + option.path: option for option in options_of(RunConfig)}
+        of_run = {PREFIX + option.path: option for option in options_of(AllOptions)}
         parts.append("All options of a run:\n" + _lines(of_run))
     return "\n\n".join(parts)
 
@@ -377,9 +378,9 @@ def _of_section(options: Mapping[str, Option], path: str) -> dict[str, Option]:
 
 def _section_lines() -> list[str]:
     """One line per section of a run, with the names of those inside it."""
-    paths = [path for path, *_ in sections_of(RunConfig)]
+    paths = [path for path, *_ in sections_of(AllOptions)]
     lines = []
-    for path, _, meaning in sections_of(RunConfig):
+    for path, _, meaning in sections_of(AllOptions):
         if "." not in path:
             inside = [p.removeprefix(f"{path}.") for p in paths if p.startswith(f"{path}.")]
             lines.append(f"  config.{path}: {meaning}" + f" ({', '.join(inside)})" * bool(inside))

@@ -9,7 +9,7 @@ from absl import logging
 
 from megatransformer_jax.cli.flags import Command, help_page, named_as_written, parse
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.runs.workdir import LineFormatter, quiet_libraries
 
 # Exit codes.
@@ -76,7 +76,7 @@ def start_logging(level: str) -> None:
     logging.set_verbosity(level)
 
 
-def set_environment(config: RunConfig) -> None:
+def set_environment(config: BaseRunConfig) -> None:
     """Puts `config.environment` into the process environment.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Turns plain values into a checked `RunConfig`, and back.
+"""Turns plain values into a checked configuration of a run, and back.
 
 This is the only way in for values from files and from the command line. The rest of the module
 reads the files that values come from: YAML and JSON, the presets of gin/, Python experiments.
@@ -37,10 +37,17 @@ from megatransformer_jax.config.option import (
     wrong_type,
 )
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
+from megatransformer_jax.config.run_kinds import (
+    AllOptions,
+    own_values,
+    require_transformer,
+    run_class,
+)
 from megatransformer_jax.files import write_json
 
 
-def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
+def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> BaseRunConfig:
     """The run that nested values describe.
 
     A `preset` among the values lies below the other values; what neither names has its default.
@@ -52,12 +59,13 @@ def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> RunConfig:
     """
     nested: dict[str, Any] = plain(values)
     check_values(nested)
+    nested = own_values(nested)
     if nested.get("preset") is not None:
         nested = merge(load_preset(nested["preset"]), nested)
-    return construct(RunConfig, nested)
+    return construct(run_class(nested), nested)
 
 
-def configure(reference: str | None, given: Mapping[str, Any]) -> RunConfig:
+def configure(reference: str | None, given: Mapping[str, Any]) -> BaseRunConfig:
     """The run that a reference and some values describe.
 
     What comes later wins: defaults, preset, experiment file, `given`.
@@ -115,7 +123,9 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def check_values(values: Mapping[str, Any], config_class: type = RunConfig, path: str = "") -> None:
+def check_values(
+    values: Mapping[str, Any], config_class: type = AllOptions, path: str = ""
+) -> None:
     """Checks the names and the types of nested plain values; some may be absent.
 
     Raises:
@@ -166,19 +176,19 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
+def save_config(config: BaseRunConfig, path: str | os.PathLike[str]) -> None:
     """Writes `config` as JSON. A reader sees the old file or the new one, never a part."""
     write_json(path, to_dict(config))
 
 
 def load_config(path: str | os.PathLike[str]) -> RunConfig:
-    """The run whose configuration was saved at `path` (JSON or YAML).
+    """The run of a transformer whose configuration was saved at `path` (JSON or YAML).
 
     Raises:
       UserError: if the file is missing or cannot be read.
       ConfigError: if a value in it cannot be used.
     """
-    return build(read_values(pathlib.Path(path)))
+    return require_transformer(build(read_values(pathlib.Path(path))))
 
 
 def _to_json(value: Any) -> Any:

@@ -2,7 +2,12 @@
 
 import dataclasses
 
-from megatransformer_jax.config.media_data import AUDIO_TASKS, MediaDataConfig
+from megatransformer_jax.config.media_data import (
+    AUDIO_TASKS,
+    AudioSourceConfig,
+    ImageSourceConfig,
+    MediaDataConfig,
+)
 from megatransformer_jax.config.option import (
     MAX_SEED,
     ConfigError,
@@ -226,7 +231,34 @@ class ReasoningConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class LoaderConfig:
+    """How batches are made, whatever is in them. Everything random in it follows from `seed`."""
+
+    validation_fraction: float = option(
+        0.05, "Share of records held out when there is no validation source.", above=0, below=1
+    )
+    on_bad_record: str = option(
+        "error",
+        "A record that cannot be used (corrupt line, missing field, not text): error names it; "
+        "skip counts it and shows the count and the first one.",
+        choices=("error", "skip"),
+    )
+    batch_size: int = option(8, "Sequences per optimiser step over all processes (B).", minimum=1)
+    shuffle: bool = option(True, "Visits training records in a new random order each epoch.")
+    seed: int = option(
+        0, "Seed of order, splits and generated problems.", minimum=0, maximum=MAX_SEED
+    )
+    num_workers: int = option(
+        0, "Worker processes that read and tokenise; 0: in the training process.", minimum=0
+    )
+    prefetch_batches: int = option(2, "Batches made ahead of the step that uses them.", minimum=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(LoaderConfig):
     """Where batches come from. Everything random in it follows from `seed`."""
 
     source: str = option(
@@ -253,16 +285,6 @@ class DataConfig:
     tfds_data_dir: str | None = option(
         None, "Where TFDS finds prepared sets. Default (None): its default."
     )
-    validation_fraction: float = option(
-        0.05, "Share of records held out when there is no validation source.", above=0, below=1
-    )
-    on_bad_record: str = option(
-        "error",
-        "A record that cannot be used (corrupt line, missing field, not text): error names it; "
-        "skip counts it and shows the count and the first one.",
-        choices=("error", "skip"),
-    )
-    batch_size: int = option(8, "Sequences per optimiser step over all processes (B).", minimum=1)
     sequence_length: int = option(256, "Tokens per sequence (T).", minimum=1)
     packing: str = option(
         "pack",
@@ -277,21 +299,10 @@ class DataConfig:
         "sequence_length halved up to three times, while it is even.",
         minimum=1,
     )
-    shuffle: bool = option(True, "Visits training records in a new random order each epoch.")
-    seed: int = option(
-        0, "Seed of order, splits and generated problems.", minimum=0, maximum=MAX_SEED
-    )
-    num_workers: int = option(
-        0, "Worker processes that read and tokenise; 0: in the training process.", minimum=0
-    )
-    prefetch_batches: int = option(2, "Batches made ahead of the step that uses them.", minimum=0)
     tokenizer: TokenizerConfig = section(TokenizerConfig, "Tokenizer.")
     reasoning: ReasoningConfig = section(ReasoningConfig, "Generated problems.")
     augmentation: AugmentationConfig = section(AugmentationConfig, "Changes of training texts.")
     media: MediaDataConfig = section(MediaDataConfig, "Images and sound.")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def task(self) -> str:
@@ -448,3 +459,41 @@ def _halved(longest: int) -> tuple[int, ...]:
     while len(lengths) < 4 and lengths[0] % 2 == 0:
         lengths.insert(0, lengths[0] // 2)
     return tuple(lengths)
+
+
+# ------------------------------------------------------------------------------
+# Media without text, for runs that train a vocoder or an autoencoder.
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipsConfig:
+    """The medium of a vocoder."""
+
+    audio: AudioSourceConfig = section(AudioSourceConfig, "Source of sound.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipDataConfig(LoaderConfig):
+    """Where the batches of a vocoder come from."""
+
+    media: ClipsConfig = section(ClipsConfig, "Sound.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PicturesConfig:
+    """The medium of an image autoencoder."""
+
+    images: ImageSourceConfig = section(ImageSourceConfig, "Source of images.")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureDataConfig(LoaderConfig):
+    """Where the batches of an image autoencoder come from."""
+
+    media: PicturesConfig = section(PicturesConfig, "Images.")

@@ -15,8 +15,8 @@ from megatransformer_jax.config.recurrence import ExitGateTrainingConfig, Stabil
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """The loop."""
+class LoopConfig:
+    """The loop, whatever is trained."""
 
     steps: int = option(600, "Optimiser steps.", minimum=1)
     seed: int = option(
@@ -34,6 +34,26 @@ class TrainConfig:
     accumulation: int = option(
         1, "Micro-batches whose gradients make one step; divides data.batch_size.", minimum=1
     )
+    ema_decay: float | None = option(
+        None,
+        "Keeps an exponential average of the weights, which validation, samples, the summary and "
+        "generation use: average += (1 - d) (weights - average) with d the smaller of this and (1 "
+        "+ t) / (10 + t) after t updates. Default (None): no average.",
+        above=0,
+        below=1,
+    )
+    max_bad_steps: int = option(
+        20, "Stops with an error after this many non-finite steps in a row.", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(LoopConfig):
+    """The loop, and terms of a transformer's loss."""
+
     memory_budget_gib: float | None = option(
         None,
         "Memory in GiB that the compiled step may use on each device. accumulation then becomes "
@@ -46,24 +66,10 @@ class TrainConfig:
         "Weight of the squared log-normaliser, which keeps logits small (PaLM uses 1e-4).",
         minimum=0,
     )
-    ema_decay: float | None = option(
-        None,
-        "Keeps an exponential average of the weights, which validation, samples, the summary and "
-        "generation use: average += (1 - d) (weights - average) with d the smaller of this and (1 "
-        "+ t) / (10 + t) after t updates. Default (None): no average.",
-        above=0,
-        below=1,
-    )
-    max_bad_steps: int = option(
-        20, "Stops with an error after this many non-finite steps in a row.", minimum=1
-    )
     exit_gate: ExitGateTrainingConfig = section(
         ExitGateTrainingConfig, "The exit gate's term of the loss."
     )
     stability: StabilityConfig = section(StabilityConfig, "Stability of the iterations.")
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @rule("memory_budget_gib")
     def _budget_chooses_the_accumulation(self) -> None:
@@ -97,7 +103,7 @@ BETTER_ENDS = REASONING_METRICS | {name: end for name, (end, _) in MEDIA_METRICS
 
 
 @dataclasses.dataclass(frozen=True)
-class CheckpointConfig:
+class SavingConfig:
     """What is kept and how often. A save has parameters, optimiser, step, data iterator, config."""
 
     every_steps: int = option(100, "Steps between saves; the last step is always saved.", minimum=1)
@@ -108,6 +114,30 @@ class CheckpointConfig:
         "Checkpoints at multiples of this step are never deleted. Default (None): no such rule.",
         minimum=1,
     )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("keep_every_steps")
+    def _kept_steps_are_saved_steps(self) -> None:
+        """A multiple of every_steps."""
+        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
+            raise ConfigError(
+                "keep_every_steps",
+                f"{self.keep_every_steps} is not a multiple of every_steps={self.every_steps}, so "
+                "there would be nothing to keep; use a multiple.",
+            )
+
+    @property
+    def ranking(self) -> tuple[str, bool]:
+        """The validation metric that ranks checkpoints, and whether a high value is better."""
+        return "validation/loss", False
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(SavingConfig):
+    """What is kept and how often. A save has parameters, optimiser, step, data iterator, config."""
+
     best_metric: str = option(
         "validation/loss",
         "Validation metric that ranks checkpoints. validation/exact_accuracy exists for reasoning "
@@ -122,24 +152,11 @@ class CheckpointConfig:
         choices=("auto", "min", "max"),
     )
 
-    def __post_init__(self) -> None:
-        check_options(self)
-
     @property
-    def is_higher_better(self) -> bool:
-        """Which end of best_metric is better, with best_mode='auto' resolved."""
+    def ranking(self) -> tuple[str, bool]:
+        """See `SavingConfig`; with best_mode='auto' resolved."""
         mode = BETTER_ENDS[self.best_metric] if self.best_mode == "auto" else self.best_mode
-        return mode == "max"
-
-    @rule("keep_every_steps")
-    def _kept_steps_are_saved_steps(self) -> None:
-        """A multiple of every_steps."""
-        if self.keep_every_steps is not None and self.keep_every_steps % self.every_steps:
-            raise ConfigError(
-                "keep_every_steps",
-                f"{self.keep_every_steps} is not a multiple of every_steps={self.every_steps}, so "
-                "there would be nothing to keep; use a multiple.",
-            )
+        return self.best_metric, mode == "max"
 
 
 # ------------------------------------------------------------------------------
@@ -147,17 +164,23 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
+class ValidationConfig:
     """Validation during training and at its end."""
 
     every_steps: int = option(100, "Steps between validations.", minimum=1)
     num_batches: int = option(8, "Validation batches per depth.", minimum=1)
-    final_depths: tuple[int, ...] = option(
-        (1, 2, 4, 8, 16, 32), "Depths of the table and the plot at the end.", minimum=1
-    )
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig(ValidationConfig):
+    """Validation during training and at its end."""
+
+    final_depths: tuple[int, ...] = option(
+        (1, 2, 4, 8, 16, 32), "Depths of the table and the plot at the end.", minimum=1
+    )
 
     @rule("final_depths")
     def _depths_are_increasing(self) -> None:
@@ -172,10 +195,19 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
-    """Text, images and sound made during training."""
+class ShowingConfig:
+    """Samples during training."""
 
     every_steps: int = option(200, "Steps between samples; 0: never.", minimum=0)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig(ShowingConfig):
+    """Text, images and sound made during training."""
+
     prompts: tuple[str, ...] = option(("The ", "If the "), "Prompts that the samples continue.")
     max_new_tokens: int = option(48, "Tokens per sample.", minimum=1)
     temperature: float = option(0.7, "0: greedy.", minimum=0)
@@ -188,9 +220,6 @@ class SampleConfig:
         "and clips to describe; at most the rows of a batch.",
         minimum=1,
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @rule("prompts")
     def _samples_need_prompts(self) -> None:
@@ -303,15 +332,13 @@ class DiagnosticsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class DataMeshConfig:
     """Devices per mesh axis; their product must be the number of devices of all processes."""
 
     data: int = option(
         -1, "Batch axis. -1: all devices that the other axes leave over.", minimum=-1
     )
     fsdp: int = option(1, "Batch axis over which parameters are sharded as well.", minimum=1)
-    tensor: int = option(1, "Heads, feed-forward and vocabulary axis.", minimum=1)
-    sequence: int = option(1, "Sequence axis.", minimum=1)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -321,6 +348,24 @@ class MeshConfig:
         """Not 0. The product of all axes is the number of devices (checked when they are known)."""
         if self.data == 0:
             raise ConfigError("data", "0 is not allowed; use -1 (what is left) or at least 1.")
+
+    @property
+    def inner(self) -> dict[str, int]:
+        """Devices of the axes within one copy of the model."""
+        return {"fsdp": self.fsdp, "tensor": 1, "sequence": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(DataMeshConfig):
+    """Devices per mesh axis; their product must be the number of devices of all processes."""
+
+    tensor: int = option(1, "Heads, feed-forward and vocabulary axis.", minimum=1)
+    sequence: int = option(1, "Sequence axis.", minimum=1)
+
+    @property
+    def inner(self) -> dict[str, int]:
+        """See `DataMeshConfig`."""
+        return {"fsdp": self.fsdp, "tensor": self.tensor, "sequence": self.sequence}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -160,7 +160,7 @@ TFDS_OPTIONS = ("tfds_name", "tfds_split", "tfds_validation_split", "tfds_data_d
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageDataConfig:
+class ImageSourceConfig:
     """Where images and their captions come from."""
 
     source: str = option(
@@ -199,9 +199,6 @@ class ImageDataConfig:
         "fit, its middle kept, which is counted and logged.",
         choices=("error", "resize"),
     )
-    augmentation: ImageAugmentationConfig = section(
-        ImageAugmentationConfig, "Changes of training images."
-    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -224,7 +221,16 @@ class ImageDataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AudioDataConfig:
+class ImageDataConfig(ImageSourceConfig):
+    """Where images and their captions come from."""
+
+    augmentation: ImageAugmentationConfig = section(
+        ImageAugmentationConfig, "Changes of training images."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioSourceConfig:
     """Where clips and their transcripts come from."""
 
     source: str = option(
@@ -289,9 +295,6 @@ class AudioDataConfig:
         "convert: mixed to mono and resampled, which is counted and logged.",
         choices=("error", "convert"),
     )
-    augmentation: AudioAugmentationConfig = section(
-        AudioAugmentationConfig, "Changes of training clips."
-    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -325,6 +328,15 @@ class AudioDataConfig:
     def _clips_of_others_are_described(self) -> None:
         """Keep the default unless source is audio_folder or tfds."""
         check_only_for(self, ("audio_folder", "tfds"), "is_voice", "on_wrong_audio")
+
+
+@dataclasses.dataclass(frozen=True)
+class AudioDataConfig(AudioSourceConfig):
+    """Where clips and their transcripts come from."""
+
+    augmentation: AudioAugmentationConfig = section(
+        AudioAugmentationConfig, "Changes of training clips."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,7 +432,7 @@ def _task_of(item: str) -> str:
     return name
 
 
-def check_folder(config: ImageDataConfig | AudioDataConfig, source: str) -> None:
+def check_folder(config: ImageSourceConfig | AudioSourceConfig, source: str) -> None:
     """Raises:
     ConfigError: if the folder is missing or would be ignored.
     """
@@ -429,7 +441,7 @@ def check_folder(config: ImageDataConfig | AudioDataConfig, source: str) -> None
     check_only_for(config, (source,), "folder")
 
 
-def check_tfds(config: ImageDataConfig | AudioDataConfig, names: tuple[str, ...]) -> None:
+def check_tfds(config: ImageSourceConfig | AudioSourceConfig, names: tuple[str, ...]) -> None:
     """Raises:
     ConfigError: if the name of the set is missing, or an option would be ignored.
     """
@@ -441,7 +453,7 @@ def check_tfds(config: ImageDataConfig | AudioDataConfig, names: tuple[str, ...]
 
 
 def check_only_for(
-    config: ImageDataConfig | AudioDataConfig, sources: tuple[str, ...], *names: str
+    config: ImageSourceConfig | AudioSourceConfig, sources: tuple[str, ...], *names: str
 ) -> None:
     """Raises:
     ConfigError: if an option is set that `config.source` ignores.

@@ -347,7 +347,7 @@ class Option:
 
 
 def options_of(config_class: type) -> Iterator[Option]:
-    """Every option below a configuration dataclass, in the order of declaration."""
+    """Every option below a configuration dataclass: its own, then those of each section."""
     rules = _rules_by_path(config_class)
     for path, owner, field in _leaves(config_class):
         yield Option(
@@ -401,12 +401,13 @@ def nearest_hint(name: str, allowed: Iterable[str], written: Callable[[str], str
 
 def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field]]:
     hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        path = prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            yield from _leaves(hints[field.name], f"{path}.")
-        else:
-            yield path, config_class, field
+    fields = dataclasses.fields(config_class)
+    sections = [field for field in fields if dataclasses.is_dataclass(hints[field.name])]
+    for field in fields:
+        if field not in sections:
+            yield prefix + field.name, config_class, field
+    for field in sections:
+        yield from _leaves(hints[field.name], f"{prefix}{field.name}.")
 
 
 def _rules_by_path(config_class: type) -> dict[str, list[str]]:

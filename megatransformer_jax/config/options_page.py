@@ -16,7 +16,7 @@ from megatransformer_jax.config.option import (
     sections_of,
     type_name,
 )
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kinds import AllOptions
 
 _HEADER = """\
 # Options
@@ -47,7 +47,7 @@ _TABLE = "| Option | Type | Default | Meaning | Check |\n| --- | --- | --- | ---
 def options_page() -> str:
     """The page as Markdown."""
     header = _HEADER.format(presets=", ".join(f"`{name}`" for name in preset_names()))
-    run = _tables(RunConfig, "The run", "`{}`", lambda path: path)
+    run = _tables(AllOptions, "The run", "`{}`", lambda path: path)
     generation = _tables(
         GenerationConfig,
         f"Generation\n\n{_GENERATION.strip()}",

@@ -4,131 +4,65 @@ import dataclasses
 
 from megatransformer_jax.config.data import MIN_TRAINED_PIECES, DataConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
-from megatransformer_jax.config.image import ImageVaeRunConfig
 from megatransformer_jax.config.loop import (
     MEDIA_METRICS,
     RECURRENT_KINDS,
     TEXT_METRICS,
     CheckpointConfig,
     DiagnosticsConfig,
-    DistributedConfig,
     EvaluationConfig,
-    LoggingConfig,
     MeshConfig,
     SampleConfig,
     TrainConfig,
 )
 from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import (
     ConfigError,
-    check_options,
-    compilation_cache_option,
     option,
     require_defaults,
     rule,
     section,
 )
 from megatransformer_jax.config.recurrence import ExitGateTrainingConfig
+from megatransformer_jax.config.run_base import BaseRunConfig, kind_option
 from megatransformer_jax.config.run_rules import (
-    RUN_KINDS,
     check_media_model,
     check_media_samples,
-    check_media_source,
-    check_no_transformer,
-    check_own_sections,
     check_sequence_room,
     check_text_only_options,
 )
-from megatransformer_jax.config.vocoder import VocoderConfig
-
-TASKS = ("text", "reasoning", "media", "vocoder", "image_vae")
 
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Everything that defines a run."""
+class RunConfig(BaseRunConfig):
+    """Everything that defines a run of a transformer, on text, problems or media."""
 
-    kind: str = option(
-        "transformer",
-        "What is trained. transformer: the model. vocoder: from mel spectrograms to waveforms. "
-        "image_vae: an autoencoder, for decoders of images in latent space.",
-        choices=RUN_KINDS,
-    )
+    kind: str = kind_option("transformer", ("transformer",))
     preset: str | None = option(None, "Named model size from gin/, applied before other values.")
-    workdir: str = option("runs/recurrent", "Checkpoints, metrics, logs, samples and plots.")
-    environment: tuple[str, ...] = option(
-        (),
-        "NAME=value pairs put into the process environment before JAX starts, such as XLA_FLAGS.",
-    )
-    compilation_cache_dir: str | None = compilation_cache_option()
     model: ModelConfig = section(ModelConfig, "Architecture.")
     data: DataConfig = section(DataConfig, "Data.")
-    optimizer: OptimizerConfig = section(OptimizerConfig, "Optimiser.")
     train: TrainConfig = section(TrainConfig, "Training loop.")
     fine_tuning: FineTuningConfig = section(
         FineTuningConfig, "Start from another model; which parameters are trained."
     )
     mesh: MeshConfig = section(MeshConfig, "Device mesh.")
-    distributed: DistributedConfig = section(DistributedConfig, "Multi-process start.")
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Checkpoints.")
     evaluation: EvaluationConfig = section(EvaluationConfig, "Validation.")
     samples: SampleConfig = section(SampleConfig, "Samples.")
     diagnostics: DiagnosticsConfig = section(
         DiagnosticsConfig, "Figures that show the inside of the model during training."
     )
-    logging: LoggingConfig = section(LoggingConfig, "Logging.")
-    vocoder: VocoderConfig = section(VocoderConfig, "The vocoder, with kind='vocoder'.")
-    image_vae: ImageVaeRunConfig = section(
-        ImageVaeRunConfig, "The autoencoder, with kind='image_vae'."
-    )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
     @property
     def task(self) -> str:
-        """What is learned, one of `TASKS`."""
-        return self.data.task if self.kind == "transformer" else self.kind
+        """See `BaseRunConfig`."""
+        return self.data.task
 
-    @rule("workdir")
-    def _workdir_is_named(self) -> None:
-        """Not empty."""
-        if not self.workdir:
-            raise ConfigError("workdir", "'' is not a folder; name one, such as 'runs/mine'.")
-
-    @rule("vocoder", "image_vae")
-    def _other_kinds_sections_are_not_set(self) -> None:
-        """Keep the default unless `kind` names the section."""
-        check_own_sections(self)
-
-    @rule("kind")
-    def _other_kinds_are_no_transformers(self) -> None:
-        """For other kinds than 'transformer', options that apply only to transformers must keep
-        their default values: preset, model, fine_tuning, diagnostics, terms of the loss, the memory
-        budget, text samples, final depths, and the tensor and sequence axes of the mesh."""
-        check_no_transformer(self)
-
-    @rule("kind", "data.media.tasks")
-    def _other_kinds_read_one_medium(self) -> None:
-        """kind='vocoder' needs data.source='media' and data.media.tasks=('speak=1',);
-        kind='image_vae' needs ('draw=1',). Both read no text, so data.tokenizer.kind='bytes' and
-        augmentation is off."""
-        check_media_source(self)
-
-    @rule("environment")
-    def _environment_has_pairs(self) -> None:
-        """Each item is NAME=value, each name once."""
-        names = [item.partition("=")[0] for item in self.environment]
-        for item, name in zip(self.environment, names, strict=True):
-            if "=" not in item or not name.isidentifier():
-                raise ConfigError(
-                    "environment",
-                    f"{item!r} is not a NAME=value pair; write for example 'JAX_PLATFORMS=cpu'.",
-                )
-            if names.count(name) > 1:
-                raise ConfigError("environment", f"sets {name} twice; keep one of them.")
+    @property
+    def trained_parts(self) -> FineTuningConfig:
+        """See `BaseRunConfig`."""
+        return self.fine_tuning
 
     @rule("data.sequence_length")
     def _sequences_fit_the_model(self) -> None:
@@ -212,8 +146,6 @@ class RunConfig:
         """With data.source='media', tasks of images need model.image.enabled=True and those of
         sound model.audio.enabled=True."""
         media = self.data.media
-        if self.kind != "transformer":
-            return
         for is_used, enabled, name, tasks in (
             (media.has_images, self.model.image.enabled, "image", IMAGE_TASKS),
             (media.has_audio, self.model.audio.enabled, "audio", AUDIO_TASKS),
@@ -248,36 +180,6 @@ class RunConfig:
         """At least data.sequence_length and the places of all media slots of a row."""
         check_sequence_room(self)
 
-    @rule("data.batch_size")
-    def _batch_fits_processes(self) -> None:
-        """Divisible by distributed.num_processes."""
-        if self.data.batch_size % (self.distributed.num_processes or 1):
-            raise ConfigError(
-                "data.batch_size",
-                f"{self.data.batch_size} is not divisible by distributed.num_processes="
-                f"{self.distributed.num_processes}; use a multiple.",
-            )
-
-    @rule("train.accumulation")
-    def _accumulation_divides_the_batch(self) -> None:
-        """Divides data.batch_size."""
-        if self.data.batch_size % self.train.accumulation:
-            raise ConfigError(
-                "train.accumulation",
-                f"{self.train.accumulation} does not divide data.batch_size="
-                f"{self.data.batch_size}; use a divisor.",
-            )
-
-    @rule("optimizer.warmup_steps", "optimizer.decay_steps")
-    def _schedule_fits_the_run(self) -> None:
-        """Together at most train.steps."""
-        if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.train.steps:
-            raise ConfigError(
-                "optimizer.warmup_steps",
-                f"{self.optimizer.warmup_steps} + decay_steps {self.optimizer.decay_steps} exceed "
-                f"train.steps={self.train.steps}; shorten them.",
-            )
-
     @rule("optimizer.name")
     def _muon_has_matrices(self) -> None:
         """Not 'muon' with fine_tuning.lora.rank >= 1."""
@@ -287,16 +189,6 @@ class RunConfig:
                 "'muon' makes updates of whole matrices orthogonal, and fine_tuning.lora.rank="
                 f"{self.fine_tuning.lora.rank} trains the factors a and b, on which it does not "
                 "act; set it to 'adamw'.",
-            )
-
-    @rule("train.ema_decay")
-    def _weights_are_averaged_once(self) -> None:
-        """None with optimizer.name='schedule_free_*', which evaluates an average already."""
-        if self.optimizer.is_schedule_free and self.train.ema_decay is not None:
-            raise ConfigError(
-                "train.ema_decay",
-                f"{self.train.ema_decay} does not go with optimizer.name={self.optimizer.name!r}, "
-                "which evaluates an average already; leave it None.",
             )
 
     @rule("train.exit_gate")
@@ -428,16 +320,4 @@ class RunConfig:
                 "checkpoint.best_metric",
                 f"{metric!r} is returned by no validation on text; use one of "
                 f"{', '.join(TEXT_METRICS)}, or data.source='reasoning'.",
-            )
-
-    @rule("checkpoint.every_steps")
-    def _best_checkpoints_are_validated(self) -> None:
-        """With checkpoint.keep_best, a multiple or a divisor of evaluation.every_steps."""
-        saves, validations = self.checkpoint.every_steps, self.evaluation.every_steps
-        if self.checkpoint.keep_best and saves % validations and validations % saves:
-            raise ConfigError(
-                "checkpoint.every_steps",
-                f"{saves} and evaluation.every_steps={validations} seldom coincide, so that "
-                "checkpoint.keep_best would have few to choose from; make one a multiple of the "
-                "other, or set checkpoint.keep_best=0.",
             )

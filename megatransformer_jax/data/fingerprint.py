@@ -10,8 +10,14 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from megatransformer_jax.config.data import FILE_SOURCES, DataConfig
-from megatransformer_jax.config.media_data import AudioDataConfig, ImageDataConfig
+from megatransformer_jax.config.data import (
+    FILE_SOURCES,
+    ClipDataConfig,
+    DataConfig,
+    LoaderConfig,
+    PictureDataConfig,
+)
+from megatransformer_jax.config.media_data import AudioSourceConfig, ImageSourceConfig
 from megatransformer_jax.data.augmentation.text import read_synonyms
 from megatransformer_jax.data.media.build import audio_source_name
 from megatransformer_jax.data.media.folders import AUDIO_FOLDER, IMAGE_FOLDER, folder_files
@@ -29,7 +35,7 @@ MIN_BLOCKS = 4
 SAMPLED_RECORDS = 256
 
 
-def data_fingerprint(config: DataConfig) -> str:
+def data_fingerprint(config: LoaderConfig) -> str:
     """The content of training and validation data and of the synonyms, in words for a message.
 
     The same content gives the same words wherever the files are. A corpus of files of more than
@@ -39,6 +45,12 @@ def data_fingerprint(config: DataConfig) -> str:
     Raises:
       UserError: if the data cannot be read.
     """
+    match config:
+        case ClipDataConfig():
+            return f"audio: {_of_audio(audio_source_name(config), config.media.audio, _of_files)}"
+        case PictureDataConfig():
+            return f"images: {_of_images(config.media.images, _of_files)}"
+    assert isinstance(config, DataConfig)  # There are no others.
     match config.task:
         case "reasoning":
             return "generated problems"
@@ -141,7 +153,7 @@ def media_fingerprint(
 
 
 def _of_images(
-    options: ImageDataConfig, fingerprint_files: typing.Callable[[list[str]], str]
+    options: ImageSourceConfig, fingerprint_files: typing.Callable[[list[str]], str]
 ) -> str:
     if options.source == "tfds":
         return _of_tfds(options, "data.media.images.source")
@@ -153,7 +165,7 @@ def _of_images(
 
 
 def _of_audio(
-    name: str, options: AudioDataConfig, fingerprint_files: typing.Callable[[list[str]], str]
+    name: str, options: AudioSourceConfig, fingerprint_files: typing.Callable[[list[str]], str]
 ) -> str:
     if name == "tfds":
         return _of_tfds(options, "data.media.audio.source")
@@ -163,7 +175,7 @@ def _of_audio(
     return name if name == "tones" else f"{name} by {espeak_version()}"
 
 
-def _of_tfds(options: ImageDataConfig | AudioDataConfig, option: str) -> str:
+def _of_tfds(options: ImageSourceConfig | AudioSourceConfig, option: str) -> str:
     """Number of records of each split, and names and types of features."""
     words = []
     for split in (options.tfds_split, options.tfds_validation_split):

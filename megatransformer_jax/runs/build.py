@@ -8,9 +8,10 @@ import optax
 from absl import logging
 
 from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
-from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.data.augmentation.text import TextAugmentation
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh
@@ -31,7 +32,7 @@ from megatransformer_jax.types import DTypePolicy
 # The parts.
 
 
-def check_augmentation(config: RunConfig) -> None:
+def check_augmentation(config: BaseRunConfig) -> None:
     """Reads the file of synonyms and imports the function that `data.augmentation` names.
 
     Called before anything is built, so that the error comes at once.
@@ -39,19 +40,8 @@ def check_augmentation(config: RunConfig) -> None:
     Raises:
       ConfigError: if either cannot be used.
     """
-    TextAugmentation.from_config(config.data.augmentation, config.data.seed)
-
-
-def require_transformer(config: RunConfig) -> None:
-    """Checks that the run trains a transformer, for commands that know no other kind.
-
-    Raises:
-      ConfigError: otherwise.
-    """
-    if config.kind != "transformer":
-        raise ConfigError(
-            "kind", f"{config.kind!r}: this command needs a transformer; set it to 'transformer'."
-        )
+    if isinstance(config.data, DataConfig):
+        TextAugmentation.from_config(config.data.augmentation, config.data.seed)
 
 
 def build_sharded_model(config: RunConfig) -> tuple[MegaTransformer, Sharder]:
@@ -149,14 +139,14 @@ class MemoryPlan:
 
 
 def plan_memory(
-    config: RunConfig, checkpoints: CheckpointManager
-) -> tuple[RunConfig, MemoryPlan | None]:
+    config: BaseRunConfig, checkpoints: CheckpointManager
+) -> tuple[BaseRunConfig, MemoryPlan | None]:
     """The configuration without a budget, and what is to be done about that; None if nothing is.
 
     If the run goes on, the configuration has the accumulation that it was started with.
     """
-    budget = config.train.memory_budget_gib
-    if budget is None:
+    budget = config.train.memory_budget_gib if isinstance(config, RunConfig) else None
+    if budget is None or not isinstance(config, RunConfig):
         return config, None
     step = checkpoints.latest_step()
     accumulation = None

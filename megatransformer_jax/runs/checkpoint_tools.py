@@ -20,6 +20,7 @@ from megatransformer_jax.config.loop import BETTER_ENDS, CheckpointConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
@@ -85,7 +86,7 @@ def average_checkpoints(
     finally:
         checkpoints.close()
     newest = runs[chosen[-1]]
-    config = _plain(build(newest["config"]), output)
+    config = _plain(require_transformer(build(newest["config"])), output)
     for step, run in runs.items():
         check_model(run["config"], config, str(source / "checkpoints" / str(step)))
     params = average_trees(_params(source, step) for step in chosen)

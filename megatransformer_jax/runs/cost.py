@@ -16,6 +16,8 @@ from rich.table import Table
 from megatransformer_jax.config.fine_tuning import TRAIN_ALL
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
+from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.evaluation.depth_table import evaluated_depths
 from megatransformer_jax.files import write_json
@@ -40,7 +42,7 @@ from megatransformer_jax.models.cost.parameter_counts import (
     total_parameters,
 )
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
-from megatransformer_jax.runs.build import abstract_train_state, require_transformer, trained_depth
+from megatransformer_jax.runs.build import abstract_train_state, trained_depth
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, resolve_mesh_shape
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
@@ -122,7 +124,7 @@ class CostReport:
         return [path]
 
 
-def make_report(config: RunConfig) -> CostReport:
+def make_report(run: BaseRunConfig) -> CostReport:
     """The costs of a run on this machine's kind of device, on the mesh that the config names.
 
     The mesh need not exist: `mesh.data=-1`, all devices that there are, counts as 1.
@@ -130,7 +132,7 @@ def make_report(config: RunConfig) -> CostReport:
     Raises:
       ConfigError: if mesh, model and batch do not fit each other, or the run trains no transformer.
     """
-    require_transformer(config)
+    config = require_transformer(run)
     platform = jax.default_backend()
     policy = DTypePolicy.from_precision(config.train.precision, platform)
     model = build_model(config.model, policy, Sharder(), platform)
@@ -269,8 +271,9 @@ PRODUCTS = (
 _UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
-def cost_tables(report: CostReport, config: RunConfig) -> list[Table]:
+def cost_tables(report: CostReport, run: BaseRunConfig) -> list[Table]:
     """Parameters, FLOPs, costs by depth, memory."""
+    config = require_transformer(run)
     found = [
         _parameters(report, config),
         _flops(report, config),
@@ -283,9 +286,9 @@ def cost_tables(report: CostReport, config: RunConfig) -> list[Table]:
     return found
 
 
-def print_tables(console: Console, report: CostReport, config: RunConfig) -> None:
+def print_tables(console: Console, report: CostReport, run: BaseRunConfig) -> None:
     """Prints everything; in plain characters where the console is not a terminal."""
-    for table in cost_tables(report, config):
+    for table in cost_tables(report, run):
         table.box = box.ROUNDED if console.is_terminal else box.ASCII
         console.print(table)
 

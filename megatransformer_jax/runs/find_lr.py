@@ -13,16 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
+from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.pipeline import build_pipeline
 from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.files import write_json
-from megatransformer_jax.runs.build import (
-    MemoryPlan,
-    build_sharded_model,
-    check_augmentation,
-    require_transformer,
-)
+from megatransformer_jax.runs.build import MemoryPlan, build_sharded_model, check_augmentation
 from megatransformer_jax.runs.tasks.start import fresh_state
 from megatransformer_jax.runs.tokenizers import start_tokenizer
 from megatransformer_jax.runs.workdir import make_workdir, use_compilation_cache
@@ -40,14 +37,14 @@ from megatransformer_jax.training.step import make_train_step
 _ROWS = 12
 
 
-def find_learning_rate(config: RunConfig, start: float, end: float, steps: int) -> RangeTest:
+def find_learning_rate(run: BaseRunConfig, start: float, end: float, steps: int) -> RangeTest:
     """Trains with rates from `start` to `end`, then shows and writes what that says.
 
     Raises:
       UserError: if the range cannot be used, the loss never falls, or the run trains no
         transformer.
     """
-    require_transformer(config)
+    config = require_transformer(run)
     check_range(start, end, steps)
     use_compilation_cache(config.compilation_cache_dir)
     start_distributed(config.distributed)

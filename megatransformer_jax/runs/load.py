@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import typing
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,8 @@ from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError, nearest_hint
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
+from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.data.hf_tokenizer import (
     TOKENIZER_FILE,
     HuggingFaceTokenizer,
@@ -32,6 +35,7 @@ from megatransformer_jax.training.evaluation_params import (
 )
 from megatransformer_jax.types import DTypePolicy
 
+RunType = typing.TypeVar("RunType", bound=BaseRunConfig)
 # Which checkpoint of a run.
 Step = Literal["latest", "best"] | int
 
@@ -248,7 +252,7 @@ def _load_run(
     try:
         number = find_step(checkpoints, step)
         run = checkpoints.run_info(number)
-        config = read_config(run["config"], checkpoints.directory / str(number))
+        config = read_config(run["config"], checkpoints.directory / str(number), RunConfig)
         if weights != "average" and not evaluates_an_average(config):
             raise _no_average(weights, folder)
         tokenizer = _run_tokenizer(config, folder, run["vocabulary"])
@@ -351,7 +355,7 @@ def read_run_config(folder: pathlib.Path) -> RunConfig:
     if not path.is_file():
         raise UserError(f"{path} does not exist; it says what data the run is validated on.")
     try:
-        return build(read_values(path))
+        return require_transformer(build(read_values(path)))
     except ConfigError as error:
         raise UserError(
             f"{path} does not fit this version of the library ({error}); use the version that "
@@ -359,15 +363,13 @@ def read_run_config(folder: pathlib.Path) -> RunConfig:
         ) from error
 
 
-def read_config(
-    values: dict[str, Any], where: pathlib.Path, kind: str = "transformer"
-) -> RunConfig:
+def read_config(values: dict[str, Any], where: pathlib.Path, run_type: type[RunType]) -> RunType:
     """The configuration saved with a checkpoint.
 
     Args:
       values: as saved.
       where: the checkpoint, for messages.
-      kind: what the run must have trained.
+      run_type: of the configuration; it says what the run must have trained.
 
     Raises:
       UserError: if it is of another version of the library, or of another kind of run.
@@ -379,10 +381,10 @@ def read_config(
             f"the config saved with {where} does not fit this version of the library ({error}); "
             "use the version that wrote it."
         ) from error
-    if config.kind != kind:
+    if not isinstance(config, run_type):
         raise UserError(
             f"{where} is of a run with kind={config.kind!r}, and this needs one with "
-            f"kind={kind!r}; name another run."
+            f"kind={run_type.kind!r}; name another run."
         )
     return config
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from rich.console import Console
 
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.data.batches import Pipeline
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.loop import Hook, StepFunction
@@ -19,18 +19,21 @@ class Task(Protocol):
     """What is learned, from what, and how it is judged and shown; built from a run's config.
 
     Attributes:
-      config: of the run, with what building the task has resolved.
       sharder: with the mesh.
       batches: of the training split, of this process.
       digest: of the vocabulary; it must be the same when the run goes on.
       facts: words about the model for the overview at the start.
     """
 
-    config: RunConfig
     sharder: Sharder
     batches: Pipeline
     digest: str
     facts: str
+
+    @property
+    def config(self) -> BaseRunConfig:
+        """Of the run, with what building the task has resolved."""
+        ...
 
     def abstract_state(self) -> TrainState:
         """Shapes, types and shardings of the train state."""

@@ -15,7 +15,9 @@ from rich.console import Console
 from megatransformer_jax.checkpoints.compatibility import flatten_config
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import save_config, to_dict
-from megatransformer_jax.config.run import TASKS, RunConfig
+from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import TASKS, BaseRunConfig
+from megatransformer_jax.config.run_kinds import VaeRunConfig, VocoderRunConfig
 from megatransformer_jax.evaluation.validation import ScoreHook
 from megatransformer_jax.runs.build import (
     MemoryPlan,
@@ -52,7 +54,7 @@ from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.training.writers import build_writer
 
 
-def train(config: RunConfig) -> LoopResult:
+def train(config: BaseRunConfig) -> LoopResult:
     """Trains until `train.steps`, resuming if the workdir has a checkpoint."""
     with contextlib.ExitStack() as stack:
         return Run(config, stack).finish()
@@ -77,7 +79,7 @@ class Run:
       UserError: if the run cannot start, or not go on from what the workdir holds.
     """
 
-    def __init__(self, config: RunConfig, stack: contextlib.ExitStack, *, is_kept: bool = True):
+    def __init__(self, config: BaseRunConfig, stack: contextlib.ExitStack, *, is_kept: bool = True):
         use_compilation_cache(config.compilation_cache_dir)
         start_distributed(config.distributed)
         check_augmentation(config)
@@ -233,7 +235,7 @@ class Run:
         assert self.task.sharder.mesh is not None  # `open_task` always makes one.
         mesh_shape = self.task.sharder.mesh.shape
         logging.info("parameters: %s (%s)", f"{sum(counts.values()):,}", parts)
-        trained, frozen = split_params(self.state.params, self.config.fine_tuning)
+        trained, frozen = split_params(self.state.params, self.config.trained_parts)
         if jax.tree.leaves(frozen):
             count = sum(leaf.size for leaf in jax.tree.leaves(trained))
             logging.info("trained of these: %s", f"{count:,}")
@@ -261,7 +263,10 @@ def _warn_of_bad_steps(result: LoopResult, last_loss: float | None) -> None:
 
 
 def open_task(
-    config: RunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack, plan: MemoryPlan | None
+    config: BaseRunConfig,
+    workdir: pathlib.Path,
+    stack: contextlib.ExitStack,
+    plan: MemoryPlan | None,
 ) -> Task:
     """Builds model, data and what the model is judged by.
 
@@ -275,15 +280,14 @@ def open_task(
       UserError: if model, data and devices do not fit each other.
       ValueError: if the task is unknown.
     """
-    match config.task:
-        case "text":
-            return TextTask(config, workdir, stack, plan)
-        case "reasoning":
-            return ReasoningTask(config, workdir, stack, plan)
-        case "media":
-            return MediaTask(config, workdir, stack, plan)
-        case "vocoder":
+    match config:
+        case VocoderRunConfig():
             return VocoderTask(config, workdir, stack)
-        case "image_vae":
+        case VaeRunConfig():
             return ImageVaeTask(config, workdir, stack)
+        case RunConfig() if config.task in _TRANSFORMER_TASKS:
+            return _TRANSFORMER_TASKS[config.task](config, workdir, stack, plan)
     raise ValueError(f"unknown task {config.task!r}; known: {', '.join(TASKS)}")
+
+
+_TRANSFORMER_TASKS = {"text": TextTask, "reasoning": ReasoningTask, "media": MediaTask}

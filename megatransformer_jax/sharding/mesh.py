@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from megatransformer_jax.config.loop import MeshConfig
+from megatransformer_jax.config.loop import DataMeshConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
@@ -15,20 +15,15 @@ from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.sharding.rules import MESH_AXES
 
 
-def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
+def resolve_mesh_shape(config: DataMeshConfig, num_devices: int) -> dict[str, int]:
     """Devices per axis, with `data=-1` resolved.
 
     Raises:
       ConfigError: if the product is not the number of devices.
     """
-    others = config.fsdp * config.tensor * config.sequence
+    others = math.prod(config.inner.values())
     data = num_devices // others if config.data == -1 else config.data
-    shape = {
-        "data": data,
-        "fsdp": config.fsdp,
-        "tensor": config.tensor,
-        "sequence": config.sequence,
-    }
+    shape = {"data": data, **config.inner}
     if math.prod(shape.values()) != num_devices:
         given = shape | {"data": config.data}
         wanted = " x ".join(f"{name}={size}" for name, size in given.items())
@@ -42,7 +37,7 @@ def resolve_mesh_shape(config: MeshConfig, num_devices: int) -> dict[str, int]:
     return shape
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(config: DataMeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """A mesh with axes data, fsdp, tensor, sequence over all given devices.
 
     Raises:

@@ -7,6 +7,7 @@ import optax
 
 from megatransformer_jax.checkpoints.manager import UNREAD, CheckpointManager
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.models.adaptation import model_params
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.sharding.rules import Sharder
@@ -21,12 +22,12 @@ from megatransformer_jax.training.transforms import WeightAverageState
 _AVERAGING = (WeightAverageState, optax.contrib.ScheduleFreeState)
 
 
-def evaluates_an_average(config: RunConfig) -> bool:
+def evaluates_an_average(config: BaseRunConfig) -> bool:
     """Whether the parameters to judge by are others than those being trained."""
     return config.train.ema_decay is not None or config.optimizer.is_schedule_free
 
 
-def evaluation_params(state: TrainState, config: RunConfig) -> Any:
+def evaluation_params(state: TrainState, config: BaseRunConfig) -> Any:
     """The tree that `model.apply` takes for evaluation.
 
     Everything that looks at a state from outside the step asks here, so that what training keeps
@@ -37,7 +38,7 @@ def evaluation_params(state: TrainState, config: RunConfig) -> Any:
     """
     if not evaluates_an_average(config):
         return merged_params(state.params, config)
-    latest, frozen = split_params(state.params, config.fine_tuning)
+    latest, frozen = split_params(state.params, config.trained_parts)
     averaging = find_average(state.opt_state)
     if isinstance(averaging, WeightAverageState):
         trained = averaging.average
@@ -47,9 +48,10 @@ def evaluation_params(state: TrainState, config: RunConfig) -> Any:
     return merged_params(join_params(trained, frozen), config)
 
 
-def merged_params(kept: Any, config: RunConfig) -> Any:
+def merged_params(kept: Any, config: BaseRunConfig) -> Any:
     """The model's parameters from those that a run keeps (`kept_params`)."""
-    return _merge(kept, config.fine_tuning) if config.fine_tuning.lora.rank else kept
+    parts = config.trained_parts
+    return _merge(kept, parts) if parts.lora.rank else kept
 
 
 _merge = jax.jit(model_params, static_argnums=1)
@@ -122,7 +124,7 @@ def restore_judged_params(
     checkpoints: CheckpointManager,
     step: int,
     abstract: TrainState,
-    config: RunConfig,
+    config: BaseRunConfig,
     weights: Literal["average", "raw"] = "average",
 ) -> Any:
     """The same of a run of any kind, from the shapes, types and shardings of its state."""

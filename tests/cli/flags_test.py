@@ -13,6 +13,7 @@ from megatransformer_jax.cli.commands import COMPARE, DIAGNOSE, TRAIN
 from megatransformer_jax.config.build import build, save_config
 from megatransformer_jax.config.option import Option, UserError, options_of
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kinds import AllOptions
 
 EXPERIMENT = """
 def get_config(arg=""):
@@ -104,7 +105,7 @@ def test_yaml_json_and_python_describe_the_same_run(
     assert parse(f"--config={tmp_path}/mine.yml") == config
 
 
-OPTIONS = list(options_of(RunConfig))
+OPTIONS = list(options_of(AllOptions))
 
 
 @pytest.mark.parametrize("option", OPTIONS, ids=[option.path for option in OPTIONS])

@@ -8,27 +8,26 @@ from megatransformer_jax.config.option import (
     sections_of,
     unknown_key,
 )
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kinds import AllOptions
 
 
 def test_every_field_is_an_option_or_a_section() -> None:
-    paths = [option.path for option in options_of(RunConfig)]
-    sections = [path for path, *_ in sections_of(RunConfig)]
-    classes = [RunConfig, *(owner for _, owner, _ in sections_of(RunConfig))]
+    paths = [option.path for option in options_of(AllOptions)]
+    sections = [path for path, *_ in sections_of(AllOptions)]
+    classes = [AllOptions, *(owner for _, owner, _ in sections_of(AllOptions))]
     assert len(set(paths)) == len(paths)
     assert len(paths) + len(sections) == sum(len(dataclasses.fields(owner)) for owner in classes)
 
 
 def test_options_of_a_class_come_before_its_sections() -> None:
     """As on the options page, which shows a class's own options in one table."""
-    for owner in {RunConfig, *(owner for _, owner, _ in sections_of(RunConfig))}:
-        sections = [path for path, *_ in sections_of(owner) if "." not in path]
-        names = [field.name for field in dataclasses.fields(owner)]
-        assert [name for name in names if name in sections] == names[len(names) - len(sections) :]
+    for owner in {AllOptions, *(owner for _, owner, _ in sections_of(AllOptions))}:
+        depths = ["." in option.path for option in options_of(owner)]
+        assert depths == sorted(depths)
 
 
 def test_an_option_knows_its_type_default_and_rules() -> None:
-    options = {option.path: option for option in options_of(RunConfig)}
+    options = {option.path: option for option in options_of(AllOptions)}
     kv_heads = options["model.attention.num_kv_heads"]
     assert (kv_heads.declared, kv_heads.default) == (int | None, None)
     assert kv_heads.rules == ("Divides num_heads.",)
@@ -36,8 +35,11 @@ def test_an_option_knows_its_type_default_and_rules() -> None:
 
 
 def test_every_rule_is_about_a_known_path_and_says_what_it_wants() -> None:
-    owners = [("", RunConfig), *((f"{path}.", owner) for path, owner, _ in sections_of(RunConfig))]
-    known = {option.path for option in options_of(RunConfig)} | set(section_rules(RunConfig))
+    owners = [
+        ("", AllOptions),
+        *((f"{path}.", owner) for path, owner, _ in sections_of(AllOptions)),
+    ]
+    known = {option.path for option in options_of(AllOptions)} | set(section_rules(AllOptions))
     for prefix, owner in owners:
         for check in rules_of(owner):
             assert check.__doc__, check

@@ -16,12 +16,12 @@ from megatransformer_jax.cli import flags, lm_eval
 from megatransformer_jax.cli.commands import find_command
 from megatransformer_jax.config.build import build, save_config
 from megatransformer_jax.config.option import UserError, options_of, sections_of
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kinds import AllOptions
 
-OPTIONS = {option.path for option in options_of(RunConfig)}
+OPTIONS = {option.path for option in options_of(AllOptions)}
 # A file of the workdir, and attributes of `mt.Model`.
 NO_OPTIONS = {"train.log", "model.module", "model.params", "model.py"}
-SECTIONS = {path for path, _, _ in sections_of(RunConfig)}
+SECTIONS = {path for path, _, _ in sections_of(AllOptions)}
 # Names in code font that stand for something of another project, or of the reader's.
 ELSEWHERE = {
     *("CUDA_VISIBLE_DEVICES", "QArray", "coco_captions", "pydoc_data", "topics"),

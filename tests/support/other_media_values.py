@@ -66,13 +66,12 @@ _LATENT_RUN = [
     *_with(IMAGE_RUN, _DECODER, vae="runs/vae"),
     f"--config.{_DECODER}.sampler.threshold=none",
 ]
-_VOCODER_RUN = ["--config.kind=vocoder", *_MEDIA, "--config.data.media.tasks=('speak=1',)"]
+_VOCODER_RUN = ["--config.kind=vocoder"]
 _HIFIGAN_RUN = _with(_VOCODER_RUN, "vocoder", kind="hifigan")
 _GAN_RUN = _with(_VOCODER_RUN, "vocoder.discriminator", enabled=True)
-_VAE_RUN = ["--config.kind=image_vae", *_MEDIA, "--config.data.media.tasks=('draw=1',)"]
+_VAE_RUN = ["--config.kind=image_vae"]
 
 MEDIA_COMPANIONS |= {
-    "kind": _with(_MEDIA, "data.media", tasks="('speak=1',)"),
     "model.loss_weighting": IMAGE_RUN,
     "samples.num_media": IMAGE_RUN,
     "model.image.enabled": IMAGE_RUN,

@@ -7,7 +7,12 @@ import typing
 import grain
 import numpy as np
 
-from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.data import (
+    ClipDataConfig,
+    DataConfig,
+    LoaderConfig,
+    PictureDataConfig,
+)
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.vocoder import VocoderConfig
@@ -211,7 +216,7 @@ class MediumBatches(typing.Generic[Made_co]):
 def medium_pipeline(
     records: Records[typing.Any],
     row_format: RowFormat[typing.Any],
-    config: DataConfig,
+    config: LoaderConfig,
     *,
     split: str,
     share: Share,
@@ -268,7 +273,7 @@ class WaveformSegments:
 
 
 def waveform_pipeline(
-    config: DataConfig,
+    config: ClipDataConfig,
     vocoder: VocoderConfig,
     *,
     split: str,
@@ -278,7 +283,7 @@ def waveform_pipeline(
     """The pieces of `split` for one process: 'train' is endless, 'validation' one pass.
 
     Args:
-      config: with source='media'; `data.media.audio` says where clips come from.
+      config: `media.audio` says where clips come from.
       vocoder: the rate of samples, the hop, and the frames of a piece.
       split: 'train' or 'validation'.
       process_index: which process this is, from 0.
@@ -323,7 +328,7 @@ class WholeImages:
 
 
 def image_pipeline(
-    config: DataConfig,
+    config: PictureDataConfig,
     image: ImageConfig,
     *,
     split: str,
@@ -333,7 +338,7 @@ def image_pipeline(
     """The images of `split` for one process: 'train' is endless, 'validation' one pass.
 
     Args:
-      config: with source='media'; `data.media.images` says where images come from.
+      config: `media.images` says where images come from.
       image: the format.
       split: 'train' or 'validation'.
       process_index: which process this is, from 0.

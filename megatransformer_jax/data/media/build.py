@@ -5,9 +5,14 @@ import typing
 from absl import logging
 
 from megatransformer_jax.config.audio import MelConfig
-from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.data import (
+    ClipDataConfig,
+    DataConfig,
+    LoaderConfig,
+    PictureDataConfig,
+)
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.media_data import AudioDataConfig, ImageDataConfig
+from megatransformer_jax.config.media_data import AudioSourceConfig, ImageSourceConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.media.images import Digits, ImageFitter, ImageFolder, Photographs
 from megatransformer_jax.data.media.records import AudioSource, ImageSource, MediaFormats
@@ -39,7 +44,9 @@ def build_media_sources(
     return sources
 
 
-def build_image_source(config: DataConfig, image: ImageConfig, split: str) -> ImageSource:
+def build_image_source(
+    config: DataConfig | PictureDataConfig, image: ImageConfig, split: str
+) -> ImageSource:
     """The images of a split, 'train' or 'validation', at the model's size.
 
     Raises:
@@ -65,7 +72,7 @@ def build_image_source(config: DataConfig, image: ImageConfig, split: str) -> Im
     return _part(everything, config, split, *_option_with_records(options, "data.media.images"))
 
 
-def audio_source_name(config: DataConfig) -> str:
+def audio_source_name(config: DataConfig | ClipDataConfig) -> str:
     """`data.media.audio.source`, with what 'auto' means on this machine."""
     chosen = config.media.audio.source
     if chosen != "auto":
@@ -73,7 +80,9 @@ def audio_source_name(config: DataConfig) -> str:
     return "spoken_digits" if espeak_is_installed() else "tones"
 
 
-def build_audio_source(config: DataConfig, mel: MelConfig, split: str) -> AudioSource:
+def build_audio_source(
+    config: DataConfig | ClipDataConfig, mel: MelConfig, split: str
+) -> AudioSource:
     """The clips of a split, 'train' or 'validation', mono at the rate of `mel`.
 
     Raises:
@@ -109,13 +118,15 @@ def build_audio_source(config: DataConfig, mel: MelConfig, split: str) -> AudioS
     return _part(everything, config, split, *_option_with_records(options, "data.media.audio"))
 
 
-def _tfds_split(options: ImageDataConfig | AudioDataConfig, split: str) -> str:
+def _tfds_split(options: ImageSourceConfig | AudioSourceConfig, split: str) -> str:
     if split == "train":
         return options.tfds_split
     return options.tfds_validation_split or options.tfds_split
 
 
-def _option_with_records(options: ImageDataConfig | AudioDataConfig, path: str) -> tuple[str, str]:
+def _option_with_records(
+    options: ImageSourceConfig | AudioSourceConfig, path: str
+) -> tuple[str, str]:
     """The option that decides how many records there are, and how to have two."""
     match options.source:
         case "image_folder" | "audio_folder":
@@ -135,7 +146,7 @@ Record = typing.TypeVar("Record")
 
 def _part(
     source: Records[Record],
-    config: DataConfig,
+    config: LoaderConfig,
     split: str,
     option: str = "data.media",
     more: str = "Give two or more.",

@@ -15,7 +15,7 @@ from pydoc_data.topics import topics
 import numpy as np
 from absl import logging
 
-from megatransformer_jax.config.media_data import AudioDataConfig
+from megatransformer_jax.config.media_data import AudioSourceConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.media.images import WORDS
 from megatransformer_jax.data.media.records import AudioRecord
@@ -188,13 +188,13 @@ class Spoken:
         )
 
 
-def spoken_digits(options: AudioDataConfig, sample_rate_hz: int) -> Spoken:
+def spoken_digits(options: AudioSourceConfig, sample_rate_hz: int) -> Spoken:
     """Every word from zero to nine in every voice, speed and pitch."""
     items = [(word, voice) for voice in _voices(options) for word in WORDS]
     return Spoken("spoken digits", items, Speaker(sample_rate_hz, options.cache_dir))
 
 
-def speech(options: AudioDataConfig, sample_rate_hz: int) -> Spoken:
+def speech(options: AudioSourceConfig, sample_rate_hz: int) -> Spoken:
     """Every sentence of the embedded text once, each in one of the voices, speeds and pitches."""
     voices = _voices(options)
     items = [
@@ -204,7 +204,7 @@ def speech(options: AudioDataConfig, sample_rate_hz: int) -> Spoken:
     return Spoken("speech", items, Speaker(sample_rate_hz, options.cache_dir))
 
 
-def _voices(options: AudioDataConfig) -> list[Voice]:
+def _voices(options: AudioSourceConfig) -> list[Voice]:
     return [
         Voice(name, rate, pitch)
         for name in options.voices

@@ -5,7 +5,7 @@ import typing
 import numpy as np
 from PIL import Image
 
-from megatransformer_jax.config.media_data import AudioDataConfig, ImageDataConfig
+from megatransformer_jax.config.media_data import AudioSourceConfig, ImageSourceConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.media.images import ImageFitter
 from megatransformer_jax.data.media.records import AudioRecord, ImageRecord
@@ -17,7 +17,7 @@ from megatransformer_jax.data.sources.tfds import open_tfds
 class TfdsImages:
     """An image feature, and a text feature with one caption or several."""
 
-    def __init__(self, options: ImageDataConfig, split: str, fitter: ImageFitter):
+    def __init__(self, options: ImageSourceConfig, split: str, fitter: ImageFitter):
         self._records, features, self._name = open_tfds(
             options.tfds_name, options.tfds_data_dir, split, "data.media.images.source"
         )
@@ -58,7 +58,7 @@ class TfdsAudio:
     """
 
     def __init__(
-        self, options: AudioDataConfig, split: str, fitter: WaveformFitter, sample_rate_hz: int
+        self, options: AudioSourceConfig, split: str, fitter: WaveformFitter, sample_rate_hz: int
     ):
         self._records, features, self._name = open_tfds(
             options.tfds_name, options.tfds_data_dir, split, "data.media.audio.source"

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from megatransformer_jax.config.image import ImageVaeRunConfig
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kinds import VaeRunConfig
 from megatransformer_jax.data.media.batches import image_pipeline
 from megatransformer_jax.evaluation.media.table import Tile, contact_sheet
 from megatransformer_jax.models.media.image_vae import (
@@ -63,19 +63,23 @@ class ImageVaeModel:
         return {"loss": loss, **terms}
 
 
-class ImageVaeTask(MediumTask):
-    """A `Task`."""
+def make_image_vae(config: VaeRunConfig) -> ImageVaeModel:
+    """The model of a run, with the types of this machine's kind of device."""
+    policy = DTypePolicy.from_precision(config.train.precision, jax.default_backend())
+    return ImageVaeModel(config.image_vae, policy)
 
-    def __init__(self, config: RunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack):
-        policy = DTypePolicy.from_precision(config.train.precision, jax.default_backend())
-        options = config.image_vae
-        model = ImageVaeModel(options, policy)
+
+class ImageVaeTask(MediumTask):
+    """A `Task`: to encode images, and to decode them again."""
+
+    def __init__(self, config: VaeRunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack):
+        model = make_image_vae(config)
         super().__init__(
             config,
             workdir,
             stack,
             model,
-            functools.partial(image_pipeline, config.data, options.format),
+            functools.partial(image_pipeline, config.data, config.image_vae.format),
             lambda batch: len(batch.images),
             model.judge,
         )

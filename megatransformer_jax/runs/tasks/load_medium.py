@@ -15,11 +15,11 @@ from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.image import ImageVaeRunConfig
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kinds import VaeRunConfig, VocoderRunConfig
 from megatransformer_jax.config.vocoder import VocoderConfig
 from megatransformer_jax.models.vocoders import GENERATOR, build_generator
-from megatransformer_jax.runs.load import find_step, parse_step, read_config
-from megatransformer_jax.runs.tasks.image_vae import ImageVaeModel
+from megatransformer_jax.runs.load import RunType, find_step, parse_step, read_config
+from megatransformer_jax.runs.tasks.image_vae import make_image_vae
 from megatransformer_jax.runs.tasks.medium import MediumModel, abstract_state
 from megatransformer_jax.runs.tasks.vocoder import make_vocoder
 from megatransformer_jax.sharding.mesh import make_mesh
@@ -34,15 +34,15 @@ from megatransformer_jax.types import DTypePolicy
 
 def load_medium_run(
     workdir: str,
-    kind: str,
-    make_model: Callable[[RunConfig], MediumModel],
+    run_type: type[RunType],
+    make_model: Callable[[RunType], MediumModel],
     step: str | int = "latest",
-) -> tuple[RunConfig, Any]:
+) -> tuple[RunType, Any]:
     """The configuration and the parameters that the run is judged by, on the first local device.
 
     Args:
       workdir: of the run; nothing in it is changed.
-      kind: what it must have trained.
+      run_type: of its configuration, which says what it must have trained.
       make_model: from the configuration.
       step: latest, best, or the number of a checkpoint.
 
@@ -53,13 +53,13 @@ def load_medium_run(
     if not (folder / "checkpoints").is_dir():
         raise UserError(
             f"{folder} is not the workdir of a run (a folder checkpoints/ in it). Train one: "
-            f"megatransformer train --config={kind}"
+            f"megatransformer train --config={run_type.kind}"
         )
     checkpoints = CheckpointManager(folder / "checkpoints", None)
     try:
         number = find_step(checkpoints, parse_step(step))
         where = checkpoints.directory / str(number)
-        config = read_config(checkpoints.run_info(number)["config"], where, kind)
+        config = read_config(checkpoints.run_info(number)["config"], where, run_type)
         optimizer = build_optimizer(config.optimizer, config.train.steps, config.train.ema_decay)
         sharder = Sharder(make_mesh(MeshConfig(data=1), jax.local_devices()[:1]))
         state = abstract_state(make_model(config), optimizer, sharder)
@@ -83,11 +83,7 @@ def load_image_vae(workdir: str, step: str | int = "latest") -> tuple[ImageVaeRu
       UserError: if there is no such run or checkpoint, or it is of another kind.
     """
 
-    def make_model(config: RunConfig) -> ImageVaeModel:
-        policy = DTypePolicy.from_precision(config.train.precision, jax.default_backend())
-        return ImageVaeModel(config.image_vae, policy)
-
-    config, params = load_medium_run(workdir, "image_vae", make_model, step)
+    config, params = load_medium_run(workdir, VaeRunConfig, make_image_vae, step)
     return config.image_vae, params
 
 
@@ -159,7 +155,7 @@ def load_vocoder(
       UserError: if there is no such run, it is of another kind, or it was trained with other
         spectrograms; names what differs.
     """
-    config, params = load_medium_run(workdir, "vocoder", make_vocoder, step)
+    config, params = load_medium_run(workdir, VocoderRunConfig, make_vocoder, step)
     check_mel(config.vocoder.mel, mel, workdir)
     return LoadedVocoder(config.vocoder, params[GENERATOR], make_vocoder(config).policy)
 

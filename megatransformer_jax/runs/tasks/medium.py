@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.data.batches import Pipeline, first_batches
 from megatransformer_jax.evaluation.validation import Judge, MeanValidation
 from megatransformer_jax.files import write_json
@@ -63,7 +63,7 @@ class MediumTask(abc.ABC):
 
     def __init__(
         self,
-        config: RunConfig,
+        config: BaseRunConfig,
         workdir: pathlib.Path,
         stack: contextlib.ExitStack,
         model: MediumModel,
@@ -171,7 +171,7 @@ def _first_state(model: MediumModel, optimizer: Any, key: jax.Array) -> TrainSta
     return first_state(model.init(init_key), optimizer, run_key)
 
 
-def check_rows_fit(config: RunConfig, ways: int) -> None:
+def check_rows_fit(config: BaseRunConfig, ways: int) -> None:
     """Checks that the rows of a micro-batch can be shared by the devices.
 
     Raises:

@@ -24,6 +24,7 @@ from megatransformer_jax.config.fine_tuning import EXIT_GATE
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.data.batches import Pipeline
 from megatransformer_jax.data.fingerprint import data_fingerprint
 from megatransformer_jax.data.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ from megatransformer_jax.types import Batch
 # The start.
 
 
-def run_info(config: RunConfig, digest: str) -> dict[str, Any]:
+def run_info(config: BaseRunConfig, digest: str) -> dict[str, Any]:
     """What a checkpoint says about the run that wrote it; `digest` is that of its tokenizer."""
     return {
         "config": to_dict(config),
@@ -54,7 +55,7 @@ def run_info(config: RunConfig, digest: str) -> dict[str, Any]:
     }
 
 
-def check_workdir(config: RunConfig, checkpoints: CheckpointManager) -> None:
+def check_workdir(config: BaseRunConfig, checkpoints: CheckpointManager) -> None:
     """Checks that the newest checkpoint, if there is one, can be continued by this config.
 
     Called before anything is built, so that the error comes at once.
@@ -87,7 +88,7 @@ def check_workdir(config: RunConfig, checkpoints: CheckpointManager) -> None:
         logging.warning("%s", warning)
 
 
-def _check_data(saved: str | None, config: RunConfig, where: str) -> None:
+def _check_data(saved: str | None, config: BaseRunConfig, where: str) -> None:
     if saved is None:
         logging.warning(
             "%s was written by a version that did not note what the data was; if it has changed, "

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_kinds import VocoderRunConfig
 from megatransformer_jax.config.vocoder import VocoderConfig
 from megatransformer_jax.data.media.batches import waveform_pipeline
 from megatransformer_jax.data.mel import normalized_mel
@@ -53,16 +53,18 @@ class VocoderModel:
         return {"loss": loss, **terms}
 
 
-def make_vocoder(config: RunConfig) -> VocoderModel:
+def make_vocoder(config: VocoderRunConfig) -> VocoderModel:
     """The model of a run, with the types of this machine's kind of device."""
     policy = DTypePolicy.from_precision(config.train.precision, jax.default_backend())
     return VocoderModel(config.vocoder, policy)
 
 
 class VocoderTask(MediumTask):
-    """A `Task`."""
+    """A `Task`: to make waveforms from spectrograms."""
 
-    def __init__(self, config: RunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack):
+    def __init__(
+        self, config: VocoderRunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack
+    ):
         model = make_vocoder(config)
         super().__init__(
             config,
@@ -73,11 +75,12 @@ class VocoderTask(MediumTask):
             lambda batch: int((batch.lengths > 0).sum()),
             model.judge,
         )
+        self._mel = config.vocoder.mel
         self._resynthesize = jax.jit(functools.partial(resynthesize, config.vocoder, model.policy))
 
     def samples(self, params: Any) -> MediaSamples:
         """Held-out pieces as recorded and as made from their spectrograms, with spectrograms."""
-        batch, mel = self.validation.batches[0], self.config.vocoder.mel
+        batch, mel = self.validation.batches[0], self._mel
         lengths = _first_rows(batch.lengths)
         pairs = {"recorded": batch.waveforms, "generated": self._resynthesize(params, batch)}
         clips = {
