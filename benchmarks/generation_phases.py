@@ -16,12 +16,11 @@ from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, decode, start
 from megatransformer_jax.generation.endings import Ending
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.prefill import prefill
+from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.models.cost.flops import forward_flops
 from megatransformer_jax.models.cost.memory import cache_bytes_per_token
-from megatransformer_jax.models.exit_criteria import exit_criterion
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, init_params
-from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.nn.kv_cache import KVCache, init_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -72,10 +71,8 @@ class GenerationPhases:
         history, keys = self._history(rows, capacity), self._keys(rows)
 
         def run(cache: KVCache) -> Any:
-            columns = self.prompt
-            return prefill(
-                self.model, self.params, history, cache, self.rule, keys, num_columns=columns
-            )
+            prompts = left_padded(history, keys, self.prompt)
+            return prefill(self.model, self.params, prompts, cache, self.rule)
 
         name = f"prefill {self.prompt}, {rows} rows"
         return Phase(name, lambda: self._empty_cache(rows, capacity), run)

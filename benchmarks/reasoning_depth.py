@@ -36,8 +36,7 @@ from megatransformer_jax.config.build import load_config
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.evaluation.answers import CachedScores, cached_answers, cached_scores
-from megatransformer_jax.models.exit_criteria import exit_criterion
-from megatransformer_jax.models.passes.depth_loop import DepthRule
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.nn.kv_cache import SHARINGS, init_cache
 from megatransformer_jax.runs.load import LoadedModel, load_model
 from megatransformer_jax.types import Batch

@@ -12,9 +12,9 @@ from flax import struct
 from jaxtyping import Array, Int, Key
 
 from megatransformer_jax.evaluation.validation import EvalStep, depth_argument
+from megatransformer_jax.models.exit_criteria import DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.models.passes.cached import CachedOutput, cached_forward
-from megatransformer_jax.models.passes.depth_loop import DepthRule
+from megatransformer_jax.models.passes.cached import CachedOutput, NewTokens, cached_forward
 from megatransformer_jax.nn.kv_cache import KVCache
 from megatransformer_jax.types import Batch
 
@@ -137,7 +137,7 @@ def cached_answers(
       batch: one problem per row, padded on the right.
       cache: empty, with room for the batch's columns.
       rule: how deep.
-      state_keys: see `cached_forward`.
+      state_keys: see `NewTokens`.
       one_by_one: a pass per token, as in decoding; otherwise one pass for all, as in reading a
         prompt.
       warm_start: a token's first state is the last one of the token before.
@@ -149,7 +149,10 @@ def cached_answers(
     if warm_start and not one_by_one:
         raise ValueError("warm_start needs one_by_one=True: in one pass all tokens start together.")
     is_token = batch.segment_ids > 0
-    run = functools.partial(cached_forward, model, params, rule=rule, state_keys=state_keys)
+
+    def run(tokens: jax.Array, is_token: jax.Array, cache: KVCache, **given: Any) -> CachedOutput:
+        new = NewTokens(tokens, is_token, state_keys=state_keys, **given)
+        return cached_forward(model, params, new, cache, rule)
 
     def answer(output: CachedOutput) -> tuple[jax.Array, jax.Array]:
         return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.num_steps

@@ -20,7 +20,7 @@ from megatransformer_jax.config.option import ConfigError, as_whole
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.report import new_figure, tables_as_html, tables_as_text
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
+from megatransformer_jax.models.passes.observed import open_core
 
 
 @struct.dataclass
@@ -70,7 +70,6 @@ def trace_iterations(
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     core = open_core(model, params, tokens, positions=positions, segment_ids=segment_ids)
-    step = core_step(model, core)
     variables = {"params": params}
     # A module derives its key from the stream's.
     state_key = cast(
@@ -78,7 +77,7 @@ def trace_iterations(
     )
 
     def iterate(state: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        new = step(core.params, state, core.prepared)
+        new = core.iterate(state)
         latent, x = model.apply(variables, new, core.outer, method="run_coda")
         logits = cast(jax.Array, model.apply(variables, x, method="run_head"))
         log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), top_k)
@@ -88,7 +87,7 @@ def trace_iterations(
         residual = jnp.where(moved == 0, 0.0, moved / jnp.where(size == 0, 1.0, size))
         return new, (latent, residual, ids, log_probs)
 
-    _, found = jax.lax.scan(iterate, first_state(model, core, state_key), None, length=depth)
+    _, found = jax.lax.scan(iterate, core.first_state(state_key), None, length=depth)
     return IterationTrace(*found)
 
 

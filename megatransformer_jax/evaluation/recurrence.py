@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Key
 
 from megatransformer_jax.models.megatransformer import MegaTransformer, with_xla_attention
-from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
+from megatransformer_jax.models.passes.observed import open_core
 from megatransformer_jax.types import Batch
 
 # ------------------------------------------------------------------------------
@@ -61,15 +61,14 @@ def iteration_curves(
         jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)
     )
     core = open_core(model, params, tokens, positions=positions, segment_ids=segment_ids)
-    step = core_step(model, core)
     is_token = segment_ids > 0
 
     def iterate(state: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        new_state = step(core.params, state, core.prepared)
+        new_state = core.iterate(state)
         change = new_state.astype(jnp.float32) - state.astype(jnp.float32)
         return new_state, (_length(change, is_token), _length(new_state, is_token))
 
-    state = first_state(model, core, key)
+    state = core.first_state(key)
     _, (changes, sizes) = jax.lax.scan(iterate, state, None, length=num_steps + 1)
     num_tokens = jnp.sum(is_token, axis=1)
     weights = (num_tokens > 0) / jnp.maximum(jnp.sum(num_tokens > 0), 1)
@@ -135,20 +134,16 @@ def spectral_radius(
         jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)
     )
     core = open_core(model, params, tokens, positions=positions, segment_ids=segment_ids)
-    step = core_step(model, core)
     is_token = segment_ids > 0
     state_key, vector_key = jax.random.split(key)
 
     def iterate(state: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        new_state, product = jax.linearize(
-            lambda state: step(core.params, state, core.prepared), state
-        )
+        new_state, product = jax.linearize(core.iterate, state)
         vector = jax.random.normal(key, state.shape).astype(state.dtype)
         return new_state, growth_rate(product, vector, is_token, power_iterations)
 
-    _, rates = jax.lax.scan(
-        iterate, first_state(model, core, state_key), jax.random.split(vector_key, num_steps)
-    )
+    vector_keys = jax.random.split(vector_key, num_steps)
+    _, rates = jax.lax.scan(iterate, core.first_state(state_key), vector_keys)
     has_tokens = jnp.any(is_token, axis=1)
     return rates @ (has_tokens / jnp.maximum(jnp.sum(has_tokens), 1))
 

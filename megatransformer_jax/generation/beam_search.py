@@ -1,6 +1,6 @@
 """Beam search with a model's cache; see `beam_loop` for the rules.
 
-    prefilled = prefill(model, params, history, cache, rule, keys, num_columns=64)
+    prefilled = prefill(model, params, left_padded(history, keys, 64), cache, rule)
     result = beam_search(model, params, settings, prefilled, history, num_beams=4, num_return=1,
                          length_penalty=1.0, early_stopping=False)
 
@@ -29,7 +29,7 @@ from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.placement import constrain_rows, fetch, replicate
 from megatransformer_jax.generation.prefill import Prefilled, repeat_rows
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
-from megatransformer_jax.models.passes.cached import cached_forward
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.nn.cache_rows import reorder_new_rows
 from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache
 
@@ -137,16 +137,13 @@ class _CachedModel:
         self, memory: Any, tokens: Int[Array, "M"], is_running: Bool[Array, "M"]
     ) -> tuple[Float[Array, "M V"], Int[Array, "M"], Any]:
         """One pass; beams that are not running are padding in it."""
-        output = cached_forward(
-            self.model,
-            self.params,
+        new = NewTokens(
             tokens[:, None],
             is_running[:, None],
-            memory.cache,
-            self.settings.rule,
             state=memory.core_state if self.settings.warm_start else None,
             state_keys=self.settings.row_keys,
         )
+        output = cached_forward(self.model, self.params, new, memory.cache, self.settings.rule)
         # On a mesh every processor would gather the vocabulary, so it is whole from here on.
         logits = constrain_rows(self.model.sharder, output.logits[:, 0])
         return logits, output.num_steps[:, 0], _Memory(output.cache, output.state)

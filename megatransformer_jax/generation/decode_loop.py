@@ -22,9 +22,9 @@ from megatransformer_jax.generation.placement import constrain_rows
 from megatransformer_jax.generation.prefill import Prefilled
 from megatransformer_jax.generation.processors.processor import Chain, init_chain, update_chain
 from megatransformer_jax.generation.token_choice import choose
+from megatransformer_jax.models.exit_criteria import DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
-from megatransformer_jax.models.passes.cached import cached_forward
-from megatransformer_jax.models.passes.depth_loop import DepthRule
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.nn.kv_cache import KVCache
 from megatransformer_jax.sharding.rules import Sharder
 
@@ -135,16 +135,13 @@ def _step(
     model: MegaTransformer, params: Any, settings: DecodeSettings, state: DecodeState
 ) -> DecodeState:
     """Passes each running row's last token through the model and chooses the next."""
-    output = cached_forward(
-        model,
-        params,
+    new = NewTokens(
         state.history.suffix(1),
         state.end.is_running[:, None],
-        state.cache,
-        settings.rule,
         state=state.core_state if settings.warm_start else None,
         state_keys=settings.row_keys,
     )
+    output = cached_forward(model, params, new, state.cache, settings.rule)
     state = state.replace(cache=output.cache, core_state=output.state)  # type: ignore[attr-defined]
     return _add_token(settings, state, output.logits[:, 0], output.num_steps[:, 0])
 

@@ -44,7 +44,7 @@ from megatransformer_jax.generation.placement import (
     put_rows,
     replicate,
 )
-from megatransformer_jax.generation.prefill import Prefilled, prefill, repeat_rows
+from megatransformer_jax.generation.prefill import Prefilled, left_padded, prefill, repeat_rows
 from megatransformer_jax.generation.processors.build import build_chain
 from megatransformer_jax.generation.processors.processor import Chain
 from megatransformer_jax.generation.request import (
@@ -64,9 +64,8 @@ from megatransformer_jax.generation.strategies import (
     rows_for_new_tokens,
     search_beams,
 )
-from megatransformer_jax.models.exit_criteria import exit_criterion
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache
 from megatransformer_jax.sharding.rules import Sharder
 
@@ -248,11 +247,9 @@ class Generator:
         prefilled = prefill(
             model,
             self._params,
-            prompts,
+            left_padded(prompts, put_rows(model.sharder, keys), num_columns=plan.num_columns),
             self._empty_cache(model.sharder, len(ids), plan),
             self._rule,
-            put_rows(model.sharder, keys),
-            num_columns=plan.num_columns,
             chunk=config.cache.prefill_chunk,
         )
         count = 1 if config.strategy == "beam" else config.num_samples

@@ -59,7 +59,7 @@ from megatransformer_jax.generation.placement import (
     put_rows,
     replicate,
 )
-from megatransformer_jax.generation.prefill import prefill_columns
+from megatransformer_jax.generation.prefill import prefill
 from megatransformer_jax.generation.processors.build import build_chain
 from megatransformer_jax.generation.processors.processor import AllowedTokens, Chain
 from megatransformer_jax.generation.request import prompt_keys, sample_keys
@@ -218,7 +218,7 @@ class MediaGenerator:
             plan.prompt_slots,
         )
         tokens, lengths, media = put_rows(sharder, (tokens, lengths, media))
-        sequence = enter_prompts(
+        prompts: Any = enter_prompts(
             model, self._params, tokens, lengths, media, num_columns=plan.cache.num_columns
         )
         empty = empty_cache(
@@ -233,17 +233,8 @@ class MediaGenerator:
             exited_reads=cache.exited_reads,
             with_media=True,
         )
-        return prefill_columns(
-            model,
-            self._params,
-            sequence.tokens,
-            sequence.is_token,
-            empty,
-            self._rule,
-            rows.keys,
-            chunk=cache.prefill_chunk,
-            inserted=sequence.inserted,
-        )
+        prompts = prompts.replace(state_keys=rows.keys)
+        return prefill(model, self._params, prompts, empty, self._rule, chunk=cache.prefill_chunk)
 
     def _make_media(
         self,

@@ -29,9 +29,8 @@ from megatransformer_jax.generation.prefill import Prefilled
 from megatransformer_jax.generation.processors.processor import init_chain, update_chain
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.models.passes.cached import cached_forward
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.models.passes.media import (
-    MediaSequence,
     media_conditions,
     media_sequence,
     medium_of_slot,
@@ -203,7 +202,7 @@ def enter_prompts(
     media: MediaBatch,
     *,
     num_columns: int,
-) -> MediaSequence:
+) -> NewTokens:
     """`media_sequence`, compiled."""
     return media_sequence(model, params, tokens, lengths, media, num_columns)
 
@@ -316,18 +315,9 @@ def read_media(
     """
     is_open = jnp.any((media.follows == IMAGE) | (media.follows == AUDIO), axis=1)
     opening = state.history.suffix(1)[:, 0]
-    sequence = opened_medium(model, params, opening, is_open, media)
-    output = cached_forward(
-        model,
-        params,
-        sequence.tokens,
-        sequence.is_token,
-        state.cache,
-        settings.rule,
-        state_keys=settings.row_keys,
-        last_logits_only=True,
-        inserted=sequence.inserted,
-    )
+    new: Any = opened_medium(model, params, opening, is_open, media)
+    new = new.replace(state_keys=settings.row_keys)
+    output = cached_forward(model, params, new, state.cache, settings.rule, last_logits_only=True)
     history = state.history.append(closing, is_open)
     chain_states = update_chain(settings.chain, state.chain_states, history, closing)
     init = settings.ending.init(is_open.shape[0])

@@ -46,7 +46,7 @@ from megatransformer_jax.generation.processors.processor import (
 )
 from megatransformer_jax.generation.token_choice import Choice, choose
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
-from megatransformer_jax.models.passes.wavefront import Refined, refine
+from megatransformer_jax.models.passes.wavefront import Columns, Refined, refine
 from megatransformer_jax.nn.cache_rows import write_staggered_rows
 from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache, slot_for
 
@@ -336,18 +336,15 @@ def _refine(
 ) -> tuple[Refined, Choice]:
     """One round of the first `width` columns, which hold all that are in use."""
     columns = slice(0, width)
-    refined, logits = refine(
-        model,
-        params,
+    round_columns = Columns(
         wavefront.tokens[:, columns],
         wavefront.positions(state.cache)[:, columns],
         iterations[:, columns],
         wavefront.state[:, columns],
-        state.cache,
-        _last_slot(settings, state.cache),
-        new_column=None if settings.warm_start else wavefront.new_column,
-        state_keys=settings.row_keys,
+        None if settings.warm_start else wavefront.new_column,
     )
+    slot = _last_slot(settings, state.cache)
+    refined, logits = refine(model, params, round_columns, state.cache, slot, settings.row_keys)
     return refined, _choose(settings, state, constrain_rows(settings.sharder, logits))
 
 

@@ -41,7 +41,7 @@ from megatransformer_jax.generation.processors.processor import (
 )
 from megatransformer_jax.generation.token_choice import token_log_probs
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
-from megatransformer_jax.models.passes.cached import CachedOutput, cached_forward
+from megatransformer_jax.models.passes.cached import CachedOutput, NewTokens, cached_forward
 from megatransformer_jax.nn.cache_rows import keep_rows, sequence_ends
 from megatransformer_jax.nn.kv_cache import KVCache, drop_rows
 
@@ -273,15 +273,8 @@ def draft(
     def add_one(carry: _Drafting, _: None) -> tuple[_Drafting, tuple[jax.Array, ...]]:
         has_room = carry.history.num_generated + 1 < settings.ending.max_new_tokens
         goes_on = carry.end.is_running & has_room
-        output = cached_forward(
-            model,
-            params,
-            carry.history.suffix(1),
-            goes_on[:, None],
-            carry.cache,
-            rule,
-            state_keys=settings.row_keys,
-        )
+        new = NewTokens(carry.history.suffix(1), goes_on[:, None], state_keys=settings.row_keys)
+        output = cached_forward(model, params, new, carry.cache, rule)
         logits = constrain_rows(settings.sharder, output.logits[:, 0])
         scores = apply_chain(settings.chain, carry.chain_states, carry.history, logits)
         if settings.is_drawn:
@@ -432,15 +425,12 @@ def verify(
       ends: `sequence_ends` of the cache.
     """
     was_running = state.end.is_running
-    output = cached_forward(
-        model,
-        params,
+    new = NewTokens(
         jnp.concatenate((state.history.suffix(1), drafts.tokens), axis=1),
         jnp.concatenate((was_running[:, None], drafts.is_drafted), axis=1),
-        state.cache,
-        settings.rule,
         state_keys=settings.row_keys,
     )
+    output = cached_forward(model, params, new, state.cache, settings.rule)
     logits = constrain_rows(settings.sharder, output.logits)
     # Behind the last draft there is none to be judged.
     drafts = Drafts(

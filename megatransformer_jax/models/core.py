@@ -1,4 +1,4 @@
-"""The recurrent core: its iteration, the loop in two phases, the first state, the draw of depth.
+"""The recurrent core: its iteration, a pass through it, the loop in two phases, the draw of depth.
 
 Reverse-mode differentiation needs a loop of known length, and memory for each of its turns.
 Truncated backpropagation (arXiv 2502.05171, section 3) needs both only for the last
@@ -14,18 +14,21 @@ would end before it and would train nothing.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig, RecurrenceConfig
+from megatransformer_jax.models.exit_criteria import DepthRule
 from megatransformer_jax.nn.adapters import build_adapter
-from megatransformer_jax.nn.block import Stack
+from megatransformer_jax.nn.block import Stack, remat_policy
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import embedding_scale
+from megatransformer_jax.nn.kv_cache import KVCache
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import truncated_normal, weight_init
@@ -75,29 +78,95 @@ class RecurrentCore(nn.Module):
 
 
 # ------------------------------------------------------------------------------
-# The loop: first without gradients, then with.
+# A pass through the core.
 
-# (parameters, state, prepared injection, iteration) -> next state
-Iterate = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+
+@struct.dataclass
+class Pass:
+    """What the iterations of the core over one batch are given, the same for all of them.
+
+    `MegaTransformer.enter_core` makes it. Every way through the core takes it: the loop of a whole
+    pass, the loop with a cache, a round of the parallel sampler, and what looks at single
+    iterations from outside.
+
+    Attributes:
+      core: the module of one iteration.
+      params: its weights, in the compute type and whole on every fsdp device.
+      injected: the prelude's output as it enters the core.
+      prepared: its part of every iteration, see `RecurrentCore.prepare`.
+      context: masks and positions for the core's layers, and how they read a cache.
+      outer: the same for the layers around the core, where somebody runs the coda.
+      cache: what came before; None in a whole pass. Only read.
+      rule: how deep tokens go; None where the caller counts iterations.
+      dropout_key: None for no dropout. Each iteration has its own masks.
+    """
+
+    core: RecurrentCore = struct.field(pytree_node=False)
+    params: Any
+    injected: Float[Array, "B T D"]
+    prepared: Float[Array, "B T D"]
+    context: LayerContext
+    outer: LayerContext | None = None
+    cache: KVCache | None = None
+    rule: DepthRule | None = None
+    dropout_key: Key[Array, ""] | None = None
+
+    def iterate(
+        self, state: Float[Array, "B T D"], iteration: Int[Array, ""] | int = 0
+    ) -> Float[Array, "B T D"]:
+        """The next state; rematerialised as `model.remat` says.
+
+        Args:
+          state: the core's state.
+          iteration: which one this is, from 0; only dropout depends on it.
+        """
+        remat = self.core.config.remat
+        step = _step if remat == "none" else jax.checkpoint(_step, policy=remat_policy(remat))
+        return step(self, state, iteration)
+
+    def first_state(self, key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
+        """The state before the first iteration, see `initial_state`."""
+        return self.place(initial_state(self.core.config, key, self.injected))
+
+    def place(self, state: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """A state in the type and on the devices that the iterations want."""
+        state = state.astype(self.injected.dtype)
+        return self.core.sharder.constrain(state, "batch", "length", None)
+
+    def stopped(self) -> "Pass":
+        """The same pass, through which no gradient reaches weights or injection."""
+        params, prepared = jax.lax.stop_gradient((self.params, self.prepared))
+        stopped: Pass = self.replace(  # type: ignore[attr-defined]
+            params=params, prepared=prepared
+        )
+        return stopped
+
+
+def _step(core: Pass, state: jax.Array, iteration: jax.Array | int) -> jax.Array:
+    rngs = {}
+    if core.dropout_key is not None:
+        rngs = {"dropout": jax.random.fold_in(core.dropout_key, iteration)}
+    variables = {"params": core.params}
+    new_state = core.core.apply(variables, state, core.prepared, core.context, rngs=rngs)
+    return cast(jax.Array, new_state)
+
+
+# ------------------------------------------------------------------------------
+# The loop: first without gradients, then with.
 
 
 def recur(
-    iterate: Iterate,
-    params: Any,
-    prepared: Float[Array, "B T D"],
+    core: Pass,
     state: Float[Array, "B T D"],
     num_steps: Int[Array, "*draws"],
     *,
     backprop_depth: int,
     unroll: int = 1,
 ) -> Float[Array, "B T D"]:
-    """Applies `iterate` to `state` `num_steps` times.
+    """Iterates the core `num_steps` times.
 
     Args:
-      iterate: one iteration of the core; pure.
-      params: its parameters. They and `prepared` are arguments, not captured, so that the first
-        phase can cut their gradients.
-      prepared: what is injected in every iteration.
+      core: what its iterations are given.
       state: the state to begin with.
       num_steps: traced count: one for all ([]), per row ([B]) or per token ([B, T]). May be 0.
       backprop_depth: last iterations that gradients flow through. 0: the whole loop has a traced
@@ -110,31 +179,23 @@ def recur(
     total = jnp.max(num_steps)
     begin = _first_iteration(num_steps, total)
 
-    def advance(params: Any, prepared: jax.Array, state: jax.Array, step: jax.Array) -> jax.Array:
-        return jnp.where(step >= begin, iterate(params, state, prepared, step), state)
+    def advance(core: Pass, state: jax.Array, step: jax.Array) -> jax.Array:
+        return jnp.where(step >= begin, core.iterate(state, step), state)
 
-    num_stopped = jnp.maximum(total - backprop_depth, 0)
+    num_stopped, stopped = jnp.maximum(total - backprop_depth, 0), core
     if backprop_depth:
-        stopped_params, stopped_prepared, state = jax.lax.stop_gradient((params, prepared, state))
-    else:
-        stopped_params, stopped_prepared = params, prepared
-    state = jax.lax.fori_loop(
-        0, num_stopped, lambda i, s: advance(stopped_params, stopped_prepared, s, i), state
-    )
+        stopped, state = core.stopped(), jax.lax.stop_gradient(state)
+    state = jax.lax.fori_loop(0, num_stopped, lambda i, s: advance(stopped, s, i), state)
     if not backprop_depth:
         return state
     # Draws below backprop_depth make the first of these iterations negative: before every begin.
     steps = total - backprop_depth + jnp.arange(backprop_depth)
-    state, _ = jax.lax.scan(
-        lambda s, i: (advance(params, prepared, s, i), None), state, steps, unroll=unroll
-    )
+    state, _ = jax.lax.scan(lambda s, i: (advance(core, s, i), None), state, steps, unroll=unroll)
     return state
 
 
 def recur_observed(
-    iterate: Iterate,
-    params: Any,
-    prepared: Float[Array, "B T D"],
+    core: Pass,
     state: Float[Array, "B T D"],
     observe: Callable[[jax.Array], Any],
     *,
@@ -147,9 +208,7 @@ def recur_observed(
     iterations, and the core from the last `backprop_depth`.
 
     Args:
-      iterate: one iteration of the core; pure.
-      params: its parameters.
-      prepared: what is injected in every iteration.
+      core: what its iterations are given.
       state: the state to begin with.
       observe: state -> pytree; recomputed in the backward pass, so that its inside is not stored.
       num_steps: static, at least 1.
@@ -162,21 +221,19 @@ def recur_observed(
     # What is observed is smaller than what it is computed from: logits of every iteration.
     observe = jax.checkpoint(observe)
 
-    def advance(params: Any, prepared: jax.Array) -> Callable[[jax.Array, jax.Array], Any]:
+    def advance(core: Pass) -> Callable[[jax.Array, jax.Array], Any]:
         def body(state: jax.Array, step: jax.Array) -> tuple[jax.Array, Any]:
-            state = iterate(params, state, prepared, step)
+            state = core.iterate(state, step)
             return state, observe(state)
 
         return body
 
-    stopped_params, stopped_prepared, state = jax.lax.stop_gradient((params, prepared, state))
-    parts = []
+    state, parts = jax.lax.stop_gradient(state), []
     if num_stopped:  # Else a loop of no turns would be compiled for nothing.
-        body = advance(stopped_params, stopped_prepared)
-        state, early = jax.lax.scan(body, state, jnp.arange(num_stopped))
+        state, early = jax.lax.scan(advance(core.stopped()), state, jnp.arange(num_stopped))
         parts.append(early)
     steps = jnp.arange(num_stopped, num_steps)
-    _, late = jax.lax.scan(advance(params, prepared), state, steps)
+    _, late = jax.lax.scan(advance(core), state, steps)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts, late)
 
 

@@ -38,7 +38,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.nn.adapters import log_continue
@@ -90,6 +90,28 @@ class ExitCriterion:
     measure: Callable[[Memory, Observation], tuple[jax.Array, Memory]]
     is_settled: Callable[[jax.Array, jax.Array | float], jax.Array]
     needs_gate: bool = False
+
+
+@struct.dataclass
+class DepthRule:
+    """How deep tokens go.
+
+    Attributes:
+      depth: most iterations, at least 1: for all or per sequence.
+      threshold: of the criterion: for all or per sequence.
+      min_depth: no token leaves earlier (unless its depth is less).
+      criterion: when a token has settled.
+    """
+
+    depth: Int[Array, ""] | Int[Array, "B"]
+    threshold: Float[Array, ""] | Float[Array, "B"]
+    min_depth: Int[Array, ""] | Int[Array, "B"]
+    criterion: ExitCriterion = struct.field(pytree_node=False)
+
+    @property
+    def lets_tokens_differ(self) -> bool:
+        """Whether tokens of one pass can have different numbers of iterations."""
+        return self.criterion.name != "fixed" or jnp.ndim(self.depth) > 0
 
 
 def exit_criterion(name: str) -> ExitCriterion:

@@ -10,11 +10,11 @@ from flax.core import unfreeze
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.core import RecurrentCore, initial_state, recur
+from megatransformer_jax.models.core import Pass, RecurrentCore, recur
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.media.parts import MediaParts
 from megatransformer_jax.nn.adapters import ExitGate
-from megatransformer_jax.nn.block import Stack, remat_policy
+from megatransformer_jax.nn.block import Stack
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import TextEmbedding
 from megatransformer_jax.nn.layer_sharing import stack_owners
@@ -193,15 +193,17 @@ class MegaTransformer(nn.Module):
         """Embedding and prelude."""
         return self.prelude(self.embedding(tokens, positions, context.deterministic), context)
 
-    def enter_core(
-        self, x: Float[Array, "B T D"]
-    ) -> tuple[Any, Float[Array, "B T D2"], Float[Array, "B T D2"]]:
-        """What the iterations need: the core's weights, the injected embedding, and its prepared
-        form (`RecurrentCore.prepare`), from the prelude's output."""
+    def enter_core(self, x: Float[Array, "B T D"], context: LayerContext) -> Pass:
+        """What the iterations need, from the prelude's output.
+
+        Args:
+          x: the prelude's output.
+          context: for the core's layers.
+        """
         injected = self._injection(x)
-        params = self._gathered_core_params()
-        prepared = self.core_module().apply({"params": params}, injected, method="prepare")
-        return params, injected, cast(jax.Array, prepared)
+        core, params = self.core_module(), self._gathered_core_params()
+        prepared = core.apply({"params": params}, injected, method="prepare")
+        return Pass(core, params, injected, cast(jax.Array, prepared), context)
 
     def run_coda(
         self, x: Float[Array, "B T D"], context: LayerContext
@@ -239,35 +241,16 @@ class MegaTransformer(nn.Module):
         backprop_depth: int,
         state: jax.Array | None,
     ) -> jax.Array:
-        config = self.config
-        core = self.core_module()
-        params, injected, prepared = self.enter_core(x)
+        config, core = self.config, self.enter_core(x, context)
         if state is None:
             needs_key = config.recurrence.state_init not in ("zero", "none")
-            state = initial_state(config, self.make_rng("state") if needs_key else None, injected)
-        state = self.sharder.constrain(state.astype(injected.dtype), "batch", "length", None)
-        dropout_key = None if context.deterministic else self.make_rng("dropout")
-
-        def iterate(
-            params: Any, state: jax.Array, prepared: jax.Array, step: jax.Array
-        ) -> jax.Array:
-            rngs = {}
-            if dropout_key is not None:
-                rngs = {"dropout": jax.random.fold_in(dropout_key, step)}
-            new_state = core.apply({"params": params}, state, prepared, context, rngs=rngs)
-            return cast(jax.Array, new_state)
-
-        if config.remat != "none":
-            iterate = jax.checkpoint(iterate, policy=remat_policy(config.remat))
-        return recur(
-            iterate,
-            params,
-            prepared,
-            state,
-            num_steps,
-            backprop_depth=backprop_depth,
-            unroll=config.recurrence.unroll,
-        )
+            state = core.first_state(self.make_rng("state") if needs_key else None)
+        else:
+            state = core.place(state)
+        if not context.deterministic:
+            core = core.replace(dropout_key=self.make_rng("dropout"))  # type: ignore[attr-defined]
+        unroll = config.recurrence.unroll
+        return recur(core, state, num_steps, backprop_depth=backprop_depth, unroll=unroll)
 
     def _injection(self, x: jax.Array) -> jax.Array:
         if self.config.recurrence.injection_norm:
@@ -337,6 +320,13 @@ def layer_context(
         rotary = rotary_table(positions, config.head_dim(width), config.positions.rotary_base)
     slopes = alibi_slopes(config.attention.num_heads) if scheme == "alibi" else None
     return LayerContext(mask, rotary, slopes, None, deterministic)
+
+
+def open_pass(
+    model: MegaTransformer, params: Any, x: Float[Array, "B T D"], context: LayerContext
+) -> Pass:
+    """`MegaTransformer.enter_core`, from outside of the module."""
+    return cast(Pass, model.apply({"params": params}, x, context, method="enter_core"))
 
 
 def build_model(

@@ -169,18 +169,21 @@ def init_cache(
 
 def write_rows(
     cache: KVCache,
-    prelude: KeyValues,
-    core: KeyValues | None,
-    coda: KeyValues,
+    rows: tuple[KeyValues, KeyValues | None, KeyValues],
     positions: Int[Array, "B T"],
     num_steps: Int[Array, "B T"],
     is_medium: Bool[Array, "B T"] | None = None,
 ) -> KVCache:
     """The cache after a pass: its T rows stand at `length`, and `length` has moved by T.
 
-    `is_medium` says which of them are of media; None: none.
-
     The caller has checked that they fit: inside a compiled loop nothing can be raised.
+
+    Args:
+      cache: before.
+      rows: keys and values of prelude, core and coda, in the shapes of the cache but for T rows.
+      positions: of the new rows; -1 for padding.
+      num_steps: iterations of the new rows.
+      is_medium: which of them are of media; None: none.
     """
 
     def put(old: KeyValues | None, new: KeyValues | None) -> KeyValues | None:
@@ -199,6 +202,7 @@ def write_rows(
     if all_media is not None:
         new = jnp.zeros(positions.shape, bool) if is_medium is None else is_medium
         all_media = put_ints(all_media, new)
+    prelude, core, coda = rows
     written: Any = cache.replace(  # type: ignore[attr-defined]
         prelude=put(cache.prelude, prelude),
         core=put(cache.core, core),

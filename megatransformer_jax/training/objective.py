@@ -22,14 +22,14 @@ from megatransformer_jax.losses.tokens import (
     token_loss,
     uniform_log_prior,
 )
-from megatransformer_jax.models.megatransformer import LAST_STATE, MegaTransformer, gather_weights
-from megatransformer_jax.models.passes.observed import (
-    first_state,
-    observe_iterations,
-    open_core,
-    random_signs,
-    squared_jacobian,
+from megatransformer_jax.models.core import recur_observed
+from megatransformer_jax.models.megatransformer import (
+    LAST_STATE,
+    MegaTransformer,
+    gather_weights,
+    with_xla_attention,
 )
+from megatransformer_jax.models.passes.observed import open_core, random_signs, squared_jacobian
 from megatransformer_jax.types import Batch, MediaBatch, ModelOutput
 
 # ------------------------------------------------------------------------------
@@ -71,10 +71,9 @@ def gate_term(
     num_steps = gate_steps(config)
     losses, gate_logits = cast(
         tuple[jax.Array, jax.Array],
-        observe_iterations(
-            model,
+        recur_observed(
             core,
-            first_state(model, core, key),
+            core.first_state(key),
             observe,
             num_steps=num_steps,
             backprop_depth=config.model.recurrence.backprop_depth,
@@ -412,15 +411,14 @@ def _jacobian_share(
     """|J^T v|^2 / |v|^2, v being random signs at the tokens that count."""
     width = state.shape[-1]
     probe = random_signs(jax.random.fold_in(key, streams.PROBE), part.loss_mask, width)
-    square = squared_jacobian(
-        model,
+    core = open_core(
+        with_xla_attention(model),
         params,
         part.tokens,
-        state,
-        probe,
         positions=part.positions,
         segment_ids=part.segment_ids,
     )
+    square = squared_jacobian(core, state, probe)
     return square / (place.num_tokens * width)
 
 

@@ -15,10 +15,9 @@ from megatransformer_jax.data.reasoning import ProblemSet
 from megatransformer_jax.data.reasoning.tasks import Parity
 from megatransformer_jax.evaluation.answers import CachedAnswers, cached_answers, cached_scores
 from megatransformer_jax.evaluation.validation import make_eval_step
-from megatransformer_jax.models.exit_criteria import exit_criterion
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.passes.cached import cached_forward
-from megatransformer_jax.models.passes.depth_loop import DepthRule
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.nn.kv_cache import init_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch, DTypePolicy
@@ -91,12 +90,13 @@ def test_warm_start_hands_the_last_state_on():
     batch, rule = make_batch(), depth_rule()
     is_token = batch.segment_ids > 0
     warm = cached_answers(model, params, batch, make_cache(), rule, None, warm_start=True)
-    run = jax.jit(lambda *arguments, state: cached_forward(model, *arguments, rule, state=state))
+    run = jax.jit(lambda params, new, cache: cached_forward(model, params, new, cache, rule))
     # The first token's state is `state_init`: zero.
     cache, state, columns = make_cache(), jnp.zeros((4, 1, CONFIG.core_width)), []
     for column in range(batch.tokens.shape[1]):
         here = slice(column, column + 1)
-        output = run(params, batch.tokens[:, here], is_token[:, here], cache, state=state)
+        new = NewTokens(batch.tokens[:, here], is_token[:, here], state=state)
+        output = run(params, new, cache)
         cache, state = output.cache, output.state
         columns.append(jnp.argmax(output.logits, axis=-1))
     expected = jnp.concatenate(columns, axis=1)[is_token]

@@ -12,7 +12,7 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.evaluation.recurrence import iteration_curves
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
+from megatransformer_jax.models.passes.observed import open_core
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch, DTypePolicy
 
@@ -46,9 +46,9 @@ def python_states(model, params, batch, key):
     core = open_core(
         model, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
     )
-    step, states = core_step(model, core), [first_state(model, core, key)]
+    states = [core.first_state(key)]
     for _ in range(STEPS + 1):
-        states.append(step(core.params, states[-1], core.prepared))
+        states.append(core.iterate(states[-1]))
     return [np.asarray(state) for state in states]
 
 

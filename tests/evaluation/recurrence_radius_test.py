@@ -10,7 +10,7 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.evaluation.recurrence import growth_rate, spectral_radius
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
+from megatransformer_jax.models.passes.observed import open_core
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch, DTypePolicy
 
@@ -67,9 +67,8 @@ def test_each_iteration_equals_the_eigenvalues_of_its_dense_jacobian():
         positions=device_batch.positions,
         segment_ids=device_batch.segment_ids,
     )
-    step = core_step(model, core)
-    jacobian = jax.jit(jax.jacobian(lambda s: step(core.params, s, core.prepared)))
-    state = first_state(model, core, jax.random.split(key)[0])
+    jacobian = jax.jit(jax.jacobian(core.iterate))
+    state = core.first_state(jax.random.split(key)[0])
     for i in range(STEPS):
         dense = np.asarray(jacobian(state))
         radii = []
@@ -78,6 +77,6 @@ def test_each_iteration_equals_the_eigenvalues_of_its_dense_jacobian():
             block = dense[row, :count, :, row, :count].reshape(count * WIDTH, count * WIDTH)
             radii.append(np.abs(np.linalg.eigvals(block)).max())
         np.testing.assert_allclose(found[i], np.mean(radii), rtol=0.03)
-        state = step(core.params, state, core.prepared)
+        state = core.iterate(state)
     with pytest.raises(ValueError, match="power_iterations 1"):
         spectral_radius(model, params, batch, STEPS, key, 1)

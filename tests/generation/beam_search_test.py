@@ -33,9 +33,9 @@ from megatransformer_jax.generation.endings import (
 )
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.placement import for_rows
-from megatransformer_jax.generation.prefill import prefill
+from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.models.megatransformer import build_model
-from megatransformer_jax.models.passes.cached import cached_forward
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.nn.kv_cache import init_cache
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
@@ -81,7 +81,8 @@ def empty_cache(config, batch_size, **options):
 def read_prompts(config, given, prompts, **cache_options):
     cache = empty_cache(config, len(prompts), **cache_options)
     history = history_of_prompts(prompts, CAPACITY, pad_id=0)
-    prefilled = prefill(*make(config), history, cache, given.rule, given.row_keys, num_columns=16)
+    prompts = left_padded(history, given.row_keys, 16)
+    prefilled = prefill(*make(config), prompts, cache, given.rule)
     return prefilled, history
 
 
@@ -116,10 +117,8 @@ def new_steps(result, row):
 
 @functools.partial(jax.jit, static_argnames="model")
 def one_pass(model, params, token, cache, state, rule, keys):
-    is_token = jnp.ones((1, 1), bool)
-    return cached_forward(
-        model, params, token, is_token, cache, rule, state=state, state_keys=keys
-    )  # fmt: skip
+    new = NewTokens(token, jnp.ones((1, 1), bool), state=state, state_keys=keys)
+    return cached_forward(model, params, new, cache, rule)
 
 
 def forced(config, rule, warm_start, prompt, new_ids, **cache_options):

@@ -22,9 +22,9 @@ from megatransformer_jax.config.layers import SharingConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
 from megatransformer_jax.generation.endings import END_OF_TEXT, LENGTH, Ending
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.prefill import prefill
+from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.processors.cuts import Temperature
-from megatransformer_jax.models.passes.cached import cached_forward
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.nn.kv_cache import init_cache
 
 CAPACITY, COUNT = 64, 10
@@ -75,7 +75,8 @@ def read_prompts(config, given):
     )
     history = history_of_prompts(PROMPTS, CAPACITY, pad_id=0)
     model, params = make(config)
-    return prefill(model, params, history, cache, given.rule, given.row_keys, num_columns=16)
+    prompts = left_padded(history, given.row_keys, 16)
+    return prefill(model, params, prompts, cache, given.rule)
 
 
 def begin(config, given):
@@ -180,10 +181,8 @@ def test_numbers_may_differ_between_rows():
 
 @functools.partial(jax.jit, static_argnames="model")
 def one_pass(model, params, tokens, cache, rule, state, keys):
-    everything = jnp.ones(tokens.shape, bool)
-    return cached_forward(
-        model, params, tokens, everything, cache, rule, state=state, state_keys=keys
-    )
+    new = NewTokens(tokens, jnp.ones(tokens.shape, bool), state=state, state_keys=keys)
+    return cached_forward(model, params, new, cache, rule)
 
 
 def explicit_loop(config, given):

@@ -20,7 +20,7 @@ from megatransformer_jax.generation.endings import (
 )
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.parallel import rows_needed, sample_parallel
-from megatransformer_jax.generation.prefill import prefill
+from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.processors.cuts import Temperature
 from megatransformer_jax.generation.processors.penalties import MinNewTokens, NoRepeatNgram
 from megatransformer_jax.generation.processors.processor import AllowedTokens
@@ -72,7 +72,8 @@ def begin(model_and_params, given, prompts=PROMPTS, num_slots=1):
         model.config, ROWS, CAPACITY, num_slots=num_slots,
         dtype=jnp.dtype(jnp.float32), platform="cpu",
     )  # fmt: skip
-    prefilled = prefill(model, params, history, cache, given.rule, given.row_keys, num_columns=16)
+    prompts = left_padded(history, given.row_keys, 16)
+    prefilled = prefill(model, params, prompts, cache, given.rule)
     return start(given, prefilled, history)
 
 

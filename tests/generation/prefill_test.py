@@ -7,7 +7,7 @@ import pytest
 from tiny_model import DEPTH, PLAIN, PROMPTS, TINY, all_logits, depth_rule, make, tiny
 
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.prefill import prefill, repeat_rows
+from megatransformer_jax.generation.prefill import left_padded, prefill, repeat_rows
 from megatransformer_jax.nn.kv_cache import init_cache
 
 CAPACITY = 64
@@ -26,7 +26,7 @@ def prefilled(config, prompts=PROMPTS, rule=None, columns=16, chunk=None, keys=N
     )
     history = history_of_prompts(prompts, CAPACITY, pad_id=0)
     rule = depth_rule() if rule is None else rule
-    return prefill(model, params, history, cache, rule, keys, num_columns=columns, chunk=chunk)
+    return prefill(model, params, left_padded(history, keys, columns), cache, rule, chunk=chunk)
 
 
 def row_keys():

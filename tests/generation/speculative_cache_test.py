@@ -46,7 +46,7 @@ def one_pass(cache, is_token):
         marked_rows(part, positions, num_rows) for part in (cache.prelude, cache.core, cache.coda)
     ]
     steps = jnp.asarray(np.where(is_token, positions + 7, 0), jnp.int32)
-    return write(cache, *parts, jnp.asarray(positions), steps)
+    return write(cache, tuple(parts), jnp.asarray(positions), steps)
 
 
 def check(cache, lengths):

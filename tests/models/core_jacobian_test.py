@@ -9,7 +9,7 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model, init_params, layer_context
-from megatransformer_jax.models.passes.observed import random_signs, squared_jacobian
+from megatransformer_jax.models.passes.observed import open_core, random_signs, squared_jacobian
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -35,7 +35,7 @@ def dense_jacobian(model, params, state):
     context = layer_context(CONFIG, POSITIONS, AttentionMask(is_causal=True), WIDTH)
     variables = {"params": params}
     x = model.apply(variables, TOKENS, POSITIONS, context, method="run_prelude")
-    _, injected, _ = model.apply(variables, x, method="enter_core")
+    injected = model.apply(variables, x, context, method="enter_core").injected
     core = {"params": params["core"]}
     injected = jax.lax.stop_gradient(injected)
     prepared = model.core_module().apply(core, injected, method="prepare")
@@ -53,9 +53,8 @@ def test_the_mean_is_the_squared_norm_and_gradients_are_exact():
 
     def ours(params, probe):
         probe = probe.reshape(state.shape)
-        return squared_jacobian(
-            model, params, TOKENS, state, probe, positions=POSITIONS, segment_ids=None
-        )
+        core = open_core(model, params, TOKENS, positions=POSITIONS, segment_ids=None)
+        return squared_jacobian(core, state, probe)
 
     def dense(params, probe):
         jacobian = dense_jacobian(model, params, state)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,7 +15,7 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models import megatransformer
-from megatransformer_jax.models.core import RecurrentCore, recur, recur_observed
+from megatransformer_jax.models.core import Pass, RecurrentCore, recur, recur_observed
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -23,9 +24,31 @@ ROWS, LENGTH, WIDTH = 3, 4, 5
 MAX_STEPS = 9
 
 
+@struct.dataclass
+class Toy(Pass):
+    """A pass whose core is one product.
+
+    The iteration itself enters, so that a loop which counts wrongly gives another value.
+    """
+
+    def iterate(self, state, iteration=0):
+        return iterate(self.params, state, self.prepared, iteration)
+
+
+@struct.dataclass
+class Shifted(Pass):
+    """The same in every iteration."""
+
+    def iterate(self, state, iteration=0):
+        return jnp.tanh(state @ self.params + self.prepared)
+
+
 def iterate(params, state, prepared, step):
-    # The step itself enters, so that a loop which counts wrongly gives another value.
     return jnp.tanh(state @ params + prepared + 0.1 * step)
+
+
+def toy(params, prepared, kind=Toy):
+    return kind(None, params, prepared, prepared, None)
 
 
 def inputs(seed=0):
@@ -68,7 +91,7 @@ draws = st.one_of(
 @functools.partial(jax.jit, static_argnames="backprop_depth")
 def compiled_loss_and_gradients(params, prepared, state, num_steps, backprop_depth):
     def loss(params, prepared):
-        out = recur(iterate, params, prepared, state, num_steps, backprop_depth=backprop_depth)
+        out = recur(toy(params, prepared), state, num_steps, backprop_depth=backprop_depth)
         return jnp.sum(out**2), out
 
     return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, prepared)
@@ -97,7 +120,7 @@ def test_value_and_gradients_equal_a_python_loop(num_steps, backprop_depth):
 @pytest.mark.parametrize("num_steps", [0, 1, 7])
 def test_inference_loop_equals_a_python_loop(num_steps):
     params, prepared, state = inputs(1)
-    out = recur(iterate, params, prepared, state, jnp.int32(num_steps), backprop_depth=0)
+    out = recur(toy(params, prepared), state, jnp.int32(num_steps), backprop_depth=0)
     expected = python_loop(params, prepared, state, np.int32(num_steps), 0)
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
@@ -105,19 +128,12 @@ def test_inference_loop_equals_a_python_loop(num_steps):
 def test_a_row_with_fewer_steps_equals_running_it_alone():
     params, prepared, state = inputs(2)
 
-    def shifted(params, state, prepared, step):
-        return jnp.tanh(state @ params + prepared)
-
-    together = recur(shifted, params, prepared, state, jnp.array([2, 5, 0]), backprop_depth=2)
+    core = toy(params, prepared, Shifted)
+    together = recur(core, state, jnp.array([2, 5, 0]), backprop_depth=2)
     for row, count in enumerate([2, 5, 0]):
-        alone = recur(
-            shifted,
-            params,
-            prepared[row : row + 1],
-            state[row : row + 1],
-            jnp.int32(count),
-            backprop_depth=2,
-        )
+        here = slice(row, row + 1)
+        core = toy(params, prepared[here], Shifted)
+        alone = recur(core, state[here], jnp.int32(count), backprop_depth=2)
         np.testing.assert_allclose(together[row], alone[0], rtol=1e-5, atol=1e-6)
 
 
@@ -125,8 +141,8 @@ def test_a_row_with_fewer_steps_equals_running_it_alone():
 def test_unrolling_changes_nothing(unroll):
     params, prepared, state = inputs(3)
     options = {"backprop_depth": 3, "unroll": unroll}
-    out = recur(iterate, params, prepared, state, jnp.int32(5), **options)
-    plain = recur(iterate, params, prepared, state, jnp.int32(5), backprop_depth=3)
+    out = recur(toy(params, prepared), state, jnp.int32(5), **options)
+    plain = recur(toy(params, prepared), state, jnp.int32(5), backprop_depth=3)
     np.testing.assert_allclose(out, plain, rtol=1e-6)
 
 
@@ -189,8 +205,8 @@ def test_dropout_differs_between_iterations_and_is_repeatable(monkeypatch):
     params = init_params(model, jax.random.key(0))
     caught = []
 
-    def catch(iterate, params, prepared, state, num_steps, **options):
-        caught.append([iterate(params, state, prepared, jnp.int32(step)) for step in (0, 1, 1)])
+    def catch(core, state, num_steps, **options):
+        caught.append([core.iterate(state, jnp.int32(step)) for step in (0, 1, 1)])
         return state
 
     monkeypatch.setattr(megatransformer, "recur", catch)
@@ -213,9 +229,7 @@ def test_observed_iterations_are_those_of_a_python_loop(backprop_depth):
 
     def ours(params, prepared, factor):
         return recur_observed(
-            iterate,
-            params,
-            prepared,
+            toy(params, prepared),
             state,
             lambda state: jnp.sum((factor * state) ** 2),
             num_steps=count,

@@ -48,13 +48,8 @@ def filled(start, positions):
         return KeyValues(jnp.asarray(number, jnp.float32), jnp.asarray(-number, jnp.float32))
 
     steps = np.where(np.asarray(positions) >= 0, 1 + np.arange(num_rows), 0)
-    return (
-        entries(1),
-        entries(2 * SLOTS),
-        entries(0),
-        jnp.asarray(positions, jnp.int32),
-        jnp.asarray(steps, jnp.int32),
-    )
+    rows = (entries(1), entries(2 * SLOTS), entries(0))
+    return rows, jnp.asarray(positions, jnp.int32), jnp.asarray(steps, jnp.int32)
 
 
 def two_writes():
@@ -160,8 +155,8 @@ def test_rows_are_rounded_to_the_caches_type():
 
 
 def test_a_plain_model_has_no_core_to_write():
-    rows = filled(1, [[0], [0]])
-    cache = write_rows(empty(PLAIN), rows[0], None, rows[0], *rows[3:])
+    (outer, *_), *numbers = filled(1, [[0], [0]])
+    cache = write_rows(empty(PLAIN), (outer, None, outer), *numbers)
     assert cache.core is None
     assert cache.coda.key[0, 1, 0, 0, 0] == 101
 

@@ -30,11 +30,10 @@ from megatransformer_jax.generation.placement import (
     put_rows,
     replicate,
 )
-from megatransformer_jax.generation.prefill import prefill
+from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.processors.cuts import Temperature
-from megatransformer_jax.models.exit_criteria import exit_criterion
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
-from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -106,7 +105,7 @@ def run(mesh_name):
         sharder, model.config, batch_size=ROWS, capacity=CAPACITY, num_slots=DEPTH,
         dtype=jnp.dtype("float32"), platform="cpu", sharing="modulo", exited_reads="latest",
     )  # fmt: skip
-    prefilled = prefill(model, params, history, cache, rule, keys, num_columns=16)
+    prefilled = prefill(model, params, left_padded(history, keys, 16), cache, rule)
     temperatures = put_rows(sharder, jnp.asarray([0.0, 1.0] * (ROWS // 2)))
     chain = (Temperature(temperatures),)
     settings = DecodeSettings(rule, chain, ending, keys, is_drawn=True, sharder=sharder)

@@ -10,10 +10,9 @@ import numpy as np
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.exit_criteria import exit_criterion
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.passes.cached import cached_forward
-from megatransformer_jax.models.passes.depth_loop import DepthRule
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.nn.kv_cache import init_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -85,9 +84,8 @@ def empty_cache(config, batch_size, *, capacity=32, num_slots, dtype=jnp.float32
 @functools.partial(jax.jit, static_argnames=("model", "is_first"))
 def step(model, params, tokens, is_token, cache, rule, is_first=False, keys=None):
     """One pass, compiled."""
-    return cached_forward(
-        model, params, tokens, is_token, cache, rule, is_first=is_first, state_keys=keys
-    )
+    new = NewTokens(tokens, is_token, state_keys=keys, is_first=is_first)
+    return cached_forward(model, params, new, cache, rule)
 
 
 def in_passes(model, params, tokens, is_token, cache, rule, sizes, *, begins=False, keys=None):

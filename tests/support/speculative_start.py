@@ -8,7 +8,7 @@ from tiny_model import PROMPTS, depth_rule, make
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
 from megatransformer_jax.generation.endings import Ending
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.prefill import prefill
+from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.speculative import speculate
 from megatransformer_jax.nn.kv_cache import init_cache
 
@@ -39,9 +39,8 @@ def read_prompts(config, given, prompts=PROMPTS, capacity=64, num_slots=8):
         dtype=jnp.dtype(jnp.float32),
         platform="cpu",
     )
-    prefilled = prefill(
-        model, params, history, cache, given.rule, given.row_keys, num_columns=COLUMNS
-    )
+    prompts = left_padded(history, given.row_keys, COLUMNS)
+    prefilled = prefill(model, params, prompts, cache, given.rule)
     return prefilled, history
 
 

@@ -14,10 +14,9 @@ import numpy as np
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.exit_criteria import exit_criterion
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.passes.cached import token_states
-from megatransformer_jax.models.passes.depth_loop import DepthRule
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

@@ -72,7 +72,7 @@ def explicit_parts(model, params, batch, config):
         weights, prepared = core.params, core.prepared
         if i <= STEPS - depth:
             weights, prepared = jax.lax.stop_gradient((weights, prepared))
-        state = model.core_module().apply({"params": weights}, state, prepared, core.context)
+        state = core.core.apply({"params": weights}, state, prepared, core.context)
         logits = apply(apply(state, core.outer, method="run_coda")[1], method="run_head")
         stop = jax.nn.sigmoid(apply(state, method="run_gate"))
         p = there * (stop if i < STEPS else 1.0)

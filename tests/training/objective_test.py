@@ -12,7 +12,7 @@ from megatransformer_jax.config.recurrence import RecurrenceConfig, StabilityCon
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.passes.observed import random_signs, squared_jacobian
+from megatransformer_jax.models.passes.observed import open_core, random_signs, squared_jacobian
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.objective import Place, make_objective
 from megatransformer_jax.types import Batch, DTypePolicy
@@ -76,15 +76,15 @@ def test_the_penalty_is_added_with_its_weight_and_warms_up():
             mutable=["last_state"],
         )
         probe = random_signs(jax.random.fold_in(KEY, 3), batch.loss_mask, WIDTH)
-        return squared_jacobian(
+        core = open_core(
             model,
             params,
             batch.tokens,
-            sown["last_state"]["state"][0],
-            probe,
             positions=batch.positions,
             segment_ids=batch.segment_ids,
-        ) / jnp.sum(probe**2)
+        )
+        square = squared_jacobian(core, sown["last_state"]["state"][0], probe)
+        return square / jnp.sum(probe**2)
 
     np.testing.assert_allclose(penalty, wanted(params), rtol=1e-5)
 

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig, RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.models.core import draw_num_steps
+from megatransformer_jax.models.core import Pass, draw_num_steps
 from megatransformer_jax.models.megatransformer import MegaTransformer, pass_context
-from megatransformer_jax.models.passes.observed import core_step, first_state, open_core
+from megatransformer_jax.models.passes.observed import open_core
 from megatransformer_jax.nn.block import Block
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.layer_sharing import earlier_uses, stack_owners
@@ -122,13 +122,11 @@ def layer_states(
         core = open_core(
             model, params, rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids
         )
-        start = first_state(model, core, jax.random.key(seed))
+        start = core.first_state(jax.random.key(seed))
 
         def iterate(carry: tuple[jax.Array, jax.Array], number: jax.Array) -> Any:
             state, output = carry
-            state, layers = observe_iteration(
-                model, core.params, state, core.prepared, core.context
-            )
+            state, layers = observe_iteration(core, state)
             output = jnp.where(number == min(mean_steps, num_steps) - 1, state, output)
             return (state, output), [summarize(layer.states, is_token) for layer in layers]
 
@@ -173,16 +171,10 @@ def observe_prelude(
     return x, list(_layers(seen.get("prelude", {}), model.config, "prelude"))
 
 
-def observe_iteration(
-    model: MegaTransformer,
-    core_params: Any,
-    state: jax.Array,
-    prepared: jax.Array,
-    context: LayerContext,
-) -> tuple[jax.Array, list[LayerOutput]]:
+def observe_iteration(core: Pass, state: jax.Array) -> tuple[jax.Array, list[LayerOutput]]:
     """The next state [B, T, core width], and the core's layers."""
-    new_state, seen = _apply(model.core_module(), core_params, state, prepared, context)
-    return new_state, list(_layers(seen["layers"], model.config, "core"))
+    new_state, seen = _apply(core.core, core.params, state, core.prepared, core.context)
+    return new_state, list(_layers(seen["layers"], core.core.config, "core"))
 
 
 def observe_coda(
@@ -296,16 +288,14 @@ def _core_layers(
     core = open_core(
         model, params, row.tokens, positions=row.positions, segment_ids=row.segment_ids
     )
-    state = first_state(model, core, jax.random.key(seed))
-    step = core_step(model, core)
+    state = core.first_state(jax.random.key(seed))
     names = layer_names(model.config, "core")
     found: dict[str, LayerOutput] = {}
     done = 0
     for number in sorted({1, mean_steps}):
-        state = jax.lax.fori_loop(
-            0, jnp.int32(number - 1 - done), lambda _, s: step(core.params, s, core.prepared), state
-        )
-        state, layers = observe_iteration(model, core.params, state, core.prepared, core.context)
+        count = jnp.int32(number - 1 - done)
+        state = jax.lax.fori_loop(0, count, lambda _, state: core.iterate(state), state)
+        state, layers = observe_iteration(core, state)
         found |= {
             f"{name}/iteration_{number}": layer for name, layer in zip(names, layers, strict=True)
         }

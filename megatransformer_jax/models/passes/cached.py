@@ -9,14 +9,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax import streams
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.core import initial_state
+from megatransformer_jax.models.core import Pass, initial_state
+from megatransformer_jax.models.exit_criteria import DepthRule
 from megatransformer_jax.models.megatransformer import (
     MegaTransformer,
     gather_weights,
     layer_context,
+    open_pass,
 )
 from megatransformer_jax.models.passes.depth_loop import (
-    DepthRule,
+    DepthResult,
     iterate_core,
     stack_rows,
     with_cache,
@@ -45,6 +47,28 @@ class Inserted:
 
 
 @struct.dataclass
+class NewTokens:
+    """What one pass adds to the cache.
+
+    Attributes:
+      tokens: ids, padded on either side; those at places of media do not matter.
+      is_token: False for padding.
+      inserted: media among the tokens. The text's prelude does not see them, as without a cache.
+      state: the core's first state, [B, T, core width]. None: `recurrence.state_init`.
+      state_keys: a key per sequence, for first states that are drawn at random. A token's draw
+        depends on its sequence's key and on its position, not on how the prompt is chunked.
+      is_first: static; promises that the cache is empty, so that fused attention kernels can serve.
+    """
+
+    tokens: Int[Array, "B T"]
+    is_token: Bool[Array, "B T"]
+    inserted: Inserted | None = None
+    state: Float[Array, "B T D"] | None = None
+    state_keys: Key[Array, "B"] | None = None
+    is_first: bool = struct.field(pytree_node=False, default=False)
+
+
+@struct.dataclass
 class CachedOutput:
     """What a pass returns.
 
@@ -64,40 +88,29 @@ class CachedOutput:
 def cached_forward(
     model: MegaTransformer,
     params: Any,
-    tokens: Int[Array, "B T"],
-    is_token: Bool[Array, "B T"],
+    new: NewTokens,
     cache: KVCache,
     rule: DepthRule,
     *,
-    state: Float[Array, "B T D"] | None = None,
-    state_keys: Key[Array, "B"] | None = None,
-    is_first: bool = False,
     last_logits_only: bool = False,
-    inserted: Inserted | None = None,
 ) -> CachedOutput:
     """Passes new tokens through the model.
 
     Args:
       model: the model; on a mesh, its sharder must suit B sequences of T tokens.
       params: parameters.
-      tokens: new token ids, padded on either side.
-      is_token: False for padding. Places of media are none.
-      cache: what came before, with room for T rows.
+      new: the tokens, and what stands among them.
+      cache: what came before, with room for T rows. With media among the tokens, one made for them.
       rule: how deep tokens go. Ignored without a core.
-      state: the core's first state. None: `recurrence.state_init`.
-      state_keys: a key per sequence, for first states that are drawn at random. A token's draw
-        depends on its sequence's key and on its position, not on how the prompt is chunked.
-      is_first: static; promises that the cache is empty, so that fused attention kernels can serve.
       last_logits_only: static; computes logits of each sequence's last token only.
-      inserted: media at places of the new tokens, whose ids there do not matter; the cache must be
-        one with media. The text's prelude does not see them, as without a cache.
 
     Raises:
       ValueError: if the state is drawn at random and there are no keys, the rule's criterion needs
         an exit gate that the model has not, or there are media and the cache has no room for them.
     """
-    config = model.config
-    if inserted is not None and cache.is_medium is None:
+    config, is_token = model.config, new.is_token
+    is_medium = None if new.inserted is None else new.inserted.is_medium
+    if is_medium is not None and cache.is_medium is None:
         raise ValueError("the cache was made for text alone; make it with_media=True.")
     params = gather_weights(model, params)
     positions = cache.next_position[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
@@ -106,55 +119,50 @@ def cached_forward(
     mask = AttentionMask(is_causal=True, window=config.attention.window)
     outer = layer_context(config, places, mask, config.width)
 
-    def outer_context(rows: CachedRows, positions: jax.Array) -> LayerContext:
-        return with_cache(outer, CachedPass(rows, positions, positions, None, None, is_first))
+    def reading(context: LayerContext, rows: CachedRows, positions: jax.Array) -> LayerContext:
+        cached = CachedPass(rows, positions, positions, None, None, new.is_first)
+        return with_cache(context, cached)
 
-    def run_coda(x: jax.Array) -> tuple[jax.Array, KeyValues]:
-        context = outer_context(read_entries(cache.coda, cache), positions)
-        return apply_coda(model, params, x, context, cache)
-
-    text = positions if inserted is None else jnp.where(inserted.is_medium, -1, positions)
-    context = outer_context(read_prelude(cache), text)
-    x, prelude_rows = apply_prelude(model, params, tokens, places, context, cache)
-    if inserted is not None:
-        x = jnp.where(inserted.is_medium[..., None], inserted.values.astype(x.dtype), x)
+    text = positions if is_medium is None else jnp.where(is_medium, -1, positions)
+    context = reading(outer, read_prelude(cache), text)
+    x, prelude_rows = apply_prelude(model, params, new.tokens, places, context, cache)
+    if new.inserted is not None:
+        x = jnp.where(new.inserted.is_medium[..., None], new.inserted.values.astype(x.dtype), x)
         x = model.sharder.constrain(x, "batch", "length", None)
-    num_steps, core_rows = jnp.zeros(tokens.shape, jnp.int32), None
-    if config.is_recurrent:
-        core_params, injected, prepared = cast(
-            Any, model.apply({"params": params}, x, method="enter_core")
-        )
+    outer = reading(outer, read_entries(cache.coda, cache), positions)
+    num_steps, core_rows = jnp.zeros(new.tokens.shape, jnp.int32), None
+    if cache.core is not None:
+        inner = layer_context(config, places, mask, config.core_width)
+        inner = reading(inner, read_entries(cache.core, cache), positions)
+        core: Any = open_pass(model, params, x, inner)
+        core = core.replace(outer=outer, cache=cache, rule=rule)
+        state = new.state
         if state is None:
-            state = token_states(config, state_keys, places, injected)
-
-        def logits_of(state: jax.Array) -> jax.Array:
-            return apply_head(model, params, run_coda(state)[0])
-
-        def gate_of(state: jax.Array) -> jax.Array:
-            return cast(jax.Array, model.apply({"params": params}, state, method="run_gate"))
-
-        result = iterate_core(
-            model.core_module(),
-            core_params,
-            prepared,
-            state.astype(injected.dtype),
-            layer_context(config, places, mask, config.core_width),
-            cache,
-            positions,
-            rule,
-            logits_of,
-            gate_of,
-            is_first=is_first,
-        )
+            state = token_states(config, new.state_keys, places, core.injected)
+        result = _iterate(model, params, core, state.astype(core.injected.dtype))
         x, core_rows, num_steps = result.state, result.rows, result.num_steps
-    hidden, coda_rows = run_coda(x)
+    hidden, coda_rows = apply_coda(model, params, x, outer, cache)
     if last_logits_only:
         hidden = last_token(hidden, is_token)[:, None]
     cache = cache.replace(length=_known_after(cache.length, hidden))  # type: ignore[attr-defined]
-    is_medium = None if inserted is None else inserted.is_medium
-    cache = write_rows(cache, prelude_rows, core_rows, coda_rows, positions, num_steps, is_medium)
+    rows = (prelude_rows, core_rows, coda_rows)
+    cache = write_rows(cache, rows, positions, num_steps, is_medium)
     cache = constrain_cache(model.sharder, cache)
     return CachedOutput(apply_head(model, params, hidden), x, num_steps, cache)
+
+
+def _iterate(model: MegaTransformer, params: Any, core: Pass, state: jax.Array) -> DepthResult:
+    """`iterate_core`, whose criterion may ask the model's coda, head and gate."""
+    outer, cache = core.outer, core.cache
+    assert outer is not None and cache is not None
+
+    def logits_of(state: jax.Array) -> jax.Array:
+        return apply_head(model, params, apply_coda(model, params, state, outer, cache)[0])
+
+    def gate_of(state: jax.Array) -> jax.Array:
+        return cast(jax.Array, model.apply({"params": params}, state, method="run_gate"))
+
+    return iterate_core(core, state, logits_of, gate_of)
 
 
 def last_token(array: Float[Array, "B T X"], is_token: Bool[Array, "B T"]) -> Float[Array, "B X"]:

@@ -11,43 +11,21 @@ judges a token then sees its neighbours at their present iteration, not at their
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from megatransformer_jax.models.core import RecurrentCore
-from megatransformer_jax.models.exit_criteria import ExitCriterion, Observation
+from megatransformer_jax.models.core import Pass
+from megatransformer_jax.models.exit_criteria import Observation
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for, visible_positions
 from megatransformer_jax.nn.layer_sharing import earlier_uses, stack_owners
 from megatransformer_jax.ops.cached_attention import CachedRows
 
 _FIXED = "fixed"
-
-
-@struct.dataclass
-class DepthRule:
-    """How deep tokens go.
-
-    Attributes:
-      depth: most iterations, at least 1: for all or per sequence.
-      threshold: of the criterion: for all or per sequence.
-      min_depth: no token leaves earlier (unless its depth is less).
-      criterion: when a token has settled.
-    """
-
-    depth: Int[Array, ""] | Int[Array, "B"]
-    threshold: Float[Array, ""] | Float[Array, "B"]
-    min_depth: Int[Array, ""] | Int[Array, "B"]
-    criterion: ExitCriterion = struct.field(pytree_node=False)
-
-    @property
-    def lets_tokens_differ(self) -> bool:
-        """Whether tokens of one pass can have different numbers of iterations."""
-        return self.criterion.name != _FIXED or jnp.ndim(self.depth) > 0
 
 
 @struct.dataclass
@@ -76,40 +54,25 @@ class _Carry:
 
 
 def iterate_core(
-    core: RecurrentCore,
-    params: Any,
-    prepared: Float[Array, "B T D"],
+    core: Pass,
     state: Float[Array, "B T D"],
-    context: LayerContext,
-    cache: KVCache,
-    positions: Int[Array, "B T"],
-    rule: DepthRule,
     logits_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
     gate_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T"]],
-    *,
-    is_first: bool,
 ) -> DepthResult:
     """Runs the loop.
 
     Args:
-      core: one iteration.
-      params: its parameters.
-      prepared: what is injected in every iteration.
+      core: with a cache and a rule. Its context's `cached` says what is new and what is read.
       state: the first state.
-      context: of the pass, without its cache.
-      cache: what came before; only read.
-      positions: of the new tokens; -1 for padding.
-      rule: how deep.
       logits_of: coda and head, for criteria that need logits.
       gate_of: the exit gate's logits, for the criterion that needs it.
-      is_first: the cache is empty.
     """
-    differ = rule.lets_tokens_differ
-    criterion = rule.criterion
-    assert cache.core is not None  # The model has a core.
-    layers = cache.core.key.shape[0] // cache.num_slots
-    owners = stack_owners(core.config, "core")
-    is_token = positions >= 0
+    cache, rule = core.cache, core.rule
+    assert cache is not None and cache.core is not None and rule is not None
+    assert core.context.cached is not None
+    positions = core.context.cached.query_positions
+    differ, criterion, config = rule.lets_tokens_differ, rule.criterion, core.core.config
+    layers = core_layers(cache)
 
     def context_at(carry: _Carry, slot: Any) -> LayerContext:
         visible, frozen = positions, None
@@ -117,16 +80,21 @@ def iterate_core(
             frozen = _frozen_rows(carry, cache, slot, layers)
         if differ and cache.exited_reads == "skip":
             visible = jnp.where(carry.is_active | (carry.num_steps > slot), positions, -1)
-        rows = _read(cache, slot, layers)
+        cached: Any = core.context.cached
         active = carry.is_active if differ else None
-        return with_cache(context, CachedPass(rows, positions, visible, active, frozen, is_first))
+        return with_cache(
+            core.context,
+            cached.replace(
+                rows=_read(cache, slot, layers),
+                key_positions=visible,
+                is_active=active,
+                frozen=frozen,
+            ),
+        )
 
     def body(carry: _Carry) -> _Carry:
         slot = slot_for(carry.iteration, cache.num_slots, cache.sharing)
-        new_state, sown = core.apply(
-            {"params": params}, carry.state, prepared, context_at(carry, slot), mutable=[NEW_ROWS]
-        )
-        new_rows = stack_rows(sown[NEW_ROWS]["layers"], owners)
+        new_state, new_rows = iterate_and_sow(core, carry.state, context_at(carry, slot))
         rows = _put_slot(carry.rows, new_rows, slot * layers)
         is_active, memory = carry.is_active, carry.memory
         if differ:
@@ -141,22 +109,43 @@ def iterate_core(
         is_active &= carry.iteration + 1 < _per_sequence(rule.depth)
         return _Carry(carry.iteration + 1, new_state, rows, is_active, num_steps, memory)
 
-    empty = jnp.zeros(
-        (cache.core.key.shape[0], *cache.core.key.shape[1:3], state.shape[1],
-         cache.core.key.shape[-1]), prepared.dtype,
-    )  # fmt: skip
-    empty = core.sharder.constrain(empty, None, "batch", "kv_heads", None, None)
+    empty = no_rows(core, cache.core.key.shape[0], state.shape[1])
+    empty = core.core.sharder.constrain(empty, None, "batch", "kv_heads", None, None)
     carry = _Carry(
         iteration=jnp.int32(0),
         state=state,
         rows=KeyValues(empty, empty),
-        is_active=is_token,
+        is_active=positions >= 0,
         num_steps=jnp.zeros(positions.shape, jnp.int32),
-        memory=criterion.init(state, core.config.vocab_size),
+        memory=criterion.init(state, config.vocab_size),
     )
     carry = jax.lax.while_loop(lambda carry: jnp.any(carry.is_active), body, carry)
     rows = _fill_unused_slots(carry.rows, carry.iteration, layers)
     return DepthResult(carry.state, rows, carry.num_steps)
+
+
+def iterate_and_sow(
+    core: Pass, state: Float[Array, "B T D"], context: LayerContext
+) -> tuple[Float[Array, "B T D"], KeyValues]:
+    """One iteration in another context: the next state, and the core's new rows for the cache."""
+    new_state, sown = core.core.apply(
+        {"params": core.params}, state, core.prepared, context, mutable=[NEW_ROWS]
+    )
+    rows = stack_rows(sown[NEW_ROWS]["layers"], stack_owners(core.core.config, "core"))
+    return cast(jax.Array, new_state), rows
+
+
+def core_layers(cache: KVCache) -> int:
+    """Layers of the core; the cache has an entry for each in every slot."""
+    assert cache.core is not None
+    return cache.core.key.shape[0] // cache.num_slots
+
+
+def no_rows(core: Pass, entries: int, num_columns: int) -> Float[Array, "E B K T H"]:
+    """Zeros in the shape of `entries` layers' new keys, or values, at so many columns."""
+    assert core.cache is not None and core.cache.core is not None
+    shape = core.cache.core.key.shape
+    return jnp.zeros((entries, *shape[1:3], num_columns, shape[-1]), core.prepared.dtype)
 
 
 def stack_rows(sown: Any, owners: tuple[int, ...]) -> KeyValues:

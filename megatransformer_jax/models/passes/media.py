@@ -4,29 +4,13 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Bool, Int, Key
 
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.models.passes.cached import Inserted, token_states
+from megatransformer_jax.models.passes.cached import Inserted, NewTokens, token_states
 from megatransformer_jax.ops.interleave import interleave, place_media, take_places
 from megatransformer_jax.types import MediaBatch
-
-
-@struct.dataclass
-class MediaSequence:
-    """Rows of text and media, as `cached_forward` takes them.
-
-    Attributes:
-      tokens: ids; 0 at places of media and of padding.
-      is_token: False for padding.
-      inserted: the media.
-    """
-
-    tokens: Int[Array, "B S"]
-    is_token: Bool[Array, "B S"]
-    inserted: Inserted
 
 
 def media_sequence(
@@ -36,7 +20,7 @@ def media_sequence(
     lengths: Int[Array, "B"],
     media: MediaBatch,
     num_columns: int,
-) -> MediaSequence:
+) -> NewTokens:
     """Encodes media and puts them between the tokens.
 
     Args:
@@ -48,7 +32,7 @@ def media_sequence(
       num_columns: S, at least as long as the longest row with its media.
 
     Returns:
-      Rows with their last place in the last column.
+      Rows with their last place in the last column; ids are 0 at places of media and of padding.
     """
     segment_ids = _segments(tokens, lengths)
 
@@ -63,7 +47,7 @@ def media_sequence(
     is_token = places >= 0
     is_medium = take_places(layout.is_medium, places)
     ids = take_places(interleave(layout, tokens), places)
-    return MediaSequence(ids, is_token, Inserted(take_places(values, places), is_medium))
+    return NewTokens(ids, is_token, Inserted(take_places(values, places), is_medium))
 
 
 def opened_medium(
@@ -72,7 +56,7 @@ def opened_medium(
     opening: Int[Array, "B"],
     is_open: Bool[Array, "B"],
     media: MediaBatch,
-) -> MediaSequence:
+) -> NewTokens:
     """An opening token and the one medium behind it in the last columns; other rows are padding.
 
     Args:
@@ -109,7 +93,7 @@ def media_conditions(
       lengths: tokens of each row.
       media: of the rows.
       num_steps: iterations of the core.
-      state_keys: of each row, for first states that are drawn; those of `cached_forward`.
+      state_keys: of each row, for first states that are drawn; those of `NewTokens`.
     """
     config = model.config
     segment_ids, state = _segments(tokens, lengths), None

@@ -4,44 +4,18 @@ Losses that read every iteration, the Jacobian, Admin's profile, diagnostics: al
 dropout.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
-from megatransformer_jax.models.core import initial_state, recur_observed
-from megatransformer_jax.models.megatransformer import (
-    MegaTransformer,
-    pass_context,
-    with_xla_attention,
-)
-from megatransformer_jax.nn.block import RESIDUAL_UPDATES, remat_policy
-from megatransformer_jax.nn.context import LayerContext
+from megatransformer_jax.models.core import Pass, initial_state
+from megatransformer_jax.models.megatransformer import MegaTransformer, open_pass, pass_context
+from megatransformer_jax.nn.block import RESIDUAL_UPDATES
 
 # ------------------------------------------------------------------------------
-# Everything that iterations of the core need, taken from one pass over a batch.
-
-
-@struct.dataclass
-class CorePass:
-    """What the iterations over one batch are given.
-
-    Attributes:
-      params: the core's weights, in the compute type and whole on every fsdp device.
-      injected: the prelude's output as it enters the core.
-      prepared: its part of every iteration, see `RecurrentCore.prepare`.
-      context: masks and positions for the core's layers.
-      outer: the same for the layers around the core.
-    """
-
-    params: Any
-    injected: Float[Array, "B T D"]
-    prepared: Float[Array, "B T D"]
-    context: LayerContext
-    outer: LayerContext
+# The pass through the core over one batch.
 
 
 def open_core(
@@ -51,7 +25,7 @@ def open_core(
     *,
     positions: Int[Array, "B T"],
     segment_ids: Int[Array, "B T"] | None,
-) -> CorePass:
+) -> Pass:
     """Runs embedding and prelude.
 
     Raises:
@@ -63,63 +37,10 @@ def open_core(
             "this model has no core to iterate (model.core_layers=0); use a recurrent one."
         )
     outer = pass_context(config, positions, segment_ids, config.width)
-    variables = {"params": params}
-    x = model.apply(variables, tokens, positions, outer, method="run_prelude")
-    core_params, injected, prepared = cast(Any, model.apply(variables, x, method="enter_core"))
+    x: Any = model.apply({"params": params}, tokens, positions, outer, method="run_prelude")
     inner = pass_context(config, positions, segment_ids, config.core_width)
-    return CorePass(core_params, injected, prepared, inner, outer)
-
-
-def core_step(
-    model: MegaTransformer, core: CorePass
-) -> Callable[[Any, jax.Array, jax.Array], jax.Array]:
-    """One iteration as a pure function (core's params, state, prepared injection) -> state.
-
-    Rematerialised as `model.remat` says.
-    """
-    module, remat = model.core_module(), model.config.remat
-
-    def step(params: Any, state: jax.Array, prepared: jax.Array) -> jax.Array:
-        return cast(jax.Array, module.apply({"params": params}, state, prepared, core.context))
-
-    return step if remat == "none" else jax.checkpoint(step, policy=remat_policy(remat))
-
-
-def first_state(
-    model: MegaTransformer, core: CorePass, key: Key[Array, ""]
-) -> Float[Array, "B T D"]:
-    """The state before the first iteration, as `recurrence.state_init` says."""
-    state = initial_state(model.config, key, core.injected).astype(core.injected.dtype)
-    return model.sharder.constrain(jnp.asarray(state), "batch", "length", None)
-
-
-def observe_iterations(
-    model: MegaTransformer,
-    core: CorePass,
-    state: Float[Array, "B T D"],
-    observe: Callable[[jax.Array], Any],
-    *,
-    num_steps: int,
-    backprop_depth: int,
-) -> Any:
-    """Iterates the core and looks at every state; arguments as in `recur_observed`."""
-    step = core_step(model, core)
-
-    def iterate(
-        params: Any, state: jax.Array, prepared: jax.Array, iteration: jax.Array
-    ) -> jax.Array:
-        del iteration  # Only dropout would need it.
-        return step(params, state, prepared)
-
-    return recur_observed(
-        iterate,
-        core.params,
-        core.prepared,
-        state,
-        observe,
-        num_steps=num_steps,
-        backprop_depth=backprop_depth,
-    )
+    core: Any = open_pass(model, params, x, inner)
+    return cast(Pass, core.replace(outer=outer))
 
 
 # ------------------------------------------------------------------------------
@@ -139,41 +60,25 @@ def random_signs(
 
 
 def squared_jacobian(
-    model: MegaTransformer,
-    params: Any,
-    tokens: Int[Array, "B T"],
-    state: Float[Array, "B T D"],
-    probe: Float[Array, "B T D"],
-    *,
-    positions: Int[Array, "B T"],
-    segment_ids: Int[Array, "B T"] | None,
+    core: Pass, state: Float[Array, "B T D"], probe: Float[Array, "B T D"]
 ) -> Float[Array, ""]:
     """|J^T v|^2, J being the derivative by `state` of the iteration that follows it.
 
     Differentiable in the core's parameters only: the state and what is injected are taken as they
-    are. Without dropout. Attention runs by the XLA kernel, as fused ones have no second derivative.
+    are. Without dropout.
 
     Args:
-      model: with a core.
-      params: its parameters.
-      tokens: token ids.
+      core: of a model with the XLA attention kernel (`with_xla_attention`), as fused ones have no
+        second derivative.
       state: the core's raw state.
       probe: v; the sum over positions where it is 0 leaves their rows of J out.
-      positions: as in the forward pass.
-      segment_ids: as in the forward pass.
-
-    Raises:
-      ValueError: if the model has no core.
     """
-    model = with_xla_attention(model)
-    core = open_core(model, params, tokens, positions=positions, segment_ids=segment_ids)
+    module = core.core
     injected, state = jax.lax.stop_gradient((core.injected, state))
-    prepared = cast(
-        jax.Array, model.core_module().apply({"params": core.params}, injected, method="prepare")
-    )
-    step = core_step(model, core)
-    _, pullback = jax.vjp(lambda state: step(core.params, state, prepared), state)
-    probe = model.sharder.constrain(probe.astype(state.dtype), "batch", "length", None)
+    prepared = module.apply({"params": core.params}, injected, method="prepare")
+    core = core.replace(prepared=prepared)  # type: ignore[attr-defined]
+    _, pullback = jax.vjp(core.iterate, state)
+    probe = module.sharder.constrain(probe.astype(state.dtype), "batch", "length", None)
     (product,) = pullback(probe)
     return jnp.sum(jnp.square(product.astype(jnp.float32)))
 
@@ -251,10 +156,10 @@ def _updates(
     outer = pass_context(config, positions, segment_ids, config.width)
     x, sown = _apply(model, variables, tokens, positions, outer, method="run_prelude")
     if config.is_recurrent:
-        core_params, injected, prepared = cast(Any, model.apply(variables, x, method="enter_core"))
-        state = initial_state(config, key, injected)
         inner = pass_context(config, positions, segment_ids, config.core_width)
-        x, of_core = _apply(model.core_module(), {"params": core_params}, state, prepared, inner)
+        core = open_pass(model, params, x, inner)
+        state = initial_state(config, key, core.injected)
+        x, of_core = _apply(core.core, {"params": core.params}, state, core.prepared, inner)
         sown |= {"core": of_core["layers"]}
     _, of_coda = _apply(model, variables, x, outer, method="run_coda")
     return sown | of_coda

@@ -5,15 +5,16 @@ iteration therefore cannot read "its" slot of the cache: all read one slot, wher
 last keys and values stand. Among themselves they see what each offers in the same iteration.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
+from megatransformer_jax.models.core import Pass
 from megatransformer_jax.models.exit_criteria import Observation, exit_criterion
-from megatransformer_jax.models.megatransformer import MegaTransformer, layer_context
+from megatransformer_jax.models.megatransformer import MegaTransformer, layer_context, open_pass
 from megatransformer_jax.models.passes.cached import (
     apply_coda,
     apply_head,
@@ -21,10 +22,14 @@ from megatransformer_jax.models.passes.cached import (
     read_entries,
     token_states,
 )
-from megatransformer_jax.models.passes.depth_loop import stack_rows, with_cache
-from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
+from megatransformer_jax.models.passes.depth_loop import (
+    core_layers,
+    iterate_and_sow,
+    no_rows,
+    with_cache,
+)
+from megatransformer_jax.nn.context import CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache
-from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.ops.masks import AttentionMask
 
 _CHANGE = exit_criterion("latent_diff")
@@ -49,17 +54,33 @@ class Refined:
     coda: KeyValues
 
 
+@struct.dataclass
+class Columns:
+    """The positions of a round.
+
+    Attributes:
+      tokens: at these positions; they may be wrong yet.
+      positions: consecutive in each sequence, from the first that is not in the cache; -1 for
+        columns without one.
+      iterations: of each position in this round; those with fewer wait for the others.
+      state: before the round.
+      new_column: of each sequence, the position that begins and gets its first state from
+        `recurrence.state_init`; a number outside for none. None: none in any sequence.
+    """
+
+    tokens: Int[Array, "B W"]
+    positions: Int[Array, "B W"]
+    iterations: Int[Array, "B W"]
+    state: Float[Array, "B W D"]
+    new_column: Int[Array, "B"] | None = None
+
+
 def refine(
     model: MegaTransformer,
     params: Any,
-    tokens: Int[Array, "B W"],
-    positions: Int[Array, "B W"],
-    iterations: Int[Array, "B W"],
-    state: Float[Array, "B W D"],
+    columns: Columns,
     cache: KVCache,
     slot: Int[Array, ""],
-    *,
-    new_column: Int[Array, "B"] | None = None,
     state_keys: Key[Array, "B"] | None = None,
 ) -> tuple[Refined, Float[Array, "B W V"]]:
     """Iterates the core at several positions, then predicts the token behind each.
@@ -67,16 +88,10 @@ def refine(
     Args:
       model: with a core.
       params: its parameters.
-      tokens: at these positions; they may be wrong yet.
-      positions: consecutive in each sequence, from the first that is not in the cache; -1 for
-        columns without one.
-      iterations: of each position in this round; those with fewer wait for the others.
-      state: before the round.
+      columns: what is iterated.
       cache: of final tokens; only read.
       slot: the core's slot that all positions read.
-      new_column: of each sequence, the position that begins and gets its first state from
-        `recurrence.state_init`; a number outside for none. None: none in any sequence.
-      state_keys: for first states, see `cached_forward`.
+      state_keys: for first states, see `NewTokens`.
 
     Returns:
       What has changed, and logits of the token behind each position.
@@ -84,72 +99,65 @@ def refine(
     Raises:
       ValueError: if first states are drawn at random and there are no keys.
     """
-    config = model.config
+    positions = columns.positions
     places = jnp.maximum(positions, 0)
-    mask = AttentionMask(is_causal=True, window=config.attention.window)
-    outer = layer_context(config, places, mask, config.width)
+    mask = AttentionMask(is_causal=True, window=model.config.attention.window)
+    outer = layer_context(model.config, places, mask, model.config.width)
 
-    def context_of(entries: KeyValues) -> LayerContext:
-        rows = read_entries(entries, cache)
-        return with_cache(outer, CachedPass(rows, positions, positions))
+    def reading(context: LayerContext, entries: KeyValues, first: Any = 0) -> LayerContext:
+        rows = read_entries(entries, cache, first)
+        return with_cache(context, CachedPass(rows, positions, positions))
 
-    x, prelude = apply_prelude(model, params, tokens, places, context_of(cache.prelude), cache)
-    core_params, injected, prepared = cast(
-        Any, model.apply({"params": params}, x, method="enter_core")
-    )
-    state = state.astype(injected.dtype)
-    if new_column is not None:
-        at = jnp.clip(new_column, 0, tokens.shape[1] - 1)[:, None]
-        first = token_states(
-            config,
-            state_keys,
-            jnp.take_along_axis(places, at, axis=1),
-            jnp.take_along_axis(injected, at[..., None], axis=1),
-        )
-        is_new = jnp.arange(tokens.shape[1]) == new_column[:, None]
-        state = jnp.where(is_new[..., None], first, state)
-    new_state, core = _iterate(
-        model, core_params, prepared, state, positions, iterations, places, mask, cache, slot
-    )
-    hidden, coda = apply_coda(model, params, new_state, context_of(cache.coda), cache)
+    prelude_context = reading(outer, cache.prelude)
+    x, prelude = apply_prelude(model, params, columns.tokens, places, prelude_context, cache)
+    assert cache.core is not None
+    inner = layer_context(model.config, places, mask, model.config.core_width)
+    inner = reading(inner, cache.core, slot * core_layers(cache))
+    core = open_pass(model, params, x, inner)
+    core = core.replace(cache=cache)  # type: ignore[attr-defined]
+    state = columns.state.astype(core.injected.dtype)
+    if columns.new_column is not None:
+        state = _begin(core, columns.new_column, state, places, state_keys)
+    new_state, core_rows = _iterate(core, state, columns.iterations)
+    hidden, coda = apply_coda(model, params, new_state, reading(outer, cache.coda), cache)
     change, _ = _CHANGE.measure(state.astype(jnp.float32), Observation(new_state))
     logits = apply_head(model, params, hidden)
-    return Refined(new_state, change, prelude, core, coda), logits
+    return Refined(new_state, change, prelude, core_rows, coda), logits
 
 
-def _iterate(
-    model: MegaTransformer,
-    core_params: Any,
-    prepared: jax.Array,
+def _begin(
+    core: Pass,
+    new_column: jax.Array,
     state: jax.Array,
-    positions: jax.Array,
-    iterations: jax.Array,
     places: jax.Array,
-    mask: AttentionMask,
-    cache: KVCache,
-    slot: jax.Array,
-) -> tuple[jax.Array, KeyValues]:
+    state_keys: jax.Array | None,
+) -> jax.Array:
+    """The states, with first ones at the positions that begin."""
+    at = jnp.clip(new_column, 0, places.shape[1] - 1)[:, None]
+    first = token_states(
+        core.core.config,
+        state_keys,
+        jnp.take_along_axis(places, at, axis=1),
+        jnp.take_along_axis(core.injected, at[..., None], axis=1),
+    )
+    is_new = jnp.arange(places.shape[1]) == new_column[:, None]
+    return jnp.where(is_new[..., None], first, state)
+
+
+def _iterate(core: Pass, state: jax.Array, iterations: jax.Array) -> tuple[jax.Array, KeyValues]:
     """The states after their iterations, and the keys and values of the last ones."""
-    config, core = model.config, model.core_module()
-    assert cache.core is not None
-    layers = cache.core.key.shape[0] // cache.num_slots
-    read = read_entries(cache.core, cache, slot * layers)
-    inner = layer_context(config, places, mask, config.core_width)
+    assert core.cache is not None
 
     def iterate(index: jax.Array, carry: tuple[jax.Array, KeyValues]) -> Any:
         state, rows = carry
         is_active = index < iterations
-        cached = CachedPass(read, positions, positions, is_active, rows)
-        new_state, sown = core.apply(
-            {"params": core_params}, state, prepared, with_cache(inner, cached), mutable=[NEW_ROWS]
-        )
-        state = jnp.where(is_active[..., None], cast(jax.Array, new_state), state)
-        return state, stack_rows(sown[NEW_ROWS]["layers"], stack_owners(config, "core"))
+        cached: Any = core.context.cached
+        cached = cached.replace(is_active=is_active, frozen=rows)
+        new_state, rows = iterate_and_sow(core, state, with_cache(core.context, cached))
+        return jnp.where(is_active[..., None], new_state, state), rows
 
     # A position without an iteration is none, and seen by nobody.
-    batch_size, width = positions.shape
-    key_shape = cache.core.key.shape
-    nothing = jnp.zeros((layers, batch_size, key_shape[2], width, key_shape[-1]), prepared.dtype)
+    nothing = no_rows(core, core_layers(core.cache), state.shape[1])
     carry = (state, KeyValues(nothing, nothing))
     done: tuple[jax.Array, KeyValues] = jax.lax.fori_loop(0, jnp.max(iterations), iterate, carry)
     return done

@@ -23,7 +23,7 @@ from cached_passes import (
 from megatransformer_jax.checkpoints.huginn import load_huginn
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model
-from megatransformer_jax.models.passes.cached import cached_forward
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.nn.kv_cache import drop_rows, take_sequences
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -121,10 +121,10 @@ def test_compute_in_bfloat16():
 def test_last_logits_are_those_of_each_sequences_last_token():
     model, params = made("core_alone")
     is_token, tokens = LAYOUT[:, 9:12], some_tokens(4, 3)
-    arguments = tokens, is_token, empty_cache(model.config, 4, num_slots=DEPTH), rule(DEPTH)
-    every = step(model, params, *arguments).logits
+    arguments = empty_cache(model.config, 4, num_slots=DEPTH), rule(DEPTH)
+    every = step(model, params, tokens, is_token, *arguments).logits
     last_only = jax.jit(functools.partial(cached_forward, model, last_logits_only=True))
-    last = last_only(params, *arguments).logits
+    last = last_only(params, NewTokens(tokens, is_token), *arguments).logits
     assert last.shape == (4, 1, model.config.vocab_size)
     for row, column in enumerate((0, 2, 1, 2)):
         np.testing.assert_allclose(last[row, 0], every[row, column], atol=1e-6)
@@ -212,7 +212,7 @@ def test_a_loop_of_passes_works_on_the_cache_in_place():
     def decode(params, leaves, token, count):
         def body(_, carry):
             token, cache = carry
-            out = cached_forward(model, params, token, token >= 0, cache, rule(DEPTH))
+            out = cached_forward(model, params, NewTokens(token, token >= 0), cache, rule(DEPTH))
             return jnp.argmax(out.logits, axis=-1).astype(jnp.int32), out.cache
 
         carry = token, jax.tree.unflatten(tree, leaves)

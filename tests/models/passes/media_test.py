@@ -38,17 +38,8 @@ def sequence_of(model, params, batch):
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("is_first",))
 def step(model, params, sequence, cache, rule, *, is_first):
-    output = cached_forward(
-        model,
-        params,
-        sequence.tokens,
-        sequence.is_token,
-        cache,
-        rule,
-        state_keys=KEYS,
-        is_first=is_first,
-        inserted=sequence.inserted,
-    )
+    new = sequence.replace(state_keys=KEYS, is_first=is_first)
+    output = cached_forward(model, params, new, cache, rule)
     return output.logits, output.num_steps, output.cache
 
 

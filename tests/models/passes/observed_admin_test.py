@@ -11,9 +11,15 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig, NormConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.core import initial_state
-from megatransformer_jax.models.megatransformer import build_model, init_params, layer_context
+from megatransformer_jax.models.megatransformer import (
+    build_model,
+    init_params,
+    layer_context,
+    open_pass,
+)
 from megatransformer_jax.models.passes.observed import profile_admin
 from megatransformer_jax.nn.attention import SelfAttention
+from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.ops.masks import AttentionMask
@@ -92,9 +98,9 @@ def test_omegas_are_the_papers_formula():
     variances, x = walk(CONFIG, prelude, embedded, 8)
     check([profiled["prelude"][f"layer_{layer}"] for layer in range(2)], variances)
 
-    core_params, injected, prepared = model.apply({"params": params}, x, method="enter_core")
-    state = initial_state(CONFIG, key, injected)
-    state = model.core_module().bind({"params": core_params}).adapter(state, prepared)
+    core = open_pass(model, params, x, LayerContext(AttentionMask(is_causal=True)))
+    state = initial_state(CONFIG, key, core.injected)
+    state = core.core.bind({"params": core.params}).adapter(state, core.prepared)
     core = [params["core"]["layers"]["layer_0"]]
     variances, x = walk(CONFIG, core, state, 8)
     check([profiled["core"]["layers"]["layer_0"]], variances)

@@ -11,11 +11,10 @@ import pytest
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.exit_criteria import exit_criterion
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.passes.cached import cached_forward, token_states
-from megatransformer_jax.models.passes.depth_loop import DepthRule
-from megatransformer_jax.models.passes.wavefront import refine
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward, token_states
+from megatransformer_jax.models.passes.wavefront import Columns, refine
 from megatransformer_jax.nn.cache_rows import write_staggered_rows
 from megatransformer_jax.nn.kv_cache import init_cache
 from megatransformer_jax.sharding.rules import Sharder
@@ -72,13 +71,16 @@ def depth_rule(depth):
 
 @functools.partial(jax.jit, static_argnames=("model", "is_first"))
 def ordinary(model, params, tokens, is_token, cache, depth, is_first=False):
-    return cached_forward(
-        model, params, tokens, is_token, cache, depth_rule(depth), state_keys=KEYS,
-        is_first=is_first,
-    )  # fmt: skip
+    new = NewTokens(tokens, is_token, state_keys=KEYS, is_first=is_first)
+    return cached_forward(model, params, new, cache, depth_rule(depth))
 
 
-compiled_refine = jax.jit(refine, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def compiled_refine(
+    model, params, tokens, positions, iterations, state, cache, new_column=None, state_keys=None
+):
+    columns = Columns(tokens, positions, iterations, state, new_column)
+    return refine(model, params, columns, cache, jnp.int32(0), state_keys)
 
 
 def prefix(name, depth):
@@ -108,9 +110,8 @@ def test_a_round_of_full_depth_equals_a_pass(name):
     wanted = ordinary(model, params, tokens, jnp.ones((B, W), bool), cache, depth)
     iterations = jnp.broadcast_to(depth[:, None], (B, W))
     got, logits = compiled_refine(
-        model, params, tokens, positions, iterations, first_states(model, positions), cache,
-        jnp.int32(0),
-    )  # fmt: skip
+        model, params, tokens, positions, iterations, first_states(model, positions), cache
+    )
     np.testing.assert_allclose(logits, wanted.logits, atol=1e-5)
     np.testing.assert_allclose(got.state, wanted.state, atol=1e-5)
     written = write_staggered_rows(
@@ -129,12 +130,12 @@ def test_rounds_add_up():
     run = functools.partial(compiled_refine, model, params, tokens, positions)
     states = [first_states(model, positions)]
     for count in (2, 3):
-        out, logits = run(jnp.full((B, W), count), states[-1], cache, jnp.int32(0))
+        out, logits = run(jnp.full((B, W), count), states[-1], cache)
         change = np.linalg.norm(out.state - states[-1], axis=-1)
         change /= np.linalg.norm(out.state, axis=-1)
         np.testing.assert_allclose(out.change, change, rtol=1e-4)
         states.append(out.state)
-    at_once, logits_at_once = run(jnp.full((B, W), 5), states[0], cache, jnp.int32(0))
+    at_once, logits_at_once = run(jnp.full((B, W), 5), states[0], cache)
     np.testing.assert_allclose(at_once.state, states[-1], atol=1e-5)
     np.testing.assert_allclose(logits_at_once, logits, atol=1e-4)
 
@@ -146,7 +147,7 @@ def test_unused_columns_and_later_ones_are_not_seen():
     state = first_states(model, positions)
     run = functools.partial(compiled_refine, model, params)
     iterations = jnp.asarray([[4, 3, 1, 1], [2, 2, 2, 1]], jnp.int32)
-    full, full_logits = run(tokens, positions, iterations, state, cache, jnp.int32(0))
+    full, full_logits = run(tokens, positions, iterations, state, cache)
     for used in (1, 2, 3):
         is_used = jnp.arange(W) < used
         out, logits = run(
@@ -155,7 +156,6 @@ def test_unused_columns_and_later_ones_are_not_seen():
             jnp.where(is_used, iterations, 0),
             jnp.where(is_used[:, None], state, 1e3),
             cache,
-            jnp.int32(0),
         )
         np.testing.assert_allclose(logits[:, :used], full_logits[:, :used], atol=1e-5)
         np.testing.assert_allclose(
@@ -173,11 +173,11 @@ def test_a_new_column_begins_with_its_first_state(new):
     run = functools.partial(
         compiled_refine, model, params, tokens, positions, jnp.ones((B, W), int)
     )
-    got, _ = run(state, cache, jnp.int32(0), new_column=new, state_keys=KEYS)
+    got, _ = run(state, cache, new_column=new, state_keys=KEYS)
     is_new = jnp.arange(W) == new[:, None]
     replaced = jnp.where(is_new[..., None], first_states(model, positions), state)
-    wanted, _ = run(replaced, cache, jnp.int32(0))
+    wanted, _ = run(replaced, cache)
     np.testing.assert_allclose(got.state, wanted.state, atol=1e-6)
-    assert np.abs(got.state - run(state, cache, jnp.int32(0))[0].state).max() > 1e-3
+    assert np.abs(got.state - run(state, cache)[0].state).max() > 1e-3
     with pytest.raises(ValueError, match="give a key"):
-        run(state, cache, jnp.int32(0), new_column=new)
+        run(state, cache, new_column=new)
