@@ -12,6 +12,7 @@ from megatransformer_jax.config.option import (
     section,
 )
 from megatransformer_jax.config.recurrence import ExitGateTrainingConfig, StabilityConfig
+from megatransformer_jax.config.sampling import check_texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,12 @@ MEDIA_METRICS = {
     "validation/caption_accuracy": ("max", "caption"),
     "validation/transcription_accuracy": ("max", "transcribe"),
 }
-BETTER_ENDS = REASONING_METRICS | {name: end for name, (end, _) in MEDIA_METRICS.items()}
+# Of texts that the model generates, see `GeneratedConfig`.
+TEXT_SCORES = ("bleu", "chrf", "rouge1", "rouge2", "rouge_l", "exact_match")
+GENERATED_METRICS = {f"validation/{name}": "max" for name in TEXT_SCORES}
+BETTER_ENDS = (
+    REASONING_METRICS | {name: end for name, (end, _) in MEDIA_METRICS.items()} | GENERATED_METRICS
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +148,7 @@ class CheckpointConfig(SavingConfig):
         "validation/loss",
         "Validation metric that ranks checkpoints. validation/exact_accuracy exists for reasoning "
         "tasks only; metrics of images, sound, captions and transcriptions need the data.media "
-        "task that they measure.",
+        "task that they measure, and those of generated text need evaluation.generated.metrics.",
         choices=tuple(BETTER_ENDS),
     )
     best_mode: str = option(
@@ -175,12 +181,65 @@ class ValidationConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GeneratedConfig:
+    """Scores of texts that the model generates greedily in validation, as validation/METRIC."""
+
+    metrics: tuple[str, ...] = option(
+        (),
+        "What the texts are scored by. bleu, chrf, rouge1, rouge2, rouge_l: as `megatransformer "
+        "evaluate --references` does (extra 'eval'). exact_match: share of texts that equal a "
+        "reference. Default (empty): nothing is generated.",
+        choices=TEXT_SCORES,
+    )
+    references: str | None = option(
+        None,
+        'Of text: file of JSON lines {"prompt": "...", "reference": "..."}; a reference may also '
+        "be a list of right texts. Reasoning problems have their own answers.",
+    )
+    num_texts: int = option(
+        64, "Number of prompts: the first of the file, or of the held-out problems.", minimum=1
+    )
+    max_new_tokens: int = option(
+        48, "Tokens generated after a prompt. An answer to a problem has its own length.", minimum=1
+    )
+    stop: tuple[str, ...] = option(
+        (), "Stop texts: a text ends before the first of them, such as '\\n'."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("metrics")
+    def _metrics_are_different(self) -> None:
+        """Each at most once."""
+        if len(set(self.metrics)) != len(self.metrics):
+            raise ConfigError("metrics", f"{self.metrics!r} repeats a metric; name each once.")
+
+    @rule("references", "num_texts", "max_new_tokens", "stop")
+    def _texts_are_generated_for_metrics(self) -> None:
+        """Keep the default without metrics."""
+        if not self.metrics:
+            require_defaults(
+                self,
+                ("references", "num_texts", "max_new_tokens", "stop"),
+                "without metrics",
+                "name metrics",
+            )
+
+    @rule("stop")
+    def _stops_have_text(self) -> None:
+        """None is empty, and all can be written in UTF-8."""
+        check_texts("stop", self.stop)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationConfig(ValidationConfig):
     """Validation during training and at its end."""
 
     final_depths: tuple[int, ...] = option(
         (1, 2, 4, 8, 16, 32), "Depths of the table and the plot at the end.", minimum=1
     )
+    generated: GeneratedConfig = section(GeneratedConfig, "Scores of generated texts.")
 
     @rule("final_depths")
     def _depths_are_increasing(self) -> None:

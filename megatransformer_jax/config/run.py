@@ -5,6 +5,7 @@ import dataclasses
 from megatransformer_jax.config.data import MIN_TRAINED_PIECES, DataConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.loop import (
+    GENERATED_METRICS,
     MEDIA_METRICS,
     RECURRENT_KINDS,
     TEXT_METRICS,
@@ -27,6 +28,7 @@ from megatransformer_jax.config.option import (
 from megatransformer_jax.config.recurrence import ExitGateTrainingConfig
 from megatransformer_jax.config.run_base import BaseRunConfig, kind_option
 from megatransformer_jax.config.run_rules import (
+    check_generated_texts,
     check_media_model,
     check_media_samples,
     check_sequence_room,
@@ -302,11 +304,28 @@ class RunConfig(BaseRunConfig):
             except ConfigError as error:
                 raise error.below("samples") from None
 
+    @rule("evaluation.generated")
+    def _generated_texts_have_prompts(self) -> None:
+        """With metrics: on text, references are given. On reasoning, the task is addition or hop,
+        and references, max_new_tokens and stop keep their defaults. Not with data.source='media'.
+        """
+        check_generated_texts(self)
+
     @rule("checkpoint.best_metric")
     def _best_metric_is_returned(self) -> None:
         """validation/exact_accuracy only with data.source='reasoning'; those of media only with
-        the task of data.media that makes them."""
+        the task of data.media that makes them; those of generated text only if
+        evaluation.generated.metrics has them."""
         metric = self.checkpoint.best_metric
+        if metric in GENERATED_METRICS:
+            name = metric.removeprefix("validation/")
+            if name not in self.evaluation.generated.metrics:
+                raise ConfigError(
+                    "checkpoint.best_metric",
+                    f"{metric!r} needs {name!r} in evaluation.generated.metrics; add it, or use "
+                    f"one of {', '.join(TEXT_METRICS)}.",
+                )
+            return
         if metric in MEDIA_METRICS:
             task = MEDIA_METRICS[metric][1]
             if self.data.source != "media" or task not in self.data.media.task_weights:

@@ -108,3 +108,49 @@ def media_places(run: "RunConfig") -> tuple[int, int]:
         media.images_per_row * model.image.num_tokens if model.image.enabled else 0,
         media.audio_per_row * model.audio.num_tokens if model.audio.enabled else 0,
     )
+
+
+# ------------------------------------------------------------------------------
+# What texts that validation generates need.
+
+# Tasks whose answers follow their problems; in the others each symbol of an answer stands under
+# one of the problem, so that nothing is generated.
+CONTINUED_TASKS = ("addition", "hop")
+
+
+def check_generated_texts(run: "RunConfig") -> None:
+    """Checks that there are prompts to continue and references to compare with.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    options, path = run.evaluation.generated, "evaluation.generated"
+    if not options.metrics:
+        return
+    match run.task:
+        case "text" if options.references is None:
+            raise ConfigError(
+                f"{path}.references",
+                "is None, and evaluation.generated.metrics asks for scores; name a file of JSON "
+                'lines {"prompt": "...", "reference": "..."}.',
+            )
+        case "media":
+            raise ConfigError(
+                f"{path}.metrics",
+                f"{options.metrics!r} are not for data.source='media', whose answers "
+                "validation/caption_accuracy and validation/transcription_accuracy score; leave it "
+                "empty.",
+            )
+        case "reasoning":
+            own = ("references", "max_new_tokens", "stop")
+            try:
+                require_defaults(options, own, "with data.source='reasoning'", "leave it out")
+            except ConfigError as error:
+                raise error.below(path) from None
+            if run.data.reasoning.task not in CONTINUED_TASKS:
+                raise ConfigError(
+                    f"{path}.metrics",
+                    f"{options.metrics!r} are not for data.reasoning.task="
+                    f"{run.data.reasoning.task!r}, whose answers stand under the problem and are "
+                    "not generated; leave it empty: validation/exact_accuracy scores them.",
+                )

@@ -74,6 +74,21 @@ def score_texts(predictions: Sequence[str], references: Sequence[Sequence[str]])
     )
 
 
+def named_scores(
+    names: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> dict[str, float]:
+    """Only those scores of `TextScores` that have one of the names; see `score_texts`."""
+    rouge: dict[str, float] = {}
+    if any(name.startswith("rouge") for name in names):
+        rouge = rouge_f1(predictions, references)
+        rouge["rouge_l"] = rouge["rougeL"]
+    others = {"bleu": bleu, "chrf": chrf, "exact_match": exact_match}
+    return {
+        name: rouge[name] if name in rouge else others[name](predictions, references)
+        for name in names
+    }
+
+
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """BLEU of the corpus, 0 to 100; arguments and errors as of `score_texts`."""
     sacrebleu = import_extra("sacrebleu", "eval", "scores of texts")

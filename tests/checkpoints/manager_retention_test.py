@@ -57,8 +57,8 @@ def test_the_mode_follows_from_the_metric_unless_given(metric, mode, is_higher_b
 
 
 def test_a_metric_that_validation_never_returns_is_an_error():
-    with pytest.raises(ConfigError, match=r"'validation/bleu' is not allowed.*'validation/loss'"):
-        CheckpointConfig(best_metric="validation/bleu")
+    with pytest.raises(ConfigError, match=r"'validation/ter' is not allowed.*'validation/loss'"):
+        CheckpointConfig(best_metric="validation/ter")
 
 
 @pytest.mark.parametrize(

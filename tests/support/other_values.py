@@ -52,6 +52,7 @@ COMPANIONS = {
     "logging.writers": ["--config.logging.wandb_project=mine"],
 }
 _BUCKETS = ["--config.data.packing=bucket"]
+_SCORED = ["--config.evaluation.generated.metrics=exact_match"]
 _GATE = ["--config.model.exit_gate.enabled"]
 _LORA = ["--config.fine_tuning.init_from=runs/a", "--config.fine_tuning.lora.rank=4"]
 _PEER = ["--config.model.mlp.kind=peer", "--config.model.mlp.hidden_width=704"]
@@ -98,7 +99,12 @@ SECTION_COMPANIONS = {
     "optimizer.muon.": ["--config.optimizer.name=muon"],
     "optimizer.sgd.": _SGD,
     "train.exit_gate.": _GATE,
+    "evaluation.generated.": [*_SCORED, "--config.evaluation.generated.references=r.jsonl"],
     "fine_tuning.lora.": _LORA,
+}
+COMPANIONS |= {
+    "evaluation.generated.metrics": ["--config.evaluation.generated.references=r.jsonl"],
+    "evaluation.generated.references": _SCORED,
 }
 COMPANIONS |= MEDIA_COMPANIONS
 SECTION_COMPANIONS |= MEDIA_SECTION_COMPANIONS
@@ -144,6 +150,8 @@ NEW_VALUES: dict[str, Any] = {
     "train.accumulation": 2,
     "checkpoint.keep_every_steps": 300,
     "evaluation.final_depths": (1, 3),
+    "evaluation.generated.metrics": ("bleu", "exact_match"),
+    "evaluation.generated.stop": ("a, b", "c"),
     "logging.writers": ("wandb",),
 }
 NEW_VALUES |= MEDIA_NEW_VALUES
