@@ -14,6 +14,7 @@ from megatransformer_jax.config.option import (
     check_options,
     option,
     require_defaults,
+    require_function_name,
     rule,
     section,
 )
@@ -75,14 +76,7 @@ class AugmentationConfig:
     @rule("back_translation")
     def _function_has_module_and_name(self) -> None:
         """Written 'package.module:name'."""
-        if self.back_translation is None:
-            return
-        module, _, name = self.back_translation.partition(":")
-        if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
-            raise ConfigError(
-                "back_translation",
-                f"{self.back_translation!r} names no function; write 'package.module:name'.",
-            )
+        require_function_name(self, "back_translation")
 
     def _both(self, what: str, rate: str) -> None:
         given = getattr(self, what) is not None

@@ -173,6 +173,20 @@ def require_defaults(config: Any, names: Sequence[str], because: str, fix: str) 
         )
 
 
+def require_function_name(config: Any, option_name: str) -> None:
+    """Checks that an option is None or names a function of the user's, 'package.module:name'.
+
+    Raises:
+      ConfigError: otherwise.
+    """
+    value = getattr(config, option_name)
+    if value is None:
+        return
+    module, _, name = value.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+        raise ConfigError(option_name, f"{value!r} names no function; write 'package.module:name'.")
+
+
 def default_of(field: dataclasses.Field) -> Any:
     """The default of an option, or a section made of defaults."""
     if field.default_factory is not dataclasses.MISSING:

@@ -13,13 +13,14 @@ from megatransformer_jax.config.option import (
     check_options,
     option,
     require_defaults,
+    require_function_name,
     rule,
 )
 
 # Sources of files, by the ending of their names.
 FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 # What only the making of media, and of sound from spectrograms, heeds.
-MEDIA_OPTIONS = ("media_per_class", "guidance_scale", "sampler_steps")
+MEDIA_OPTIONS = ("media_per_class", "image_features", "guidance_scale", "sampler_steps")
 SOUND_OPTIONS = ("resynthesized_clips", "vocoder")
 # Scoring has its own options for these, or scores one text per prompt.
 _LEFT_OUT = ("depth", "batch_size", "num_samples", "seed", "max_media", *MEDIA_OPTIONS)
@@ -77,9 +78,16 @@ class ScoringConfig:
     media_per_class: int | None = option(
         None,
         "For a model that draws or speaks digits: how many of each it makes at each depth, for "
-        "judges trained on real ones. Default (None): 20. 0: none.",
+        "judges trained on real ones. Other images have no classes: with image_features it draws "
+        "ten times as many of them in all. Default (None): 20. 0: none.",
         minimum=0,
         maximum=MAX_COUNT,
+    )
+    image_features: str | None = option(
+        None,
+        "A function 'package.module:name' from images [N, height, width, C] in [-1, 1] to features "
+        "[N, K], or to a pair of features and class probabilities [N, classes], for FID and "
+        "Inception score. Default (None): a small network trained on the run's real digits.",
     )
     guidance_scale: float | None = option(
         None,
@@ -132,6 +140,11 @@ class ScoringConfig:
         """Only with files."""
         if not self.files:
             require_defaults(self, ("text_field",), "without files", "name files")
+
+    @rule("image_features")
+    def _features_have_module_and_name(self) -> None:
+        """Written 'package.module:name'."""
+        require_function_name(self, "image_features")
 
     @rule("files")
     def _files_are_of_one_kind(self) -> None:

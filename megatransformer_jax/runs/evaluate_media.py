@@ -1,6 +1,7 @@
 """Scores a model with images and sound at each depth, on held-out data and on what it makes."""
 
 import dataclasses
+import itertools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,8 +22,9 @@ from megatransformer_jax.data.media.rows import task_names
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import fill_hops, griffin_lim, normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord
+from megatransformer_jax.evaluation.media.features import CustomFeatures
 from megatransformer_jax.evaluation.media.judges import (
-    DrawnDigitReferee,
+    DrawnReferee,
     DrawnScores,
     Recognition,
     SpokenDigitReferee,
@@ -110,7 +112,8 @@ def evaluate_media(
     def write(folder: pathlib.Path) -> list[pathlib.Path]:
         paths = [write_media_scores(folder, rows, mean, resynthesis)]
         if shown.drawn is not None:
-            paths.append(folder / "drawn_digits.png")
+            is_digits = shown.drawn.recognition is not None
+            paths.append(folder / ("drawn_digits.png" if is_digits else "drawn.png"))
             imsave(paths[-1], subject.contact_sheet(shown.validation.depth))
         return paths
 
@@ -129,7 +132,7 @@ def _tables(
 ) -> Iterator[Table]:
     yield make_media_table(rows, trained_depth)
     at = "" if shown.validation.depth is None else f" at depth {shown.validation.depth}"
-    if shown.drawn is not None:
+    if shown.drawn is not None and shown.drawn.recognition is not None:
         yield make_class_table(f"Drawn digits{at}", shown.drawn.recognition)
     if shown.spoken is not None:
         yield make_class_table(f"Spoken digits{at}", shown.spoken)
@@ -171,30 +174,42 @@ class MediaMeasures:
             self.measures["transcripts"] = self._transcripts
         count = options.media_per_class
         self._per_class = DEFAULT_MEDIA_PER_CLASS if count is None else count
-        makes_digits = False
-        if self._per_class and "draw" in self._tasks:
-            makes_digits |= self._prepare_drawing(options)
-        if self._per_class and "speak" in self._tasks:
-            makes_digits |= self._prepare_speaking(options)
-        if not makes_digits:
+        tasks = self._tasks if self._per_class else ()
+        draws = "draw" in tasks and self._prepare_drawing(options)
+        speaks = "speak" in tasks and self._prepare_speaking(options)
+        if not draws:
+            ignored = ("image_features",) if speaks else MEDIA_OPTIONS
             options.reject_media(
-                f"{loaded.description} makes no digits that could be judged", MEDIA_OPTIONS
+                f"{loaded.description} makes no {'images' if speaks else 'media'} that could be "
+                "judged",
+                ignored,
             )
 
     def _prepare_drawing(self, options: ScoringConfig) -> bool:
         source, image = self._run.data.media.images.source, self._loaded.config.image
-        if source != "digits":
-            logging.info("images of the source %r have no judge, so none are drawn.", source)
+        name = options.image_features
+        extract = None if name is None else CustomFeatures(name)
+        if source != "digits" and extract is None:
+            logging.info(
+                "images of the source %r have no judge, so none are drawn; image_features scores "
+                "them.",
+                source,
+            )
             return False
         training = labelled_images(self._run.data, image, "train")
         held_out = labelled_images(self._run.data, image, "validation")
-        self._drawn_referee = DrawnDigitReferee(training, held_out)
+        self._drawn_referee = DrawnReferee(training, held_out, extract)
         self._draw_step = jax.jit(
             make_draw_step(
                 self._loaded.model, self._key, _settings(image.decoder.settings, options)
             )
         )
-        self._drawn_labels, self._draw_prompts = _prompts(training.prompts, self._per_class)
+        self._drawn_labels: np.ndarray | None = None
+        if training.labels is None:
+            turns = itertools.cycle(prompts[0] for prompts in held_out.prompts.values())
+            self._draw_prompts = list(itertools.islice(turns, len(WORDS) * self._per_class))
+        else:
+            self._drawn_labels, self._draw_prompts = _prompts(training.prompts, self._per_class)
         self.measures["drawn"] = self._drawn
         return True
 
@@ -221,7 +236,8 @@ class MediaMeasures:
         """What was drawn at a depth, one row per prompt's turn."""
         images = self._made[depth]
         tiles = [Tile(*pair) for pair in zip(images, self._draw_prompts, strict=True)]
-        return contact_sheet(tiles, columns=len(np.unique(self._drawn_labels)))
+        classes = WORDS if self._drawn_labels is None else np.unique(self._drawn_labels)
+        return contact_sheet(tiles, columns=len(classes))
 
     def _validation(self, depth: int | None) -> MediaScores:
         num_steps, device = depth_argument(depth), jax.local_devices()[0]

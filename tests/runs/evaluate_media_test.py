@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 import types
 
 import jax
@@ -19,6 +20,7 @@ from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import fill_hops
 from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.data.tokenizer import BytesTokenizer
+from megatransformer_jax.evaluation.media.features import moments
 from megatransformer_jax.evaluation.media.judges import LabelledClips
 from megatransformer_jax.models.megatransformer import init_params
 from megatransformer_jax.runs import evaluate_media
@@ -212,6 +214,54 @@ def test_sound_is_transcribed_and_spoken(measures):
     options = ScoringConfig(media_per_class=0, sampler_steps=5)
     with pytest.raises(ConfigError, match="sampler_steps: 5 would be ignored, as a run makes no"):
         MediaMeasures(options, loaded, config, [batch], jax.random.key(0))
+
+
+def test_other_images_than_digits_are_drawn_for_the_users_features(
+    small_run, tmp_path, monkeypatch
+):
+    """From held-out captions in turn, ten times media_per_class."""
+    image = IMAGE | {"channels": 3}
+    config = media_run(
+        small_run,
+        tmp_path,
+        {"image": image},
+        ["draw=1"],
+        images={"source": "photographs", "num_crops": 40},
+    )
+    asked = []
+
+    def make_draw_step(model, key, settings):
+        def draw_step(params, batch, num_steps, key):
+            asked.extend(TOKENIZER.decode(row[row > 2].tolist()) for row in batch.tokens)
+            return np.zeros((len(batch.tokens), 8, 8, 3), np.float32)
+
+        return draw_step
+
+    module = types.ModuleType("user_module")
+    module.features = lambda images: images.mean(axis=(1, 2))
+    monkeypatch.setitem(sys.modules, "user_module", module)
+    monkeypatch.setattr(evaluate_media, "make_media_eval_step", lambda *unused: None)
+    monkeypatch.setattr(evaluate_media, "make_draw_step", make_draw_step)
+    monkeypatch.setattr(evaluate_media.jax, "jit", lambda function: function)
+    loaded = types.SimpleNamespace(
+        tokenizer=TOKENIZER, model=None, params=None, config=config.model, description="a run"
+    )
+    batch = types.SimpleNamespace(tokens=np.zeros((4, 64), np.int32))
+    arguments = (loaded, config, [batch], jax.random.key(0))
+    options = ScoringConfig(media_per_class=1, image_features="user_module:features")
+    subject = MediaMeasures(options, *arguments)
+    scores = subject.measures["drawn"](2)
+    held_out = evaluate_media.labelled_images(config.data, config.model.image, "validation")
+    wanted = moments(held_out.images.mean(axis=(1, 2)))
+    assert scores.recognition is None
+    assert scores.frechet_distance == pytest.approx(
+        np.square(wanted.mean).sum() + np.trace(wanted.covariance), rel=1e-4
+    )
+    captions = [prompts[0] for prompts in held_out.prompts.values()]
+    assert [text for text in asked if text] == (captions * 10)[:10]
+    # Without features nobody could judge them.
+    with pytest.raises(ConfigError, match="media_per_class: 1 would be ignored, as a run makes no"):
+        MediaMeasures(ScoringConfig(media_per_class=1), *arguments)
 
 
 class Clips:

@@ -6,7 +6,6 @@ words; tokens are hidden where they are read, but not where they are predicted.
 
 import dataclasses
 import functools
-import importlib
 import pathlib
 import re
 import traceback
@@ -18,6 +17,7 @@ import numpy as np
 
 from megatransformer_jax.config.data import AugmentationConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.extras import import_function
 from megatransformer_jax.streams import Purpose, generator_of
 
 # ------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class BackTranslation:
 
     @functools.cached_property
     def _function(self) -> Callable[[str, int], str]:
-        return load_function(self.name)
+        return import_function(BACK_TRANSLATION_OPTION, self.name)
 
     def apply(self, text: str, seed: int, number: int) -> str | FailedAugmentation:
         """The new text, or what went wrong.
@@ -179,36 +179,6 @@ class BackTranslation:
             f"stream, which begins {text[:60]!r}. It must return a text that is not empty; "
             "correct the function."
         )
-
-
-def load_function(name: str) -> Callable[[str, int], str]:
-    """The function 'package.module:name'.
-
-    Raises:
-      ConfigError: if it cannot be imported or is not callable.
-    """
-    module_name, _, attribute = name.partition(":")
-    try:
-        value: typing.Any = importlib.import_module(module_name)
-    except Exception as error:  # An import runs the user's code.
-        raise ConfigError(
-            BACK_TRANSLATION_OPTION,
-            f"{name!r}: importing {module_name} raised {type(error).__name__}: {error}. Name a "
-            "module that can be imported from the folder where the run starts.",
-        ) from error
-    for part in attribute.split("."):
-        if not hasattr(value, part):
-            raise ConfigError(
-                BACK_TRANSLATION_OPTION,
-                f"{name!r}: {module_name} has no {attribute}; name one of its functions.",
-            )
-        value = getattr(value, part)
-    if not callable(value):
-        raise ConfigError(
-            BACK_TRANSLATION_OPTION,
-            f"{name!r} is {type(value).__name__}, not a function; name a function.",
-        )
-    return value
 
 
 # ------------------------------------------------------------------------------

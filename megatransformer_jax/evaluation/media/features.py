@@ -1,8 +1,9 @@
 """Features of images, and what is computed from them: Frechet distance, Inception score.
 
-The published scores use Inception-v3, whose weights must be downloaded. The extractor here needs
-none: a small network trained on the data set's own real images in a second. Its numbers compare
-only with those of the same extractor, so that every result carries its name.
+The published scores use Inception-v3, whose weights must be downloaded; a function of the user's
+may run it. The extractor here needs none: a small network trained on the data set's own real
+images in a second. Its numbers compare only with those of the same extractor, so that every result
+carries its name.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -10,21 +11,24 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
-from megatransformer_jax.config.option import UserError
-from megatransformer_jax.extras import import_extra
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.extras import import_extra, import_function
 
 # ------------------------------------------------------------------------------
-# The extractor.
+# The extractors.
 
 _HIDDEN_UNITS = 64
 _MAX_EPOCHS = 200
 
 
 class Features(NamedTuple):
-    """Of N images: features [N, K] and probabilities of the classes [N, C]."""
+    """Of N images: features [N, K] and probabilities of the classes [N, C].
+
+    Without probabilities (None) there is no Inception score.
+    """
 
     features: Float[np.ndarray, "N K"]
-    probabilities: Float[np.ndarray, "N C"]
+    probabilities: Float[np.ndarray, "N C"] | None
 
 
 @runtime_checkable
@@ -85,6 +89,51 @@ class DigitsFeatures:
         pixels = flat_pixels(images, self._shape)
         hidden = pixels @ self._network.coefs_[0] + self._network.intercepts_[0]
         return Features(np.maximum(hidden, 0.0), self._network.predict_proba(pixels))
+
+
+class CustomFeatures:
+    """A function of the user's, such as one that runs Inception-v3.
+
+    It gets float32 images [N, height, width, C] in [-1, 1], of the model's size, and returns
+    features [N, K], or a pair of features and probabilities of classes [N, classes]. It must treat
+    each image by itself.
+
+    Args:
+      name: 'package.module:name'.
+
+    Raises:
+      ConfigError: if there is no such function.
+    """
+
+    OPTION = "image_features"
+
+    def __init__(self, name: str):
+        self.name = f"features of {name}"
+        self._function = import_function(self.OPTION, name)
+
+    def __call__(self, images: Float[np.ndarray, "N height width C"]) -> Features:
+        """What the function returns.
+
+        Raises:
+          ConfigError: if that is not of the form above. Errors of the function itself pass.
+        """
+        found = self._function(np.asarray(images, np.float32))
+        parts = found if isinstance(found, tuple) else (found,)
+        arrays = [np.asarray(part) for part in parts]
+        shapes = [array.shape for array in arrays]
+        if not 1 <= len(arrays) <= 2 or any(
+            array.ndim != 2 or len(array) != len(images) or array.dtype.kind not in "fiu"
+            for array in arrays
+        ):
+            raise ConfigError(
+                self.OPTION,
+                f"{self.name.removeprefix('features of ')} returned "
+                f"{type(found).__name__} with {shapes} for images {images.shape}; it must return "
+                f"features [{len(images)}, K], or a pair of them and of probabilities "
+                f"[{len(images)}, classes].",
+            )
+        features, *rest = (array.astype(np.float64) for array in arrays)
+        return Features(features, rest[0] if rest else None)
 
 
 def check_labelled(media: np.ndarray, labels: np.ndarray) -> None:

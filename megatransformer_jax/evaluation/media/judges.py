@@ -17,6 +17,8 @@ from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.evaluation.media.features import (
     DigitsFeatures,
+    FeatureExtractor,
+    Features,
     check_labelled,
     flat_pixels,
     frechet_distance,
@@ -151,11 +153,18 @@ def _stretch(mel: np.ndarray) -> np.ndarray:
 # Real digits with their labels, written and spoken, of the splits that a run was trained on.
 
 
+# They are held in memory; the features of so many are known well enough.
+MAX_REAL_IMAGES = 4096
+
+
 class LabelledImages(NamedTuple):
-    """Images [N, height, width, C] in [-1, 1], the digit in each, and prompts by digit."""
+    """Images [N, height, width, C] in [-1, 1], the digit in each, and prompts by digit.
+
+    Other images than digits have no labels (None), and each has its own prompts, by its number.
+    """
 
     images: np.ndarray
-    labels: np.ndarray
+    labels: np.ndarray | None
     prompts: dict[int, tuple[str, ...]]
 
 
@@ -168,15 +177,26 @@ class LabelledClips(NamedTuple):
 
 
 def labelled_images(config: DataConfig, image: ImageConfig, split: str) -> LabelledImages:
-    """All images of a split, 'train' or 'validation', of source 'digits'."""
+    """The images of a split, 'train' or 'validation': all digits; of others the first thousands.
+
+    Raises:
+      UserError: if there are none.
+    """
     source = build_image_source(config, image, split)
-    records = [source[number] for number in range(len(source))]
+    is_digits = config.media.images.source == "digits"
+    count = len(source) if is_digits else min(len(source), MAX_REAL_IMAGES)
+    records = [source[number] for number in range(count)]
     good = [record for record in records if not isinstance(record, BadRecord)]
+    if not good:
+        raise UserError(f"the {split} split has no image that can be read; give more data.")
+    pixels = np.stack([record.pixels for record in good])
+    if not is_digits:
+        return LabelledImages(pixels, None, {n: one.prompts for n, one in enumerate(good)})
     labels = np.array([WORDS.index(record.captions[0]) for record in good])
     prompts = {
         int(label): good[int(np.argmax(labels == label))].prompts for label in np.unique(labels)
     }
-    return LabelledImages(np.stack([record.pixels for record in good]), labels, prompts)
+    return LabelledImages(pixels, labels, prompts)
 
 
 def labelled_clips(config: DataConfig, mel: MelConfig, split: str, every: int = 1) -> LabelledClips:
@@ -277,65 +297,87 @@ def _class_count(
 
 @dataclasses.dataclass(frozen=True)
 class DrawnScores:
-    """Scores of drawn digits.
+    """Scores of drawn images.
 
     Attributes:
-      recognition: by a support vector machine, which has seen no drawn image.
+      recognition: of digits, by a support vector machine which has seen no drawn image; None of
+        other images.
       frechet_distance: between the features of drawn images and of real held-out ones; 0 is best.
       frechet_distance_of_real: the same of real training images: what a perfect model could reach.
-      inception_score: of drawn images, 1 to 10.
+      inception_score: of drawn images, 1 to the number of classes; None without probabilities.
       inception_score_of_real: of real held-out images.
       features: what the features are; no other ones compare.
     """
 
-    recognition: Recognition
+    recognition: Recognition | None
     frechet_distance: float
     frechet_distance_of_real: float
-    inception_score: float
-    inception_score_of_real: float
+    inception_score: float | None
+    inception_score_of_real: float | None
     features: str
 
 
-class DrawnDigitReferee:
-    """Scores drawn digits against real ones.
+class DrawnReferee:
+    """Scores drawn images against real ones.
 
     Args:
       training: real images that the judge and the feature extractor learn from.
       held_out: real images that neither they nor the model have seen.
-      seed: of the feature extractor.
+      extract: the features to compare. None: those of `DigitsFeatures`, for which there must be
+        labels.
+      seed: of the digits features.
     """
 
-    def __init__(self, training: LabelledImages, held_out: LabelledImages, seed: int = 0):
-        self._judge = DigitJudge(training.images, training.labels)
-        self._accuracy = self._judge.accuracy(held_out.images, held_out.labels)
-        self._extract = DigitsFeatures(training.images, training.labels, seed)
+    def __init__(
+        self,
+        training: LabelledImages,
+        held_out: LabelledImages,
+        extract: FeatureExtractor | None = None,
+        seed: int = 0,
+    ):
+        self._judge: DigitJudge | None = None
+        if training.labels is not None and held_out.labels is not None:
+            self._judge = DigitJudge(training.images, training.labels)
+            self._accuracy = self._judge.accuracy(held_out.images, held_out.labels)
+        if extract is None:
+            assert training.labels is not None
+            extract = DigitsFeatures(training.images, training.labels, seed)
+        self._extract = extract
         self._real = self._extract(held_out.images)
         of_training = moments(self._extract(training.images).features)
         self._distance_of_real = frechet_distance(of_training, moments(self._real.features))
 
     def score(
-        self, images: Float[np.ndarray, "N height width C"], wanted: Int[np.ndarray, "N"]
+        self, images: Float[np.ndarray, "N height width C"], wanted: Int[np.ndarray, "N"] | None
     ) -> DrawnScores:
         """Scores images, cut to [-1, 1] as they are when shown.
+
+        Args:
+          images: as the model draws them.
+          wanted: the digit that each is to show; None of other images.
 
         Raises:
           UserError: if there are fewer than two images, or a value is not finite.
         """
         images = np.clip(images, -1, 1)
-        found = self._extract(images)
-        seen = self._judge(images)
+        found, seen = self._extract(images), None
+        if self._judge is not None and wanted is not None:
+            count = len(self._real.features)
+            seen = recognition(wanted, self._judge(images), WORDS, self._accuracy, count)
         return DrawnScores(
-            recognition=recognition(
-                wanted, seen, WORDS, self._accuracy, len(self._real.probabilities)
-            ),
+            recognition=seen,
             frechet_distance=frechet_distance(
                 moments(found.features), moments(self._real.features)
             ),
             frechet_distance_of_real=self._distance_of_real,
-            inception_score=inception_score(found.probabilities).mean,
-            inception_score_of_real=inception_score(self._real.probabilities).mean,
+            inception_score=_inception_score(found),
+            inception_score_of_real=_inception_score(self._real),
             features=self._extract.name,
         )
+
+
+def _inception_score(found: Features) -> float | None:
+    return None if found.probabilities is None else inception_score(found.probabilities).mean
 
 
 class SpokenDigitReferee:

@@ -49,8 +49,8 @@ _COLUMNS = (
     ("image loss", 4, "validation.image_terms.loss"),
     ("audio loss", 4, "validation.audio_terms.loss"),
     ("drawn digits recognised", 3, "drawn.recognition.share"),
-    ("FID (digits features)", 2, "drawn.frechet_distance"),
-    ("IS (digits features)", 2, "drawn.inception_score"),
+    ("FID ({features})", 2, "drawn.frechet_distance"),
+    ("IS ({features})", 2, "drawn.inception_score"),
     ("spoken digits recognised", 3, "spoken.share"),
 )
 
@@ -63,11 +63,12 @@ def make_media_table(rows: Sequence[MediaRow], trained_depth: int | None) -> Tab
         depth = row.validation.depth
         star = " *" if depth is not None and depth == trained_depth else ""
         table.add_column("-" if depth is None else f"{depth}{star}", justify="right")
+    features = "" if rows[0].drawn is None else rows[0].drawn.features
     for heading, digits, path in _COLUMNS:
         values = [_value_at(path, row) for row in rows]
         if any(value is not None for value in values):
             cells = ["" if value is None else f"{value:.{digits}f}" for value in values]
-            table.add_row(heading, *cells)
+            table.add_row(heading.format(features=features), *cells)
     for name in rows[0].validation.tasks:
         losses = [row.validation.tasks[name].loss for row in rows]
         table.add_row(f"text loss, task {name}", *[f"{loss:.4f}" for loss in losses])
@@ -141,10 +142,10 @@ def _value_at(path: str, row: MediaRow) -> Any:
 def _caption(row: MediaRow, trained_depth: int | None) -> str:
     notes = [] if trained_depth is None else [f"* mean depth in training ({trained_depth})"]
     if row.drawn is not None:
-        notes.append(
-            f"real training digits have FID {row.drawn.frechet_distance_of_real:.2f}, real "
-            f"held-out ones IS {row.drawn.inception_score_of_real:.2f}"
-        )
+        what = "images" if row.drawn.recognition is None else "digits"
+        notes.append(f"real training {what} have FID {row.drawn.frechet_distance_of_real:.2f}")
+        if row.drawn.inception_score_of_real is not None:
+            notes[-1] += f", real held-out ones IS {row.drawn.inception_score_of_real:.2f}"
     return "; ".join(notes)
 
 

@@ -1,6 +1,8 @@
 """Scores of made digits, from real images and clips to tables and files."""
 
 import json
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,11 +11,17 @@ from rich.console import Console
 from megatransformer_jax.config.audio import MelConfig
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.media.images import WORDS
 from megatransformer_jax.data.media.records import AudioRecord
 from megatransformer_jax.evaluation.media import judges as labelled_digits
+from megatransformer_jax.evaluation.media.features import (
+    CustomFeatures,
+    frechet_distance,
+    moments,
+)
 from megatransformer_jax.evaluation.media.judges import (
-    DrawnDigitReferee,
+    DrawnReferee,
     SpokenDigitReferee,
     labelled_clips,
     labelled_images,
@@ -42,7 +50,7 @@ def splits():
 @pytest.fixture(scope="module")
 def drawn(splits):
     training, held_out = splits
-    referee = DrawnDigitReferee(training, held_out)
+    referee = DrawnReferee(training, held_out)
     return referee, referee.score(held_out.images, held_out.labels)
 
 
@@ -70,6 +78,48 @@ def test_real_digits_are_recognised_and_others_are_not(splits, drawn):
     assert noise.inception_score < scores.inception_score
     with pytest.raises(ValueError, match=r"\[-1, 1\]"):
         referee.score(np.full((2, 8, 8, 1), np.nan), np.zeros(2, int))
+
+
+def test_the_users_features_are_compared_and_nothing_else(splits, drawn, monkeypatch):
+    training, held_out = splits
+    module = types.ModuleType("user_module")
+    module.features = lambda images: images.mean(axis=(2, 3))
+    monkeypatch.setitem(sys.modules, "user_module", module)
+    extract = CustomFeatures("user_module:features")
+    shifted = np.clip(held_out.images + 0.5, -1, 1)
+    scores = DrawnReferee(training, held_out, extract).score(shifted, held_out.labels)
+    first, second = (moments(module.features(images)) for images in (shifted, held_out.images))
+    assert scores.frechet_distance == pytest.approx(frechet_distance(first, second))
+    assert scores.features == "features of user_module:features"
+    assert scores.inception_score is scores.inception_score_of_real is None
+    assert scores.recognition.judge_accuracy == drawn[1].recognition.judge_accuracy
+    # With probabilities there is an Inception score. Other images than digits have no judge.
+    halves = np.repeat(np.eye(2), [180, 179], axis=0)
+    module.features = lambda images: (images.mean(axis=(2, 3)), halves)
+    others = [images._replace(labels=None) for images in splits]
+    with pytest.raises(UserError, match=r"\(359, 2\)\] for images \(1438"):
+        DrawnReferee(*others, CustomFeatures("user_module:features"))
+    others[0] = others[0]._replace(images=training.images[:359])
+    found = DrawnReferee(*others, CustomFeatures("user_module:features")).score(shifted, None)
+    assert found.inception_score == pytest.approx(2, abs=1e-4) and found.recognition is None
+    validation = MediaScores(2, 0.4375, 1.5, 0.875, {}, {"loss": 0.125}, {})
+    table = make_media_table([MediaRow(validation, drawn=found)], 2)
+    assert "FID (features of user_module:features)" in table.columns[0]._cells
+    assert str(table.caption).count("real training images have FID") == 1
+
+
+@pytest.mark.parametrize(
+    "found",
+    [None, "text", np.zeros(4), (np.zeros((4, 2)),) * 3, np.zeros((3, 2)), np.ones((4, 1), bool)],
+)
+def test_what_is_not_features_is_an_error(found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "user_module", types.ModuleType("user_module"))
+    sys.modules["user_module"].features = lambda images: found
+    with pytest.raises(
+        ConfigError, match=r"^image_features: user_module:features returned"
+    ) as error:
+        CustomFeatures("user_module:features")(np.zeros((4, 8, 8, 1)))
+    assert "features [4, K]" in str(error.value)
 
 
 class Sirens:
