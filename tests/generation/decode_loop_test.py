@@ -20,7 +20,7 @@ from tiny_model import (
 
 from megatransformer_jax.config.layers import SharingConfig
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
-from megatransformer_jax.generation.endings import END_OF_TEXT, LENGTH, Ending
+from megatransformer_jax.generation.endings import END_OF_TEXT, EXHAUSTED, LENGTH, Ending
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.processors.cuts import Temperature
@@ -129,6 +129,26 @@ def test_it_can_be_interrupted_anywhere():
         state = decode(*make(TINY), given, state, jnp.int32(count))
     for wanted, got in zip(jax.tree.leaves(whole), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(got, wanted)
+
+
+def test_a_call_adds_as_many_tokens_as_it_is_told():
+    state = begin(TINY, settings())
+    lengths = state.history.lengths
+    for added in (3, 0, 2):
+        state = decode(*make(TINY), settings(), state, jnp.int32(added))
+        lengths = lengths + added
+        np.testing.assert_array_equal(state.history.lengths, lengths)
+
+
+def test_a_row_without_a_token_to_choose_from_keeps_nothing_of_the_pass():
+    given = settings()
+    before = read_prompts(TINY, given)
+    before = before.replace(logits=before.logits.at[1].set(-jnp.inf))
+    state = start(given, before, history_of_prompts(PROMPTS, CAPACITY, pad_id=0))
+    assert state.end.reason.tolist() == [0, EXHAUSTED, 0]
+    assert new_tokens(state, 1) == new_steps(state, 1) == []
+    assert [new_steps(state, row) for row in (0, 2)] == [[DEPTH], [DEPTH]]
+    assert float(state.scores[1]) == 0
 
 
 def test_an_ended_row_waits_and_the_others_go_on():

@@ -308,6 +308,18 @@ def test_a_finished_run_does_nothing(tmp_path):
     result = run([RecordingHook(1)])
     assert result.is_finished and result.step == 4
     assert read_metrics(run.path) == []
+    # Fewer steps than were done: it ended where it was, not earlier.
+    run.total_steps = 3
+    assert run().step == 4
+
+
+def test_a_stop_that_comes_with_the_last_step_finds_the_run_finished(tmp_path):
+    stop, calls = StopRequest(), []
+    stop.request()
+    hook = RecordingHook(9, at_end=True, at_stop=True, log=calls)
+    result = Run(tmp_path, total_steps=1)([hook], stop=stop)
+    assert (result.is_finished, result.step) == (True, 1)
+    assert [step for _, step, *_ in calls] == [1]
 
 
 def test_last_step_is_saved_with_its_validation_scalars(tmp_path):

@@ -16,8 +16,8 @@ from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.core import draw_num_steps
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.state import init_state
-from megatransformer_jax.training.step import make_train_step
+from megatransformer_jax.training.state import TrainState, init_state
+from megatransformer_jax.training.step import make_train_step, update_state
 from megatransformer_jax.training.transforms import average_weights
 from megatransformer_jax.types import Batch, DTypePolicy
 
@@ -175,6 +175,29 @@ def test_a_non_finite_step_is_skipped_and_counted():
     healed, metrics = step(bad.replace(params=params), example_batch())
     assert np.isfinite(metrics["loss"])
     assert (int(healed.skipped_steps), int(healed.skipped_in_row)) == (1, 0)
+
+
+@pytest.mark.parametrize("loss, gradient", [(1.0, np.inf), (np.nan, 1.0), (1.0, 1.0)])
+def test_loss_and_gradients_must_both_be_finite(loss, gradient):
+    optimizer = optax.sgd(0.5, momentum=0.9)
+    params = {"a": jnp.ones(2), "b": jnp.ones(())}
+    state = TrainState(
+        step=jnp.int32(3),
+        params=params,
+        opt_state=optimizer.init(params),
+        key_data=jax.random.key_data(jax.random.key(0)),
+        skipped_steps=jnp.int32(5),
+        skipped_in_row=jnp.int32(2),
+    )
+    gradients = {"a": jnp.array([1.0, gradient]), "b": jnp.ones(())}
+    new, metrics = update_state(state, gradients, jnp.float32(loss), optimizer)
+    is_bad = not np.isfinite(loss + gradient)
+    assert int(new.step) == 4
+    assert (int(new.skipped_steps), int(new.skipped_in_row)) == ((6, 3) if is_bad else (5, 0))
+    assert float(metrics["skipped_in_row"]) == float(new.skipped_in_row)
+    np.testing.assert_array_equal(new.params["b"], 1.0 if is_bad else 0.5)
+    for moved in jax.tree.leaves(new.opt_state):
+        np.testing.assert_array_equal(moved, np.zeros_like(moved) if is_bad else 1.0)
 
 
 def test_randomness_depends_on_seed_and_step_only():
