@@ -48,7 +48,8 @@ class AugmentationConfig:
     )
     back_translation: str | None = option(
         None,
-        "A function 'package.module:name' from (text, seed) to another text that says the same. "
+        "A function 'package.module:name' of your own from (text, seed) to another text that says "
+        "the same; no translation model is built in. "
         "Goes with back_translation_rate.",
     )
     back_translation_rate: float = option(

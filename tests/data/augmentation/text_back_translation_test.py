@@ -5,7 +5,9 @@ import sys
 import types
 
 import pytest
+from markdown_pages import python_blocks
 
+import megatransformer_jax as mt
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.augmentation.text import BackTranslation, FailedAugmentation
 
@@ -67,3 +69,30 @@ def test_a_name_without_a_function_is_an_error(name: str, problem: str):
     with pytest.raises(ConfigError, match=problem) as caught:
         BackTranslation(name)
     assert caught.value.path == "data.augmentation.back_translation"
+
+
+def test_the_documented_translation_runs(repository, monkeypatch: pytest.MonkeyPatch):
+    """With one small model, which has learned nothing, in place of both."""
+    page = (repository / "docs" / "data.md").read_text()
+    [code] = [block for block in python_blocks(page) if "there_and_back" in block]
+    model = mt.create(
+        "tiny",
+        tokenizer=mt.BytesTokenizer(),
+        width=16,
+        prelude_layers=0,
+        core_layers=1,
+        coda_layers=0,
+        attention={"num_heads": 2},
+        mlp={"hidden_width": 16},
+    )
+    asked = []
+    monkeypatch.setattr(mt, "load", lambda folder: asked.append(folder) or model)
+    module = types.ModuleType("documented_translation")
+    exec(compile(code, "docs/data.md", "exec"), module.__dict__)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    translation = BackTranslation(f"{module.__name__}:there_and_back")
+    text = "Good morning.\n\nGood night."
+    first, again, other = (translation.apply(text, seed, 0) for seed in (1, 1, 2))
+    assert isinstance(first, str) and first == again != other
+    assert first != text and first.splitlines()[1] == ""
+    assert asked == ["runs/to_german", "runs/to_english"]
