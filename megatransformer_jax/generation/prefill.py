@@ -58,8 +58,10 @@ def prefill(
     starts = [0, *range(num_columns % size or size, num_columns, size)]
     prefilled = None
     for start, end in zip(starts, [*starts[1:], num_columns], strict=True):
-        columns = (prompts.tokens, prompts.is_token, prompts.inserted)
-        part = NewTokens(*_columns(columns, start, end - start))
+        part = prompts
+        if len(starts) > 1:
+            columns = (prompts.tokens, prompts.is_token, prompts.inserted)
+            part = NewTokens(*_columns(columns, start, end - start))
         part = part.replace(  # type: ignore[attr-defined]
             state_keys=prompts.state_keys, is_first=start == 0
         )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import html
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -171,10 +172,17 @@ def _check_length(model: ModelConfig, config: GenerationConfig, longest_prompt: 
 
 def prompt_keys(seed: int, numbers: Sequence[int]) -> Key[Array, "B"]:
     """A key per prompt; which batch it is in does not matter."""
+    return _prompt_keys(np.uint32(seed), np.asarray(numbers, np.int32))
+
+
+@jax.jit
+def _prompt_keys(seed: jax.Array, numbers: jax.Array) -> jax.Array:
+    # One program: operation by operation there would be seven to compile, and so below.
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return fold(jax.random.key(seed), jnp.asarray(numbers, jnp.int32))
+    return fold(jax.random.key(seed), numbers)
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def sample_keys(prompt_keys: Key[Array, "B"], count: int) -> Key[Array, "B2"]:
     """A key per text. The first text of a prompt has the same whatever `num_samples` is."""
     split = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(count)))
