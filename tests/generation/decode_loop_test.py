@@ -133,7 +133,7 @@ def test_it_can_be_interrupted_anywhere():
 
 def test_a_call_adds_as_many_tokens_as_it_is_told():
     state = begin(TINY, settings())
-    lengths = state.history.lengths
+    lengths = np.array(state.history.lengths)  # A copy: the state is donated.
     for added in (3, 0, 2):
         state = decode(*make(TINY), settings(), state, jnp.int32(added))
         lengths = lengths + added
