@@ -11,11 +11,9 @@ if TYPE_CHECKING:  # run.py imports this module.
 # ------------------------------------------------------------------------------
 # What runs with images and sound need, and what does not go with them.
 
-# Terms and looks that run the model on text alone, by section.
+# What runs the model on text alone, by section.
 _OF_TEXT = {
     "train": ("memory_budget_gib",),
-    "train.stability": ("jacobian_weight",),
-    "diagnostics": ("every_steps",),
     "samples": ("prompts", "max_new_tokens", "temperature"),
 }
 
@@ -54,15 +52,11 @@ def check_text_only_options(run: "RunConfig") -> None:
             require_defaults(section, options, reason, "train on text alone")
         except ConfigError as error:
             raise error.below(name) from None
-    for option, is_bad, value, wanted in (
-        ("exit_gate.enabled", run.model.exit_gate.enabled, True, "False"),
-        ("residual", run.model.residual == "admin", "admin", "'plain'"),
-    ):
-        if is_bad:
-            raise ConfigError(
-                f"model.{option}",
-                f"{value!r} is trained on text alone so far; with media set it to {wanted}.",
-            )
+    if run.model.residual == "admin":
+        raise ConfigError(
+            "model.residual",
+            "'admin' is profiled on text alone so far; with media set it to 'plain'.",
+        )
 
 
 def check_media_samples(run: "RunConfig") -> None:

@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Key
 
 from megatransformer_jax.models.megatransformer import MegaTransformer, with_xla_attention
-from megatransformer_jax.models.passes.observed import open_core
+from megatransformer_jax.models.passes.observed import open_batch
 from megatransformer_jax.types import Batch
 
 # ------------------------------------------------------------------------------
@@ -25,7 +25,7 @@ from megatransformer_jax.types import Batch
 @struct.dataclass
 class IterationCurves:
     """Means over a batch's sequences; entry i - 1 is iteration i. |.| runs over a sequence's tokens
-    (not its padding) and channels.
+    (not its padding), the places of its media, and channels.
 
     Attributes:
       residual: |h_i - h_{i-1}| / |h_i|, how far iteration i moved the state.
@@ -48,7 +48,7 @@ def iteration_curves(
     Args:
       model: the model.
       params: its parameters.
-      batch: tokens, positions and segments are read. Rows of padding only do not count.
+      batch: tokens, positions, segments and media are read. Rows of padding only do not count.
       num_steps: n, at least 1; static. One more iteration is run for the last contraction.
       key: for the first state.
 
@@ -57,11 +57,8 @@ def iteration_curves(
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}; it must be at least 1.")
-    tokens, positions, segment_ids = map(
-        jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)
-    )
-    core = open_core(model, params, tokens, positions=positions, segment_ids=segment_ids)
-    is_token = segment_ids > 0
+    entered, core = open_batch(model, params, batch)
+    is_token = entered.is_token
 
     def iterate(state: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         new_state = core.iterate(state)
@@ -116,7 +113,7 @@ def spectral_radius(
     Args:
       model: the model; attention runs by the XLA kernel, as fused ones have no JVP.
       params: its parameters.
-      batch: tokens, positions and segments are read. Rows of padding only do not count.
+      batch: tokens, positions, segments and media are read. Rows of padding only do not count.
       num_steps: n, at least 1; static.
       key: for the first state and the first vectors.
       power_iterations: products with each J_i, at least 2; static. 30 give two digits or so.
@@ -130,11 +127,8 @@ def spectral_radius(
             "least 1 and 2."
         )
     model = with_xla_attention(model)
-    tokens, positions, segment_ids = map(
-        jnp.asarray, (batch.tokens, batch.positions, batch.segment_ids)
-    )
-    core = open_core(model, params, tokens, positions=positions, segment_ids=segment_ids)
-    is_token = segment_ids > 0
+    entered, core = open_batch(model, params, batch)
+    is_token = entered.is_token
     state_key, vector_key = jax.random.split(key)
 
     def iterate(state: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -6,8 +6,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from flax.core import unfreeze
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.core import Pass, RecurrentCore, recur
@@ -28,6 +29,43 @@ from megatransformer_jax.types import DTypePolicy, MediaBatch, ModelOutput
 
 # Collection that a forward pass sows the core's last raw state into, [B, T, core width].
 LAST_STATE = "last_state"
+
+
+@struct.dataclass
+class Entered:
+    """What the core and the coda read, S places per row; S is T without media.
+
+    Attributes:
+      x: the prelude's output, and media as their encoders leave them.
+      positions: place of each within its document.
+      segment_ids: document of each, 0 for padding; None if there is one per row.
+      layout: where text and media are. None without media.
+    """
+
+    x: Float[Array, "B S D"]
+    positions: Int[Array, "B S"]
+    segment_ids: Int[Array, "B S"] | None
+    layout: Layout | None
+
+    @property
+    def is_token(self) -> Bool[Array, "B S"]:
+        """Places that hold a token or a part of a medium; the others are padding."""
+        if self.segment_ids is None:
+            return jnp.ones(self.positions.shape, bool)
+        return self.segment_ids > 0
+
+    @property
+    def is_text(self) -> Bool[Array, "B S"]:
+        """Places that hold a token."""
+        return self.is_token if self.layout is None else self.is_token & ~self.layout.is_medium
+
+    def at_text(self, values: Shaped[Array, "B S *D"]) -> Shaped[Array, "B T *D"]:
+        """Of values of all places those of the text; zeros at its padding if there are media."""
+        return values if self.layout is None else take_places(values, self.layout.text_places)
+
+    def from_text(self, values: Shaped[Array, "B T *D"]) -> Shaped[Array, "B S *D"]:
+        """Values of the text at their places, zeros at those of media."""
+        return values if self.layout is None else interleave(self.layout, values)
 
 
 class MegaTransformer(nn.Module):
@@ -101,24 +139,19 @@ class MegaTransformer(nn.Module):
           Logits of the tokens; the latent, which is the core's state after
           `recurrence.output_norm`, of the whole sequence; the conditions of media slots.
         """
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         config = self.config
         masks = self._split_head_mask(head_mask)
-        layout = None
-        if media is None:
-            outer = pass_context(config, positions, segment_ids, config.width, deterministic)
-            context = dataclasses.replace(outer, head_mask=masks[0])
-            x = self.run_prelude(tokens, positions, context)
-            if config.has_media and self.is_initializing():
-                self.media.declare()
-        else:
-            if segment_ids is None:
-                segment_ids = jnp.ones(tokens.shape, jnp.int32)
-            layout = self.media.layout(media, segment_ids)
-            positions, segment_ids = layout.positions, layout.segment_ids
-            x = self._enter_sequence(tokens, media, layout, masks[0], deterministic, fills_slots)
-            outer = pass_context(config, positions, segment_ids, config.width, deterministic)
+        entered = self.enter(
+            tokens,
+            positions,
+            segment_ids,
+            media,
+            head_mask=masks[0],
+            deterministic=deterministic,
+            fills_slots=fills_slots,
+        )
+        x, positions, segment_ids = entered.x, entered.positions, entered.segment_ids
+        outer = pass_context(config, positions, segment_ids, config.width, deterministic)
         if config.is_recurrent:
             inner = pass_context(config, positions, segment_ids, config.core_width, deterministic)
             inner = dataclasses.replace(inner, head_mask=masks[1])
@@ -127,10 +160,49 @@ class MegaTransformer(nn.Module):
             if config.exit_gate.enabled and self.is_initializing():
                 self.run_gate(x)
         latent, x = self.run_coda(x, dataclasses.replace(outer, head_mask=masks[2]))
-        if layout is None:
-            return ModelOutput(self.run_head(x), latent)
-        logits = self.run_head(take_places(x, layout.text_places))
-        return ModelOutput(logits, latent, self.media.conditions(layout, latent, deterministic))
+        logits = self.run_head(entered.at_text(x))
+        if entered.layout is None:
+            return ModelOutput(logits, latent)
+        conditions = self.media.conditions(entered.layout, latent, deterministic)
+        return ModelOutput(logits, latent, conditions)
+
+    def enter(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None,
+        segment_ids: Int[Array, "B T"] | None,
+        media: MediaBatch | None = None,
+        *,
+        head_mask: Float[Array, "L N"] | None = None,
+        deterministic: bool = True,
+        fills_slots: bool = False,
+    ) -> Entered:
+        """Everything that comes before the core; arguments as in a call.
+
+        The text's prelude runs at the text's places of the sequence, so that its positions are
+        those of the sequence, and sees no media.
+        """
+        config = self.config
+        if media is None:
+            if positions is None:
+                positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            context = pass_context(config, positions, segment_ids, config.width, deterministic)
+            context = dataclasses.replace(context, head_mask=head_mask)
+            x = self.run_prelude(tokens, positions, context)
+            if config.has_media and self.is_initializing():
+                self.media.declare()
+            return Entered(x, positions, segment_ids, None)
+        if segment_ids is None:
+            segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        layout = self.media.layout(media, segment_ids)
+        text_segments = jnp.where(layout.is_medium, 0, layout.segment_ids)
+        context = pass_context(config, layout.positions, text_segments, config.width, deterministic)
+        context = dataclasses.replace(context, head_mask=head_mask)
+        x = self.run_prelude(interleave(layout, tokens), layout.positions, context)
+        images, clips = self.media.encode(media, deterministic, fills_slots=fills_slots)
+        x = jnp.where(layout.is_medium[..., None], place_media(layout, images, clips), x)
+        x = self.sharder.constrain(x, "batch", "length", None)
+        return Entered(x, layout.positions, layout.segment_ids, layout)
 
     def image_loss(
         self, images: Float[Array, "N H W C"], condition: Condition, key: Key[Array, ""]
@@ -163,29 +235,6 @@ class MegaTransformer(nn.Module):
     ) -> tuple[Float[Array, "N F M"], Int[Array, "N"]]:
         """Normalised mel spectrograms and their frames, see `MediaDecoder.sample`."""
         return self.media.sample_audio(condition, key, lengths, settings)
-
-    def _enter_sequence(
-        self,
-        tokens: jax.Array,
-        media: MediaBatch,
-        layout: Layout,
-        head_mask: jax.Array | None,
-        deterministic: bool,
-        fills_slots: bool,
-    ) -> jax.Array:
-        """Text and media after their preludes, in one sequence [B, S, D].
-
-        The text's prelude runs at the text's places of the sequence, so that its positions are
-        those of the sequence, and sees no media.
-        """
-        config = self.config
-        text_segments = jnp.where(layout.is_medium, 0, layout.segment_ids)
-        context = pass_context(config, layout.positions, text_segments, config.width, deterministic)
-        context = dataclasses.replace(context, head_mask=head_mask)
-        x = self.run_prelude(interleave(layout, tokens), layout.positions, context)
-        images, clips = self.media.encode(media, deterministic, fills_slots=fills_slots)
-        x = jnp.where(layout.is_medium[..., None], place_media(layout, images, clips), x)
-        return self.sharder.constrain(x, "batch", "length", None)
 
     def run_prelude(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], context: LayerContext

@@ -29,7 +29,7 @@ from megatransformer_jax.models.megatransformer import (
     gather_weights,
     with_xla_attention,
 )
-from megatransformer_jax.models.passes.observed import open_core, random_signs, squared_jacobian
+from megatransformer_jax.models.passes.observed import open_batch, random_signs, squared_jacobian
 from megatransformer_jax.types import Batch, MediaBatch, ModelOutput
 
 # ------------------------------------------------------------------------------
@@ -47,24 +47,23 @@ def gate_term(
 ) -> ExitLoss:
     """The term's sums over a micro-batch, from a pass of its own over all iterations.
 
-    Every iteration's state goes through coda and head. Gradients flow to the core through the last
-    `recurrence.backprop_depth` iterations; with `train.exit_gate.detach` to the gate alone, and
-    then nothing of the pass is stored for the backward pass but the states. No dropout: the gate
-    learns from what the model does in use.
+    Every iteration's state goes through coda and head; with media, at the text's places. Gradients
+    flow to the core through the last `recurrence.backprop_depth` iterations; with
+    `train.exit_gate.detach` to the gate alone, and then nothing of the pass is stored for the
+    backward pass but the states. No dropout: the gate learns from what the model does in use.
     """
     options = config.train.exit_gate
     params = gather_weights(model, params)
     if options.detach:
         params = {**jax.lax.stop_gradient(params), "exit_gate": params["exit_gate"]}
-    core = open_core(
-        model, params, part.tokens, positions=part.positions, segment_ids=part.segment_ids
-    )
+    entered, core = open_batch(model, params, part)
 
     def apply(*arguments: Any, method: str) -> Any:
         return model.apply({"params": params}, *arguments, method=method)
 
     def observe(state: jax.Array) -> tuple[jax.Array, jax.Array]:
         _, hidden = apply(state, core.outer, method="run_coda")
+        hidden, state = entered.at_text(hidden), entered.at_text(state)
         losses = token_cross_entropy(apply(hidden, method="run_head"), part.targets)
         return losses, apply(state, method="run_gate")
 
@@ -318,7 +317,9 @@ class Objective(Protocol):
         """The micro-batch's share of the loss, and its sums."""
 
 
-def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
+def make_objective(
+    model: MegaTransformer, config: RunConfig, room: MediaRoom | None = None
+) -> Objective:
     """The objective of a run: mean cross-entropy, z-loss, and the terms that the config asks for.
 
     Shares are divided by the whole batch's count, so that micro-batches simply add up.
@@ -327,10 +328,15 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
     with Jacobian regularisation jacobian_penalty, before its weight; with media text_loss,
     image_loss and audio_loss before their weights, the decoders' parts of them, and media_loss,
     which is what the latter two add to the loss.
+
+    Args:
+      model: the model.
+      config: of the run.
+      room: most media of a batch that decoders learn to make. None: as a training batch has.
     """
     jacobian_weight = config.train.stability.jacobian_weight
     data = config.data
-    room = MediaRoom(
+    room = room or MediaRoom(
         data.media.images_per_row * data.media.most_rows("draw", data.batch_size),
         data.media.audio_per_row * data.media.most_rows("speak", data.batch_size),
     )
@@ -371,7 +377,7 @@ def make_objective(model: MegaTransformer, config: RunConfig) -> Objective:
             share, terms = share + gate_share, terms | gate_terms
         if jacobian_weight:
             state = sown[LAST_STATE]["state"][0]
-            penalty = _jacobian_share(model, params, part, state, key, place)
+            penalty = jacobian_term(model, params, part, state, key, place)
             share = share + jacobian_weight * _warmup(config, place.step) * penalty
             terms |= {"jacobian_penalty": penalty}
         return share, ObjectiveSums(sums, terms)
@@ -400,7 +406,7 @@ def _gate_share(
     return options.weight * loss, means
 
 
-def _jacobian_share(
+def jacobian_term(
     model: MegaTransformer,
     params: Any,
     part: Batch,
@@ -408,18 +414,15 @@ def _jacobian_share(
     key: jax.Array,
     place: Place,
 ) -> jax.Array:
-    """|J^T v|^2 / |v|^2, v being random signs at the tokens that count."""
+    """|J^T v|^2 / |v|^2, v being random signs at the text's tokens that count.
+
+    J's columns are those of all places, media included.
+    """
+    entered, core = open_batch(with_xla_attention(model), params, part)
     width = state.shape[-1]
-    probe = random_signs(jax.random.fold_in(key, streams.PROBE), part.loss_mask, width)
-    core = open_core(
-        with_xla_attention(model),
-        params,
-        part.tokens,
-        positions=part.positions,
-        segment_ids=part.segment_ids,
-    )
-    square = squared_jacobian(core, state, probe)
-    return square / (place.num_tokens * width)
+    mask = entered.from_text(part.loss_mask)
+    probe = random_signs(jax.random.fold_in(key, streams.PROBE), mask, width)
+    return squared_jacobian(core, state, probe) / (place.num_tokens * width)
 
 
 def _warmup(config: RunConfig, step: jax.Array) -> jax.Array:

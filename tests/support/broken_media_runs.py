@@ -6,9 +6,8 @@ from typing import Any
 from megatransformer_jax.config.audio import AudioConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.loop import CheckpointConfig, DiagnosticsConfig, TrainConfig
-from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.recurrence import ExitGateConfig, StabilityConfig
+from megatransformer_jax.config.loop import CheckpointConfig, TrainConfig
+from megatransformer_jax.config.model import ModelConfig, NormConfig
 from megatransformer_jax.config.run import RunConfig
 
 IMAGE_MODEL = ModelConfig(image=ImageConfig(enabled=True))
@@ -46,20 +45,8 @@ BROKEN_MEDIA_RUNS: list[tuple[str, type, dict[str, Any], str]] = [
     (
         "_media_go_without_text_only_options",
         RunConfig,
-        RUN | {"train": TrainConfig(stability=StabilityConfig(jacobian_weight=0.1))},
-        "train.stability.jacobian_weight",
-    ),
-    (
-        "_media_go_without_text_only_options",
-        RunConfig,
-        RUN | {"diagnostics": DiagnosticsConfig(every_steps=5)},
-        "diagnostics.every_steps",
-    ),
-    (
-        "_media_go_without_text_only_options",
-        RunConfig,
-        RUN | {"model": model(exit_gate=ExitGateConfig(enabled=True))},
-        "model.exit_gate.enabled",
+        RUN | {"model": model(residual="admin", norm=NormConfig(placement="post"))},
+        "model.residual",
     ),
     (
         "_best_metric_is_returned",

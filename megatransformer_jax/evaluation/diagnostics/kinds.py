@@ -13,6 +13,7 @@ from matplotlib.image import imsave
 
 from megatransformer_jax.config.loop import DIAGNOSTIC_KINDS, RECURRENT_KINDS
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.evaluation.diagnostics import figures
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
 from megatransformer_jax.evaluation.diagnostics.measures import (
@@ -46,7 +47,7 @@ class Subject:
     Attributes:
       config: of the run.
       model: for rows of any number: no constraint of a mesh, XLA attention, no rematerialisation.
-      rows: tokens and targets, the same on every device.
+      rows: tokens, targets and media, the same on every device.
       mean_steps: the trained mean number of iterations; 0 without a core.
       num_steps: iterations that are shown; 0 without a core.
       sharder: of the run's parameters.
@@ -195,10 +196,11 @@ def _curves(curves: IterationCurves) -> dict[str, jax.Array]:
 
 def _measure_draws(subject: Subject) -> Measure:
     data, recurrence = subject.config.data, subject.config.model.recurrence
+    length = data.sequence_length + sum(media_places(subject.config))
 
     def count(key_data: Any, first: Any, last: Any) -> jax.Array:
         run_key = jax.random.wrap_key_data(key_data)
-        return count_draws(recurrence, run_key, first, last, data.batch_size, data.sequence_length)
+        return count_draws(recurrence, run_key, first, last, data.batch_size, length)
 
     compiled = subject.compile(count)
     return lambda moment: compiled(

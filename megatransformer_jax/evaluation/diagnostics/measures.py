@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from megatransformer_jax.config.model import ModelConfig, RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.core import Pass, draw_num_steps
-from megatransformer_jax.models.megatransformer import MegaTransformer, pass_context
-from megatransformer_jax.models.passes.observed import open_core
+from megatransformer_jax.models.megatransformer import Entered, MegaTransformer, pass_context
+from megatransformer_jax.models.passes.observed import open_batch
 from megatransformer_jax.nn.block import Block
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.layer_sharing import earlier_uses, stack_owners
@@ -22,7 +22,7 @@ from megatransformer_jax.nn.peer import is_statistic
 from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, masked_softmax
 from megatransformer_jax.ops.masks import AttentionMask, dense_mask, row_distance
 from megatransformer_jax.ops.positions import alibi_slopes
-from megatransformer_jax.training.objective import Place, make_objective
+from megatransformer_jax.training.objective import MediaRoom, Place, count_media, make_objective
 from megatransformer_jax.training.step import step_keys
 from megatransformer_jax.training.trainable import path_text
 from megatransformer_jax.types import Batch, HostOrDeviceArray
@@ -108,20 +108,22 @@ def layer_states(
     Args:
       model: without a mesh.
       params: its parameters.
-      rows: tokens, positions and segments are read.
+      rows: tokens, positions, segments and media are read.
       mean_steps: iterations after which the coda is run, or `num_steps` if that is less.
       num_steps: iterations that are looked at.
       seed: of the first state.
     """
     config = model.config
-    is_token = rows.segment_ids > 0
-    state, prelude = observe_prelude(model, params, rows)
-    named = dict(zip(layer_names(config, "prelude"), prelude, strict=True))
+    entered, prelude = observe_prelude(model, params, rows)
+    state, is_token = entered.x, entered.is_token
+    names = layer_names(config, "prelude")
+    outer = {
+        name: summarize(layer.states, entered.is_text)
+        for name, layer in zip(names, prelude, strict=True)
+    }
     core_summaries: dict[str, StateSummary] = {}
     if config.is_recurrent:
-        core = open_core(
-            model, params, rows.tokens, positions=rows.positions, segment_ids=rows.segment_ids
-        )
+        _, core = open_batch(model, params, rows)
         start = core.first_state(jax.random.key(seed))
 
         def iterate(carry: tuple[jax.Array, jax.Array], number: jax.Array) -> Any:
@@ -132,9 +134,11 @@ def layer_states(
 
         (_, state), summaries = jax.lax.scan(iterate, (start, start), jnp.arange(num_steps))
         core_summaries = dict(zip(layer_names(config, "core"), summaries, strict=True))
-    coda = observe_coda(model, params, state, rows)
-    named |= dict(zip(layer_names(config, "coda"), coda, strict=True))
-    outer = {name: summarize(layer.states, is_token) for name, layer in named.items()}
+    coda = observe_coda(model, params, state, entered)
+    names = layer_names(config, "coda")
+    outer |= {
+        name: summarize(layer.states, is_token) for name, layer in zip(names, coda, strict=True)
+    }
     return LayerStates(outer, core_summaries)
 
 
@@ -163,12 +167,11 @@ class LayerOutput(NamedTuple):
 
 def observe_prelude(
     model: MegaTransformer, params: Any, rows: Batch
-) -> tuple[jax.Array, list[LayerOutput]]:
-    """The prelude's output [B, T, D], and its layers."""
-    context = _outer_context(model.config, rows)
-    arguments = (rows.tokens, rows.positions, context)
-    x, seen = _apply(model, params, *arguments, method="run_prelude")
-    return x, list(_layers(seen.get("prelude", {}), model.config, "prelude"))
+) -> tuple[Entered, list[LayerOutput]]:
+    """What comes out of the text's prelude and the encoders of media, and the prelude's layers."""
+    arguments = (rows.tokens, rows.positions, rows.segment_ids, rows.media)
+    entered, seen = _apply(model, params, *arguments, method="enter")
+    return entered, list(_layers(seen.get("prelude", {}), model.config, "prelude"))
 
 
 def observe_iteration(core: Pass, state: jax.Array) -> tuple[jax.Array, list[LayerOutput]]:
@@ -178,10 +181,10 @@ def observe_iteration(core: Pass, state: jax.Array) -> tuple[jax.Array, list[Lay
 
 
 def observe_coda(
-    model: MegaTransformer, params: Any, state: jax.Array, rows: Batch
+    model: MegaTransformer, params: Any, state: jax.Array, entered: Entered
 ) -> list[LayerOutput]:
     """The coda's layers, from the core's state or, without a core, from the prelude's output."""
-    context = _outer_context(model.config, rows)
+    context = _outer_context(model.config, entered)
     _, seen = _apply(model, params, state, context, method="run_coda")
     return list(_layers(seen.get("coda", {}), model.config, "coda"))
 
@@ -191,8 +194,8 @@ def layer_names(config: ModelConfig, stack: str) -> list[str]:
     return [f"{stack}/layer_{number}" for number in range(len(stack_owners(config, stack)))]
 
 
-def _outer_context(config: ModelConfig, rows: Batch) -> LayerContext:
-    return pass_context(config, rows.positions, rows.segment_ids, config.width)
+def _outer_context(config: ModelConfig, entered: Entered) -> LayerContext:
+    return pass_context(config, entered.positions, entered.segment_ids, config.width)
 
 
 def _apply(module: nn.Module, params: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:
@@ -256,12 +259,14 @@ def attention_maps(
 ) -> dict[str, Float[Array, "N T T"]]:
     """Weights of every layer for the first `MAX_TOKENS` tokens of the first row.
 
-    Of the core the first iteration and the one at the trained mean, if they differ.
+    Places of media count as tokens. A layer of the prelude has weights at the text's places only,
+    because it reads nothing else. Of the core the first iteration and the one at the trained mean,
+    if they differ.
 
     Args:
       model: without a mesh.
       params: its parameters.
-      rows: tokens, positions and segments are read, of the first row.
+      rows: tokens, positions, segments and media are read, of the first row.
       mean_steps: trained mean of the iterations; ignored without a core.
       seed: of the first state.
 
@@ -269,25 +274,40 @@ def attention_maps(
       By the layer's name. What is cut off does not matter: no token sees a later one.
     """
     config = model.config
-    row = jax.tree.map(lambda part: part[:1, :MAX_TOKENS], rows)
-    state, layers = observe_prelude(model, params, row)
-    found = dict(zip(layer_names(config, "prelude"), layers, strict=True))
+    row = jax.tree.map(lambda part: part[:1], rows)
+    if row.media is None:
+        row = jax.tree.map(lambda part: part[:, :MAX_TOKENS], row)
+    entered, prelude = observe_prelude(model, params, row)
+    state = entered.x
+    found: dict[str, LayerOutput] = {}
     if config.is_recurrent:
-        state, observed = _core_layers(model, params, row, mean_steps, seed)
-        found |= observed
-    coda = observe_coda(model, params, state, row)
+        state, found = _core_layers(model, params, row, mean_steps, seed)
+    coda = observe_coda(model, params, state, entered)
     found |= dict(zip(layer_names(config, "coda"), coda, strict=True))
-    mask = pass_context(config, row.positions, row.segment_ids, config.width).mask
-    return {name: _weights(layer, config, mask)[0] for name, layer in found.items()}
+    mask = _map_mask(config, entered.positions, entered.segment_ids)
+    maps = {name: _weights(layer, config, mask) for name, layer in found.items()}
+    if entered.layout is not None:
+        text = jnp.where(entered.layout.is_medium, 0, entered.layout.segment_ids)
+        mask = _map_mask(config, entered.positions, text)
+    names = layer_names(config, "prelude")
+    return maps | {
+        name: _weights(layer, config, mask) for name, layer in zip(names, prelude, strict=True)
+    }
+
+
+def _map_mask(
+    config: ModelConfig, positions: jax.Array, segment_ids: jax.Array | None
+) -> AttentionMask:
+    if segment_ids is not None:
+        segment_ids = segment_ids[:, :MAX_TOKENS]
+    return pass_context(config, positions[:, :MAX_TOKENS], segment_ids, config.width).mask
 
 
 def _core_layers(
     model: MegaTransformer, params: Any, row: Batch, mean_steps: int, seed: int
 ) -> tuple[jax.Array, dict[str, LayerOutput]]:
     """The state after the trained mean, and the core's layers in the iterations of the maps."""
-    core = open_core(
-        model, params, row.tokens, positions=row.positions, segment_ids=row.segment_ids
-    )
+    _, core = open_batch(model, params, row)
     state = core.first_state(jax.random.key(seed))
     names = layer_names(model.config, "core")
     found: dict[str, LayerOutput] = {}
@@ -307,13 +327,14 @@ def _weights(layer: LayerOutput, config: ModelConfig, mask: AttentionMask) -> ja
     slopes = None
     if config.positions.scheme == "alibi":
         slopes = alibi_slopes(config.attention.num_heads)
-    return attention_weights(
-        layer.query,
-        layer.key,
+    weights = attention_weights(
+        layer.query[:, :MAX_TOKENS],
+        layer.key[:, :MAX_TOKENS],
         mask,
         logit_softcap=config.attention.logit_softcap,
         alibi_slopes=slopes,
     )
+    return weights[0]
 
 
 # ------------------------------------------------------------------------------
@@ -350,13 +371,14 @@ def norms_by_layer(tree: Any) -> dict[str, Float[Array, ""]]:
 def layer_of(path: str) -> str:
     """The layer of a parameter: 'core/layers/layer_0/mlp/up' is of 'core/layers/layer_0'.
 
-    Outside of layers it is the part of the model, 'embedding', or of the core, 'core/adapter'.
+    Outside of layers it is the part of the model, 'embedding', or of the core or of the parts for
+    media, 'core/adapter' or 'media/image_decoder'.
     """
     parts = path.split("/")
     for number, part in enumerate(parts):
         if part.startswith("layer_"):
             return "/".join(parts[: number + 1])
-    return "/".join(parts[:2]) if parts[0] == "core" else parts[0]
+    return "/".join(parts[:2]) if parts[0] in ("core", "media") else parts[0]
 
 
 def gradient_norms(
@@ -380,8 +402,14 @@ def gradient_norms(
       num_steps: iterations; gradients flow through the last ones, as in training.
       seed: of first state and dropout.
     """
-    objective = make_objective(model, config)
-    place = Place(step, jnp.maximum(jnp.sum(rows.loss_mask), 1.0), 1.0)
+    media, room = rows.media, None
+    if media is not None:
+        # As many as there are slots, for a few rows may be of one task.
+        slots = (media.is_image, media.mel_lengths)
+        room = MediaRoom(*(0 if array is None else array.size for array in slots))
+    objective = make_objective(model, config, room)
+    counts = None if media is None else count_media(media)
+    place = Place(step, jnp.maximum(jnp.sum(rows.loss_mask), 1.0), 1.0, counts)
 
     def loss(params: Any) -> jax.Array:
         return objective(params, rows, jnp.int32(num_steps), jax.random.key(seed), place)[0]
@@ -411,7 +439,7 @@ def count_draws(
       first: number of the first step that counts, from 1; traced.
       last: number of the last one.
       batch_size: B, for draws per sequence or token.
-      length: T, for draws per token.
+      length: T, or S with media, for draws per token.
     """
 
     def add(step: jax.Array, counts: jax.Array) -> jax.Array:
@@ -433,6 +461,7 @@ Value = TypeVar("Value")
 _PARTS = (
     "embedding",
     "prelude",
+    "media",
     "injection_norm",
     "core_in",
     "core",

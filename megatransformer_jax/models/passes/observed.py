@@ -11,8 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.models.core import Pass, initial_state
-from megatransformer_jax.models.megatransformer import MegaTransformer, open_pass, pass_context
+from megatransformer_jax.models.megatransformer import (
+    Entered,
+    MegaTransformer,
+    open_pass,
+    pass_context,
+)
 from megatransformer_jax.nn.block import RESIDUAL_UPDATES
+from megatransformer_jax.types import Batch
 
 # ------------------------------------------------------------------------------
 # The pass through the core over one batch.
@@ -31,16 +37,36 @@ def open_core(
     Raises:
       ValueError: if the model has no core.
     """
-    config = model.config
-    if not config.is_recurrent:
+    _check_core(model)
+    arguments = (tokens, positions, segment_ids)
+    entered: Any = model.apply({"params": params}, *arguments, method="enter")
+    return _open(model, params, entered)
+
+
+def open_batch(model: MegaTransformer, params: Any, batch: Batch) -> tuple[Entered, Pass]:
+    """The same for a batch, whose media are encoded; and where text and media are.
+
+    Raises:
+      ValueError: if the model has no core.
+    """
+    _check_core(model)
+    arguments = (batch.tokens, batch.positions, batch.segment_ids, batch.media)
+    entered: Any = model.apply({"params": params}, *arguments, method="enter")
+    return entered, _open(model, params, entered)
+
+
+def _open(model: MegaTransformer, params: Any, entered: Entered) -> Pass:
+    config, places = model.config, (entered.positions, entered.segment_ids)
+    inner = pass_context(config, *places, config.core_width)
+    core: Any = open_pass(model, params, entered.x, inner)
+    return cast(Pass, core.replace(outer=pass_context(config, *places, config.width)))
+
+
+def _check_core(model: MegaTransformer) -> None:
+    if not model.config.is_recurrent:
         raise ValueError(
             "this model has no core to iterate (model.core_layers=0); use a recurrent one."
         )
-    outer = pass_context(config, positions, segment_ids, config.width)
-    x: Any = model.apply({"params": params}, tokens, positions, outer, method="run_prelude")
-    inner = pass_context(config, positions, segment_ids, config.core_width)
-    core: Any = open_pass(model, params, x, inner)
-    return cast(Pass, core.replace(outer=outer))
 
 
 # ------------------------------------------------------------------------------

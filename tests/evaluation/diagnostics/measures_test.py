@@ -168,8 +168,9 @@ def test_observed_layers_are_the_models(model_and_rows):
 
     @jax.jit
     def observe(params):
-        x, prelude = observe_prelude(model, params, rows)
-        coda = observe_coda(model, params, x, rows)
+        entered, prelude = observe_prelude(model, params, rows)
+        x = entered.x
+        coda = observe_coda(model, params, x, entered)
         context = pass_context(model.config, rows.positions, rows.segment_ids, 8)
         _, hidden = model.apply({"params": params}, x, context, method="run_coda")
         states = layer_states(model, params, rows, mean_steps=0, num_steps=0, seed=0)
