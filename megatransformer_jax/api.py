@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from megatransformer_jax.config.build import (
     build,
-    check_values,
     construct,
     load_preset,
     merge,
@@ -141,7 +140,6 @@ def create(
         options["vocab_size"] = tokenizer.vocab_size
     below = load_preset(model)["model"] if isinstance(model, str) else dataclasses.asdict(model)
     values = merge(below, _as_declared(_nested(options), ModelConfig))
-    check_values(values, ModelConfig)
     config: ModelConfig = construct(ModelConfig, values)
     if tokenizer is not None and config.vocab_size < tokenizer.vocab_size:
         raise ConfigError(

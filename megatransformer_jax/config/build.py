@@ -17,7 +17,7 @@ import sys
 import tokenize
 import traceback
 import typing
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from importlib.resources.abc import Traversable
 from typing import Any
 
@@ -57,9 +57,7 @@ def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> BaseRunConfi
       ConfigError: for an unknown key, a wrong type, a value out of range or values that exclude
         each other; always with the full dotted path.
     """
-    nested: dict[str, Any] = plain(values)
-    check_values(nested)
-    nested = own_values(nested)
+    nested = own_values(plain(values))
     if nested.get("preset") is not None:
         nested = merge(load_preset(nested["preset"]), nested)
     return construct(run_class(nested), nested)
@@ -126,47 +124,56 @@ def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def check_values(
     values: Mapping[str, Any], config_class: type = AllOptions, path: str = ""
 ) -> None:
-    """Checks the names and the types of nested plain values; some may be absent.
+    """Checks the names and the types of nested plain values of which some may be absent.
+
+    It is for what is no whole configuration yet; `construct` needs no such check before it.
 
     Raises:
       ConfigError: with the full dotted path of the key.
     """
-    hints = typing.get_type_hints(config_class)
-    names = [field.name for field in dataclasses.fields(config_class)]
-    for key, value in values.items():
-        key_path = f"{path}.{key}" if path else str(key)
-        if key not in names:
-            raise unknown_key(key_path, names)
-        declared = hints[key]
+    for key_path, value, declared in _declared(values, config_class, path):
         if dataclasses.is_dataclass(declared):
-            if not isinstance(value, Mapping):
-                raise ConfigError(
-                    key_path,
-                    f"{value!r} is not a section; give its options by name, "
-                    f"such as {dataclasses.fields(declared)[0].name!r}.",
-                )
             check_values(value, typing.cast(type, declared), key_path)
         elif not has_type(value, declared):
             raise ConfigError(key_path, wrong_type(value, declared))
 
 
 def construct(config_class: type, values: Mapping[str, Any], path: str = "") -> Any:
-    """The configuration dataclass that nested values describe; their names must have been checked.
+    """The configuration dataclass that nested values describe.
 
     Raises:
-      ConfigError: with the full dotted path, below `path`.
+      ConfigError: for an unknown name, a wrong type or a value that a check refuses, with the full
+        dotted path, below `path`.
     """
-    hints = typing.get_type_hints(config_class)
     arguments = dict(values)
-    for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]):
-            arguments[key] = construct(
-                typing.cast(type, hints[key]), value, f"{path}.{key}" if path else key
-            )
+    for key_path, value, declared in _declared(values, config_class, path):
+        if dataclasses.is_dataclass(declared):
+            name = key_path.rpartition(".")[2]
+            arguments[name] = construct(typing.cast(type, declared), value, key_path)
     try:
         return config_class(**arguments)
     except ConfigError as error:
         raise error.below(path) from None
+
+
+def _declared(
+    values: Mapping[str, Any], config_class: type, path: str
+) -> Iterator[tuple[str, Any, Any]]:
+    """Path, value and declared type of what is given directly below a path; all names are known,
+    and sections are mappings."""
+    hints = typing.get_type_hints(config_class)
+    names = [field.name for field in dataclasses.fields(config_class)]
+    for key, value in values.items():
+        key_path = f"{path}.{key}" if path else str(key)
+        if key not in names:
+            raise unknown_key(key_path, names)
+        if dataclasses.is_dataclass(hints[key]) and not isinstance(value, Mapping):
+            raise ConfigError(
+                key_path,
+                f"{value!r} is not a section; give its options by name, "
+                f"such as {dataclasses.fields(hints[key])[0].name!r}.",
+            )
+        yield key_path, value, hints[key]
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -332,7 +339,7 @@ def load_preset(name: str) -> dict[str, Any]:
     if name not in preset_names():
         raise ConfigError(
             "preset",
-            f"{name!r} is unknown; {nearest_hint(name, preset_names())}it must be one of "
+            f"{name!r} is unknown; {nearest_hint(str(name), preset_names())}it must be one of "
             f"{', '.join(preset_names())}.",
         )
     file = preset_folder() / f"{name}.gin"

@@ -363,13 +363,7 @@ class DataConfig(LoaderConfig):
     def _reasoning_brings_its_own(self) -> None:
         """Keep the default with source='reasoning', because reasoning problems define their own
         vocabulary and fill one row each."""
-        if self.source == "reasoning":
-            require_defaults(
-                self,
-                ("tokenizer", "packing", "augmentation"),
-                "with source='reasoning'",
-                "choose another source",
-            )
+        self._not_for("reasoning", "tokenizer", "packing", "augmentation")
 
     @rule("media")
     def _media_section_needs_its_source(self) -> None:
@@ -379,8 +373,7 @@ class DataConfig(LoaderConfig):
     @rule("packing")
     def _media_samples_fill_a_row_each(self) -> None:
         """Keep the default with source='media', which has one sample per row."""
-        if self.source == "media":
-            require_defaults(self, ("packing",), "with source='media'", "choose another source")
+        self._not_for("media", "packing")
 
     @rule("augmentation.synonyms_file", "augmentation.back_translation")
     def _transcripts_keep_their_words(self) -> None:
@@ -437,6 +430,10 @@ class DataConfig(LoaderConfig):
                 "because there is a validation source",
                 "remove validation_files or tfds_validation_split",
             )
+
+    def _not_for(self, source: str, *names: str) -> None:
+        if self.source == source:
+            require_defaults(self, names, f"with source={source!r}", "choose another source")
 
     def _only_for(self, sources: tuple[str, ...], *names: str) -> None:
         if self.source not in sources:

@@ -1,6 +1,7 @@
 """Runs of every kind by its name, and which options each kind has."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,7 +88,7 @@ def run_class(values: Mapping[str, Any]) -> type[BaseRunConfig]:
     if kind not in _CLASSES:
         raise ConfigError(
             "kind",
-            f"{kind!r} is not allowed; {nearest_hint(kind, RUN_KINDS)}it must be one of "
+            f"{kind!r} is not allowed; {nearest_hint(str(kind), RUN_KINDS)}it must be one of "
             f"{', '.join(map(repr, RUN_KINDS))}.",
         )
     return _CLASSES[kind]
@@ -116,9 +117,7 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """
     kind = values.get("kind", "transformer")
     owner = run_class(values)
-    own = {option.path for option in options_of(owner)} | {path for path, *_ in sections_of(owner)}
-    others = {option.path: option for option in options_of(AllOptions) if option.path not in own}
-    sections = {path for path, *_ in sections_of(AllOptions)}
+    own, others, sections = _paths(owner)
     allowed = _SAID_BEFORE.get(kind, {})
 
     def kept(nested: Mapping[str, Any], parent: str) -> dict[str, Any]:
@@ -131,11 +130,20 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
                     found[name] = inner
             elif path not in others:
                 found[name] = value
-            elif value not in (others[path].default, allowed.get(path, others[path].default)):
-                raise _ignored(path, value, others[path].default, kind)
+            elif value not in (others[path], allowed.get(path, others[path])):
+                raise _ignored(path, value, others[path], kind)
         return found
 
     return kept(values, "")
+
+
+@functools.cache
+def _paths(owner: type[BaseRunConfig]) -> tuple[set[str], dict[str, Any], set[str]]:
+    """Paths of a class, defaults of the options that it lacks, paths of all sections there are."""
+    own = {option.path for option in options_of(owner)} | {path for path, *_ in sections_of(owner)}
+    every = {option.path: option.default for option in options_of(AllOptions)}
+    others = {path: default for path, default in every.items() if path not in own}
+    return own, others, {path for path, *_ in sections_of(AllOptions)}
 
 
 def _ignored(path: str, value: Any, default: Any, kind: str) -> ConfigError:
