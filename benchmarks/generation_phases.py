@@ -21,7 +21,7 @@ from megatransformer_jax.models.cost.flops import forward_flops
 from megatransformer_jax.models.cost.memory import cache_bytes_per_token
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, init_params
-from megatransformer_jax.nn.kv_cache import KVCache, init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, KVCache, init_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -145,11 +145,13 @@ class GenerationPhases:
     def _empty_cache(self, rows: int, capacity: int) -> KVCache:
         return init_cache(
             self.config,
-            rows,
-            capacity,
-            num_slots=self.depth,
-            dtype=self.policy.compute,
-            platform=self.model.platform,
+            CacheShape(
+                rows,
+                capacity,
+                num_slots=self.depth,
+                dtype=self.policy.compute,
+                platform=self.model.platform,
+            ),
         )
 
     def _check(self, result: DecodeState) -> None:

@@ -37,7 +37,7 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.evaluation.answers import CachedScores, cached_answers, cached_scores
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
-from megatransformer_jax.nn.kv_cache import SHARINGS, init_cache
+from megatransformer_jax.nn.kv_cache import SHARINGS, CacheShape, init_cache
 from megatransformer_jax.runs.load import LoadedModel, load_model
 from megatransformer_jax.types import Batch
 
@@ -108,13 +108,15 @@ class Problems:
         batch_size, length = batch.tokens.shape
         cache = init_cache(
             model.config,
-            batch_size,
-            length,
-            num_slots=setting.slots or self._full_slots,
-            dtype=model.policy.compute,
-            platform=model.platform,
-            sharing=setting.sharing,
-            exited_reads=setting.exited_reads,
+            CacheShape(
+                batch_size,
+                length,
+                num_slots=setting.slots or self._full_slots,
+                dtype=model.policy.compute,
+                platform=model.platform,
+                sharing=setting.sharing,
+                exited_reads=setting.exited_reads,
+            ),
         )
         criterion = exit_criterion(setting.criterion)
         threshold = setting.threshold

@@ -4,6 +4,7 @@ Source: seal-rg/recurrent-pretraining and tomg-group-umd/huginn-0125 (arXiv 2502
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 import shutil
@@ -106,6 +107,19 @@ def load_huginn(
         raise HuginnFormatError(f"{folder}: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class HuginnTokenizer:
+    """What a folder says of the tokenizer.
+
+    Attributes:
+      special_ids: such as {'bos_token_id': 1, 'eos_token_id': 2}, for generation_config.json.
+      model: content of a SentencePiece model, stored as tokenizer.model. None: there is no file.
+    """
+
+    special_ids: Mapping[str, int] | None = None
+    model: bytes | None = None
+
+
 def save_huginn(
     folder: str | os.PathLike[str],
     config: ModelConfig,
@@ -114,8 +128,7 @@ def save_huginn(
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     dtype: str | None = None,
     with_rotary_table: bool = False,
-    special_ids: Mapping[str, int] | None = None,
-    tokenizer_model: bytes | None = None,
+    tokenizer: HuginnTokenizer | None = None,
     overwrite: bool = False,
 ) -> None:
     """Writes a checkpoint folder, which appears as a whole or not at all.
@@ -131,8 +144,7 @@ def save_huginn(
         rounds them. None: each keeps its own.
       with_rotary_table: also stores `freqs_cis`, the table of rotations, which follows from the
         config but which upstream's model class expects among the weights.
-      special_ids: such as {'bos_token_id': 1, 'eos_token_id': 2}, for generation_config.json.
-      tokenizer_model: content of a SentencePiece model, stored as tokenizer.model.
+      tokenizer: goes along.
       overwrite: replaces an older export. Other files than an export's are never deleted.
 
     Raises:
@@ -161,10 +173,10 @@ def save_huginn(
         # Upstream says here in which type the model is to be made.
         values["torch_dtype"] = types.pop() if len(types) == 1 else "float32"
         write_json(unfinished / CONFIG_FILE, values)
-        if special_ids:
-            write_json(unfinished / GENERATION_FILE, special_ids)
-        if tokenizer_model is not None:
-            (unfinished / "tokenizer.model").write_bytes(tokenizer_model)
+        if tokenizer is not None and tokenizer.special_ids:
+            write_json(unfinished / GENERATION_FILE, tokenizer.special_ids)
+        if tokenizer is not None and tokenizer.model is not None:
+            (unfinished / "tokenizer.model").write_bytes(tokenizer.model)
     if dropped := dropped_options(config):
         logging.info("Huginn's config.json has no place for %s; left out", ", ".join(dropped))
 

@@ -186,7 +186,14 @@ class AudioConfig:
     )
     context_length: int = option(
         32,
-        "Positions before a clip that its decoder reads, the opening token included.",
+        "Positions before a clip that its coda reads, the opening token included.",
+        minimum=1,
+    )
+    coda_queries: int | None = option(
+        None,
+        "Learned vectors that gather these positions by attention; the decoder reads the vectors, "
+        "so its cost does not grow with context_length. Default (None): the decoder reads every "
+        "position.",
         minimum=1,
     )
     mel: MelConfig = section(MelConfig, "From waveform to spectrogram.")

@@ -189,7 +189,14 @@ class ImageConfig:
     )
     context_length: int = option(
         32,
-        "Positions before an image that its decoder reads, the opening token included.",
+        "Positions before an image that its coda reads, the opening token included.",
+        minimum=1,
+    )
+    coda_queries: int | None = option(
+        None,
+        "Learned vectors that gather these positions by attention; the decoder reads the vectors, "
+        "so its cost does not grow with context_length. Default (None): the decoder reads every "
+        "position.",
         minimum=1,
     )
     decoder: ImageDecoderConfig = section(ImageDecoderConfig, "How images are drawn.")

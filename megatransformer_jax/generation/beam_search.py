@@ -1,8 +1,7 @@
 """Beam search with a model's cache; see `beam_loop` for the rules.
 
     prefilled = prefill(model, params, left_padded(history, keys, 64), cache, rule)
-    result = beam_search(model, params, settings, prefilled, history, num_beams=4, num_return=1,
-                         length_penalty=1.0, early_stopping=False)
+    result = beam_search(model, params, settings, prefilled, history, Beams(4, 1))
 
 Numbers are data, so changing them compiles nothing; the numbers of beams and of results do.
 
@@ -57,17 +56,33 @@ class BeamResult:
     reasons: Any
 
 
+@struct.dataclass
+class Beams:
+    """How many texts are searched for, and how they are ranked.
+
+    Attributes:
+      num_beams: texts that are kept at every token; static.
+      num_return: best texts per prompt that are returned, at most `num_beams`; static.
+      length_penalty: a text's score is its sum of log-probabilities divided by its number of
+        generated tokens to this power. For all or per prompt.
+      early_stopping: a prompt is done once `num_beams` texts are finished. Otherwise once, besides,
+        its best running text would not beat the worst of them if it ended now. For all or per
+        prompt.
+    """
+
+    num_beams: int = struct.field(pytree_node=False)
+    num_return: int = struct.field(pytree_node=False)
+    length_penalty: Float[Array, "..."] | float = 1.0
+    early_stopping: Bool[Array, "..."] | bool = False
+
+
 def beam_search(
     model: MegaTransformer,
     params: Any,
     settings: DecodeSettings,
     prefilled: Prefilled,
     history: History,
-    *,
-    num_beams: int,
-    num_return: int,
-    length_penalty: Float[Array, "..."] | float,
-    early_stopping: Bool[Array, "..."] | bool,
+    beams: Beams,
 ) -> BeamResult:
     """Searches the likeliest continuations of each prompt.
 
@@ -78,30 +93,21 @@ def beam_search(
         to every beam on its own.
       prefilled: the prompts' cache, with a free row per new token but the last.
       history: the prompts, with room for the new tokens.
-      num_beams: texts that are kept at every token; static.
-      num_return: best texts per prompt that are returned, at most `num_beams`; static.
-      length_penalty: a text's score is its sum of log-probabilities divided by its number of
-        generated tokens to this power. For all or per prompt.
-      early_stopping: a prompt is done once `num_beams` texts are finished. Otherwise once, besides,
-        its best running text would not beat the worst of them if it ended now. For all or per
-        prompt.
+      beams: how many and which.
 
     Raises:
       UserError: if one of the numbers cannot be used, tokens are to be drawn, or there is no room
         for the new tokens.
     """
-    _check(model, settings, prefilled, history, num_beams, num_return)
-    numbers = (jnp.asarray(length_penalty, jnp.float32), jnp.asarray(early_stopping, bool))
-    return _search(
-        model,
-        params,
-        settings,
-        prefilled,
-        history,
-        *replicate(model.sharder, numbers),
-        num_beams=num_beams,
-        num_return=num_return,
+    _check(model, settings, prefilled, history, beams)
+    penalty, stopping = replicate(
+        model.sharder,
+        (jnp.asarray(beams.length_penalty, jnp.float32), jnp.asarray(beams.early_stopping, bool)),
     )
+    beams = beams.replace(  # type: ignore[attr-defined]
+        length_penalty=penalty, early_stopping=stopping
+    )
+    return _search(model, params, settings, prefilled, history, beams)
 
 
 @struct.dataclass
@@ -155,19 +161,16 @@ class _CachedModel:
         return _Memory(cache, constrain_rows(self.model.sharder, memory.core_state[rows]))
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("num_beams", "num_return"))
+@functools.partial(jax.jit, static_argnums=0)
 def _search(
     model: MegaTransformer,
     params: Any,
     settings: DecodeSettings,
     prefilled: Prefilled,
     history: History,
-    length_penalty: jax.Array,
-    early_stopping: jax.Array,
-    *,
-    num_beams: int,
-    num_return: int,
+    beams: Beams,
 ) -> BeamResult:
+    num_beams = beams.num_beams
     params = gather_weights(model, params)
     repeated = repeat_rows(prefilled, num_beams)
 
@@ -181,12 +184,18 @@ def _search(
     best = search(
         _CachedModel(model, params, per_beam_settings, prefilled.cache.length),
         _Memory(constrain_cache(model.sharder, repeated.cache), repeated.core_state),
-        BeamSettings(settings.chain, settings.ending, length_penalty, early_stopping, num_beams),
+        BeamSettings(
+            settings.chain,
+            settings.ending,
+            beams.length_penalty,
+            beams.early_stopping,
+            num_beams,
+        ),
         history,
         prefilled.logits,
         prefilled.num_steps,
     )
-    return _result(best, num_return)
+    return _result(best, beams.num_return)
 
 
 def _result(best: Hypotheses, num_return: int) -> BeamResult:
@@ -202,15 +211,14 @@ def _check(
     settings: DecodeSettings,
     prefilled: Prefilled,
     history: History,
-    num_beams: int,
-    num_return: int,
+    beams: Beams,
 ) -> None:
     if settings.is_drawn:
         raise UserError("is_drawn is set, and beam search draws no token; set it to False.")
-    if not 1 <= num_return <= num_beams:
+    if not 1 <= beams.num_return <= beams.num_beams:
         raise UserError(
-            f"num_return is {num_return} with num_beams={num_beams}; it must be from 1 to "
-            "num_beams."
+            f"num_return is {beams.num_return} with num_beams={beams.num_beams}; it must be from 1 "
+            "to num_beams."
         )
     lengths, new_tokens, used = fetch(
         model.sharder, (history.lengths, settings.ending.max_new_tokens, prefilled.cache.length)

@@ -268,18 +268,8 @@ class Generator:
         return settings, *_repeat(sharder, prefilled, prompts, count)
 
     def _empty_cache(self, sharder: Sharder, batch_size: int, plan: CachePlan) -> KVCache:
-        model, cache = self._model, self._config.cache
-        return empty_cache(
-            sharder,
-            model.config,
-            batch_size=batch_size,
-            capacity=plan.capacity,
-            num_slots=plan.num_slots,
-            dtype=model.policy.compute,
-            platform=model.platform,
-            sharing=cache.sharing,
-            exited_reads=cache.exited_reads,
-        )
+        shape = plan.shape(self._model, self._config.cache, batch_size)
+        return empty_cache(sharder, self._model.config, shape)
 
     def _plan(self, ids: Sequence[Sequence[int]]) -> CachePlan:
         return plan_cache(

@@ -221,18 +221,8 @@ class MediaGenerator:
         prompts: Any = enter_prompts(
             model, self._params, tokens, lengths, media, num_columns=plan.cache.num_columns
         )
-        empty = empty_cache(
-            sharder,
-            model.config,
-            batch_size=len(rows.prompts),
-            capacity=plan.cache.capacity,
-            num_slots=plan.cache.num_slots,
-            dtype=model.policy.compute,
-            platform=model.platform,
-            sharing=cache.sharing,
-            exited_reads=cache.exited_reads,
-            with_media=True,
-        )
+        shape = plan.cache.shape(model, cache, len(rows.prompts), with_media=True)
+        empty = empty_cache(sharder, model.config, shape)
         prompts = prompts.replace(state_keys=rows.keys)
         return prefill(model, self._params, prompts, empty, self._rule, chunk=cache.prefill_chunk)
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache, init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, KVCache, constrain_cache, init_cache
 from megatransformer_jax.sharding.rules import Sharder
 
 
@@ -74,39 +74,10 @@ def fetch(sharder: Sharder, tree: Any) -> Any:
     return jax.tree.map(np.asarray, jax.device_get(tree))
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "sharder", "config", "batch_size", "capacity", "num_slots", "dtype", "platform", "sharing",
-        "exited_reads", "with_media",
-    ),
-)  # fmt: skip
-def empty_cache(
-    sharder: Sharder,
-    config: ModelConfig,
-    *,
-    batch_size: int,
-    capacity: int,
-    num_slots: int,
-    dtype: jnp.dtype,
-    platform: str,
-    sharing: str,
-    exited_reads: str,
-    with_media: bool = False,
-) -> KVCache:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def empty_cache(sharder: Sharder, config: ModelConfig, shape: CacheShape) -> KVCache:
     """`init_cache`, made in parts on the devices that hold them."""
-    cache = init_cache(
-        config,
-        batch_size,
-        capacity,
-        num_slots=num_slots,
-        dtype=dtype,
-        platform=platform,
-        sharing=sharing,
-        exited_reads=exited_reads,
-        with_media=with_media,
-    )
-    return constrain_cache(sharder, cache)
+    return constrain_cache(sharder, init_cache(config, shape))
 
 
 @functools.partial(jax.jit, static_argnames="sharder")

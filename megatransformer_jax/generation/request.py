@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.generation import CacheConfig, GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.sampling import check_encodable
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.endings import cut_at_stop, num_held_back
-from megatransformer_jax.nn.kv_cache import rows_to_blocks
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.nn.kv_cache import CacheShape, rows_to_blocks
 
 # ------------------------------------------------------------------------------
 # Prompts.
@@ -103,6 +104,26 @@ class CachePlan:
     num_columns: int
     capacity: int
     num_slots: int
+
+    def shape(
+        self,
+        model: MegaTransformer,
+        config: CacheConfig,
+        batch_size: int,
+        *,
+        with_media: bool = False,
+    ) -> CacheShape:
+        """The cache of so many rows; `config` is the request's."""
+        return CacheShape(
+            batch_size,
+            self.capacity,
+            self.num_slots,
+            model.policy.compute,
+            model.platform,
+            config.sharing,
+            config.exited_reads,
+            with_media,
+        )
 
 
 def plan_cache(

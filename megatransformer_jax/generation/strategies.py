@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.generation import parallel as parallel_sampler
 from megatransformer_jax.generation import speculative
-from megatransformer_jax.generation.beam_search import BeamResult, beam_search
+from megatransformer_jax.generation.beam_search import BeamResult, Beams, beam_search
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, decode
 from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.placement import replicate
@@ -101,10 +101,12 @@ def search_beams(
         settings,
         prefilled,
         history,
-        num_beams=config.beam.num_beams,
-        num_return=config.num_samples,
-        length_penalty=config.beam.length_penalty,
-        early_stopping=config.beam.early_stopping,
+        Beams(
+            config.beam.num_beams,
+            config.num_samples,
+            config.beam.length_penalty,
+            config.beam.early_stopping,
+        ),
     )
 
 

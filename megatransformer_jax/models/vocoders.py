@@ -335,7 +335,9 @@ class Discriminators(nn.Module):
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 
 
-def build_generator(config: VocoderConfig, policy: DTypePolicy) -> nn.Module:
+def build_generator(
+    config: VocoderConfig, policy: DTypePolicy
+) -> IstftGenerator | HifiganGenerator:
     """From (mels [N, F, M], lengths [N]) to waveforms [N, F * hop_samples].
 
     Raises:

@@ -138,7 +138,7 @@ def diagonal_gain(
 
 def build_adapter(
     config: ModelConfig, init: WeightInit, policy: DTypePolicy, name: str | None = None
-) -> LinearAdapter | SumAdapter | GateAdapter | DiagonalAdapter:
+) -> Adapter:
     """The adapter that `recurrence.adapter` names.
 
     Raises:

@@ -13,7 +13,7 @@ from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.conv import FAN_IN, ZEROS
 from megatransformer_jax.nn.kv_cache import KeyValues
 from megatransformer_jax.nn.norms import rms_normalize
-from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
+from megatransformer_jax.nn.parameters import Initializer, WeightInit, matrix, vector
 from megatransformer_jax.ops.attention import attention
 from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, masked_softmax
 from megatransformer_jax.ops.cached_attention import cached_attention
@@ -178,10 +178,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention to `context`; what it adds starts at zero."""
+    """Multi-head attention to `context`; by default what it adds starts at zero."""
 
     head_width: int
     policy: DTypePolicy
+    output_init: Initializer = ZEROS
 
     @nn.compact
     def __call__(
@@ -196,7 +197,9 @@ class CrossAttention(nn.Module):
         keys_shape, axes = (context.shape[-1], 2 * width), (None, None)
         to_query = matrix(self, "query_kernel", FAN_IN, (width, width), axes, self.policy)
         to_keys = matrix(self, "context_kernel", FAN_IN, keys_shape, axes, self.policy)
-        to_output = matrix(self, "output_kernel", ZEROS, (width, width), axes, self.policy)
+        to_output = matrix(
+            self, "output_kernel", self.output_init, (width, width), axes, self.policy
+        )
         query = (x.astype(to_query.dtype) @ to_query).reshape(count, length, num_heads, -1)
         both = (context.astype(to_keys.dtype) @ to_keys).reshape(
             count, context.shape[1], 2, num_heads, -1

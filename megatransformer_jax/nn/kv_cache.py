@@ -15,6 +15,7 @@ matter on which side a batch is padded, nor whether rejected tokens left gaps. P
 sound have rows and positions as tokens have; only the text's prelude does not see them.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -112,41 +113,62 @@ def rows_to_blocks(rows: int, platform: str) -> int:
     return -(-rows // block) * block
 
 
-def init_cache(
-    config: ModelConfig,
-    batch_size: int,
-    capacity: int,
-    *,
-    num_slots: int,
-    dtype: jnp.dtype,
-    platform: str,
-    sharing: str = "modulo",
-    exited_reads: str = "latest",
-    with_media: bool = False,
-) -> KVCache:
-    """An empty cache.
+@dataclasses.dataclass(frozen=True)
+class CacheShape:
+    """What decides how a cache is laid out, besides the model. Hashable, so static in jit.
 
-    Args:
-      config: the model.
+    Attributes:
       batch_size: sequences (B).
       capacity: rows per sequence; rounded up to whole blocks.
       num_slots: R; the number of iterations for a full cache.
       dtype: of keys and values; the model's compute type.
       platform: of the devices: 'cpu', 'gpu' or 'tpu'.
-      sharing: 'modulo', 'anchor' or 'last'.
-      exited_reads: 'latest' or 'skip'.
+      sharing: how iterations share slots, one of `SHARINGS`, see `slot_for`.
+      exited_reads: what a deeper reader gets of tokens that exited, one of `EXITED_READS`.
       with_media: images and sound can be put between the tokens.
 
     Raises:
       UserError: capacity, slots or a name that cannot be used.
     """
-    _check(capacity, num_slots, sharing, exited_reads, platform)
-    rows = rows_to_blocks(capacity, platform)
+
+    batch_size: int
+    capacity: int
+    num_slots: int
+    dtype: jnp.dtype
+    platform: str
+    sharing: str = "modulo"
+    exited_reads: str = "latest"
+    with_media: bool = False
+
+    def __post_init__(self) -> None:
+        for name, number, what in (
+            ("capacity is", self.capacity, "it must be at least 1 row."),
+            ("slots are", self.num_slots, "there must be at least 1."),
+        ):
+            if number < 1:
+                raise UserError(f"cache {name} {number}; {what}")
+        for name, value, known in (
+            ("slot sharing", self.sharing, SHARINGS),
+            ("exited_reads", self.exited_reads, EXITED_READS),
+            ("platform", self.platform, tuple(BLOCK_ROWS)),
+        ):
+            if value not in known:
+                raise UserError(f"{name} is {value!r}; choose one of {known}.")
+
+    @property
+    def rows(self) -> int:
+        """Rows per sequence: the capacity in whole blocks."""
+        return rows_to_blocks(self.capacity, self.platform)
+
+
+def init_cache(config: ModelConfig, shape: CacheShape) -> KVCache:
+    """An empty cache for the model of this config."""
+    batch_size, rows, num_slots = shape.batch_size, shape.rows, shape.num_slots
 
     def entries(count: int, width: int) -> KeyValues:
-        shape = (count, batch_size, config.attention.kv_heads, rows, config.head_dim(width))
+        dims = (count, batch_size, config.attention.kv_heads, rows, config.head_dim(width))
         # Two arrays, not one twice: each is donated.
-        return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        return KeyValues(jnp.zeros(dims, shape.dtype), jnp.zeros(dims, shape.dtype))
 
     core = None
     if config.is_recurrent:
@@ -160,10 +182,10 @@ def init_cache(
         next_position=jnp.zeros((batch_size,), jnp.int32),
         length=jnp.int32(0),
         num_slots=num_slots,
-        sharing=sharing,
-        exited_reads=exited_reads,
-        block_rows=BLOCK_ROWS[platform],
-        is_medium=jnp.zeros((batch_size, rows), bool) if with_media else None,
+        sharing=shape.sharing,
+        exited_reads=shape.exited_reads,
+        block_rows=BLOCK_ROWS[shape.platform],
+        is_medium=jnp.zeros((batch_size, rows), bool) if shape.with_media else None,
     )
 
 
@@ -294,16 +316,3 @@ def _map_sequences(cache: KVCache, change: Callable[[jax.Array, int], jax.Array]
         is_medium=None if cache.is_medium is None else change(cache.is_medium, 0),
     )
     return changed
-
-
-def _check(capacity: int, num_slots: int, sharing: str, exited_reads: str, platform: str) -> None:
-    if capacity < 1:
-        raise UserError(f"cache capacity is {capacity}; it must be at least 1 row.")
-    if num_slots < 1:
-        raise UserError(f"cache slots are {num_slots}; there must be at least 1.")
-    if sharing not in SHARINGS:
-        raise UserError(f"slot sharing is {sharing!r}; choose one of {SHARINGS}.")
-    if exited_reads not in EXITED_READS:
-        raise UserError(f"exited_reads is {exited_reads!r}; choose one of {EXITED_READS}.")
-    if platform not in BLOCK_ROWS:
-        raise UserError(f"platform is {platform!r}; choose one of {tuple(BLOCK_ROWS)}.")

@@ -11,7 +11,7 @@ from absl import logging
 
 from megatransformer_jax.checkpoints.averaging import average_trees
 from megatransformer_jax.checkpoints.compatibility import check_model
-from megatransformer_jax.checkpoints.huginn import check_output_folder, save_huginn
+from megatransformer_jax.checkpoints.huginn import HuginnTokenizer, check_output_folder, save_huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager, Ranking
 from megatransformer_jax.config.build import build, save_config, to_dict
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
@@ -365,7 +365,7 @@ def export_model(
             dtype=dtype,
             with_rotary_table=with_rotary_table,
             overwrite=overwrite,
-            **_tokenizer_arguments(loaded.tokenizer),
+            tokenizer=_huginn_tokenizer(loaded.tokenizer),
         )
     except OSError as error:
         raise ConfigError(
@@ -403,21 +403,21 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _tokenizer_arguments(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """The arguments of `save_huginn` that keep the tokenizer, as far as it has a file."""
-    arguments: dict[str, Any] = {}
+def _huginn_tokenizer(tokenizer: Tokenizer | None) -> HuginnTokenizer:
+    """What a folder keeps of the tokenizer, as far as it has a file."""
+    special_ids = model = None
     if tokenizer is not None and not isinstance(tokenizer, SymbolTokenizer):
-        arguments["special_ids"] = {
+        special_ids = {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id,
         }
     if isinstance(tokenizer, SentencePieceTokenizer):
-        arguments["tokenizer_model"] = tokenizer.model
+        model = tokenizer.model
     else:
         logging.warning(
             "the run's %s has no file, so no tokenizer is exported: prompts for the exported "
             "model must be token ids.",
             type(tokenizer).__name__,
         )
-    return arguments
+    return HuginnTokenizer(special_ids, model)

@@ -43,6 +43,7 @@ from megatransformer_jax.training.loop import (
     CheckpointHook,
     Hook,
     LoopResult,
+    LoopServices,
     StopRequest,
     train_loop,
 )
@@ -178,19 +179,21 @@ class Run:
 
     def _loop(self) -> LoopResult:
         with self._progress, StopRequest() as stop:
-            result = train_loop(
-                self.state,
-                self._step_function,
-                self.task.batches,
-                self.task.place_batch,
-                self._hooks(),
+            services = LoopServices(
+                hooks=self._hooks(),
                 recorder=self._recorder,
                 writer=self._writer,
                 progress=self._progress,
                 stop=stop,
+                log_every_steps=self.config.logging.every_steps,
+            )
+            result = train_loop(
+                self.state,
+                self._step_function,
+                map(self.task.place_batch, self.task.batches),
+                services,
                 start_step=self.step,
                 total_steps=self.config.train.steps,
-                log_every_steps=self.config.logging.every_steps,
             )
         self.state, self.step = result.state, result.step
         if result.is_finished:

@@ -209,20 +209,35 @@ class LoopResult:
     is_finished: bool  # False: asked to stop before the last step
 
 
+@dataclasses.dataclass(frozen=True)
+class LoopServices:
+    """What goes along with the steps.
+
+    Attributes:
+      hooks: called in this order after the steps they are due at.
+      recorder: takes every step's metrics.
+      writer: takes what the hooks return.
+      progress: shows the step.
+      stop: asked after every step whether to leave.
+      log_every_steps: interval of reports.
+    """
+
+    hooks: Sequence[Hook]
+    recorder: MetricRecorder
+    writer: MetricWriter
+    progress: Progress
+    stop: StopRequest
+    log_every_steps: int
+
+
 def train_loop(
     state: TrainState,
     train_step: StepFunction,
-    batches: Iterator[Any],
-    place_batch: Callable[[Any], Batch],
-    hooks: Sequence[Hook],
+    batches: Iterator[Batch],
+    services: LoopServices,
     *,
-    recorder: MetricRecorder,
-    writer: MetricWriter,
-    progress: Progress,
-    stop: StopRequest,
     start_step: int,
     total_steps: int,
-    log_every_steps: int,
 ) -> LoopResult:
     """Runs steps `start_step + 1` to `total_steps`.
 
@@ -232,46 +247,45 @@ def train_loop(
     Args:
       state: the train state after `start_step` steps; it is donated.
       train_step: compiled, (state, batch) -> (state, metrics).
-      batches: host batches, endless.
-      place_batch: puts a host batch onto the mesh.
-      hooks: called in this order after the steps they are due at.
-      recorder: takes every step's metrics.
-      writer: takes what the hooks return.
-      progress: shows the step.
-      stop: asked after every step whether to leave.
+      batches: on the mesh, endless.
+      services: what goes along.
       start_step: steps done before.
       total_steps: steps of the whole run.
-      log_every_steps: interval of reports.
 
     Raises:
       RuntimeError: if the batches end early.
       TooManyBadSteps: if too many steps in a row were not finite.
     """
+    recorder, progress = services.recorder, services.progress
     for step in range(start_step + 1, total_steps + 1):
         progress.advance(step)
-        batch = place_batch(_next_batch(batches, step))
+        batch = _next_batch(batches, step)
         with jax.transfer_guard("disallow"):
             state, metrics = train_step(state, batch)
         recorder.add(step, metrics)
 
         is_last = step == total_steps
-        is_stopping = stop.is_due(step) and not is_last
-        due = [h for h in hooks if is_due(h, step, is_last=is_last, is_stopping=is_stopping)]
-        if is_last or is_stopping or step % log_every_steps == 0:
+        is_stopping = services.stop.is_due(step) and not is_last
+        due = [
+            hook
+            for hook in services.hooks
+            if is_due(hook, step, is_last=is_last, is_stopping=is_stopping)
+        ]
+        if is_last or is_stopping or step % services.log_every_steps == 0:
             recorder.report(step)
         elif due:
             recorder.flush()  # A checkpoint must find its steps in the metrics file.
         if due and recorder.skipped_in_row and not (is_last or is_stopping):
             due = [hook for hook in due if not hook.skips_bad_steps]
         if due:
-            _call(due, step, state, writer)
+            _call(due, step, state, services.writer)
             progress.resume(step)
         if is_stopping:
             return LoopResult(state, step, is_finished=False)
     return LoopResult(state, max(start_step, total_steps), is_finished=True)
 
 
-def _next_batch(batches: Iterator[Any], step: int) -> Any:
+def _next_batch(batches: Iterator[Batch], step: int) -> Batch:
     with contextlib.suppress(StopIteration):
         return next(batches)
     raise RuntimeError(

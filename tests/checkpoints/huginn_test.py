@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from megatransformer_jax.checkpoints.huginn import (
     HuginnFormatError,
+    HuginnTokenizer,
     load_huginn,
     params_to_huginn,
     save_huginn,
@@ -180,7 +181,7 @@ def test_values_that_a_type_cannot_hold_are_refused(tmp_path):
 def test_tokenizer_and_special_ids_go_along(tmp_path):
     config, params = small_huginn()
     ids = {"bos_token_id": 1, "eos_token_id": 2}
-    save_huginn(tmp_path / "model", config, params, special_ids=ids, tokenizer_model=b"pieces")
+    save_huginn(tmp_path / "model", config, params, tokenizer=HuginnTokenizer(ids, b"pieces"))
     assert json.loads((tmp_path / "model" / "generation_config.json").read_text()) == ids
     assert (tmp_path / "model" / "tokenizer.model").read_bytes() == b"pieces"
 

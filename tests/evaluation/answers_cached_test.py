@@ -18,7 +18,7 @@ from megatransformer_jax.evaluation.validation import make_eval_step
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
-from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, init_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch, DTypePolicy
 
@@ -48,7 +48,9 @@ def make_batch() -> Batch:
 
 
 def make_cache():
-    return init_cache(CONFIG, 4, 7, num_slots=DEPTH, dtype=jnp.dtype("float32"), platform="cpu")
+    return init_cache(
+        CONFIG, CacheShape(4, 7, num_slots=DEPTH, dtype=jnp.dtype("float32"), platform="cpu")
+    )
 
 
 def depth_rule(name="fixed", threshold=0.0, min_depth=1):

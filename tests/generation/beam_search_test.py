@@ -21,7 +21,7 @@ from tiny_model import (
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.generation import beam_search as beam_search_module
-from megatransformer_jax.generation.beam_search import beam_search
+from megatransformer_jax.generation.beam_search import Beams, beam_search
 from megatransformer_jax.generation.decode_loop import DecodeSettings, decode, start
 from megatransformer_jax.generation.endings import (
     END_OF_TEXT,
@@ -36,7 +36,7 @@ from megatransformer_jax.generation.placement import for_rows
 from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
-from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, init_cache
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -75,7 +75,7 @@ def settings(prompts=PROMPTS, rule=None, end_ids=END_IDS, count=COUNT, stops=Non
 
 def empty_cache(config, batch_size, **options):
     options = {"num_slots": 8, "dtype": jnp.dtype(jnp.float32), "platform": "cpu"} | options
-    return init_cache(config, batch_size, CAPACITY, **options)
+    return init_cache(config, CacheShape(batch_size, CAPACITY, **options))
 
 
 def read_prompts(config, given, prompts, **cache_options):
@@ -95,10 +95,7 @@ def search(
             *make(config),
             given,
             *read_prompts(config, given, prompts, **cache_options),
-            num_beams=beams,
-            num_return=num_return,
-            length_penalty=penalty,
-            early_stopping=early,
+            Beams(beams, num_return, penalty, early),
         )
     )
 
@@ -265,10 +262,7 @@ def test_a_mesh_changes_nothing():
             given,
             prefilled,
             history,
-            num_beams=BEAMS,
-            num_return=BEAMS,
-            length_penalty=1.0,
-            early_stopping=False,
+            Beams(BEAMS, BEAMS),
         )
     )
     for row in range(len(PROMPTS) * BEAMS):
@@ -312,7 +306,4 @@ def test_a_cache_without_room_is_refused():
     prefilled, _ = read_prompts(TINY, settings(), PROMPTS)
     history = history_of_prompts(PROMPTS, 80, pad_id=0)
     with pytest.raises(UserError, match="take 75 rows of the cache, which has 64"):
-        beam_search(
-            *make(TINY), given, prefilled, history, num_beams=2, num_return=1, length_penalty=1.0,
-            early_stopping=False,
-        )  # fmt: skip
+        beam_search(*make(TINY), given, prefilled, history, Beams(2, 1))

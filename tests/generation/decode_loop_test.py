@@ -25,7 +25,7 @@ from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.processors.cuts import Temperature
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
-from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, init_cache
 
 CAPACITY, COUNT = 64, 10
 CONFIGS = {
@@ -67,11 +67,9 @@ def settings(rule=None, end_ids=(), count=COUNT, stops=None, chain=(), **options
 def read_prompts(config, given):
     cache = init_cache(
         config,
-        len(PROMPTS),
-        CAPACITY,
-        num_slots=8,
-        dtype=jnp.dtype(jnp.float32),
-        platform="cpu",
+        CacheShape(
+            len(PROMPTS), CAPACITY, num_slots=8, dtype=jnp.dtype(jnp.float32), platform="cpu"
+        ),
     )
     history = history_of_prompts(PROMPTS, CAPACITY, pad_id=0)
     model, params = make(config)

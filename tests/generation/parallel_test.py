@@ -24,7 +24,7 @@ from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.processors.cuts import Temperature
 from megatransformer_jax.generation.processors.penalties import MinNewTokens, NoRepeatNgram
 from megatransformer_jax.generation.processors.processor import AllowedTokens
-from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, init_cache
 
 CAPACITY, COUNT, W, ROWS = 64, 12, 4, 3
 # Deep enough that the contractive model below forgets where it came from.
@@ -68,10 +68,8 @@ def settings(
 def begin(model_and_params, given, prompts=PROMPTS, num_slots=1):
     model, params = model_and_params
     history = history_of_prompts(prompts, CAPACITY, pad_id=0)
-    cache = init_cache(
-        model.config, ROWS, CAPACITY, num_slots=num_slots,
-        dtype=jnp.dtype(jnp.float32), platform="cpu",
-    )  # fmt: skip
+    cache = init_cache(model.config, CacheShape(ROWS, CAPACITY, num_slots=num_slots,
+        dtype=jnp.dtype(jnp.float32), platform="cpu"))  # fmt: skip
     prompts = left_padded(history, given.row_keys, 16)
     prefilled = prefill(model, params, prompts, cache, given.rule)
     return start(given, prefilled, history)

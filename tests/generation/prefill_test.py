@@ -8,7 +8,7 @@ from tiny_model import DEPTH, PLAIN, PROMPTS, TINY, all_logits, depth_rule, make
 
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.prefill import left_padded, prefill, repeat_rows
-from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, init_cache
 
 CAPACITY = 64
 WINDOW_RANDOM = tiny(attention={"window": 4}, recurrence={"state_init": "normal"})
@@ -18,11 +18,9 @@ def prefilled(config, prompts=PROMPTS, rule=None, columns=16, chunk=None, keys=N
     model, params = make(config)
     cache = init_cache(
         config,
-        len(prompts),
-        CAPACITY,
-        num_slots=slots,
-        dtype=jnp.dtype(jnp.float32),
-        platform="cpu",
+        CacheShape(
+            len(prompts), CAPACITY, num_slots=slots, dtype=jnp.dtype(jnp.float32), platform="cpu"
+        ),
     )
     history = history_of_prompts(prompts, CAPACITY, pad_id=0)
     rule = depth_rule() if rule is None else rule

@@ -11,7 +11,13 @@ from tiny_model import tiny
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.generation.placement import put_rows
 from megatransformer_jax.nn.cache_rows import keep_rows, sequence_ends
-from megatransformer_jax.nn.kv_cache import KeyValues, constrain_cache, init_cache, write_rows
+from megatransformer_jax.nn.kv_cache import (
+    CacheShape,
+    KeyValues,
+    constrain_cache,
+    init_cache,
+    write_rows,
+)
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 
@@ -77,7 +83,8 @@ def keep(cache, ends, num_kept, sharder=NO_MESH):
 def test_rounds_leave_no_gaps(batch_size):
     rng = np.random.default_rng(0)
     cache = init_cache(
-        CONFIG, batch_size, 64, num_slots=2, dtype=jnp.dtype(jnp.float32), platform="cpu"
+        CONFIG,
+        CacheShape(batch_size, 64, num_slots=2, dtype=jnp.dtype(jnp.float32), platform="cpu"),
     )
     lengths = np.array([PREFIX, 2, 3])[:batch_size]
     cache = one_pass(cache, np.arange(PREFIX) >= PREFIX - lengths[:, None])
@@ -98,14 +105,18 @@ def test_rounds_leave_no_gaps(batch_size):
 
 
 def test_an_empty_cache_has_no_rows():
-    cache = init_cache(CONFIG, 2, 64, num_slots=1, dtype=jnp.dtype(jnp.float32), platform="cpu")
+    cache = init_cache(
+        CONFIG, CacheShape(2, 64, num_slots=1, dtype=jnp.dtype(jnp.float32), platform="cpu")
+    )
     np.testing.assert_array_equal(sequence_ends(cache), [0, 0])
 
 
 def test_devices_of_a_mesh_move_their_own_sequences():
     """Nothing is sent but numbers."""
     sharder = Sharder(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()))
-    cache = init_cache(CONFIG, 4, 64, num_slots=2, dtype=jnp.dtype(jnp.float32), platform="cpu")
+    cache = init_cache(
+        CONFIG, CacheShape(4, 64, num_slots=2, dtype=jnp.dtype(jnp.float32), platform="cpu")
+    )
     ends, num_kept = jnp.int32([5, 3, 5, 2]), jnp.int32([2, 4, 0, 1])
     cache = one_pass(cache, np.arange(5) < np.asarray(ends)[:, None])
     cache = one_pass(cache, np.ones((4, NUM_ROWS), bool))

@@ -9,7 +9,7 @@ import pytest
 from tiny_model import PLAIN, tiny
 
 from megatransformer_jax.nn.cache_rows import reorder_new_rows
-from megatransformer_jax.nn.kv_cache import init_cache, take_sequences
+from megatransformer_jax.nn.kv_cache import CacheShape, init_cache, take_sequences
 
 NUM_SEQUENCES, CAPACITY = 6, 256
 reorder = jax.jit(reorder_new_rows)
@@ -19,7 +19,10 @@ def random_cache(config, first_row, length):
     """Sequences 0-2 are the same before `first_row`, and so are 3-5."""
     rng = np.random.default_rng(0)
     cache = init_cache(
-        config, NUM_SEQUENCES, CAPACITY, num_slots=2, dtype=jnp.dtype(jnp.float32), platform="cpu"
+        config,
+        CacheShape(
+            NUM_SEQUENCES, CAPACITY, num_slots=2, dtype=jnp.dtype(jnp.float32), platform="cpu"
+        ),
     )
 
     def fill(array, axis, rows_axis):

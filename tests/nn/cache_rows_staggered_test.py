@@ -8,7 +8,7 @@ from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.cache_rows import write_staggered_rows
-from megatransformer_jax.nn.kv_cache import KeyValues, constrain_cache, init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, KeyValues, constrain_cache, init_cache
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 
@@ -20,7 +20,8 @@ write = jax.jit(write_staggered_rows, static_argnums=7)
 
 def empty_cache(batch_size):
     return init_cache(
-        CONFIG, batch_size, 64, num_slots=SLOTS, dtype=jnp.dtype(jnp.float32), platform="cpu"
+        CONFIG,
+        CacheShape(batch_size, 64, num_slots=SLOTS, dtype=jnp.dtype(jnp.float32), platform="cpu"),
     )
 
 

@@ -15,6 +15,7 @@ from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.nn.kv_cache import (
     BLOCK_ROWS,
     SHARINGS,
+    CacheShape,
     KeyValues,
     drop_rows,
     init_cache,
@@ -34,7 +35,7 @@ ITERATIONS = 40
 
 def empty(config=CONFIG, batch_size=2, capacity=8, **options):
     defaults = {"num_slots": SLOTS, "dtype": jnp.dtype(jnp.float32), "platform": "cpu"}
-    return init_cache(config, batch_size, capacity, **(defaults | options))
+    return init_cache(config, CacheShape(batch_size, capacity, **(defaults | options)))
 
 
 def filled(start, positions):

@@ -34,6 +34,7 @@ from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.processors.cuts import Temperature
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
+from megatransformer_jax.nn.kv_cache import CacheShape
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -102,9 +103,8 @@ def run(mesh_name):
     ending = replicate(sharder, Ending(jnp.asarray([3], jnp.int32), jnp.int32(NUM_NEW)))
     keys = put_rows(sharder, jax.random.split(jax.random.key(1), ROWS))
     cache = empty_cache(
-        sharder, model.config, batch_size=ROWS, capacity=CAPACITY, num_slots=DEPTH,
-        dtype=jnp.dtype("float32"), platform="cpu", sharing="modulo", exited_reads="latest",
-    )  # fmt: skip
+        sharder, model.config, CacheShape(ROWS, CAPACITY, DEPTH, jnp.dtype("float32"), "cpu")
+    )
     prefilled = prefill(model, params, left_padded(history, keys, 16), cache, rule)
     temperatures = put_rows(sharder, jnp.asarray([0.0, 1.0] * (ROWS // 2)))
     chain = (Temperature(temperatures),)

@@ -13,7 +13,7 @@ from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
-from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, init_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -71,12 +71,14 @@ def empty_cache(config, batch_size, *, capacity=32, num_slots, dtype=jnp.float32
     """A cache of small blocks."""
     cache = init_cache(
         config,
-        batch_size,
-        capacity,
-        num_slots=num_slots,
-        dtype=jnp.dtype(dtype),
-        platform="cpu",
-        **options,
+        CacheShape(
+            batch_size,
+            capacity,
+            num_slots=num_slots,
+            dtype=jnp.dtype(dtype),
+            platform="cpu",
+            **options,
+        ),
     )
     return cache.replace(block_rows=BLOCK_ROWS)
 

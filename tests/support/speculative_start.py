@@ -10,7 +10,7 @@ from megatransformer_jax.generation.endings import Ending
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.speculative import speculate
-from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, init_cache
 
 COLUMNS = 16
 # Deep enough for shallow drafts to be wrong.
@@ -33,11 +33,13 @@ def read_prompts(config, given, prompts=PROMPTS, capacity=64, num_slots=8):
     history = history_of_prompts(prompts, capacity, pad_id=0)
     cache = init_cache(
         config,
-        len(prompts),
-        capacity,
-        num_slots=num_slots,
-        dtype=jnp.dtype(jnp.float32),
-        platform="cpu",
+        CacheShape(
+            len(prompts),
+            capacity,
+            num_slots=num_slots,
+            dtype=jnp.dtype(jnp.float32),
+            platform="cpu",
+        ),
     )
     prompts = left_padded(history, given.row_keys, COLUMNS)
     prefilled = prefill(model, params, prompts, cache, given.rule)

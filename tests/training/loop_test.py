@@ -15,6 +15,7 @@ from absl import logging as absl_logging
 
 from megatransformer_jax.training.loop import (
     CheckpointHook,
+    LoopServices,
     SampleHook,
     StopRequest,
     is_due,
@@ -107,19 +108,21 @@ class Run:
         )
 
     def __call__(self, hooks=(), step=halve, log_every_steps=2, place=jax.device_put, stop=None):
-        return train_loop(
-            fresh_state(),
-            step,
-            iter(self.batches),
-            place,
-            hooks,
+        services = LoopServices(
+            hooks=hooks,
             recorder=self.recorder,
             writer=self.writer,
             progress=self.progress,
             stop=stop or StopRequest(),
+            log_every_steps=log_every_steps,
+        )
+        return train_loop(
+            fresh_state(),
+            step,
+            map(place, self.batches),
+            services,
             start_step=self.start_step,
             total_steps=self.total_steps,
-            log_every_steps=log_every_steps,
         )
 
 

@@ -245,6 +245,12 @@ def _count(
     def conclude(model: MegaTransformer, latents: jax.Array, exists: jax.Array) -> Condition:
         return cast(Condition, getattr(model.media, f"{kind}_coda")(latents, exists, True))
 
+    def conclude_apart(params: Any, *arguments: Any) -> tuple[jax.Array, jax.Array]:
+        condition: Any = model.apply({"params": params}, *arguments, method=conclude)
+        return condition.context, condition.is_context
+
+    said = jax.eval_shape(conclude_apart, params, latents, exists)
+
     # Conditions are put together inside, from arrays: here there are only shapes.
     def learn(model: MegaTransformer, media: Any, context: Any, exists: Any, key: Any) -> Any:
         learn_one: Any = model.image_loss if kind == "image" else model.audio_loss
@@ -258,8 +264,8 @@ def _count(
         places=config.num_tokens,
         prelude=apply(encode, *media),
         coda=apply(conclude, latents, exists),
-        decoder=apply(learn, media, latents, exists, key),
-        sampling=apply(make, latents, exists, key),
+        decoder=apply(learn, media, *said, key),
+        sampling=apply(make, *said, key),
         sampling_steps=sampler.num_steps,
     )
 

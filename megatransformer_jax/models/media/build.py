@@ -10,7 +10,12 @@ from jaxtyping import Array, Float, Int, Key
 from megatransformer_jax.config.audio import AudioConfig
 from megatransformer_jax.config.image import ImageConfig, ImageVaeRunConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.models.media.decoder import Condition, ImageDecoder, check_images
+from megatransformer_jax.models.media.decoder import (
+    Condition,
+    ImageDecoder,
+    MediaDecoder,
+    check_images,
+)
 from megatransformer_jax.models.media.diffusion import DiffusionDecoder
 from megatransformer_jax.models.media.flow import FlowDecoder
 from megatransformer_jax.models.media.image_vae import ImageVae
@@ -26,8 +31,8 @@ from megatransformer_jax.types import DTypePolicy
 
 def build_image_decoder(
     config: ImageConfig, policy: DTypePolicy, sharder: Sharder, platform: str, remat: str = "none"
-) -> Any:
-    """The `MediaDecoder` of images that `config.decoder` asks for.
+) -> MediaDecoder:
+    """The decoder of images that `config.decoder` asks for.
 
     Args:
       config: the images' format, and the decoder.
@@ -71,8 +76,10 @@ def build_image_decoder(
     return LatentDecoder(vae, inner, config.shape, parent=None)
 
 
-def build_audio_decoder(config: AudioConfig, policy: DTypePolicy, remat: str = "none") -> Any:
-    """The `MediaDecoder` of sound. Its weights are whole on every device.
+def build_audio_decoder(
+    config: AudioConfig, policy: DTypePolicy, remat: str = "none"
+) -> MediaDecoder:
+    """The decoder of sound. Its weights are whole on every device.
 
     Args:
       config: the clips' format, and the decoder.

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.media.build import build_audio_decoder, build_image_decoder
-from megatransformer_jax.models.media.coda import WindowCoda
+from megatransformer_jax.models.media.coda import Coda, build_coda
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.media.preludes import (
     Encoded,
@@ -41,11 +41,11 @@ class MediaParts(nn.Module):
         parts = (self.policy, self.sharder, self.platform)
         if config.image.enabled:
             self.image_prelude = build_image_prelude(config, *parts)
-            self.image_coda = WindowCoda(config, config.image.coda_layers, *parts)
+            self.image_coda = build_coda(config, config.image, *parts)
             self.image_decoder = build_image_decoder(config.image, *parts, config.remat)
         if config.audio.enabled:
             self.audio_prelude = build_audio_prelude(config, *parts)
-            self.audio_coda = WindowCoda(config, config.audio.coda_layers, *parts)
+            self.audio_coda = build_coda(config, config.audio, *parts)
             self.audio_decoder = build_audio_decoder(config.audio, self.policy, config.remat)
         if config.loss_weighting == "learned":
             # Text, images, sound: logarithms of variances (arXiv 1705.07115).
@@ -118,7 +118,7 @@ class MediaParts(nn.Module):
         self, images: Float[Array, "N H W C"], condition: Condition, key: Key[Array, ""]
     ) -> dict[str, Float[Array, "N"]]:
         """The image decoder's loss terms, see `MediaDecoder.loss`."""
-        return cast(Any, self.image_decoder).loss(images, None, condition, key)
+        return self.image_decoder.loss(images, None, condition, key)
 
     def audio_loss(
         self,
@@ -128,13 +128,13 @@ class MediaParts(nn.Module):
         key: Key[Array, ""],
     ) -> dict[str, Float[Array, "N"]]:
         """The audio decoder's loss terms, see `MediaDecoder.loss`."""
-        return cast(Any, self.audio_decoder).loss(mels, lengths, condition, key)
+        return self.audio_decoder.loss(mels, lengths, condition, key)
 
     def sample_images(
         self, condition: Condition, key: Key[Array, ""], settings: Any = None
     ) -> Float[Array, "N H W C"]:
         """Images in [-1, 1], one per condition; `settings` as `MediaDecoder.sample` takes them."""
-        return cast(Any, self.image_decoder).sample(condition, key, None, settings)[0]
+        return self.image_decoder.sample(condition, key, None, settings)[0]
 
     def sample_audio(
         self,
@@ -144,7 +144,9 @@ class MediaParts(nn.Module):
         settings: Any = None,
     ) -> tuple[Float[Array, "N F M"], Int[Array, "N"]]:
         """Normalised mel spectrograms and their frames; without `lengths` the decoder decides."""
-        return cast(Any, self.audio_decoder).sample(condition, key, lengths, settings)
+        mels, made = self.audio_decoder.sample(condition, key, lengths, settings)
+        assert made is not None  # Clips have lengths.
+        return mels, made
 
     def declare(self) -> None:
         """Runs every part once, so that all parameters get made when the model is initialised."""
@@ -189,7 +191,7 @@ class MediaParts(nn.Module):
 
     def _condition(
         self,
-        coda: WindowCoda,
+        coda: Coda,
         layout: Layout,
         latents: jax.Array,
         name: str,

@@ -16,7 +16,7 @@ from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward, token_states
 from megatransformer_jax.models.passes.wavefront import Columns, refine
 from megatransformer_jax.nn.cache_rows import write_staggered_rows
-from megatransformer_jax.nn.kv_cache import init_cache
+from megatransformer_jax.nn.kv_cache import CacheShape, init_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -86,7 +86,7 @@ def compiled_refine(
 def prefix(name, depth):
     model, params = make(name)
     cache = init_cache(
-        model.config, B, 32, num_slots=1, dtype=jnp.dtype(jnp.float32), platform="cpu"
+        model.config, CacheShape(B, 32, num_slots=1, dtype=jnp.dtype(jnp.float32), platform="cpu")
     )
     return ordinary(model, params, TOKENS[:, :PREFIX], IS_TOKEN, cache, depth, is_first=True).cache
 
