@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
-from megatransformer_jax.config.generation import CacheConfig, GenerationConfig
+from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.config.sampling import check_encodable
+from megatransformer_jax.config.sampling import CacheConfig, check_encodable
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.endings import cut_at_stop, num_held_back
 from megatransformer_jax.models.megatransformer import MegaTransformer

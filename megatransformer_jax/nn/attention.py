@@ -14,8 +14,8 @@ from megatransformer_jax.nn.conv import FAN_IN, ZEROS
 from megatransformer_jax.nn.kv_cache import KeyValues
 from megatransformer_jax.nn.norms import rms_normalize
 from megatransformer_jax.nn.parameters import Initializer, WeightInit, matrix, vector
-from megatransformer_jax.ops.attention import attention
-from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, masked_softmax
+from megatransformer_jax.ops.attention import Kernel, attention
+from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, Dropout, LogitTerms, masked_softmax
 from megatransformer_jax.ops.cached_attention import cached_attention
 from megatransformer_jax.ops.positions import apply_rotary
 from megatransformer_jax.sharding.rules import Sharder
@@ -75,20 +75,18 @@ class SelfAttention(nn.Module):
         layer: int | jax.Array,
     ) -> jax.Array:
         config = self.config.attention
-        dropout_rate = 0.0 if context.deterministic else config.dropout_rate
+        dropout = None
+        if config.dropout_rate and not context.deterministic:
+            dropout = Dropout(config.dropout_rate, self.make_rng("dropout"))
         return attention(
             query,
             key,
             value,
             context.mask,
-            kernel=config.kernel,
-            platform=self.platform,
-            logit_softcap=config.logit_softcap,
-            alibi_slopes=context.alibi_slopes,
+            Kernel(self.platform, config.kernel, self.sharder),
+            terms=LogitTerms(config.logit_softcap, context.alibi_slopes),
             head_mask=None if context.head_mask is None else context.head_mask[layer],
-            dropout_rate=dropout_rate,
-            dropout_key=self.make_rng("dropout") if dropout_rate else None,
-            sharder=self.sharder,
+            dropout=dropout,
         )
 
     def _remember(
@@ -122,8 +120,7 @@ class SelfAttention(nn.Module):
             cached.key_positions,
             rows.replace(entry=rows.entry + layer),
             window=config.window,
-            logit_softcap=config.logit_softcap,
-            alibi_slopes=context.alibi_slopes,
+            terms=LogitTerms(config.logit_softcap, context.alibi_slopes),
         )
         if context.head_mask is None:
             return mixed

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.ops.attention_xla import attention_xla
+from megatransformer_jax.ops.attention_xla import Dropout, LogitTerms, attention_xla
 from megatransformer_jax.ops.masks import AttentionMask, check_mask, dense_mask, zero_blind_rows
 from megatransformer_jax.sharding.rules import Sharder
 
@@ -26,20 +26,32 @@ from megatransformer_jax.sharding.rules import Sharder
 # The one function.
 
 
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """Which kernel computes attention, and where.
+
+    Attributes:
+      platform: of the devices that will run this: 'cpu', 'gpu' or 'tpu'.
+      name: 'auto', 'xla', 'cudnn' or 'splash', see above.
+      sharder: says whether rows are cut over devices, and places Pallas kernels on the mesh. By
+        default a single device.
+    """
+
+    platform: str
+    name: str = "auto"
+    sharder: Sharder = dataclasses.field(default_factory=Sharder)
+
+
 def attention(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     mask: AttentionMask,
+    kernel: Kernel,
     *,
-    platform: str,
-    kernel: str = "auto",
-    logit_softcap: float | None = None,
-    alibi_slopes: Float[Array, "N"] | None = None,
+    terms: LogitTerms | None = None,
     head_mask: Float[Array, "N"] | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
-    sharder: Sharder | None = None,
+    dropout: Dropout | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(f(q k^T / sqrt(H))) v, multi-head (K = N) or grouped-query (arXiv 2305.13245).
 
@@ -52,22 +64,17 @@ def attention(
       key: of all S rows, a cache's unused capacity included.
       value: as key.
       mask: who may attend to whom, see `ops.masks`.
-      platform: of the devices that will run this: 'cpu', 'gpu' or 'tpu'.
-      kernel: 'auto', 'xla', 'cudnn' or 'splash', see `ops.kernel_choice`.
-      logit_softcap: bounds logits smoothly, cap * tanh(logit / cap) (Gemma 2, arXiv 2408.00118).
-      alibi_slopes: [N] from `ops.positions.alibi_slopes`; logit -= slope * |rows apart|.
+      kernel: which one, and where.
+      terms: soft-cap and ALiBi. None: neither.
       head_mask: [N] factor on each head's output.
-      dropout_rate: probability of zeroing an attention weight; the others grow to keep the mean.
-      dropout_key: PRNG key, needed if dropout_rate > 0.
-      sharder: says whether rows are cut over devices, and places Pallas kernels on the mesh.
-        None: a single device.
+      dropout: of attention weights. None: no dropout.
 
     Raises:
       ValueError: shapes, mask or options do not fit together.
       UnsupportedKernelError: a kernel asked for by name cannot serve the call.
     """
-    sharder = Sharder() if sharder is None else sharder
-    _check_options(query, key, logit_softcap, dropout_rate, dropout_key)
+    terms = LogitTerms() if terms is None else terms
+    _check_options(query, key, terms, dropout)
     check_mask(mask, query.shape[0], query.shape[1], key.shape[1])
     features = AttentionFeatures(
         dtype=query.dtype.name,
@@ -78,12 +85,12 @@ def attention(
         window=mask.window,
         static_offset=mask.query_offset if isinstance(mask.query_offset, int) else None,
         has_segments=mask.query_segment_ids is not None,
-        has_softcap=logit_softcap is not None,
-        has_alibi=alibi_slopes is not None,
-        has_dropout=dropout_rate > 0.0,
-        row_shards=sharder.ways("length"),
+        has_softcap=terms.softcap is not None,
+        has_alibi=terms.alibi_slopes is not None,
+        has_dropout=dropout is not None and dropout.rate > 0.0,
+        row_shards=kernel.sharder.ways("length"),
     )
-    chosen = choose_kernel(kernel, platform, features)
+    chosen = choose_kernel(kernel.name, kernel.platform, features)
     if chosen == "cudnn":
         dense = features.needs_dense_mask
         output = attention_cudnn(query, key, value, mask, needs_dense_mask=dense)
@@ -92,7 +99,7 @@ def attention(
         from megatransformer_jax.ops.attention_splash import attention_splash  # noqa: PLC0415
 
         output = attention_splash(
-            query, key, value, mask, logit_softcap=logit_softcap, sharder=sharder
+            query, key, value, mask, logit_softcap=terms.softcap, sharder=kernel.sharder
         )
     else:
         output = attention_xla(
@@ -100,33 +107,27 @@ def attention(
             key,
             value,
             mask,
-            logit_softcap=logit_softcap,
-            alibi_slopes=alibi_slopes,
-            dropout_rate=dropout_rate,
-            dropout_key=dropout_key,
+            terms=terms,
+            dropout=dropout,
             rows_are_whole=features.row_shards == 1,
         )
     return output if head_mask is None else output * head_mask.astype(output.dtype)[:, None]
 
 
-def _check_options(
-    query: Array,
-    key: Array,
-    logit_softcap: float | None,
-    dropout_rate: float,
-    dropout_key: Array | None,
-) -> None:
+def _check_options(query: Array, key: Array, terms: LogitTerms, dropout: Dropout | None) -> None:
     if query.shape[2] % key.shape[2]:
         raise ValueError(
             f"{query.shape[2]} query heads cannot share {key.shape[2]} KV heads; the number of "
             "query heads must be a multiple of the number of KV heads."
         )
-    if logit_softcap is not None and logit_softcap <= 0:
-        raise ValueError(f"logit_softcap is {logit_softcap}; it must be above 0, or None for off.")
-    if not 0.0 <= dropout_rate < 1.0:
-        raise ValueError(f"dropout_rate is {dropout_rate}; it must be at least 0 and below 1.")
-    if dropout_rate > 0.0 and dropout_key is None:
-        raise ValueError(f"dropout_rate is {dropout_rate}, but dropout_key is None; give a key.")
+    if terms.softcap is not None and terms.softcap <= 0:
+        raise ValueError(f"logit_softcap is {terms.softcap}; it must be above 0, or None for off.")
+    if dropout is None:
+        return
+    if not 0.0 <= dropout.rate < 1.0:
+        raise ValueError(f"the dropout's rate is {dropout.rate}; it must be from 0 to below 1.")
+    if dropout.rate > 0.0 and dropout.key is None:
+        raise ValueError(f"the dropout's rate is {dropout.rate}, but its key is None; give a key.")
 
 
 # ------------------------------------------------------------------------------

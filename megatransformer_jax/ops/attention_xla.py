@@ -8,6 +8,7 @@ wholly in its future (5/8 of the work with 4 blocks).
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float
 
 from megatransformer_jax.ops.masks import AttentionMask, dense_mask, row_distance
@@ -20,16 +21,40 @@ MAX_QUERY_BLOCKS = 4
 MIN_BLOCK_ROWS = 64
 
 
+@struct.dataclass
+class LogitTerms:
+    """What is done to logits beyond scaling, in this order.
+
+    Attributes:
+      softcap: bounds logits smoothly, cap * tanh(logit / cap) (Gemma 2, arXiv 2408.00118).
+      alibi_slopes: [N] from `ops.positions.alibi_slopes`; logit -= slope * |rows apart|.
+    """
+
+    softcap: float | None = struct.field(pytree_node=False, default=None)
+    alibi_slopes: Float[Array, "N"] | None = None
+
+
+@struct.dataclass
+class Dropout:
+    """Zeroes attention weights; the others grow to keep the mean.
+
+    Attributes:
+      rate: probability of zeroing.
+      key: PRNG key, needed if the rate is above 0.
+    """
+
+    rate: float = struct.field(pytree_node=False)
+    key: Array | None
+
+
 def attention_xla(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B S K H"],
     value: Float[Array, "B S K H"],
     mask: AttentionMask,
     *,
-    logit_softcap: float | None = None,
-    alibi_slopes: Float[Array, "N"] | None = None,
-    dropout_rate: float = 0.0,
-    dropout_key: Array | None = None,
+    terms: LogitTerms | None = None,
+    dropout: Dropout | None = None,
     rows_are_whole: bool = True,
 ) -> Float[Array, "B T N H"]:
     """Softmax attention; see `ops.attention.attention` for the arguments.
@@ -37,13 +62,15 @@ def attention_xla(
     Set `rows_are_whole` to False where the query rows are cut over devices: slicing that axis into
     blocks, or merging it with another, would move data.
     """
+    terms = LogitTerms() if terms is None else terms
     query_length, key_length, width = query.shape[1], key.shape[1], query.shape[-1]
     scale = width**-0.5
     if query.dtype == jnp.float32:  # Cheaper here than on logits, and as exact.
         query, scale = query * scale, 1.0
     query, key, value = (array.transpose(0, 2, 1, 3) for array in (query, key, value))
     bias = _mask_bias(mask, query_length, key_length)
-    distance = None if alibi_slopes is None else _distance(mask, query_length, key_length)
+    has_alibi = terms.alibi_slopes is not None
+    distance = None if not has_alibi else _distance(mask, query_length, key_length)
 
     outputs = []
     for index, (rows, keys) in enumerate(
@@ -52,16 +79,16 @@ def attention_xla(
         logits = _logits(query[:, :, rows], key[:, :, keys], rows_are_whole)
         if scale != 1.0:
             logits = logits * scale
-        if logit_softcap is not None:
-            logits = logit_softcap * jnp.tanh(logits / logit_softcap)
-        if alibi_slopes is not None and distance is not None:
-            logits = logits - alibi_slopes[:, None, None] * distance[..., rows, keys]
+        if terms.softcap is not None:
+            logits = terms.softcap * jnp.tanh(logits / terms.softcap)
+        if terms.alibi_slopes is not None and distance is not None:
+            logits = logits - terms.alibi_slopes[:, None, None] * distance[..., rows, keys]
         if bias is not None:
             logits = logits + bias[..., rows, keys]
         weights = masked_softmax(logits)
-        if dropout_rate > 0.0:
-            assert dropout_key is not None  # attention() checks it
-            weights = _dropout(weights, dropout_rate, jax.random.fold_in(dropout_key, index))
+        if dropout is not None and dropout.rate > 0.0:
+            assert dropout.key is not None  # attention() checks it
+            weights = _dropout(weights, dropout.rate, jax.random.fold_in(dropout.key, index))
         outputs.append(_mix(weights, value[:, :, keys], rows_are_whole))
     output = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
     return output.transpose(0, 2, 1, 3)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from megatransformer_jax.ops.attention_xla import MASKED_LOGIT
+from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, LogitTerms
 
 # Row maximum, sum of exponentials, weighted sum of values; each [B, N, T, ...] in float32.
 _Partial = tuple[jax.Array, jax.Array, jax.Array]
@@ -48,8 +48,7 @@ def cached_attention(
     cached: CachedRows,
     *,
     window: int | None = None,
-    logit_softcap: float | None = None,
-    alibi_slopes: Float[Array, "N"] | None = None,
+    terms: LogitTerms | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(f(q k^T / sqrt(H))) v over the cached rows and the new ones.
 
@@ -61,12 +60,12 @@ def cached_attention(
       key_positions: the same, with -1 also for new tokens that must not be seen.
       cached: what came before.
       window: a query sees positions above its own - window. None: all.
-      logit_softcap: cap * tanh(logit / cap).
-      alibi_slopes: logit -= slope * distance of positions.
+      terms: soft-cap and ALiBi, whose distance is that of positions. None: neither.
 
     Returns:
       The mixed values, in the query's type.
     """
+    terms = LogitTerms() if terms is None else terms
     batch_size, num_rows, num_heads, width = query.shape
     scaled = query.transpose(0, 2, 1, 3) * width**-0.5
 
@@ -79,10 +78,10 @@ def cached_attention(
         if window is not None:
             is_visible &= distance < window
         logits = _grouped_product("BKRH,BKSH->BKRS", scaled, key)
-        if logit_softcap is not None:
-            logits = logit_softcap * jnp.tanh(logits / logit_softcap)
-        if alibi_slopes is not None:
-            logits = logits - alibi_slopes[:, None, None] * distance.astype(jnp.float32)
+        if terms.softcap is not None:
+            logits = terms.softcap * jnp.tanh(logits / terms.softcap)
+        if terms.alibi_slopes is not None:
+            logits = logits - terms.alibi_slopes[:, None, None] * distance.astype(jnp.float32)
         # Hidden rows weigh 0, which times a value that is not finite is not 0. They can be rejected
         # drafts that overflowed, or what another sequence left there.
         value = jnp.where((positions >= 0)[:, None, :, None], value, 0)

@@ -8,6 +8,9 @@ from import_graph import module_files
 
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60
+MAX_PARAMETERS = 8
+# What is called by keyword, with names that are not ours to group: a model's inputs, lm-eval's.
+MANY_PARAMETERS = {"models/megatransformer.py:__call__", "evaluation/lm_eval.py:__init__"}
 OUTSIDE = {("os", "environ"), ("os", "getenv"), ("os", "putenv"), ("sys", "argv"), ("absl", "app")}
 FOLDERS = ("megatransformer_jax", "experiments", "tests", "benchmarks")
 
@@ -31,6 +34,20 @@ def test_functions_are_short(repository):
                 if length > MAX_FUNCTION_LINES:
                     long.append(f"{path}:{node.lineno}: {node.name} has {length} lines")
     assert long == []
+
+
+def test_functions_have_few_parameters(repository):
+    """Those of a class come without `self`."""
+    many, package = {}, repository / "megatransformer_jax"
+    for path in module_files(repository).values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                inputs = node.args
+                names = [a.arg for a in inputs.posonlyargs + inputs.args + inputs.kwonlyargs]
+                count = len([name for name in names if name not in ("self", "cls")])
+                if count > MAX_PARAMETERS and path.is_relative_to(package):
+                    many[f"{path.relative_to(package)}:{node.name}"] = count
+    assert set(many) == MANY_PARAMETERS, many
 
 
 def test_modules_say_what_they_are_for(repository):

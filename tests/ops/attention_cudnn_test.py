@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_reference import attend
 from jax._src.cudnn import fused_attention_stablehlo
 
-from megatransformer_jax.ops.attention import attention, attention_cudnn
+from megatransformer_jax.ops.attention import attention_cudnn
 from megatransformer_jax.ops.attention_xla import attention_xla
 from megatransformer_jax.ops.masks import AttentionMask
 
@@ -39,7 +40,7 @@ def test_lowers_to_the_fused_calls_for_cuda(name, monkeypatch):
 
     def gradients(query, key, value):
         def loss(*arrays):
-            return attention(*arrays, mask, platform="gpu", kernel="auto").sum().astype(float)
+            return attend(*arrays, mask, platform="gpu", kernel="auto").sum().astype(float)
 
         return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
 

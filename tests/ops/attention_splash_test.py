@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_reference import attend
 from jax.sharding import Mesh
 
-from megatransformer_jax.ops.attention import attention
 from megatransformer_jax.ops.attention_splash import attention_splash
-from megatransformer_jax.ops.attention_xla import attention_xla
+from megatransformer_jax.ops.attention_xla import LogitTerms, attention_xla
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
 
@@ -51,7 +51,7 @@ def test_equals_xla_in_value_and_gradient(name, offset, softcap):
 
     output, pull = jax.vjp(splash, *arrays)
     expected, expected_pull = jax.vjp(
-        lambda *arrays: attention_xla(*arrays, mask, logit_softcap=softcap), *arrays
+        lambda *arrays: attention_xla(*arrays, mask, terms=LogitTerms(softcap)), *arrays
     )
     np.testing.assert_allclose(output, expected, atol=5e-6)
     for gradient, wanted in zip(pull(arrays[0]), expected_pull(arrays[0]), strict=True):
@@ -86,7 +86,7 @@ def test_lowers_for_tpu(name):
 
     def gradients(*arrays):
         def loss(*arrays):
-            output = attention(*arrays, mask, platform="tpu", kernel="auto", logit_softcap=30.0)
+            output = attend(*arrays, mask, platform="tpu", kernel="auto", logit_softcap=30.0)
             return output.astype(jnp.float32).sum()
 
         return jax.grad(loss, argnums=(0, 1, 2))(*arrays)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_reference import attention_reference
+from attention_reference import attend, attention_reference
 from jax.sharding import Mesh
 
 from megatransformer_jax.ops import attention_xla
-from megatransformer_jax.ops.attention import UnsupportedKernelError, attention
+from megatransformer_jax.ops.attention import UnsupportedKernelError
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes
 from megatransformer_jax.sharding.rules import Sharder
@@ -87,7 +87,7 @@ def test_equals_definition_for_every_combination(cache, padding, small_blocks):
             query_segment_ids=None if query_ids is None else jnp.asarray(query_ids),
             key_segment_ids=None if key_ids is None else jnp.asarray(key_ids),
         )
-        output = attention(
+        output = attend(
             query, key, value, mask, platform="cpu", logit_softcap=softcap, alibi_slopes=slopes
         )
         expected = attention_reference(
@@ -125,7 +125,7 @@ def test_derivatives_equal_finite_differences(kv_heads, softcap, small_blocks):
     cotangent = jnp.asarray(rng.normal(size=(B, T, N, H)), jnp.float32)
 
     def run(query, key, value, slopes):
-        return attention(
+        return attend(
             query, key, value, mask, platform="cpu", logit_softcap=softcap, alibi_slopes=slopes
         )
 
@@ -151,7 +151,7 @@ def test_blind_rows_and_padding_keys_get_zero_gradient():
     mask = AttentionMask(query_segment_ids=ids, key_segment_ids=ids)
     inputs = random_inputs(2, T)
     gradients = jax.grad(
-        lambda *arrays: jnp.sum(attention(*arrays, mask, platform="cpu") ** 2), argnums=(0, 1, 2)
+        lambda *arrays: jnp.sum(attend(*arrays, mask, platform="cpu") ** 2), argnums=(0, 1, 2)
     )(*inputs)
     for gradient in gradients:
         assert np.all(np.isfinite(gradient))
@@ -162,10 +162,8 @@ def test_blind_rows_and_padding_keys_get_zero_gradient():
 def test_unused_capacity_has_no_influence():
     query, key, value = random_inputs(2, 9)
     mask = AttentionMask(is_causal=False, query_offset=jnp.int32(3))
-    before = attention(query, key, value, mask, platform="cpu")
-    after = attention(
-        query, key.at[:, 7:].set(1e4), value.at[:, 7:].set(-1e4), mask, platform="cpu"
-    )
+    before = attend(query, key, value, mask, platform="cpu")
+    after = attend(query, key.at[:, 7:].set(1e4), value.at[:, 7:].set(-1e4), mask, platform="cpu")
     np.testing.assert_array_equal(before, after)
 
 
@@ -173,12 +171,10 @@ def test_unused_capacity_has_no_influence():
 def test_token_by_token_with_cache_equals_whole_sequence(has_alibi):
     query, key, value = random_inputs(2, T)
     slopes = alibi_slopes(N) if has_alibi else None
-    whole = attention(
-        query, key, value, AttentionMask(window=3), platform="cpu", alibi_slopes=slopes
-    )
+    whole = attend(query, key, value, AttentionMask(window=3), platform="cpu", alibi_slopes=slopes)
     for t in range(T):
         mask = AttentionMask(window=3, query_offset=jnp.int32(t))
-        one = attention(query[:, t : t + 1], key, value, mask, platform="cpu", alibi_slopes=slopes)
+        one = attend(query[:, t : t + 1], key, value, mask, platform="cpu", alibi_slopes=slopes)
         np.testing.assert_allclose(one[:, 0], whole[:, t], atol=1e-6)
 
 
@@ -211,7 +207,7 @@ def test_blocks_skip_what_lies_in_the_future():
 
 def test_bfloat16_stays_close_and_keeps_type():
     query, key, value = random_inputs(2, T, dtype=jnp.bfloat16)
-    output = attention(query, key, value, AttentionMask(), platform="cpu")
+    output = attend(query, key, value, AttentionMask(), platform="cpu")
     assert output.dtype == jnp.bfloat16
     expected = attention_reference(*(a.astype(jnp.float32) for a in (query, key, value)))
     np.testing.assert_allclose(output.astype(jnp.float32), expected, atol=0.03)
@@ -220,7 +216,7 @@ def test_bfloat16_stays_close_and_keeps_type():
 def test_head_mask_multiplies_each_head():
     query, key, value = random_inputs(2, T)
     head_mask = jnp.asarray([0.0, 1.0, 0.5, -2.0])
-    output = attention(query, key, value, AttentionMask(), platform="cpu", head_mask=head_mask)
+    output = attend(query, key, value, AttentionMask(), platform="cpu", head_mask=head_mask)
     expected = attention_reference(query, key, value, head_mask=np.asarray(head_mask))
     np.testing.assert_allclose(output, expected, atol=2e-6)
 
@@ -235,7 +231,7 @@ def test_dropout_keeps_the_mean_and_depends_on_the_key_only():
     def run(rate, seed):
         dropout_key = jax.random.key(seed)
         options = {"dropout_rate": rate, "dropout_key": dropout_key, "platform": "cpu"}
-        return np.asarray(attention(query, key, value, AttentionMask(), **options))
+        return np.asarray(attend(query, key, value, AttentionMask(), **options))
 
     plain, dropped = run(0.0, 0), run(0.25, 0)
     np.testing.assert_array_equal(dropped, run(0.25, 0))
@@ -251,7 +247,7 @@ def test_dropout_differs_between_blocks(small_blocks):
     ones = jnp.ones((1, 4, 1, H))
     # Window 1: each query sees itself only, so the output is its one weight, kept or not.
     outputs = [
-        attention(
+        attend(
             ones,
             ones,
             ones,
@@ -269,8 +265,8 @@ def test_dropout_differs_between_blocks(small_blocks):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dropout_rate": 0.1}, "dropout_key is None; give a key"),
-        ({"dropout_rate": 1.0}, "dropout_rate is 1.0"),
+        ({"dropout_rate": 0.1}, "its key is None; give a key"),
+        ({"dropout_rate": 1.0}, "rate is 1.0"),
         ({"logit_softcap": 0.0}, "logit_softcap is 0.0"),
         ({"kernel": "flash"}, "'flash'; choose one of"),
         ({"platform": "abacus"}, "platform is 'abacus'"),
@@ -279,13 +275,13 @@ def test_dropout_differs_between_blocks(small_blocks):
 def test_bad_options_are_errors(change, message):
     query, key, value = random_inputs(2, T)
     with pytest.raises(ValueError, match=message):
-        attention(query, key, value, AttentionMask(), **{"platform": "cpu", **change})
+        attend(query, key, value, AttentionMask(), **{"platform": "cpu", **change})
 
 
 def test_head_counts_must_divide():
     query, key, value = random_inputs(3, T)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 KV heads"):
-        attention(query, key, value, AttentionMask(), platform="cpu")
+        attend(query, key, value, AttentionMask(), platform="cpu")
 
 
 @pytest.mark.parametrize("kernel", ["cudnn", "splash"])
@@ -294,7 +290,7 @@ def test_named_kernel_that_cannot_serve_is_an_error(kernel):
     with pytest.raises(
         UnsupportedKernelError, match=r"does not run on 'cpu'.*model.attention.kernel to 'auto'"
     ):
-        attention(query, key, value, AttentionMask(), platform="cpu", kernel=kernel)
+        attend(query, key, value, AttentionMask(), platform="cpu", kernel=kernel)
 
 
 def test_rows_cut_over_devices_stay_whole_in_the_program():
@@ -304,7 +300,7 @@ def test_rows_cut_over_devices_stay_whole_in_the_program():
     sharder = Sharder(mesh)
     query, key, value = random_inputs(2, 256, query_length=256)
     run = jax.jit(
-        lambda q, k, v: attention(q, k, v, AttentionMask(), platform="cpu", sharder=sharder),
+        lambda q, k, v: attend(q, k, v, AttentionMask(), platform="cpu", sharder=sharder),
         in_shardings=(
             sharder.sharding("batch", "length", None, None),
             sharder.sharding(None, None, None, None),
@@ -313,7 +309,7 @@ def test_rows_cut_over_devices_stay_whole_in_the_program():
     )
     compiled = run.lower(query, key, value).compile()
     assert "all-gather" not in compiled.as_text()
-    alone = attention(query, key, value, AttentionMask(), platform="cpu")
+    alone = attend(query, key, value, AttentionMask(), platform="cpu")
     np.testing.assert_allclose(
         compiled(*jax.device_put((query, key, value), compiled.input_shardings[0])),
         alone,

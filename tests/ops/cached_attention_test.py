@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from megatransformer_jax.ops.attention_xla import LogitTerms
 from megatransformer_jax.ops.cached_attention import CachedRows, cached_attention
 from megatransformer_jax.ops.positions import alibi_slopes
 
@@ -88,8 +89,7 @@ def attend(
         query_positions if key_positions is None else key_positions,
         CachedRows(cached_key, cached_value, ENTRY, positions, length, block),
         window=window,
-        logit_softcap=softcap,
-        alibi_slopes=alibi_slopes(N) if has_alibi else None,
+        terms=LogitTerms(softcap, alibi_slopes(N) if has_alibi else None),
     )
 
 

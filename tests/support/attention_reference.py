@@ -1,6 +1,10 @@
-"""Attention written as the definition reads: loops, float64, no JAX."""
+"""Attention written as the definition reads: loops, float64, no JAX; and ours, option by option."""
 
 import numpy as np
+
+from megatransformer_jax.ops.attention import Kernel, attention
+from megatransformer_jax.ops.attention_xla import Dropout, LogitTerms
+from megatransformer_jax.sharding.rules import Sharder
 
 
 def attention_reference(
@@ -51,3 +55,13 @@ def attention_reference(
                 if head_mask is not None:
                     output[b, t, n] *= head_mask[n]
     return output
+
+
+def attend(query, key, value, mask, *, platform="cpu", kernel="auto", sharder=None, **options):
+    """`ops.attention.attention` with each option on its own."""
+    dropout = None
+    if "dropout_rate" in options:
+        dropout = Dropout(options.pop("dropout_rate"), options.pop("dropout_key", None))
+    terms = LogitTerms(options.pop("logit_softcap", None), options.pop("alibi_slopes", None))
+    place = Kernel(platform, kernel, Sharder() if sharder is None else sharder)
+    return attention(query, key, value, mask, place, terms=terms, dropout=dropout, **options)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from attention_reference import attend
 
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.recurrence import RecurrenceConfig
@@ -28,7 +29,6 @@ from megatransformer_jax.models.megatransformer import (
     pass_context,
 )
 from megatransformer_jax.nn.attention import SelfAttention
-from megatransformer_jax.ops.attention import attention
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes
 from megatransformer_jax.sharding.rules import Sharder
@@ -90,7 +90,7 @@ def test_attention_weights_reproduce_attention(window, softcap, has_alibi):
         "alibi_slopes": alibi_slopes(4) if has_alibi else None,
     }
     weights = attention_weights(query, key, mask, **options)
-    expected = attention(query, key, value, mask, platform="cpu", **options)
+    expected = attend(query, key, value, mask, platform="cpu", **options)
     mixed = jnp.einsum("bnts,bsnh->btnh", weights, jnp.repeat(value, 2, axis=2))
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
     sums = np.asarray(weights.sum(-1))
