@@ -5,8 +5,8 @@ iteration uses is `slot_for(iteration)`. With as many slots as iterations (full)
 its own; with fewer (a budget of R) iterations share them.
 
 A pass over T new tokens reads the cache as it was, and its own keys and values as they come. They
-are kept apart (`models.depth_loop`) and enter the cache together when the pass has ended. So no
-loop inside a pass carries the cache, and `length` moves once per pass: DESIGN decision 3.
+are kept apart (`models.passes.depth_loop`) and enter the cache together when the pass has ended. So
+no loop inside a pass carries the cache, and `length` moves once per pass: DESIGN decision 3.
 
 Rows, not columns of a prompt: a pass takes T rows of every sequence, padding included. `positions`
 says what a row holds: the place of its token in its own sequence, or -1 for padding and for rows

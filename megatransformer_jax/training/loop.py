@@ -233,7 +233,7 @@ class LoopServices:
 def train_loop(
     state: TrainState,
     train_step: StepFunction,
-    batches: Iterator[Batch],
+    batches: Iterator[Any],
     services: LoopServices,
     *,
     start_step: int,
@@ -285,7 +285,7 @@ def train_loop(
     return LoopResult(state, max(start_step, total_steps), is_finished=True)
 
 
-def _next_batch(batches: Iterator[Batch], step: int) -> Batch:
+def _next_batch(batches: Iterator[Any], step: int) -> Any:
     with contextlib.suppress(StopIteration):
         return next(batches)
     raise RuntimeError(
