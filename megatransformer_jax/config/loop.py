@@ -99,6 +99,10 @@ MEDIA_METRICS = {
     "validation/audio_loss": ("min", "speak"),
     "validation/caption_accuracy": ("max", "caption"),
     "validation/transcription_accuracy": ("max", "transcribe"),
+    "validation/which_accuracy": ("max", "which"),
+    "validation/which_clip_accuracy": ("max", "which_clip"),
+    "validation/fewshot_accuracy": ("max", "fewshot"),
+    "validation/documents_accuracy": ("max", "documents"),
 }
 # Of texts that the model generates, see `GeneratedConfig`.
 TEXT_SCORES = ("bleu", "chrf", "rouge1", "rouge2", "rouge_l", "exact_match")

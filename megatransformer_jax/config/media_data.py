@@ -3,6 +3,12 @@
 import dataclasses
 import math
 
+from megatransformer_jax.config.media_tasks import (
+    AUDIO_TASKS,
+    FILLS_ROW,
+    IMAGE_TASKS,
+    ROW_TASKS,
+)
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,
@@ -20,7 +26,7 @@ from megatransformer_jax.config.option import (
 class ImageAugmentationConfig:
     """Changes of the images of the training split, redrawn for each row from data.seed.
 
-    Images that the model captions are changed. Validation sees them as they are.
+    Images that the model reads are changed. Validation sees them as they are.
     """
 
     flip_rate: float = option(
@@ -152,9 +158,6 @@ class AudioAugmentationConfig:
 # ------------------------------------------------------------------------------
 # Tasks, sources and slots.
 
-MEDIA_TASKS = ("draw", "caption", "speak", "transcribe", "text")
-IMAGE_TASKS = ("draw", "caption")
-AUDIO_TASKS = ("speak", "transcribe")
 ESPEAK_SOURCES = ("spoken_digits", "speech")
 TFDS_OPTIONS = ("tfds_name", "tfds_split", "tfds_validation_split", "tfds_data_dir")
 
@@ -340,6 +343,34 @@ class AudioDataConfig(AudioSourceConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class DocumentsDataConfig:
+    """Where documents that mix text with several images and clips come from."""
+
+    folder: str | None = option(
+        None,
+        "A folder with documents.jsonl. Each line is a list of parts in their order: a text to "
+        'learn; {"given": text} for a text that is only read; {"image": file}, {"voice": file} '
+        'for speech, {"audio": file} for other sound. With "target": true next to a file the '
+        "model learns to make the medium.",
+    )
+    on_wrong_size: str = option(
+        "error",
+        "An image of another size or number of channels than the model's: error; resize: made to "
+        "fit, its middle kept, which is counted and logged.",
+        choices=("error", "resize"),
+    )
+    on_wrong_audio: str = option(
+        "error",
+        "A clip that is not mono or has another rate than the model's: error; convert: mixed to "
+        "mono and resampled, which is counted and logged.",
+        choices=("error", "convert"),
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
 class MediaDataConfig:
     """Rows of text with images and sound; used when data.source is 'media'. One sample per row."""
 
@@ -347,13 +378,28 @@ class MediaDataConfig:
         ("draw=1", "caption=1"),
         "What a row may be, as name=weight; each batch has of each task its share, rounded up or "
         "down. draw: caption, then an image to draw. caption: an "
-        "image, then its caption. speak: transcript, then a clip to make. transcribe: a clip, "
-        "then its transcript. text: embedded English text.",
+        "image, then its caption. which: numbered images, the question which one a caption fits, "
+        "then its number. fewshot: images, each with its caption behind it. speak: transcript, "
+        "then a clip "
+        "to make. transcribe: a clip, then its transcript. which_clip: as which, with clips. "
+        "read_aloud: an image, then a clip to make that says its caption. documents: text, "
+        "images and clips of data.media.documents. text: embedded English text.",
     )
-    images_per_row: int = option(1, "Number of image slots in each row (I).", minimum=1)
-    audio_per_row: int = option(1, "Number of clip slots in each row (A).", minimum=1)
+    images_per_row: int = option(
+        1,
+        "Number of image slots in each row (I). which and fewshot fill all of them, documents as "
+        "many as they have images.",
+        minimum=1,
+    )
+    audio_per_row: int = option(
+        1,
+        "Number of clip slots in each row (A). which_clip fills all of them, documents as many as "
+        "they have clips.",
+        minimum=1,
+    )
     images: ImageDataConfig = section(ImageDataConfig, "Source of images.")
     audio: AudioDataConfig = section(AudioDataConfig, "Source of sound.")
+    documents: DocumentsDataConfig = section(DocumentsDataConfig, "Source of documents.")
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -370,22 +416,51 @@ class MediaDataConfig:
         share = weights.get(task, 0.0) / sum(weights.values())
         return math.ceil(round(batch_size * share, 6))
 
+    def most_drawn(self, batch_size: int) -> int:
+        """Most images of a batch that the model learns to draw."""
+        return self._most("drawn", self.images_per_row, batch_size)
+
+    def most_spoken(self, batch_size: int) -> int:
+        """Most clips of a batch that the model learns to make."""
+        return self._most("spoken", self.audio_per_row, batch_size)
+
+    def _most(self, kind: str, slots: int, batch_size: int) -> int:
+        counts = {name: getattr(ROW_TASKS[name], kind) for name in self.task_weights}
+        return sum(
+            self.most_rows(name, batch_size) * (slots if count == FILLS_ROW else count)
+            for name, count in counts.items()
+        )
+
     @property
     def has_images(self) -> bool:
-        """Whether a task uses images."""
+        """Whether a task uses the source of images."""
         return any(name in self.task_weights for name in IMAGE_TASKS)
 
     @property
     def has_audio(self) -> bool:
-        """Whether a task uses sound."""
+        """Whether a task uses the source of sound."""
         return any(name in self.task_weights for name in AUDIO_TASKS)
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether rows may be documents, which may have media of both kinds."""
+        return "documents" in self.task_weights
 
     @property
     def fills_slots(self) -> bool:
         """Whether every row has a medium in each of its slots, by the tasks; bad records aside."""
-        tasks = set(self.task_weights)
-        of_images = self.images_per_row == 1 and tasks <= set(IMAGE_TASKS)
-        return of_images or (self.audio_per_row == 1 and tasks <= set(AUDIO_TASKS))
+        tasks = [ROW_TASKS[name] for name in self.task_weights]
+
+        def are_filled(kind: str, slots: int) -> bool:
+            counts = {getattr(task, kind) for task in tasks}
+            return counts <= {FILLS_ROW, slots} or counts == {0}
+
+        return (
+            (self.has_images or self.has_audio)
+            and not self.has_documents
+            and are_filled("images", self.images_per_row)
+            and are_filled("clips", self.audio_per_row)
+        )
 
     @rule("tasks")
     def _tasks_have_names_and_weights(self) -> None:
@@ -402,25 +477,59 @@ class MediaDataConfig:
     @rule("images", "audio", "images_per_row", "audio_per_row")
     def _sources_need_tasks(self) -> None:
         """Keep the default unless a task uses images or sound."""
-        for name, used, tasks in (
+        for name, is_used, tasks in (
             ("images", self.has_images, IMAGE_TASKS),
             ("audio", self.has_audio, AUDIO_TASKS),
         ):
-            if not used:
+            options = (name,) if self.has_documents else (name, f"{name}_per_row")
+            if not is_used:
                 require_defaults(
                     self,
-                    (name, f"{name}_per_row"),
+                    options,
                     f"because no task uses {name}",
                     f"add {' or '.join(map(repr, tasks))} to tasks",
                 )
 
+    @rule("images_per_row", "audio_per_row")
+    def _slots_have_tasks_that_fill_them(self) -> None:
+        """Above 1 only with a task that takes several: images which, fewshot or documents; clips
+        which_clip or documents. which, fewshot and which_clip need it."""
+        for name, kind in (("images_per_row", "images"), ("audio_per_row", "clips")):
+            slots = getattr(self, name)
+            filling = [task for task, row in ROW_TASKS.items() if getattr(row, kind) == FILLS_ROW]
+            used = [task for task in filling if task in self.task_weights]
+            if slots > 1 and not used:
+                raise ConfigError(
+                    name,
+                    f"{slots}, but the rows of {', '.join(self.task_weights)} have one place each; "
+                    f"set it to 1, or add {' or '.join(map(repr, filling))} to tasks.",
+                )
+            several = [task for task in used if task != "documents"]
+            if slots == 1 and several:
+                raise ConfigError(
+                    name, f"1, but {several[0]!r} needs at least 2; raise it, or leave that out."
+                )
+
+    @rule("documents")
+    def _documents_have_a_folder(self) -> None:
+        """A folder with the task documents, and the defaults without."""
+        if not self.has_documents:
+            require_defaults(
+                self,
+                ("documents",),
+                "because no task uses documents",
+                "add 'documents' to tasks",
+            )
+        elif self.documents.folder is None:
+            raise ConfigError(
+                "documents.folder", "is None, but the task 'documents' reads a folder; name one."
+            )
+
 
 def _task_of(item: str) -> str:
     name, _, weight = item.partition("=")
-    if name not in MEDIA_TASKS:
-        raise ConfigError(
-            "tasks", f"{item!r} names no task; the tasks are {', '.join(MEDIA_TASKS)}."
-        )
+    if name not in ROW_TASKS:
+        raise ConfigError("tasks", f"{item!r} names no task; the tasks are {', '.join(ROW_TASKS)}.")
     try:
         is_weight = 0 <= float(weight) < float("inf")
     except ValueError:

@@ -16,7 +16,7 @@ from megatransformer_jax.config.loop import (
     SampleConfig,
     TrainConfig,
 )
-from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
+from megatransformer_jax.config.media_tasks import AUDIO_TASKS, IMAGE_TASKS
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import (
     ConfigError,

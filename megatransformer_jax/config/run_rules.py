@@ -26,6 +26,7 @@ def check_media_model(run: "RunConfig") -> None:
     """
     media, is_media = run.data.media, run.data.source == "media"
     for name, is_used in (("image", media.has_images), ("audio", media.has_audio)):
+        is_used = is_used or media.has_documents
         if getattr(run.model, name).enabled and not (is_media and is_used):
             raise ConfigError(
                 f"model.{name}.enabled",

@@ -20,6 +20,7 @@ from megatransformer_jax.config.data import (
 from megatransformer_jax.config.media_data import AudioSourceConfig, ImageSourceConfig
 from megatransformer_jax.data.augmentation.text import read_synonyms
 from megatransformer_jax.data.media.build import audio_source_name
+from megatransformer_jax.data.media.documents import document_files
 from megatransformer_jax.data.media.folders import AUDIO_FOLDER, IMAGE_FOLDER, folder_files
 from megatransformer_jax.data.media.speech import espeak_version
 from megatransformer_jax.data.sources.build import open_records, source_files
@@ -149,6 +150,9 @@ def media_fingerprint(
     if media.has_audio:
         name = audio_source_name(config)
         parts.append(f"audio: {_of_audio(name, media.audio, fingerprint_files)}")
+    if media.documents.folder is not None:
+        files = document_files(media.documents.folder)
+        parts.append(f"documents: {fingerprint_files(files)}")
     return "; ".join(parts) or "embedded text"
 
 

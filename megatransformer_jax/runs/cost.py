@@ -245,10 +245,15 @@ def _learned(config: RunConfig, rows: int, mesh: Mapping[str, int]) -> tuple[int
     """Images and clips of a micro-batch on one device that decoders learn to make, at most."""
     media, ways = config.data.media, mesh["data"] * mesh["fsdp"]
 
-    def count(task: str, slots: int) -> int:
-        return min(-(-media.most_rows(task, config.data.batch_size) * slots // ways), rows * slots)
+    batch_size = config.data.batch_size
 
-    return count("draw", media.images_per_row), count("speak", media.audio_per_row)
+    def count(most: int, slots: int) -> int:
+        return min(-(-most // ways), rows * slots)
+
+    return (
+        count(media.most_drawn(batch_size), media.images_per_row),
+        count(media.most_spoken(batch_size), media.audio_per_row),
+    )
 
 
 # ------------------------------------------------------------------------------

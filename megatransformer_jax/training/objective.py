@@ -105,7 +105,8 @@ class MediaCounts(NamedTuple):
 
 
 class MediaRoom(NamedTuple):
-    """Most media of a batch that decoders learn to make; they compute no others."""
+    """Most media of a batch that decoders learn to make; they compute no others, and with 0 have no
+    term."""
 
     images: int
     clips: int
@@ -165,7 +166,7 @@ def media_term(
     image_key, audio_key = jax.random.split(key)
     images = clips = None
     metrics: dict[str, jax.Array] = {}
-    if model.config.image.enabled:
+    if model.config.image.enabled and room.images:
         is_drawn = (media.is_image & media.is_drawn).reshape(-1)
         flat = media.images.reshape(-1, *media.images.shape[2:])
         chosen, (flat, condition) = _first(
@@ -176,7 +177,7 @@ def media_term(
         )
         means = _shares(terms, chosen, is_drawn, counts.drawn_images, "image")
         images, metrics = means["image_loss"], metrics | means
-    if model.config.audio.enabled:
+    if model.config.audio.enabled and room.clips:
         lengths = media.mel_lengths.reshape(-1)
         is_spoken = (lengths > 0) & media.is_spoken.reshape(-1)
         flat = media.mels.reshape(-1, *media.mels.shape[2:])
@@ -337,8 +338,7 @@ def make_objective(
     jacobian_weight = config.train.stability.jacobian_weight
     data = config.data
     room = room or MediaRoom(
-        data.media.images_per_row * data.media.most_rows("draw", data.batch_size),
-        data.media.audio_per_row * data.media.most_rows("speak", data.batch_size),
+        data.media.most_drawn(data.batch_size), data.media.most_spoken(data.batch_size)
     )
 
     def objective(

@@ -201,11 +201,12 @@ def test_media_are_counted_per_medium_and_their_places_per_token() -> None:
     }
     audio = {"coda_layers": 0, "decoder": {"dilations": (1,)}}
     data = {"source": "media", "tokenizer": {"kind": "bytes"}, "sequence_length": 64}
+    tasks = ("draw=1", "speak=1", "which=1")
     config = build(
         {
             "preset": "multimodal_tiny",
             "model": {"core_layers": 1, "image": image, "audio": audio},
-            "data": data | {"media": {"tasks": ("draw=1", "speak=1"), "images_per_row": 2}},
+            "data": data | {"media": {"tasks": tasks, "images_per_row": 2}},
         }
     )
     report = make_report(config)

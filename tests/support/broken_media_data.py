@@ -7,6 +7,7 @@ from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.media_data import (
     AudioAugmentationConfig,
     AudioDataConfig,
+    DocumentsDataConfig,
     ImageAugmentationConfig,
     ImageDataConfig,
     MediaDataConfig,
@@ -91,6 +92,26 @@ BROKEN_MEDIA_DATA: list[tuple[str, type, dict[str, Any], str]] = [
         "audio.source",
     ),
     ("_sources_need_tasks", MediaDataConfig, {"audio_per_row": 2}, "audio_per_row"),
+    ("_slots_have_tasks_that_fill_them", MediaDataConfig, {"images_per_row": 2}, "images_per_row"),
+    (
+        "_slots_have_tasks_that_fill_them",
+        MediaDataConfig,
+        {"tasks": ("fewshot=1",)},
+        "images_per_row",
+    ),
+    (
+        "_slots_have_tasks_that_fill_them",
+        MediaDataConfig,
+        {"tasks": ("which_clip=1",)},
+        "audio_per_row",
+    ),
+    ("_documents_have_a_folder", MediaDataConfig, {"tasks": ("documents=1",)}, "documents.folder"),
+    (
+        "_documents_have_a_folder",
+        MediaDataConfig,
+        {"documents": DocumentsDataConfig(folder="mine")},
+        "documents.folder",
+    ),
     (
         "_sources_need_tasks",
         MediaDataConfig,

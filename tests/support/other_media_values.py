@@ -19,6 +19,7 @@ def _with(run: list[str], section: str, **options: Any) -> list[str]:
 _PHOTOGRAPHS = _with(IMAGE_RUN, _IMAGES, source="photographs")
 _TFDS_IMAGES = _with(IMAGE_RUN, _IMAGES, source="tfds", tfds_name="x")
 _TFDS_AUDIO = _with(AUDIO_RUN, _AUDIO, source="tfds", tfds_name="x")
+_DOCUMENTS = _with(IMAGE_RUN, "data.media", tasks="('documents=1',)")
 _IMAGE_TFDS_OPTIONS = (
     "tfds_split",
     "tfds_validation_split",
@@ -43,7 +44,13 @@ MEDIA_COMPANIONS: dict[str, list[str]] = {
     **{f"{_IMAGES}.{name}": _TFDS_IMAGES for name in _IMAGE_TFDS_OPTIONS},
     f"{_IMAGES}.num_crops": _PHOTOGRAPHS,
     f"{_IMAGES}.augmentation.targets": _with(IMAGE_RUN, f"{_IMAGES}.augmentation", flip_rate=0.5),
-    "data.media.audio_per_row": AUDIO_RUN,
+    "data.media.images_per_row": _with(IMAGE_RUN, "data.media", tasks="('which=1',)"),
+    "data.media.audio_per_row": _with(AUDIO_RUN, "data.media", tasks="('which_clip=1',)"),
+    "data.media.documents.folder": _DOCUMENTS,
+    **{
+        f"data.media.documents.{name}": _with(_DOCUMENTS, "data.media.documents", folder="x")
+        for name in ("on_wrong_size", "on_wrong_audio")
+    },
     f"{_AUDIO}.folder": _with(AUDIO_RUN, _AUDIO, source="audio_folder"),
     f"{_AUDIO}.tfds_name": _with(AUDIO_RUN, _AUDIO, source="tfds"),
     **{f"{_AUDIO}.{name}": _TFDS_AUDIO for name in _AUDIO_TFDS_OPTIONS},

@@ -14,9 +14,10 @@ from megatransformer_jax.config.data import (
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.media_data import AudioSourceConfig, ImageSourceConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.data.media.documents import INDEX, OPTION, Documents
 from megatransformer_jax.data.media.images import Digits, ImageFitter, ImageFolder, Photographs
 from megatransformer_jax.data.media.records import AudioSource, ImageSource, MediaFormats
-from megatransformer_jax.data.media.rows import TextPieces, source_of, task_names
+from megatransformer_jax.data.media.rows import TextPieces, task_names
 from megatransformer_jax.data.media.sounds import AudioFolder, Tones, WaveformFitter
 from megatransformer_jax.data.media.speech import espeak_is_installed, speech, spoken_digits
 from megatransformer_jax.data.media.tfds import TfdsAudio, TfdsImages
@@ -27,18 +28,21 @@ from megatransformer_jax.data.tokenizer import Tokenizer
 def build_media_sources(
     config: DataConfig, tokenizer: Tokenizer, formats: MediaFormats, split: str
 ) -> dict[str, Records[typing.Any]]:
-    """The sources 'images', 'audio' and 'text' that the tasks need.
+    """The sources 'images', 'audio', 'documents' and 'text' that the tasks need.
 
     Raises:
       UserError: if one cannot be read.
     """
-    needed = {source_of(name) for name in task_names(config)}
     sources: dict[str, Records[typing.Any]] = {}
-    if "images" in needed:
+    if config.media.has_images:
         sources["images"] = build_image_source(config, formats.image, split)
-    if "audio" in needed:
+    if config.media.has_audio:
         sources["audio"] = build_audio_source(config, formats.audio.mel, split)
-    if "text" in needed:
+    if config.media.has_documents:
+        everything = Documents(config.media.documents, formats)
+        more = f"Put two or more lines into {INDEX}."
+        sources["documents"] = _part(everything, config, split, OPTION, more)
+    if "text" in task_names(config):
         documents = _part(EmbeddedText(), config, split)
         sources["text"] = TextPieces(documents, tokenizer, config.sequence_length)
     return sources

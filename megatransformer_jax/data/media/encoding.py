@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats, Sample
+from megatransformer_jax.data.media.records import AudioPart, Given, ImagePart, MediaFormats, Sample
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import normalized_mel
 from megatransformer_jax.types import AUDIO, IMAGE, Batch, MediaBatch
@@ -23,7 +23,8 @@ class EncodedSample:
     Attributes:
       tokens: int32 [n], from the start token to the last token that is read.
       targets: int32 [n]; the last one is the end token, unless a longer text goes on.
-      loss_mask: float32 [n], 0 at opening tokens, after which a medium comes instead of text.
+      loss_mask: float32 [n], 0 at opening tokens, after which a medium comes instead of text, and
+        where a token of given text is next.
       follows: int32 [n], IMAGE or AUDIO at opening tokens.
       images: each float32 [height, width, C].
       is_drawn: for each image, whether it is a target.
@@ -55,19 +56,21 @@ def encode_sample(
 ) -> EncodedSample:
     """`<bos> text <|IMAGE|> <|/IMAGE|> text`, with the end token as the last target.
 
-    Speech stands between <|VOICE|> tokens, other sound between <|AUDIO|> tokens.
+    Speech stands between <|VOICE|> tokens, other sound between <|AUDIO|> tokens. Tokens of `Given`
+    text are no targets of the loss.
 
     Raises:
       SampleError: for an image of another size, a clip of another rate or of too many frames, or
         values that are not an image or sound, naming the sample.
     """
-    ids, kinds = [tokenizer.bos_id], [0]
+    ids, kinds, is_learned = [tokenizer.bos_id], [0], [False]
     images, is_drawn, mels, is_spoken = [], [], [], []
     for part in sample.parts:
-        if isinstance(part, str):
-            text = tokenizer.encode(part)
+        if isinstance(part, str | Given):
+            text = tokenizer.encode(part if isinstance(part, str) else part.text)
             ids += text
             kinds += [0] * len(text)
+            is_learned += [isinstance(part, str)] * len(text)
             continue
         if isinstance(part, ImagePart):
             images.append(_checked_image(part, sample.name, formats))
@@ -79,11 +82,13 @@ def encode_sample(
             opening = tokenizer.marker_id("<|VOICE|>" if part.is_voice else "<|AUDIO|>")
         ids += [opening, tokenizer.closing_id(opening)]
         kinds += [tokenizer.medium_after(opening), 0]
+        is_learned += [True, True]
     follows = np.array(kinds, np.int32)
+    counts = (follows == 0) & np.array([*is_learned[1:], True])
     return EncodedSample(
         tokens=np.array(ids, np.int32),
         targets=np.array([*ids[1:], tokenizer.eos_id], np.int32),
-        loss_mask=(follows == 0).astype(np.float32),
+        loss_mask=counts.astype(np.float32),
         follows=follows,
         images=tuple(images),
         is_drawn=tuple(is_drawn),

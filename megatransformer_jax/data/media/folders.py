@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Iterator
+from typing import Any
 
 from absl import logging
 
@@ -100,21 +102,9 @@ def folder_files(folder: str, layout: FolderFormat) -> list[str]:
 
 
 def _indexed(index: pathlib.Path, layout: FolderFormat) -> list[FolderItem]:
-    try:
-        # Not splitlines(), which also parts texts at U+2028 and the like.
-        lines = index.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(
-            f"{index}: cannot be read ({error.strerror or error}). Make it readable."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{index}: is not UTF-8 ({error.reason}). Convert it.") from error
     items = []
     lines_of_files: dict[str, int] = {}
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{index}, line {number}"
+    for number, where, line in read_index(index):
         file, text = _index_line(line, where, layout)
         first = lines_of_files.setdefault(file, number)
         if first != number:
@@ -126,14 +116,31 @@ def _indexed(index: pathlib.Path, layout: FolderFormat) -> list[FolderItem]:
     return items
 
 
+def read_index(index: pathlib.Path) -> Iterator[tuple[int, str, str]]:
+    """Number, place for messages, and text of each line of a file that is not blank.
+
+    Raises:
+      UserError: if the file cannot be read, or is not UTF-8.
+    """
+    try:
+        # Not splitlines(), which also parts texts at U+2028 and the like.
+        lines = index.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UserError(
+            f"{index}: cannot be read ({error.strerror or error}). Make it readable."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{index}: is not UTF-8 ({error.reason}). Convert it.") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield number, f"{index}, line {number}", line
+
+
 def _index_line(line: str, where: str, layout: FolderFormat) -> tuple[str, str]:
     """The file's path below the folder in its shortest form, and the text."""
     names = (layout.media_field, layout.text_field)
     wanted = f'{{"{names[0]}": file, "{names[1]}": text}}'
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}). Write {wanted}.") from error
+    record = parse_line(line, where, wanted)
     fields = record if isinstance(record, dict) else {}
     unknown = [key for key in fields if key not in names]
     if unknown:
@@ -144,6 +151,27 @@ def _index_line(line: str, where: str, layout: FolderFormat) -> tuple[str, str]:
     file, text = (fields.get(name) for name in names)
     if not (isinstance(file, str) and isinstance(text, str) and file.strip() and text.strip()):
         raise UserError(f"{where}: {line.strip()[:80]!r} is not {wanted}. Fix the line.")
+    return path_below(file, where), text
+
+
+def parse_line(line: str, where: str, wanted: str) -> Any:
+    """The JSON value of a line.
+
+    Raises:
+      UserError: if it is not JSON; the message shows what is `wanted`.
+    """
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}). Write {wanted}.") from error
+
+
+def path_below(file: str, where: str) -> str:
+    """A path below the folder in its shortest form.
+
+    Raises:
+      UserError: if it leaves the folder, or cannot be the name of a file.
+    """
     short = os.path.normpath(file)
     if os.path.isabs(file) or short.split(os.sep)[0] == os.pardir:
         raise UserError(
@@ -156,7 +184,7 @@ def _index_line(line: str, where: str, layout: FolderFormat) -> tuple[str, str]:
         raise UserError(f"{where}: {file!r} cannot be a file's name. Fix the line.") from error
     if "\0" in file:
         raise UserError(f"{where}: {file!r} cannot be a file's name. Fix the line.")
-    return short, text
+    return short
 
 
 def _paired(root: pathlib.Path, layout: FolderFormat) -> list[FolderItem]:
@@ -199,13 +227,17 @@ def item_text(item: FolderItem) -> str:
         correct = "Correct the line" if item.text is not None else "Delete its text"
         raise ValueError(f"there is no such file. {correct}, or put the file there.")
     if item.text is not None:
-        _check_text(item.text)
+        check_text(item.text)
         return item.text
     return _read_text(_text_path(pathlib.Path(item.path)))
 
 
-def _check_text(text: str) -> None:
-    """JSON can spell halves of a character, which no tokenizer can encode."""
+def check_text(text: str) -> None:
+    """JSON can spell halves of a character, which no tokenizer can encode.
+
+    Raises:
+      ValueError: if the text has one; the message says where.
+    """
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

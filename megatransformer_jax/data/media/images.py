@@ -241,16 +241,21 @@ class ImageFolder:
             text = item_text(item)
         except ValueError as error:
             return BadRecord(where, str(error))
-        try:
-            with Image.open(item.path) as image:
-                image.load()
-                pixels = self._fitter.fit(image, where)
-        # Pillow raises these, and more of its own below them, for files that are cut off or no
-        # image, and SyntaxError for some broken PNG files.
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return BadRecord(
-                where, f"cannot be read as an image ({error}). Fix the file, or delete the record."
-            )
+        pixels = read_image(item.path, self._fitter, where)
         if isinstance(pixels, BadRecord):
             return pixels
         return ImageRecord(pixels, (text,), (text,), where)
+
+
+def read_image(path: str, fitter: ImageFitter, where: str) -> np.ndarray | BadRecord:
+    """The pixels of a file, float32 [height, width, C] in [-1, 1], fitted to the model."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return fitter.fit(image, where)
+    # Pillow raises these, and more of its own below them, for files that are cut off or no
+    # image, and SyntaxError for some broken PNG files.
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return BadRecord(
+            where, f"cannot be read as an image ({error}). Fix the file, or delete the record."
+        )

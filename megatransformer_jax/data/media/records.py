@@ -81,6 +81,13 @@ class AudioPart:
     mel: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Text that is read and not learned, such as a question: no loss is computed on it."""
+
+    text: str
+
+
 Part = str | ImagePart | AudioPart
 
 
@@ -88,7 +95,7 @@ Part = str | ImagePart | AudioPart
 class Sample:
     """Text, images and sound in their order. `name` is for messages."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[Part | Given, ...]
     name: str = "sample"
 
 

@@ -17,7 +17,7 @@ from megatransformer_jax.data.augmentation.text import (
     ids_to_read,
 )
 from megatransformer_jax.data.media.encoding import EncodedSample
-from megatransformer_jax.data.media.records import AudioPart, Part, Sample
+from megatransformer_jax.data.media.records import AudioPart, Given, Part, Sample
 
 # Texts of a row beyond the first draw as rows would whose numbers no run reaches.
 _NEXT_TEXT = 1 << 40
@@ -58,9 +58,9 @@ class RowTexts:
         """The sample of row `number` with its texts in other words, unless it has sound."""
         if self._words is None or any(isinstance(part, AudioPart) for part in sample.parts):
             return sample
-        parts: list[Part] = []
+        parts: list[Part | Given] = []
         for part in sample.parts:
-            changed: Part | FailedAugmentation = part
+            changed: Part | Given | FailedAugmentation = part
             if isinstance(part, str):
                 changed = self.change(part, number)
                 number += _NEXT_TEXT

@@ -4,17 +4,18 @@ A task says how a record becomes a sample; rows without media hold plain text.
 """
 
 import dataclasses
+import functools
 import itertools
 import sys
 import typing
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
 
 from megatransformer_jax.config.data import DataConfig
-from megatransformer_jax.config.media_data import AUDIO_TASKS, IMAGE_TASKS
+from megatransformer_jax.config.media_tasks import ROW_TASKS
 from megatransformer_jax.data.augmentation.media import augment_image, augment_mel, augment_waveform
 from megatransformer_jax.data.augmentation.text import FailedAugmentation
 from megatransformer_jax.data.documents import in_order
@@ -29,9 +30,11 @@ from megatransformer_jax.data.media.encoding import (
 from megatransformer_jax.data.media.records import (
     AudioPart,
     AudioRecord,
+    Given,
     ImagePart,
     ImageRecord,
     MediaFormats,
+    Part,
     Sample,
 )
 from megatransformer_jax.data.media.row_texts import RowTexts
@@ -48,6 +51,10 @@ from megatransformer_jax.streams import Purpose, generator_of
 MAX_CACHED_MELS = 6500
 # A row whose record is bad tries others this often, then stays empty.
 MAX_ATTEMPTS = 10
+# Records that are drawn in search of one that fits.
+MAX_DRAWS = 1000
+# Behind media of which one fits a text.
+WHICH_QUESTION = "Which is {}?"
 
 
 class Row(typing.NamedTuple):
@@ -64,11 +71,20 @@ class Row(typing.NamedTuple):
     bad_records: tuple[BadRecord | FailedAugmentation, ...] = ()
 
 
+class _Unusable(Exception):
+    """Ends the making of a row whose record is bad."""
+
+    def __init__(self, record: BadRecord):
+        super().__init__(str(record))
+        self.record = record
+
+
 class RowMaker:
     """From a task and the number of a record to the row's content.
 
     Attributes:
-      sources: 'images', 'audio' and 'text', those that the tasks need.
+      sources: 'images', 'audio', 'documents' and 'text', those that the tasks need.
+      shape: of a row.
     """
 
     def __init__(
@@ -92,6 +108,7 @@ class RowMaker:
             config.sequence_length, config.media.images_per_row, config.media.audio_per_row
         )
         self._mels: OrderedDict[int, tuple[AudioRecord, np.ndarray]] = OrderedDict()
+        self._records: dict[tuple[str, int], typing.Any] = {}  # What the row has read so far.
 
     def make(
         self, task: str, index: int, number: int, rng: np.random.Generator
@@ -101,25 +118,27 @@ class RowMaker:
         Args:
           task: its task.
           index: of the record in the task's source.
-          number: of the row, which decides how the record is changed.
-          rng: draws the text.
+          number: of the row, which decides how media are changed.
+          rng: draws texts, places and the other records of a row that has several.
         """
+        self._records.clear()
         try:
-            kind = source_of(task)
-            if kind == "text":
+            if source_of(task) == "text":
                 content = self._text_row(index, number)
             else:
-                make = self._image_sample if kind == "images" else self._audio_sample
-                sample: Sample | BadRecord | FailedAugmentation = make(task, index, number, rng)
-                if self._texts is not None and isinstance(sample, Sample):
-                    sample = self._texts.change_sample(sample, number)
-                if not isinstance(sample, Sample):
-                    return sample
+                sample = self._sample(task, index, number, rng)
+                if self._texts is not None:
+                    changed = self._texts.change_sample(sample, number)
+                    if isinstance(changed, FailedAugmentation):
+                        return changed
+                    sample = changed
                 content = encode_sample(sample, self._tokenizer, self._formats)
                 check_fits(content, sample.name, self.shape)
             if self._texts is None or isinstance(content, FailedAugmentation):
                 return content
             return self._texts.hide(content, number)
+        except _Unusable as found:
+            return found.record
         except SampleError as error:
             where, _, problem = str(error).partition(": ")
             return BadRecord(where, problem)
@@ -131,55 +150,71 @@ class RowMaker:
         change = self._texts.change
         return pieces.changed(index, lambda text: change(text, number))
 
-    def _image_sample(
-        self, task: str, index: int, number: int, rng: np.random.Generator
-    ) -> Sample | BadRecord:
-        record: ImageRecord | BadRecord = self.sources["images"][index]
-        if isinstance(record, BadRecord):
-            return record
-        pixels = record.pixels
-        if task in self._changed_tasks:
-            draws = generator_of(self._seed, number, Purpose.IMAGE_AUGMENTATION)
-            pixels = augment_image(pixels, self._images, draws)
-        return image_sample(task, record, pixels, rng)
+    def _sample(self, task: str, index: int, number: int, rng: np.random.Generator) -> Sample:
+        image = functools.partial(
+            self._image, task, self._draws(number, Purpose.IMAGE_AUGMENTATION)
+        )
+        clip = functools.partial(self._clip, task, self._draws(number, Purpose.AUDIO_AUGMENTATION))
+        match task:
+            case "draw" | "caption":
+                return image_sample(task, image(index), rng)
+            case "speak" | "transcribe":
+                return audio_sample(task, *clip(index))
+            case "fewshot":
+                return fewshot_sample([image(n) for n in self._shots(index, rng)], rng)
+            case "which":
+                return self._which("images", index, image, self.shape.images, rng)
+            case "which_clip":
+                return self._which("audio", index, clip, self.shape.audio, rng)
+            case "read_aloud":
+                seen = image(index)
+                return read_aloud_sample(seen, *clip(self._said(seen, rng)))
+            case "documents":
+                return typing.cast(Sample, self._record("documents", index))
+        raise ValueError(f"no row is made for the task {task!r}")
 
-    def _audio_sample(
-        self, task: str, index: int, number: int, rng: np.random.Generator
-    ) -> Sample | BadRecord:
-        del rng  # A clip has one transcript.
+    def _draws(self, number: int, purpose: Purpose) -> np.random.Generator:
+        return generator_of(self._seed, number, purpose)
+
+    def _record(self, source: str, index: int) -> typing.Any:
+        if (source, index) not in self._records:
+            self._records[source, index] = self.sources[source][index]
+        record = self._records[source, index]
+        if isinstance(record, BadRecord):
+            raise _Unusable(record)
+        return record
+
+    def _image(self, task: str, draws: np.random.Generator, index: int) -> ImageRecord:
+        """The record, its pixels changed where the task's are."""
+        record: ImageRecord = self._record("images", index)
+        if task not in self._changed_tasks:
+            return record
+        pixels = augment_image(record.pixels, self._images, draws)
+        return dataclasses.replace(record, pixels=pixels)
+
+    def _clip(
+        self, task: str, draws: np.random.Generator, index: int
+    ) -> tuple[AudioRecord, np.ndarray]:
+        """The record and its normalised spectrogram, changed where the task's are."""
         changes = task in self._changed_tasks
         if not (changes and self._audio.changes_waveforms):
-            found = self._record_and_mel(index)
-            if isinstance(found, BadRecord):
-                return found
-            record, mel = found
-            if changes:
-                mel = augment_mel(mel, self._audio, self._draws(number))
-            return audio_sample(task, record, mel)
-        record = self.sources["audio"][index]
-        if isinstance(record, BadRecord):
-            return record
+            record, mel = self._record_and_mel(index)
+            return record, augment_mel(mel, self._audio, draws) if changes else mel
+        record = self._record("audio", index)
         check_waveform(record.waveform, record.where)
-        draws = self._draws(number)
         audio = self._formats.audio
         max_samples = audio.max_frames * audio.mel.hop_samples
         waveform = augment_waveform(
             record.waveform, record.sample_rate_hz, max_samples, self._audio, draws
         )
-        mel = augment_mel(normalized_mel(waveform, audio.mel), self._audio, draws)
-        return audio_sample(task, record, mel)
+        return record, augment_mel(normalized_mel(waveform, audio.mel), self._audio, draws)
 
-    def _draws(self, number: int) -> np.random.Generator:
-        return generator_of(self._seed, number, Purpose.AUDIO_AUGMENTATION)
-
-    def _record_and_mel(self, index: int) -> tuple[AudioRecord, np.ndarray] | BadRecord:
+    def _record_and_mel(self, index: int) -> tuple[AudioRecord, np.ndarray]:
         """Kept once made, as reading and transforming a clip takes milliseconds."""
         if index in self._mels:
             self._mels.move_to_end(index)
             return self._mels[index]
-        record = self.sources["audio"][index]
-        if isinstance(record, BadRecord):
-            return record
+        record: AudioRecord = self._record("audio", index)
         check_waveform(record.waveform, record.where)
         mel = normalized_mel(record.waveform, self._formats.audio.mel)
         self._mels[index] = dataclasses.replace(record, waveform=np.zeros(0, np.float32)), mel
@@ -187,13 +222,81 @@ class RowMaker:
             self._mels.popitem(last=False)
         return self._mels[index]
 
+    # Rows with several records.
+
+    def _shots(self, index: int, rng: np.random.Generator) -> list[int]:
+        """Other images in front of the one to caption, which is none of them."""
+        others = rng.integers(len(self.sources["images"]) - 1, size=self.shape.images - 1)
+        return [*(int(other + (other >= index)) for other in others), index]
+
+    def _which(
+        self,
+        source: str,
+        index: int,
+        read: Callable[[int], typing.Any],
+        count: int,
+        rng: np.random.Generator,
+    ) -> Sample:
+        """One record at a place that is drawn, among others that its text does not fit."""
+        asked = self._record(source, index)
+        texts = _texts(asked)
+        text = _drawn(texts, rng)
+        place = int(rng.integers(count))
+
+        def is_other(record: ImageRecord | AudioRecord) -> bool:
+            return not set(_texts(record)) & set(texts)
+
+        numbers = [
+            index
+            if slot == place
+            else self._find(source, is_other, f"{asked.where}: has no other than {text!r}", rng)
+            for slot in range(count)
+        ]
+        return which_sample(text, place, [read(number) for number in numbers], asked.where)
+
+    def _said(self, image: ImageRecord, rng: np.random.Generator) -> int:
+        """The number of a clip that says a caption of the image."""
+
+        def says_it(clip: AudioRecord) -> bool:
+            return clip.transcript in image.captions
+
+        problem = f"{image.where}: no clip has one of its captions, {image.captions}, as transcript"
+        return self._find("audio", says_it, problem, rng)
+
+    def _find(
+        self,
+        source: str,
+        is_wanted: Callable[[typing.Any], bool],
+        problem: str,
+        rng: np.random.Generator,
+    ) -> int:
+        """The number of a record that is wanted, all of which are equally likely.
+
+        Raises:
+          SampleError: if none is found.
+        """
+        count = len(self.sources[source])
+        for _ in range(MAX_DRAWS):
+            number = int(rng.integers(count))
+            if is_wanted(self._record(source, number)):
+                return number
+        raise SampleError(
+            f"{problem}, among {MAX_DRAWS} that were drawn of data.media.{source}. Leave out the "
+            "task, or give data of which more fit."
+        )
+
+
+def _texts(record: ImageRecord | AudioRecord) -> tuple[str, ...]:
+    return record.captions if isinstance(record, ImageRecord) else (record.transcript,)
+
 
 def _changed_tasks(config: DataConfig) -> tuple[str, ...]:
-    """Tasks whose media are augmented."""
+    """Tasks whose media are augmented: those that the model reads, and on request drawings."""
     images, audio = config.media.images.augmentation, config.media.audio.augmentation
-    tasks: tuple[str, ...] = ("transcribe",) if audio.changes_clips else ()
+    tasks: tuple[str, ...] = ("transcribe", "which_clip") if audio.changes_clips else ()
     if images.changes_images:
-        tasks += ("caption", "draw") if images.targets else ("caption",)
+        tasks += ("caption", "which", "fewshot", "read_aloud")
+        tasks += ("draw",) if images.targets else ()
     return tasks
 
 
@@ -279,26 +382,20 @@ def task_names(config: DataConfig) -> tuple[str, ...]:
 
 
 def source_of(task: str) -> str:
-    """'images', 'audio' or 'text': where a task's records come from."""
-    if task in IMAGE_TASKS:
-        return "images"
-    return "audio" if task in AUDIO_TASKS else "text"
+    """'images', 'audio', 'documents' or 'text': where a task's records come from."""
+    return ROW_TASKS[task].source
 
 
-def image_sample(
-    task: str, record: ImageRecord, pixels: np.ndarray, rng: np.random.Generator
-) -> Sample:
+def image_sample(task: str, record: ImageRecord, rng: np.random.Generator) -> Sample:
     """draw: a prompt, then the image as a target. caption: the image, then a caption.
 
     Args:
       task: 'draw' or 'caption'.
-      record: the texts are drawn from its.
-      pixels: the record's, or changed.
+      record: the image, and texts of which one is drawn.
       rng: makes one draw.
     """
-    texts = record.prompts if task == "draw" else record.captions
-    text = texts[int(rng.integers(len(texts)))]
-    image = ImagePart(pixels, is_target=task == "draw")
+    text = _drawn(record.prompts if task == "draw" else record.captions, rng)
+    image = ImagePart(record.pixels, is_target=task == "draw")
     return Sample((text, image) if task == "draw" else (image, text), record.where)
 
 
@@ -310,9 +407,52 @@ def audio_sample(task: str, record: AudioRecord, mel: np.ndarray) -> Sample:
       record: the transcript is its.
       mel: its spectrogram, normalised, or one of a changed clip.
     """
-    clip = AudioPart(record.waveform, record.sample_rate_hz, record.is_voice, task == "speak", mel)
+    clip = _clip_part(record, mel, is_target=task == "speak")
     parts = (record.transcript, clip) if task == "speak" else (clip, record.transcript)
     return Sample(parts, record.where)
+
+
+def fewshot_sample(records: Sequence[ImageRecord], rng: np.random.Generator) -> Sample:
+    """Each image with a caption behind it; the last one gives the row its name."""
+    pairs = ((ImagePart(record.pixels), _drawn(record.captions, rng)) for record in records)
+    return Sample(tuple(itertools.chain.from_iterable(pairs)), records[-1].where)
+
+
+def which_sample(
+    text: str,
+    place: int,
+    media: Sequence[ImageRecord | tuple[AudioRecord, np.ndarray]],
+    name: str,
+) -> Sample:
+    """Numbered media, `Which is three?`, and the number of the one that is. It alone is learned.
+
+    Args:
+      text: fits the medium at `place` alone.
+      place: from 0.
+      media: images, or clips with their spectrograms.
+      name: for messages.
+    """
+    parts: list[Part | Given] = []
+    for number, medium in enumerate(media, start=1):
+        parts.append(Given(str(number)))
+        if isinstance(medium, ImageRecord):
+            parts.append(ImagePart(medium.pixels))
+        else:
+            parts.append(_clip_part(*medium))
+    return Sample((*parts, Given(WHICH_QUESTION.format(text)), str(place + 1)), name)
+
+
+def read_aloud_sample(image: ImageRecord, clip: AudioRecord, mel: np.ndarray) -> Sample:
+    """The image, then the clip that says its caption as a target."""
+    return Sample((ImagePart(image.pixels), _clip_part(clip, mel, is_target=True)), image.where)
+
+
+def _drawn(texts: Sequence[str], rng: np.random.Generator) -> str:
+    return texts[int(rng.integers(len(texts)))]
+
+
+def _clip_part(record: AudioRecord, mel: np.ndarray, *, is_target: bool = False) -> AudioPart:
+    return AudioPart(record.waveform, record.sample_rate_hz, record.is_voice, is_target, mel)
 
 
 def batch_tasks(weights: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from megatransformer_jax.data.media.encoding import RowShape, check_fits, encode_sample, make_batch
 from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats, Sample
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
-from megatransformer_jax.evaluation.media.validation import is_after_media, run_model
+from megatransformer_jax.evaluation.media.validation import is_answer, run_model
 from megatransformer_jax.generation.placement import for_rows
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
@@ -57,7 +57,8 @@ class Answered(NamedTuple):
       answer: what is predicted at each, greedily from what was predicted before.
       targets: what is right there.
       loss_mask: the positions that the right answer has.
-      media: [n, ...], the medium.
+      media: [n, ...], the images of the row side by side, grey where it has none, or its first
+        clip.
       lengths: frames of clips.
     """
 
@@ -133,8 +134,8 @@ def make_answering_step(
     kinds = _kinds(model)
 
     def step(params: Any, batch: Batch, num_steps: Any) -> dict[str, Answered]:
-        counts = batch.loss_mask > 0
-        has_text = jnp.any(counts & is_after_media(cast(MediaBatch, batch.media).follows), axis=1)
+        follows = cast(MediaBatch, batch.media).follows
+        has_text = jnp.any(is_answer(follows, batch.loss_mask), axis=1)
         wanted = {}
         for kind in kinds:
             _, is_made, _ = _slots(batch, kind)
@@ -143,20 +144,21 @@ def make_answering_step(
         rows, exists = _first_rows(batch, wanted, count)
         here = for_rows(model, len(rows.tokens))
         params = gather_weights(here, params)
-        answer, is_answer = _greedy(here, params, rows, num_steps, state_key)
+        answer, is_asked = _greedy(here, params, rows, num_steps, state_key)
         results = {}
         for kind in kinds:
             block = _block(exists, kind)
             own = _at(rows, block)
             media, _, lengths = _slots(own, kind)
             slot = jnp.argmax(_there(own, kind), axis=1)
+            shown = _side_by_side(media) if kind == "image" else _take(media, slot)
             results[kind] = Answered(
                 exists[kind],
-                is_answer[block],
+                is_asked[block],
                 answer[block],
                 own.targets,
                 own.loss_mask,
-                _take(media, slot),
+                shown,
                 None if lengths is None else _take(lengths, slot),
             )
         return results
@@ -169,9 +171,9 @@ def _greedy(
 ) -> tuple[Int[Array, "n T"], Bool[Array, "n T"]]:
     """Tokens predicted at every position of the answers, and where these are."""
     media = cast(MediaBatch, rows.media)
-    is_answer = is_after_media(media.follows)
-    length = is_answer.shape[1]
-    first = jnp.where(jnp.any(is_answer, axis=1), jnp.argmax(is_answer, axis=1), length)
+    is_asked = is_answer(media.follows, rows.loss_mask)
+    length = is_asked.shape[1]
+    first = jnp.where(jnp.any(is_asked, axis=1), jnp.argmax(is_asked, axis=1), length)
     # Rows may grow to their end; a position sees none behind it.
     segment_ids = jnp.ones_like(rows.segment_ids)
 
@@ -187,7 +189,7 @@ def _greedy(
         return jnp.where(is_inside, grown, tokens), answer
 
     carry = rows.tokens, jnp.zeros_like(rows.tokens)
-    return jax.lax.fori_loop(jnp.min(first), length, say, carry)[1], is_answer
+    return jax.lax.fori_loop(jnp.min(first), length, say, carry)[1], is_asked
 
 
 def _kinds(model: MegaTransformer) -> tuple[str, ...]:
@@ -241,6 +243,12 @@ def _condition_at(condition: Condition, num_rows: int, block: slice, slot: jax.A
         return _take(array.reshape(num_rows, -1, *array.shape[1:])[block], slot)
 
     return jax.tree.map(take, condition)
+
+
+def _side_by_side(images: jax.Array) -> jax.Array:
+    """[n, height, I * width, C] of [n, I, height, width, C]."""
+    rows, slots, height, width, channels = images.shape
+    return jnp.moveaxis(images, 1, 2).reshape(rows, height, slots * width, channels)
 
 
 def _take(array: jax.Array, slot: jax.Array) -> jax.Array:
@@ -398,10 +406,14 @@ def rows_of_task(batches: Sequence[Batch], task: int) -> list[Batch]:
     return [jax.tree.map(lambda array, of=of: array[of], rows) for of in filled]
 
 
+def _is_answer(batch: Batch) -> np.ndarray:
+    media = cast(MediaBatch, batch.media)
+    return np.asarray(is_answer(jnp.asarray(media.follows), jnp.asarray(batch.loss_mask)))
+
+
 def right_answers(batch: Batch, end_id: int) -> list[list[int]]:
     """The text after the last medium of each row, without the end token."""
-    is_answer = np.asarray(is_after_media(jnp.asarray(batch.media.follows)))  # type: ignore[union-attr]
-    counts = is_answer & (np.asarray(batch.loss_mask) > 0)
+    counts = _is_answer(batch) & (np.asarray(batch.loss_mask) > 0)
     targets = np.asarray(batch.targets)
     return [
         [int(token) for token in row[places] if token != end_id]
@@ -424,10 +436,10 @@ def greedy_answers(
     Returns:
       Token ids of each row; none for a row without a medium.
     """
-    is_answer = np.asarray(is_after_media(jnp.asarray(batch.media.follows)))  # type: ignore[union-attr]
-    num_tokens = is_answer.shape[1]
-    # The closing token is the first behind the medium, and predicts the answer's first token.
-    closing = np.where(is_answer.any(axis=1), is_answer.argmax(axis=1), num_tokens)
+    is_asked = _is_answer(batch)
+    num_tokens = is_asked.shape[1]
+    # The medium's closing token, or the last one of a question, predicts the answer's first token.
+    closing = np.where(is_asked.any(axis=1), is_asked.argmax(axis=1), num_tokens)
     tokens = np.array(batch.tokens)
     # Rows may grow to their full length; positions before a token do not see it.
     segment_ids = np.where(closing[:, None] < num_tokens, 1, batch.segment_ids).astype(np.int32)

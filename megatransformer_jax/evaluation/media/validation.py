@@ -104,19 +104,21 @@ def run_model(
     return cast(ModelOutput, output)
 
 
-def is_after_media(follows: Int[Array, "B T"]) -> Bool[Array, "B T"]:
-    """Positions behind the row's last opening token; none in a row without media."""
+def is_answer(follows: Int[Array, "B T"], loss_mask: Float[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Positions behind the row's last opening token, from the first that counts in the loss on, as
+    given text such as a question does not; none in a row without media."""
     is_opening = follows != NO_MEDIUM
     later = jnp.cumsum(is_opening[:, ::-1], axis=1)[:, ::-1]
-    return (later == 0) & jnp.any(is_opening, axis=1, keepdims=True)
+    is_behind = (later == 0) & jnp.any(is_opening, axis=1, keepdims=True)
+    return is_behind & (jnp.cumsum(is_behind & (loss_mask > 0), axis=1) > 0)
 
 
 def _task_sums(logits: jax.Array, batch: Batch, media: MediaBatch, num_tasks: int) -> TaskSums:
     counts = batch.loss_mask > 0
     is_right = jnp.argmax(logits, axis=-1) == batch.targets
-    is_answer = counts & is_after_media(media.follows)
-    has_answer = jnp.any(is_answer, axis=1)
-    is_exact = has_answer & jnp.all(is_right | ~is_answer, axis=1)
+    is_asked = counts & is_answer(media.follows, batch.loss_mask)
+    has_answer = jnp.any(is_asked, axis=1)
+    is_exact = has_answer & jnp.all(is_right | ~is_asked, axis=1)
     loss = token_cross_entropy(logits, batch.targets) * batch.loss_mask
     is_of_task = jax.nn.one_hot(media.task, num_tasks, dtype=jnp.float32)
 
@@ -173,7 +175,14 @@ def _sums(terms: Any, counts_in: jax.Array) -> tuple[dict[str, jax.Array], jax.A
 # A validation set.
 
 # Tasks whose answer is a text that is right or wrong as a whole, and what its accuracy is called.
-ANSWER_METRICS = {"caption": "caption_accuracy", "transcribe": "transcription_accuracy"}
+ANSWER_METRICS = {
+    "caption": "caption_accuracy",
+    "transcribe": "transcription_accuracy",
+    "which": "which_accuracy",
+    "which_clip": "which_clip_accuracy",
+    "fewshot": "fewshot_accuracy",
+    "documents": "documents_accuracy",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,7 +228,7 @@ class MediaScores:
 
     def metrics(self) -> dict[str, float]:
         """Numbers by name: loss, perplexity, accuracy; <task>_text_loss and
-        <task>_token_accuracy; caption_accuracy and transcription_accuracy, which count whole
+        <task>_token_accuracy; those of `ANSWER_METRICS`, which count whole
         answers; image_loss, audio_loss and parts such as audio_duration."""
         named = {"loss": self.loss, "perplexity": self.perplexity, "accuracy": self.accuracy}
         for name, scores in self.tasks.items():

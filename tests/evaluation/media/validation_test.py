@@ -15,7 +15,7 @@ from megatransformer_jax.evaluation.media.making import (
 )
 from megatransformer_jax.evaluation.media.validation import (
     MediaValidationSet,
-    is_after_media,
+    is_answer,
     make_media_eval_step,
     mean_media_scores,
     run_model,
@@ -161,8 +161,15 @@ def test_answers_end(subject, batch):
 
 def test_text_behind_the_last_medium():
     follows = np.array([[0, 1, 0, 2, 0, 0], [0, 0, 0, 0, 0, 0]])
-    found = is_after_media(jax.numpy.asarray(follows))
-    np.testing.assert_array_equal(found, [[0, 0, 0, 0, 1, 1], [0] * 6])
+    for counts, expected in (
+        ([[1, 0, 1, 0, 1, 1], [1] * 6], [[0, 0, 0, 0, 1, 1], [0] * 6]),
+        # A question that is given is not part of the answer, and padding behind the end is.
+        ([[1, 0, 1, 0, 0, 1], [1] * 6], [[0, 0, 0, 0, 0, 1], [0] * 6]),
+        ([[1, 0, 1, 0, 1, 0], [1] * 6], [[0, 0, 0, 0, 1, 1], [0] * 6]),
+        ([[1, 0, 1, 0, 0, 0], [1] * 6], [[0] * 6, [0] * 6]),
+    ):
+        found = is_answer(jax.numpy.asarray(follows), jax.numpy.asarray(counts, float))
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_rows_of_a_task_and_their_answers(batch):
