@@ -29,15 +29,14 @@ from megatransformer_jax.config.option import (
     unknown_key,
 )
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
-from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer
+from megatransformer_jax.data.media_tokenizer import MARKERS
 from megatransformer_jax.evaluation.lens import (
     Trace,
     check_trace_size,
     make_trace,
     trace_iterations,
 )
-from megatransformer_jax.generation.media_generator import MediaGenerator
-from megatransformer_jax.generation.media_prompt import MediaCompletion, prompt_of_text
+from megatransformer_jax.generation.media_prompt import media_tokenizer, prompt_of_text
 from megatransformer_jax.generation.request import (
     StreamedToken,
     encode_prompts,
@@ -147,8 +146,8 @@ class Model:
             exit_criterion="kl", temperature=0.7, num_samples=4, stop=("\\n",), max_new_tokens=64.
 
         Returns:
-          One `Completion` for one prompt, a list for several prompts or samples. With media
-          `MediaCompletion`s, which have images and spectrograms.
+          One `Completion` for one prompt, a list for several prompts or samples. Its `images` and
+          `mels` are what was made besides its text.
 
         Raises:
           UserError: if a prompt or an option cannot be used.
@@ -159,21 +158,29 @@ class Model:
         """
         config = _generation(config, options)
         given, is_single = _listed(prompts)
+        given = self._with_media(given, images, clips)
         with out_of_memory_is_bad_input():
-            if images or clips or self._has_markers(given):
-                found: Sequence[Any] = self._generate_media(given, config, images, clips)
-            else:
-                found = self._loaded.generator(config).generate(given)
+            found = self._loaded.generator(config).generate(given)
         return found[0] if is_single and len(found) == 1 else list(found)
 
     def stream(
-        self, prompt: Inputs, config: GenerationConfig | None = None, **options: Any
+        self,
+        prompt: Inputs,
+        config: GenerationConfig | None = None,
+        *,
+        images: Sequence[np.ndarray] = (),
+        clips: Sequence[np.ndarray] = (),
+        **options: Any,
     ) -> Iterator[StreamedToken]:
         """Continues one prompt, token by token as they are made.
+
+        Images and clips that are made come as `medium` of the token that closes them.
 
         Args:
           prompt: a text, or ids.
           config: how. None: `options` say.
+          images: as of `generate`.
+          clips: as of `generate`.
           **options: as of `generate`.
 
         Raises:
@@ -189,6 +196,7 @@ class Model:
         prompts, is_single = _listed(prompt)
         if not is_single:
             raise UserError("stream continues one prompt; for several use generate.")
+        prompts = self._with_media(prompts, images, clips)
         generator = self._loaded.generator(config)
         generator.check(prompts)
         return generator.stream(prompts[0])
@@ -316,39 +324,31 @@ class Model:
             raise ConfigError("depth", f"{self.description} has no recurrent core; leave it out.")
         return as_whole("depth", depth, 1, MAX_COUNT)
 
-    def _has_markers(self, prompts: Any) -> bool:
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-        return self.config.has_media and any(m in text for text in texts for m in MARKERS)
-
-    def _generate_media(
-        self,
-        prompts: Any,
-        config: GenerationConfig,
-        images: Sequence[np.ndarray],
-        clips: Sequence[np.ndarray],
-    ) -> list[MediaCompletion]:
-        if not self.config.has_media:
-            raise UserError(f"{self.description} reads and makes text alone; leave media out.")
-        if not isinstance(self.tokenizer, MediaTokenizer):
-            raise UserError(
-                f"{self.description} has no tokenizer with tokens for media, as those of runs with "
-                "data.source='media' have; load such a run."
-            )
-        if (images or clips) and len(prompts) != 1:
-            raise UserError(f"images and clips belong to one prompt, not to {len(prompts)}.")
+    def _with_media(
+        self, prompts: Any, images: Sequence[np.ndarray], clips: Sequence[np.ndarray]
+    ) -> Any:
+        """The prompts; those with media or markers as prompts of both."""
         rate_hz = self.config.audio.mel.sample_rate_hz
         media: list[ImagePart | AudioPart] = [
             *map(ImagePart, images),
             *(AudioPart(clip, rate_hz) for clip in clips),
         ]
-        parts = [
-            prompt_of_text(text, media, self.tokenizer, name=f"prompt {number + 1}")
-            for number, text in enumerate(prompts)
-        ]
-        generator = MediaGenerator(
-            self.module, self.params, self.tokenizer, config, self.trained_depth
+        has_markers = self.config.has_media and any(
+            marker in text for text in prompts if isinstance(text, str) for marker in MARKERS
         )
-        return generator.generate(parts)
+        if not (media or has_markers):
+            return prompts
+        tokenizer = media_tokenizer(self.config, self.tokenizer, self.description)
+        if media and len(prompts) != 1:
+            raise UserError(f"images and clips belong to one prompt, not to {len(prompts)}.")
+        if media and not isinstance(prompts[0], str):
+            raise UserError("images and clips need a prompt of text; give one, maybe an empty one.")
+        return [
+            prompt_of_text(prompt, media, tokenizer, name=f"prompt {number}")
+            if isinstance(prompt, str)
+            else prompt
+            for number, prompt in enumerate(prompts, 1)
+        ]
 
 
 def _generation(config: GenerationConfig | None, options: Mapping[str, Any]) -> GenerationConfig:

@@ -31,20 +31,13 @@ def generate(parsed: Parsed) -> None:
     if options.json is not None:
         check_json_path(options.json)
     prompts = read_prompts(options)
-    # These import JAX, which takes long.
-    from megatransformer_jax.cli.generate_media import (  # noqa: PLC0415
-        generate_with_media,
-        wants_media,
-    )
+    # It imports JAX, which takes long.
     from megatransformer_jax.cli.screen import continue_texts  # noqa: PLC0415
 
     loaded = load_chosen_model(options)
     _check_fits(options, loaded)
     try:
-        if wants_media(parsed, prompts):
-            generate_with_media(loaded, parsed, prompts)
-        else:
-            continue_texts(loaded, parsed, prompts)
+        continue_texts(loaded, parsed, prompts)
     except BrokenPipeError:
         drop_output()
         sys.exit(BROKEN_PIPE)
@@ -97,6 +90,7 @@ The texts go to stdout, a line about speed to stderr.""",
         '--model=runs/image --prompt="a handwritten three" --draw \\\n'
         "      --num_samples=4 --guidance_scale=2 --output=drawn",
         "--model=runs/image --image=my/three.png --strategy=greedy",
+        "--model=runs/image --image=my/three.png --interactive --max_new_tokens=8",
     ),
     generation=GENERATION_OPTIONS,
     # May be given several times, and hold commas.

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,30 +12,27 @@ from PIL import Image, UnidentifiedImageError
 
 from megatransformer_jax.cli.flags import Parsed
 from megatransformer_jax.cli.generate_options import GenerateOptions, Prompts
-from megatransformer_jax.cli.screen import Stopwatch
 from megatransformer_jax.config.audio import MelConfig
-from megatransformer_jax.config.generation import GenerationConfig, MediaGenerationConfig
+from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.media.images import ImageFitter
 from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats
 from megatransformer_jax.data.media.sounds import WaveformFitter
-from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import griffin_lim
 from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.evaluation.media.table import Tile, contact_sheet, pixels_of
 from megatransformer_jax.extras import import_extra
-from megatransformer_jax.generation.media_generator import MediaGenerator
 from megatransformer_jax.generation.media_prompt import (
-    GeneratedImage,
-    MediaCompletion,
     MediaPrompt,
     encode_media_prompt,
+    media_tokenizer,
     most_places,
     prompt_of_text,
     room_for_text,
     sequence_length,
 )
-from megatransformer_jax.generation.request import out_of_memory_is_bad_input
+from megatransformer_jax.generation.request import Completion, GeneratedImage
 from megatransformer_jax.runs.load import LoadedModel
 from megatransformer_jax.runs.tasks.load_medium import load_vocoder
 from megatransformer_jax.runs.workdir import make_folder
@@ -46,72 +42,91 @@ RESULTS, SHEET = "results.jsonl", "contact_sheet.png"
 ToWaveform = Callable[[np.ndarray], np.ndarray]
 
 
-def wants_media(parsed: Parsed, prompts: Prompts) -> bool:
-    """Whether the command has to do with media: by its options, or a marker in a prompt."""
-    has_markers = any(
-        marker in text for text in prompts if isinstance(text, str) for marker in MARKERS
-    )
-    has_options = parsed.generation.media != MediaGenerationConfig()
-    return parsed.options.names_media or has_options or has_markers
+class MediaFiles:
+    """The images and sound of a command: those of its files, and those that are made.
 
-
-def generate_with_media(loaded: LoadedModel, parsed: Parsed, prompts: Prompts) -> None:
-    """Continues the prompts, shows the texts and writes the media.
+    Args:
+      loaded: the model.
+      parsed: the command line.
 
     Raises:
-      UserError: if the model has no media, or a prompt, a file or an option cannot be used.
+      UserError: if the model has no media, or a file or an option cannot be used.
     """
-    options, tokenizer = parsed.options, loaded.tokenizer
-    if not isinstance(tokenizer, MediaTokenizer) or not loaded.config.has_media:
-        raise UserError(
-            f"{loaded.description} reads and makes text alone; leave out the options of images and "
-            f"sound and the markers {', '.join(MARKERS)}, or use a model with media."
-        )
-    if options.interactive or options.prompt_ids:
-        name = "interactive" if options.interactive else "prompt_ids"
-        raise ConfigError(name, "is for text alone; leave out the options of media.")
-    formats = MediaFormats.of_model(loaded.config)
-    given = media_prompts(options, prompts, tokenizer, formats)
-    check_media_have_a_folder(options, given)
-    config = parsed.generation
-    if "max_new_tokens" not in parsed.given:
-        config = _fitted(config, given, tokenizer, formats, loaded)
-    folder = None if options.output is None else make_folder("output", options.output)
-    mel = loaded.config.audio.mel
-    to_waveform = make_to_waveform(options.vocoder, mel, config.seed)
-    generator = MediaGenerator(loaded.model, loaded.params, tokenizer, config, loaded.trained_depth)
-    with Stopwatch() as stopwatch:
-        stopwatch.start()
-        with out_of_memory_is_bad_input():
-            completions = generator.generate(given)
-        seconds, compile_seconds = stopwatch.seconds(), stopwatch.compile_seconds()
-    if folder is None:
-        shown = [_without_files(completion) for completion in completions]
-    else:
-        shown = write_completions(folder, completions, config.num_samples, mel, to_waveform)
-    for number, (completion, text) in enumerate(zip(completions, shown, strict=True)):
-        if len(completions) > 1:
-            prompt, sample = divmod(number, config.num_samples)
-            print(f"--- prompt {prompt + 1}, text {sample + 1}: {completion.finish_reason}")
-        print(prompt_text(completion.prompt) + text)
-    print(_summary(completions, seconds, compile_seconds), file=sys.stderr)
-    if folder is not None:
-        print(f"files are in {folder}", file=sys.stderr)
 
+    def __init__(self, loaded: LoadedModel, parsed: Parsed):
+        options = parsed.options
+        self._loaded = loaded
+        self._parsed = parsed
+        self._tokenizer = media_tokenizer(loaded.config, loaded.tokenizer, loaded.description)
+        if options.prompt_ids:
+            raise ConfigError("prompt_ids", "is for text alone; leave out the options of media.")
+        self._formats = MediaFormats.of_model(loaded.config)
+        self._given = read_media(options, self._formats)
+        self._folder: pathlib.Path | None = None
+        self._to_waveform: ToWaveform | None = None
 
-def check_media_have_a_folder(options: GenerateOptions, prompts: Sequence[MediaPrompt]) -> None:
-    """Checks that a medium that a prompt asks for is not thrown away.
+    def prompt(self, text: str, name: str = "prompt") -> MediaPrompt:
+        """A text with the files in their places."""
+        return prompt_of_text(text, self._given, self._tokenizer, name)
 
-    Raises:
-      ConfigError: if a prompt ends with an opening marker, and there is no output.
-    """
-    opened = [prompt.opens for prompt in prompts if prompt.opens is not None]
-    if opened and options.output is None:
-        raise ConfigError(
-            "prompt" if options.prompts_file is None else "prompts_file",
-            f"a prompt that ends with {opened[0]} needs a folder for the result; give "
-            "--output=FOLDER.",
-        )
+    def prompts(self, texts: Prompts) -> list[MediaPrompt]:
+        """What the command asks to continue; none if it is interactive.
+
+        Args:
+          texts: none if there are files alone.
+
+        Raises:
+          UserError: if markers and files do not fit each other, or what is made has no folder.
+        """
+        options = self._parsed.options
+        if options.interactive:
+            return []
+        ending = "<|IMAGE|>" if options.draw else "<|VOICE|>" if options.speak else ""
+        prompts = [
+            self.prompt(text + ending, f"prompt {number}")
+            for number, text in enumerate([str(text) for text in texts] or [""], 1)
+        ]
+        opened = [prompt.opens for prompt in prompts if prompt.opens is not None]
+        if opened and options.output is None:
+            raise ConfigError(
+                "prompt" if options.prompts_file is None else "prompts_file",
+                f"a prompt that ends with {opened[0]} needs a folder for the result; give "
+                "--output=FOLDER.",
+            )
+        return prompts
+
+    def fitted(self, prompts: Sequence[MediaPrompt]) -> Parsed:
+        """The command line with as many new tokens as usual, or as fit in the model if those are
+        fewer and it does not say; and the folder for results is made.
+
+        Raises:
+          UserError: if none fits, or the folder or the vocoder cannot be used.
+        """
+        parsed, options, mel = self._parsed, self._parsed.options, self._loaded.config.audio.mel
+        config = parsed.generation
+        if options.interactive and config.most_media:
+            # A session keeps the text as context, so what it shows is text.
+            if config.media.max_media:
+                raise ConfigError("max_media", "is for prompts, not for --interactive; leave it 0.")
+            given = {**parsed.given, "max_media": 0}
+            return dataclasses.replace(parsed, given=given)
+        if prompts and "max_new_tokens" not in parsed.given:
+            config = _fitted(config, prompts, self._tokenizer, self._formats, self._loaded)
+            parsed = dataclasses.replace(parsed, generation=config)
+        if options.output is not None:
+            self._folder = make_folder("output", options.output)
+            self._to_waveform = make_to_waveform(options.vocoder, mel, config.seed)
+        return parsed
+
+    def write(self, completions: Sequence[Completion]) -> list[list[str]]:
+        """Writes what was made; per completion the names of files where its media are.
+
+        Raises:
+          UserError: see `write_completions`.
+        """
+        assert self._folder is not None and self._to_waveform is not None  # By `fitted`.
+        mel, count = self._loaded.config.audio.mel, self._parsed.generation.num_samples
+        return write_completions(self._folder, completions, count, mel, self._to_waveform)
 
 
 def make_to_waveform(vocoder: str | None, mel: MelConfig, seed: int) -> ToWaveform:
@@ -156,37 +171,19 @@ def _fitted(
     """
     encoded = [encode_media_prompt(prompt, tokenizer, formats) for prompt in prompts]
     longest = max(sequence_length(loaded.config, prompt) for prompt in encoded)
-    room = room_for_text(loaded.config, longest, config.media.max_media)
+    room = room_for_text(loaded.config, longest, config.most_media)
     if room < 1:
         fit = longest + room - 1
         raise UserError(
             f"the longest prompt takes {longest} places with its media, but {max(fit, 0)} fit in "
             f"the model: its max_length={loaded.config.max_length} is also for a new token and up "
-            f"to max_media={config.media.max_media} of up to {most_places(loaded.config)} places; "
+            f"to max_media={config.most_media} of up to {most_places(loaded.config)} places; "
             + (f"shorten the prompt by {longest - fit}." if fit > 1 else "lower --max_media.")
         )
     if room >= config.max_new_tokens:
         return config
     logging.info("max_new_tokens=%d, as more do not fit in the model.", room)
     return dataclasses.replace(config, max_new_tokens=room)
-
-
-def _without_files(completion: MediaCompletion) -> str:
-    names = {True: "[image]", False: "[sound]"}
-    return "".join(
-        part if isinstance(part, str) else names[hasattr(part, "pixels")]
-        for part in completion.parts
-    )
-
-
-def _summary(completions: Sequence[MediaCompletion], seconds: float, compile_seconds: float) -> str:
-    images = sum(len(completion.images) for completion in completions)
-    clips = sum(len(completion.mels) for completion in completions)
-    tokens = sum(len(completion.token_ids) for completion in completions)
-    text = f"{tokens} tokens, {images} images, {clips} clips in {seconds:.2f} s"
-    if compile_seconds >= 0.01:
-        text += f", compilation took {compile_seconds:.1f} s more"
-    return text
 
 
 # ------------------------------------------------------------------------------
@@ -199,20 +196,12 @@ _CONVERT = (
 )
 
 
-def media_prompts(
-    options: GenerateOptions, prompts: Prompts, tokenizer: MediaTokenizer, formats: MediaFormats
-) -> list[MediaPrompt]:
-    """What the command asks to continue.
-
-    Args:
-      options: of the command.
-      prompts: texts; none if there are files alone.
-      tokenizer: of the model.
-      formats: of its media.
+def read_media(options: GenerateOptions, formats: MediaFormats) -> list[ImagePart | AudioPart]:
+    """What the files of a command hold.
 
     Raises:
-      UserError: if a file cannot be read or has another format than the model's, the model has no
-        such media, or markers and files do not fit each other.
+      UserError: if a file cannot be read or has another format than the model's, or the model has
+        no such media.
     """
     for name, files, config in (
         ("image", options.image, formats.image),
@@ -222,16 +211,9 @@ def media_prompts(
             raise UserError(
                 f"--{name}: the model takes none (model.{name}.enabled=False); leave it out."
             )
-    media: list[ImagePart | AudioPart] = [
-        *read_images(options.image, formats, converts=options.convert),
-        *read_clips(options.audio, formats, converts=options.convert),
-    ]
-    ending = "<|IMAGE|>" if options.draw else "<|VOICE|>" if options.speak else ""
-    texts = [text for text in prompts if isinstance(text, str)] or [""]
-    return [
-        prompt_of_text(text + ending, media, tokenizer, name=f"prompt {number + 1}")
-        for number, text in enumerate(texts)
-    ]
+    images = read_images(options.image, formats, converts=options.convert)
+    clips = read_clips(options.audio, formats, converts=options.convert) if options.audio else []
+    return [*images, *clips]
 
 
 def read_images(names: Sequence[str], formats: MediaFormats, *, converts: bool) -> list[ImagePart]:
@@ -320,11 +302,11 @@ def _as_option(problem: str) -> str:
 
 def write_completions(
     folder: pathlib.Path,
-    completions: Sequence[MediaCompletion],
+    completions: Sequence[Completion],
     num_samples: int,
     mel: MelConfig,
     to_waveform: ToWaveform,
-) -> list[str]:
+) -> list[list[str]]:
     """A PNG file per image, a WAV file per clip, a contact sheet if there are images, and a line of
     results.jsonl per completion. Files of the same names are replaced.
 
@@ -336,7 +318,7 @@ def write_completions(
       to_waveform: makes sound of spectrograms.
 
     Returns:
-      Per completion its text, with the names of files where media are.
+      Per completion the names of its files, in brackets.
 
     Raises:
       UserError: if a file cannot be written, or an image has values that are not finite.
@@ -347,7 +329,7 @@ def write_completions(
             parts = _write_parts(folder, f"{index:03d}", completion, mel, to_waveform)
             records.append(
                 {
-                    "prompt": prompt_text(completion.prompt),
+                    "prompt": str(completion.prompt),
                     "sample": index % num_samples,
                     "parts": parts,
                     "token_ids": list(completion.token_ids),
@@ -355,7 +337,8 @@ def write_completions(
                     "finish_reason": completion.finish_reason,
                 }
             )
-            shown.append("".join(_shown(part) for part in parts))
+            files = [part.get("image") or part.get("audio") for part in parts]
+            shown.append([f"[{file}]" for file in files if file])
             tiles += _tiles(completion)
         if tiles:
             Image.fromarray(contact_sheet(tiles)).save(folder / SHEET)
@@ -368,23 +351,10 @@ def write_completions(
     return shown
 
 
-def prompt_text(prompt: MediaPrompt) -> str:
-    """The prompt with markers in the place of media."""
-    texts = []
-    for part in prompt.parts:
-        if isinstance(part, str):
-            texts.append(part)
-        elif isinstance(part, ImagePart):
-            texts.append("<|IMAGE|><|/IMAGE|>")
-        else:
-            texts.append("<|VOICE|><|/VOICE|>" if part.is_voice else "<|AUDIO|><|/AUDIO|>")
-    return "".join(texts)
-
-
 def _write_parts(
     folder: pathlib.Path,
     name: str,
-    completion: MediaCompletion,
+    completion: Completion,
     mel: MelConfig,
     to_waveform: ToWaveform,
 ) -> list[dict[str, Any]]:
@@ -408,11 +378,7 @@ def _write_parts(
     return parts
 
 
-def _shown(part: dict[str, Any]) -> str:
-    return str(part["text"]) if "text" in part else f"[{part.get('image') or part['audio']}]"
-
-
-def _tiles(completion: MediaCompletion) -> list[Tile]:
+def _tiles(completion: Completion) -> list[Tile]:
     """Given images with what was said of them, and drawn ones with what asked for them."""
     given = [
         Tile(part.pixels, completion.text)

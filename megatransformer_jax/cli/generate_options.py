@@ -114,13 +114,13 @@ class GenerateOptions(ModelOptions):
 
     @rule("image", "audio", "draw", "speak", "output")
     def _media_need_prompts_of_text(self) -> None:
-        """Not with prompt_ids, interactive, json and show_depth."""
-        if self.names_media:
-            for name in ("prompt_ids", "interactive", "json", "show_depth"):
-                if getattr(self, name) not in (None, (), False):
-                    raise ConfigError(
-                        name, "is for text alone; leave it out (results go to --output)."
-                    )
+        """Not with prompt_ids and json; draw, speak and output not with interactive either."""
+        names = ["prompt_ids", "json"] if self.names_media else []
+        if self.draw or self.speak or self.output:
+            names.append("interactive")
+        for name in names:
+            if getattr(self, name) not in (None, (), False):
+                raise ConfigError(name, "is for text alone; leave it out (results go to --output).")
 
     @rule("draw", "speak")
     def _one_medium_comes_first(self) -> None:

@@ -284,7 +284,6 @@ class LoadedMegaTransformerLM(MegaTransformerLM):
             loaded.params,
             loaded.tokenizer,
             depth=loaded.trained_depth if arguments.depth is None else arguments.depth,
-            end_ids=loaded.end_ids,
             batch_size=arguments.batch_size,
             max_length=arguments.max_length or _trained_length(loaded),
             max_gen_toks=arguments.max_gen_toks,

@@ -12,7 +12,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.monitoring
 from rich.console import Console
@@ -24,16 +24,27 @@ from megatransformer_jax.cli.flags import (
     unknown_name,
 )
 from megatransformer_jax.cli.generate_options import Prompts, check_can_stream
-from megatransformer_jax.config.generation import GENERATION_OPTIONS, GenerationConfig, for_model
+from megatransformer_jax.config.generation import (
+    GENERATION_OPTIONS,
+    GenerationConfig,
+    MediaGenerationConfig,
+)
 from megatransformer_jax.config.option import ConfigError, UserError, parse_text
+from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.generation.generator import Generator
+from megatransformer_jax.generation.generator import AnyPrompt, Generator
+from megatransformer_jax.generation.media_prompt import MediaPrompt
 from megatransformer_jax.generation.request import (
     Completion,
+    GeneratedImage,
+    GeneratedMedium,
     PromptTooLong,
     out_of_memory_is_bad_input,
 )
 from megatransformer_jax.runs.load import LoadedModel
+
+if TYPE_CHECKING:
+    from megatransformer_jax.cli.generate_media import MediaFiles
 
 # ------------------------------------------------------------------------------
 # Colours: tokens by the iterations that each took.
@@ -82,6 +93,11 @@ class Screen:
         else:
             self._write(f"{text}[{','.join(map(str, self._waiting))}]")
         self._waiting = []
+
+    def medium(self, name: str) -> None:
+        """An image or a clip between the tokens."""
+        self._waiting = []
+        self._write(name)
 
     def end(self) -> None:
         """Ends a text."""
@@ -200,7 +216,7 @@ class Stopwatch:
 
 
 def continue_texts(loaded: LoadedModel, parsed: Parsed, prompts: Prompts) -> None:
-    """Continues prompts of text, or talks.
+    """Continues the prompts of a command, with their media, or talks.
 
     Args:
       loaded: the model.
@@ -208,24 +224,41 @@ def continue_texts(loaded: LoadedModel, parsed: Parsed, prompts: Prompts) -> Non
       prompts: what is continued; not read in an interactive session.
 
     Raises:
-      UserError: if an option or a prompt does not fit the model, or the file cannot be written.
+      UserError: if an option or a prompt does not fit the model, or a file cannot be written.
     """
+    options, media = parsed.options, None
+    if _wants_media(parsed, prompts):
+        # It imports what reads and draws images, which takes long.
+        from megatransformer_jax.cli.generate_media import MediaFiles  # noqa: PLC0415
+
+        media = MediaFiles(loaded, parsed)
+        prompts = media.prompts(prompts)
+        parsed = media.fitted(prompts)
     screen = Screen(Console(), depth=None)
 
     def make_generator(config: GenerationConfig) -> Generator:
-        has_exit_gate = loaded.model.config.exit_gate.enabled
-        config = for_model(config, loaded.trained_depth, has_exit_gate=has_exit_gate)
         generator = loaded.generator(config)
-        if parsed.options.show_depth:
-            screen.depth = config.depth.depth
+        if options.show_depth:
+            screen.depth = generator.config.depth.depth
         return generator
 
     with Stopwatch() as stopwatch:
-        if parsed.options.interactive:
-            Session(make_generator, parsed.given, screen, stopwatch).run()
+        if options.interactive:
+            to_prompt = None if media is None else media.prompt
+            Session(make_generator, parsed.given, screen, stopwatch, to_prompt=to_prompt).run()
         else:
             generator = make_generator(parsed.generation)
-            continue_prompts(generator, loaded.tokenizer, prompts, parsed, screen, stopwatch)
+            tokenizer = loaded.tokenizer
+            continue_prompts(generator, tokenizer, prompts, parsed, screen, stopwatch, media)
+
+
+def _wants_media(parsed: Parsed, prompts: Prompts) -> bool:
+    """Whether the command has to do with media: by its options, or a marker in a prompt."""
+    has_markers = any(
+        marker in text for text in prompts if isinstance(text, str) for marker in MARKERS
+    )
+    has_options = parsed.generation.media != MediaGenerationConfig()
+    return parsed.options.names_media or has_options or has_markers
 
 
 def continue_prompts(
@@ -235,8 +268,9 @@ def continue_prompts(
     parsed: Parsed,
     screen: Screen,
     stopwatch: Stopwatch,
+    media: "MediaFiles | None" = None,
 ) -> None:
-    """Shows the continuations of all prompts, and writes them to a file if the command says so.
+    """Shows the continuations of all prompts, and writes them to files if the command says so.
 
     Raises:
       UserError: if a prompt or the file cannot be used.
@@ -250,6 +284,9 @@ def continue_prompts(
         completions = generator.generate(prompts)
     seconds = stopwatch.seconds()
     num_samples = parsed.generation.num_samples
+    names = [[_name(part) for part in completion.media] for completion in completions]
+    if media is not None and parsed.options.output is not None:
+        names = media.write(completions)
     for index, completion in enumerate(completions):
         prompt = prompts[index // num_samples]
         if len(completions) > 1:
@@ -258,17 +295,21 @@ def continue_prompts(
                 f"{completion.finish_reason}, score {completion.score:.2f}"
             )
         screen.prompt(_shown(prompt, tokenizer))
-        _show(completion, tokenizer, screen)
+        _show(completion, tokenizer, screen, names[index])
     screen.legend()
     steps = [count for completion in completions for count in completion.depths]
-    print(summary(steps, seconds, None, stopwatch.compile_seconds()), file=sys.stderr)
+    num_media = sum(map(len, names))
+    line = summary(steps, seconds, None, stopwatch.compile_seconds(), num_media)
+    print(line, file=sys.stderr)
+    if parsed.options.output is not None:
+        print(f"files are in {parsed.options.output}", file=sys.stderr)
     if parsed.options.json is not None:
         _write_json(parsed.options.json, completions, prompts, num_samples)
 
 
 def stream(
     generator: Generator,
-    prompt: str | Sequence[int],
+    prompt: AnyPrompt,
     has_text: bool,
     screen: Screen,
     stopwatch: Stopwatch,
@@ -279,7 +320,7 @@ def stream(
     """
     steps: list[int] = []
     texts = []
-    first_seconds = None
+    first_seconds, num_media = None, 0
     stopwatch.start()
     try:
         with out_of_memory_is_bad_input():
@@ -288,17 +329,26 @@ def stream(
                     first_seconds = stopwatch.seconds()
                 steps.append(token.depth)
                 texts.append(token.text if has_text else f" {token.token_id}")
-                screen.token(texts[-1], token.depth)
+                if token.medium is None:
+                    screen.token(texts[-1], token.depth)
+                else:
+                    num_media += 1
+                    screen.medium(_name(token.medium))
     finally:
         screen.end()
     seconds = stopwatch.seconds()
     screen.legend()
-    print(summary(steps, seconds, first_seconds, stopwatch.compile_seconds()), file=sys.stderr)
+    compile_seconds = stopwatch.compile_seconds()
+    print(summary(steps, seconds, first_seconds, compile_seconds, num_media), file=sys.stderr)
     return "".join(texts)
 
 
 def summary(
-    steps: Sequence[int], seconds: float, first_seconds: float | None, compile_seconds: float
+    steps: Sequence[int],
+    seconds: float,
+    first_seconds: float | None,
+    compile_seconds: float,
+    num_media: int = 0,
 ) -> str:
     """The line about speed.
 
@@ -307,12 +357,15 @@ def summary(
       seconds: all of them took, without compilation.
       first_seconds: the first one took, if it is known.
       compile_seconds: compilation besides.
+      num_media: images and clips among them.
     """
     if not steps:
         return f"no token in {seconds:.2f} s"
     parts = [
         f"{len(steps)} tokens in {seconds:.2f} s ({len(steps) / max(seconds, 1e-9):.1f} tokens/s)"
     ]
+    if num_media:
+        parts.append(f"{num_media} images and clips")
     if first_seconds is not None:
         parts.append(f"the first after {first_seconds:.3f} s")
     parts.append(f"mean depth {sum(steps) / len(steps):.2f}")
@@ -322,27 +375,41 @@ def summary(
 
 
 def _streams(parsed: Parsed, prompts: Prompts) -> bool:
-    """Whether the result is one text that can be shown as it comes, and needs no score."""
+    """Whether the result is one text that can be shown as it comes, and not written to a file."""
     try:
         check_can_stream(parsed.generation)
     except ConfigError:
         return False
-    return len(prompts) == 1 and parsed.options.json is None
+    options = parsed.options
+    return len(prompts) == 1 and options.json is None and options.output is None
 
 
-def _show(completion: Completion, tokenizer: Tokenizer | None, screen: Screen) -> None:
+def _show(
+    completion: Completion, tokenizer: Tokenizer | None, screen: Screen, names: Sequence[str]
+) -> None:
+    """Tokens, and the names of media in the places of the tokens that close them."""
     if tokenizer is None:
         texts = [f" {token}" for token in completion.token_ids]
     else:
         texts = token_texts(tokenizer, completion.token_ids, completion.text)
-    for text, steps in zip(texts, completion.depths, strict=True):
-        screen.token(text, steps)
+    left = iter(names)
+    closing = tokenizer.closing_ids if isinstance(tokenizer, MediaTokenizer) else ()
+    for token, text, steps in zip(completion.token_ids, texts, completion.depths, strict=True):
+        if token in closing:
+            screen.medium(next(left))
+        else:
+            screen.token(text, steps)
     screen.end()
 
 
-def _shown(prompt: str | Sequence[int], tokenizer: Tokenizer | None) -> str:
-    if isinstance(prompt, str):
-        return prompt
+def _name(medium: GeneratedMedium) -> str:
+    """What is shown of a medium that is not kept."""
+    return "[image]" if isinstance(medium, GeneratedImage) else "[sound]"
+
+
+def _shown(prompt: AnyPrompt, tokenizer: Tokenizer | None) -> str:
+    if isinstance(prompt, str | MediaPrompt):
+        return str(prompt)
     return " ".join(map(str, prompt)) if tokenizer is None else tokenizer.decode(prompt)
 
 
@@ -396,6 +463,7 @@ class Session:
       screen: shows the continuations.
       stopwatch: measures them.
       read: the next line, asked for with a mark; EOFError at the end of the input.
+      to_prompt: from the text so far to what is continued, such as one with images. None: the text.
     """
 
     def __init__(
@@ -405,6 +473,7 @@ class Session:
         screen: Screen,
         stopwatch: Stopwatch,
         read: Callable[[str], str] = input,
+        to_prompt: Callable[[str], AnyPrompt] | None = None,
     ):
         self._make_generator = make_generator
         self._given = dict(given)
@@ -412,6 +481,7 @@ class Session:
         self._screen = screen
         self._stopwatch = stopwatch
         self._read = read
+        self._to_prompt = to_prompt
         self._context = ""
 
     def run(self) -> None:
@@ -459,7 +529,8 @@ class Session:
         prompt = self._context + ("" if is_at_line_start else "\n") + line
         try:
             with named_as_written(GENERATION_OPTIONS, "/"):
-                text = stream(self._generator, prompt, True, self._screen, self._stopwatch)
+                given = prompt if self._to_prompt is None else self._to_prompt(prompt)
+                text = stream(self._generator, given, True, self._screen, self._stopwatch)
         except KeyboardInterrupt:
             print("stopped; the line is not kept as context.", file=sys.stderr)
             return

@@ -37,10 +37,11 @@ from megatransformer_jax.config.sampling import (
 class MediaGenerationConfig:
     """Images and sound that a model makes. For models with parts for them."""
 
-    max_media: int = option(
-        1,
-        "Largest number of images and clips per text; each opening token asks for one.",
-        minimum=1,
+    max_media: int | None = option(
+        None,
+        "Largest number of images and clips made per text; each opening token asks for one. With 0 "
+        "the answer is text alone. Default (None): 1, and 0 with strategy='beam'.",
+        minimum=0,
         maximum=MAX_COUNT,
     )
     guidance_scale: float | None = option(
@@ -346,6 +347,34 @@ class GenerationConfig:
                 f"{iterations} exceeds depth={depth}; lower it or raise depth.",
             )
 
+    @property
+    def most_media(self) -> int:
+        """Images and clips per text, at most."""
+        if self.media.max_media is None:
+            return 0 if self.strategy == "beam" else 1
+        return self.media.max_media
+
+    @rule("media.max_media")
+    def _beams_write_text(self) -> None:
+        """0 or None with strategy='beam', whose texts are known only at the end."""
+        if self.strategy == "beam" and self.most_media:
+            raise ConfigError(
+                "media.max_media",
+                f"{self.most_media} with strategy='beam', which knows its texts only at the end "
+                "and so cannot wait for media; set it to 0, or choose another strategy.",
+            )
+
+    @rule("media.guidance_scale", "media.sampler_steps")
+    def _samplers_need_media_to_make(self) -> None:
+        """Keep the default if no media are made."""
+        if not self.most_media:
+            self._require_defaults(
+                "media",
+                ("guidance_scale", "sampler_steps"),
+                "set max_media=1, and a strategy other than 'beam'",
+                "as no media are made",
+            )
+
     def _require_defaults(
         self, section_name: str, names: Sequence[str], fix: str, because: str | None = None
     ) -> None:
@@ -367,7 +396,7 @@ def for_model(
       config: as the user gave it.
       trained_depth: mean number of iterations in training. None: a plain model without a core.
       has_exit_gate: whether the model was given a gate that learns when to stop.
-      makes_media: whether the generation is one of images and sound too.
+      makes_media: whether the model has parts for images or sound.
 
     Raises:
       ConfigError: if an option does not fit the depth, or needs a core or a gate and there is none.
@@ -377,12 +406,6 @@ def for_model(
             "depth.exit_criterion",
             "'learned_gate' needs a model with an exit gate (model.exit_gate.enabled in training), "
             "and this one has none; choose another.",
-        )
-    if makes_media and config.strategy not in ("greedy", "sample"):
-        raise ConfigError(
-            "strategy",
-            f"{config.strategy!r} makes text alone; with images or sound set it to 'greedy' or "
-            "'sample'.",
         )
     if not makes_media:
         with _errors_below("media"):

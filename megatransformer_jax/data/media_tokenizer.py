@@ -80,6 +80,11 @@ class MediaTokenizer:
         """Ids after which a medium comes."""
         return tuple(map(self.marker_id, MEDIUM_AFTER))
 
+    @property
+    def closing_ids(self) -> tuple[int, ...]:
+        """Ids behind media."""
+        return tuple(token + 1 for token in self.opening_ids)
+
     def encode(self, text: str) -> list[int]:
         """Ids of the text, without markers and other special tokens."""
         return self.base.encode(text)

@@ -7,7 +7,7 @@ Importing this module needs lm-eval (extra 'eval'). The command line is `megatra
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -44,7 +44,6 @@ class MegaTransformerLM(TemplateLM):
       params: its parameters.
       tokenizer: of the model.
       depth: iterations of the core, of scores and of generation; None: the model has no core.
-      end_ids: tokens that end a text. None: the tokenizer's.
       batch_size: rows at once.
       max_length: most tokens that the model reads at once. None: the model's own.
       max_gen_toks: tokens per answer of tasks that do not say.
@@ -62,7 +61,6 @@ class MegaTransformerLM(TemplateLM):
         tokenizer: Tokenizer,
         *,
         depth: int | None,
-        end_ids: Sequence[int] | None = None,
         batch_size: int = 1,
         max_length: int | None = None,
         max_gen_toks: int = MAX_GEN_TOKS,
@@ -74,7 +72,6 @@ class MegaTransformerLM(TemplateLM):
         self._params = params
         self._tokenizer = tokenizer
         self._depth = depth
-        self._end_ids = end_ids
         self._batch_size = batch_size
         self._max_length = model.config.max_length if max_length is None else max_length
         self._max_gen_toks = max_gen_toks
@@ -212,9 +209,7 @@ class MegaTransformerLM(TemplateLM):
         return ids[-(self._max_length - config.max_new_tokens) :]
 
     def _generator(self, config: GenerationConfig) -> Generator:
-        return Generator(
-            self._model, self._params, self._tokenizer, config, self._depth, self._end_ids
-        )
+        return Generator(self._model, self._params, self._tokenizer, config, self._depth)
 
 
 # ------------------------------------------------------------------------------

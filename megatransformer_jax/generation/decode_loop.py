@@ -15,8 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Bool
 
-from megatransformer_jax.generation.endings import Ending, EndState, exhaust
+from megatransformer_jax.generation.endings import END_OF_TEXT, Ending, EndState, exhaust
 from megatransformer_jax.generation.history import History, put_in_rows
 from megatransformer_jax.generation.placement import constrain_rows
 from megatransformer_jax.generation.prefill import Prefilled
@@ -80,21 +81,31 @@ class DecodeState:
 
 
 @jax.jit
-def start(settings: DecodeSettings, prefilled: Prefilled, history: History) -> DecodeState:
+def start(
+    settings: DecodeSettings,
+    prefilled: Prefilled,
+    history: History,
+    is_waiting: Bool[Array, "B"] | None = None,
+) -> DecodeState:
     """The state once each row has its first new token.
 
     Args:
       settings: of the whole generation.
       prefilled: the prompts' cache.
       history: the prompts, with room for the new tokens.
+      is_waiting: rows whose prompt asks for a medium by its last token, which the cache does not
+        have; they get no token yet. None: there are none.
     """
     batch_size = history.tokens.shape[0]
+    end = settings.ending.init(batch_size)
+    if is_waiting is not None:
+        end = EndState(jnp.where(is_waiting, END_OF_TEXT, end.reason), end.stop_state)
     state = DecodeState(
         cache=prefilled.cache,
         history=history,
         core_state=prefilled.core_state,
         chain_states=init_chain(settings.chain, history),
-        end=settings.ending.init(batch_size),
+        end=end,
         steps=jnp.zeros(history.tokens.shape, jnp.int32),
         scores=jnp.zeros((batch_size,), jnp.float32),
     )

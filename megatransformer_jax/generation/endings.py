@@ -20,6 +20,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 
 # ------------------------------------------------------------------------------
@@ -249,6 +250,15 @@ def exhaust(state: EndState, is_exhausted: Bool[Array, "B"]) -> EndState:
     """Ends running rows in which every token is banned."""
     ends = state.is_running & is_exhausted
     return EndState(jnp.where(ends, EXHAUSTED, state.reason), state.stop_state)
+
+
+def end_ids_of(tokenizer: Tokenizer | None) -> Sequence[int]:
+    """Ids that end a text."""
+    if tokenizer is None:
+        return ()
+    if isinstance(tokenizer, HuggingFaceTokenizer):
+        return tokenizer.end_ids
+    return (tokenizer.eos_id,)
 
 
 # ------------------------------------------------------------------------------

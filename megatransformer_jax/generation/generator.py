@@ -1,11 +1,16 @@
-"""Continues prompts: from texts or ids on the host to texts, by any strategy.
+"""Continues prompts of text, images and sound, by any strategy, at once or token by token.
 
     generator = Generator(model, params, tokenizer, GenerationConfig(), trained_depth=8)
     for completion in generator.generate(["Once upon a time"]):
         print(completion.text)
+    prompt = MediaPrompt(("a handwritten three",), opens="<|IMAGE|>")
+    image = generator.generate([prompt])[0].images[0]
 
 Another generator with other numbers compiles nothing new; what recompiles is listed in
 `decode_loop`. On a mesh texts are cut over the devices, see `placement`.
+
+How media come between the words is told in `media_making`. A row's draws depend on the seed, its
+prompt's number and its sample's: not on other rows.
 """
 
 import dataclasses
@@ -18,9 +23,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.config.generation import GenerationConfig, for_model
+from megatransformer_jax.config.generation import (
+    GenerationConfig,
+    MediaGenerationConfig,
+    for_model,
+)
 from megatransformer_jax.config.option import MAX_SEED, ConfigError, UserError
-from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
+from megatransformer_jax.data.media.records import MediaFormats
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.decode_loop import (
     DecodeSettings,
@@ -30,12 +40,25 @@ from megatransformer_jax.generation.decode_loop import (
 from megatransformer_jax.generation.endings import (
     END_OF_TEXT,
     FINISH_REASONS,
+    RUNNING,
     Ending,
-    cut_at_stop,
+    TextAutomaton,
+    end_ids_of,
     piece_table,
     stop_strings,
 )
 from megatransformer_jax.generation.history import History, history_of_prompts
+from megatransformer_jax.generation.media_making import MediaMaker
+from megatransformer_jax.generation.media_prompt import (
+    EncodedPrompt,
+    MediaPlan,
+    MediaPrompt,
+    MediaRow,
+    encode_media_prompt,
+    media_tokenizer,
+    plan_making,
+    plan_media,
+)
 from megatransformer_jax.generation.placement import (
     constrain_rows,
     empty_cache,
@@ -46,61 +69,71 @@ from megatransformer_jax.generation.placement import (
 )
 from megatransformer_jax.generation.prefill import Prefilled, left_padded, prefill, repeat_rows
 from megatransformer_jax.generation.processors.build import build_chain
-from megatransformer_jax.generation.processors.processor import Chain
 from megatransformer_jax.generation.request import (
     CachePlan,
     Completion,
+    GeneratedMedium,
     Prompt,
     StreamedToken,
     TextStream,
-    continuation_text,
     encode_prompts,
+    parts_of_ids,
     plan_cache,
     prompt_keys,
     sample_keys,
 )
 from megatransformer_jax.generation.strategies import (
+    Decoded,
     add_tokens,
     rows_for_new_tokens,
     search_beams,
 )
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache
+from megatransformer_jax.nn.kv_cache import constrain_cache
 from megatransformer_jax.sharding.rules import Sharder
 
+# A text, token ids, or a prompt that may hold media.
+AnyPrompt = Prompt | MediaPrompt | EncodedPrompt
 
-@dataclasses.dataclass(frozen=True)
-class Decoded:
-    """Rows as strategies leave them, on the host: `num_samples` per prompt, next to each other.
+
+@dataclasses.dataclass
+class _Rows:
+    """Texts while they are decoded together.
 
     Attributes:
-      tokens: int32 [rows, C], prompt and new tokens, left-aligned.
-      lengths: int32 [rows].
-      steps: int32 [rows, C], iterations in the columns of new tokens.
-      scores: float32 [rows].
-      reasons: int32 [rows], see `ending`.
+      model: laid out for them.
+      settings: of all of them.
+      state: donated to whatever goes on with it.
+      media: of each row.
+      plan: None if no row has media or can get any.
     """
 
-    tokens: np.ndarray
-    lengths: np.ndarray
-    steps: np.ndarray
-    scores: np.ndarray
-    reasons: np.ndarray
+    model: MegaTransformer
+    settings: DecodeSettings
+    state: DecodeState
+    media: list[MediaRow]
+    plan: MediaPlan | None
 
 
 class Generator:
     """Continues prompts with one model and one setting.
+
+    Without media in a prompt, and with the default of `config.media`, a model with parts for media
+    continues text as every model does and never opens a medium.
 
     Args:
       model: the model. If it is on a mesh that several processes share, each of them must make the
         same calls.
       params: its parameters, laid out as the model's sharder says.
       tokenizer: between text and ids. None: prompts must be ids, and completions have no text.
-      config: how; see `config.generation`.
+      config: how; see `config.generation`. Its `max_new_tokens` counts the tokens around media too.
       trained_depth: mean iterations in training, used if `config.depth.depth` is None. None: the
         model has no core.
       end_ids: tokens that end a text. None: the tokenizer's.
+
+    Attributes:
+      config: how, with the depth that is used.
 
     Raises:
       UserError: if the configuration does not fit the model.
@@ -119,212 +152,340 @@ class Generator:
         self._model = model
         self._params = params
         self._tokenizer = tokenizer
-        has_exit_gate = model.config.exit_gate.enabled
-        self._config = for_model(config, trained_depth, has_exit_gate=has_exit_gate)
-        self._trained_depth = trained_depth
-        if end_ids is None:
-            end_ids = end_ids_of(tokenizer)
-        chain, ending = self._chain_and_ending(end_ids)
-        self._chain, self._ending, self._rule = replicate(
-            model.sharder, (chain, ending, depth_rule(self._config))
+        self.config = for_model(
+            config,
+            trained_depth,
+            has_exit_gate=model.config.exit_gate.enabled,
+            makes_media=model.config.has_media,
         )
+        self._trained_depth = trained_depth
+        self._maker: MediaMaker | None = None
+        if model.config.has_media and isinstance(tokenizer, MediaTokenizer):
+            self._maker = MediaMaker(model, params, tokenizer, self.config)
+        self._end_ids = tuple(end_ids_of(tokenizer) if end_ids is None else end_ids)
+        # First, as it finds out whether the tokenizer fits the model.
+        self._chain = build_chain(self.config, tokenizer, model.config.vocab_size)
+        self._stops = self._stop_texts()
+        self._rule = replicate(model.sharder, depth_rule(self.config))
 
-    def generate(self, prompts: Sequence[Prompt] | np.ndarray) -> list[Completion]:
+    def generate(self, prompts: Sequence[AnyPrompt] | np.ndarray) -> list[Completion]:
         """`num_samples` completions per prompt, in the order of the prompts.
 
         Args:
-          prompts: texts, or token ids, which are taken as they are (no start token is added).
+          prompts: texts, token ids, which are taken as they are (no start token is added), or
+            prompts with media.
 
         Raises:
-          UserError: if a prompt is empty, too long or has wrong ids, or there is none.
+          UserError: if a prompt is empty, too long, has wrong ids or media that do not fit the
+            model, or if there is none.
         """
-        ids = encode_prompts(prompts, self._tokenizer, self._model.config.vocab_size)
-        size = self._prompts_per_batch(len(ids))
+        encoded, count = self._encode(prompts), self.config.num_samples
         completions: list[Completion] = []
-        for first in range(0, len(ids), size):
-            batch = ids[first : first + size]
-            # A batch that is not full is filled up, so that it compiles nothing and divides by the
-            # devices. What fills it ends when the first text does.
-            numbers = [*range(first, first + len(batch)), *[first] * (size - len(batch))]
-            decoded = self._decode([ids[number] for number in numbers], numbers)
-            for row in range(len(batch) * self._config.num_samples):
-                prompt = first + row // self._config.num_samples
-                completions.append(self._completion(prompts[prompt], ids[prompt], decoded, row))
+        for numbers, filled in self._batches(len(encoded)):
+            decoded, media = self._decode([encoded[number] for number in filled], filled)
+            for row in range(len(numbers) * count):
+                number = numbers[row // count]
+                completions.append(
+                    self._completion(prompts[number], encoded[number], decoded, row, media[row])
+                )
         return completions
 
-    def check(self, prompts: Sequence[Prompt] | np.ndarray) -> None:
+    def make(self, prompts: Sequence[AnyPrompt]) -> list[GeneratedMedium]:
+        """The media that prompts ask for by their last token, `num_samples` per prompt.
+
+        As `generate` makes them, but nothing is decoded: one pass over the prompts, and the
+        decoders' samplers.
+
+        Args:
+          prompts: each must end with an opening token.
+
+        Raises:
+          UserError: as `generate`, or if a prompt asks for no medium.
+        """
+        encoded = self._encode(prompts)
+        if self._maker is None or not all(self._opens(prompt.ids[-1]) for prompt in encoded):
+            raise UserError("a prompt asks for no medium; let each end with an opening token.")
+        count = self.config.num_samples
+        num_tokens, slots = plan_making(self._model.config, encoded)
+        media: list[GeneratedMedium] = []
+        for numbers, filled in self._batches(len(encoded)):
+            given = [encoded[number] for number in filled for _ in range(count)]
+            model = for_rows(self._model, len(given))
+            keys = sample_keys(prompt_keys(self.config.seed, filled), count)
+            keys = put_rows(model.sharder, keys)
+            made = self._maker.make_for(model, given, num_tokens, slots, keys)
+            media += made[: len(numbers) * count]
+        return media
+
+    def check(self, prompts: Sequence[AnyPrompt] | np.ndarray) -> None:
         """Checks prompts without continuing them.
 
         Raises:
           UserError: as `generate` would.
         """
-        self._plan(encode_prompts(prompts, self._tokenizer, self._model.config.vocab_size))
+        self._plan(self._encode(prompts))
 
-    def stream(self, prompt: Prompt) -> Iterator[StreamedToken]:
-        """One completion, token by token as they are made.
+    def stream(self, prompt: AnyPrompt) -> Iterator[StreamedToken]:
+        """One completion, token by token as they are made, with its media.
 
         Those of a round of speculative decoding come together, those of beam and parallel decoding
         all at once at the end.
 
         Args:
-          prompt: text or ids.
+          prompt: as of `generate`.
 
         Raises:
-          UserError: if the prompt is empty, too long or has wrong ids, or `num_samples` asks for
-            more than one text.
+          UserError: as `generate`, or if `num_samples` asks for more than one text.
         """
-        if self._config.num_samples > 1:
+        if self.config.num_samples > 1:
             raise ConfigError(
                 "num_samples",
-                f"{self._config.num_samples} texts cannot be streamed at once; leave it at 1, or "
+                f"{self.config.num_samples} texts cannot be streamed at once; leave it at 1, or "
                 "use generate.",
             )
-        ids = encode_prompts([prompt], self._tokenizer, self._model.config.vocab_size)[0]
-        shown = self._text_stream(ids)
-        for token, steps, is_last in self._token_stream(ids):
-            text = "" if shown is None else shown.add(token, is_last)
-            yield StreamedToken(text, token, steps)
-
-    def _token_stream(self, ids: Sequence[int]) -> Iterator[tuple[int, int, bool]]:
-        """(token, steps, whether it is the last) of one row; end tokens are not yielded."""
-        num_given = 0
-        for decoded in self._progress(ids):
-            tokens, steps = _new_tokens(decoded, 0, len(ids))
-            is_ended = bool(decoded.reasons[0])
-            # The newest token waits for the next: only then is known whether it is the last.
-            num_ready = len(tokens) if is_ended else len(tokens) - 1
+        encoded = self._encode([prompt])[0]
+        shown = None
+        if self._tokenizer is not None:
+            shown = TextStream(self._tokenizer, encoded.ids, self.config.stop)
+        num_given, num_shown = 0, 0
+        is_open = bool(self._opens(encoded.ids[-1]))
+        for decoded, media, is_over in self._progress(encoded):
+            tokens, steps = self._new_tokens(decoded, 0, len(encoded.ids))
+            # The newest token waits for the next: only then is known whether it is the last. With
+            # those around media it does not matter.
+            num_ready = len(tokens)
+            if tokens and not is_over and not (shown is not None and shown.is_marker(tokens[-1])):
+                num_ready -= 1
             for index in range(num_given, num_ready):
-                yield tokens[index], steps[index], is_ended and index == num_ready - 1
+                token, medium = tokens[index], None
+                if is_open:
+                    medium = media.made[num_shown]
+                    num_shown += 1
+                is_open = bool(self._opens(token))
+                is_last = is_over and index == num_ready - 1
+                text = "" if shown is None else shown.add(token, is_last)
+                yield StreamedToken(text, token, steps[index], medium)
             num_given = max(num_given, num_ready)
 
-    def _progress(self, ids: Sequence[int]) -> Iterator[Decoded]:
-        """One row as it grows, until it has ended."""
-        if self._config.strategy == "beam":
-            yield self._decode([ids], [0])
+    # --------------------------------------------------------------------------
+    # One batch: from its prompts to its end.
+
+    def _progress(self, prompt: EncodedPrompt) -> Iterator[tuple[Decoded, MediaRow, bool]]:
+        """One row as it grows, with its media, and whether it has ended."""
+        if self.config.strategy == "beam":
+            decoded, media = self._decode([prompt], [0])
+            yield decoded, media[0], True
             return
-        state, settings = self._start([ids], [0])
-        decoded = _on_host(settings.sharder, state)
-        while not decoded.reasons[0]:
-            yield decoded
-            state = self._add_tokens(settings, state, is_brief=True)
-            decoded = _on_host(settings.sharder, state)
-        yield decoded
+        rows = self._start([prompt], [0])
+        while True:
+            decoded = _on_host(rows)
+            is_running = decoded.reasons[0] == RUNNING
+            last = int(decoded.tokens[0, decoded.lengths[0] - 1])
+            is_waiting = decoded.reasons[0] == END_OF_TEXT and self._opens(last) > 0
+            yield decoded, rows.media[0], not (is_running or is_waiting)
+            if is_running:
+                self._add_tokens(rows, is_brief=True)
+            elif not self._make_waiting(rows, decoded):
+                return
 
-    def _decode(self, ids: Sequence[Sequence[int]], numbers: Sequence[int]) -> Decoded:
-        """Runs the strategy on a batch of prompts."""
-        if self._config.strategy == "beam":
-            settings, prefilled, history = self._prefill(ids, numbers)
-            model = for_rows(self._model, len(ids) * self._config.beam.num_beams)
-            result = search_beams(model, self._params, self._config, settings, prefilled, history)
-            history, reasons = result.history, result.reasons
-            return _fetch(settings.sharder, history, result.steps, result.scores, reasons)
-        state, settings = self._start(ids, numbers)
-        state = self._add_tokens(settings, state, is_brief=False)
-        return _on_host(settings.sharder, state)
+    def _decode(
+        self, prompts: Sequence[EncodedPrompt], numbers: Sequence[int]
+    ) -> tuple[Decoded, list[MediaRow]]:
+        """Runs the strategy on a batch of prompts; also the media of each row."""
+        if self.config.strategy == "beam":
+            settings, prefilled, history, _ = self._prefill(prompts, numbers)
+            model = for_rows(self._model, len(prompts) * self.config.beam.num_beams)
+            best = search_beams(model, self._params, self.config, settings, prefilled, history)
+            arrays = (best.history.tokens, best.history.lengths, best.steps, best.scores)
+            decoded = Decoded(*fetch(settings.sharder, (*arrays, best.reasons)))
+            return decoded, [MediaRow([], [])] * len(decoded.lengths)
+        rows = self._start(prompts, numbers)
+        while True:
+            self._add_tokens(rows, is_brief=False)
+            decoded = _on_host(rows)
+            if not self._make_waiting(rows, decoded):
+                return decoded, rows.media
 
-    def _add_tokens(
-        self, settings: DecodeSettings, state: DecodeState, *, is_brief: bool
-    ) -> DecodeState:
-        model = for_rows(self._model, state.scores.shape[0])
-        return add_tokens(model, self._params, self._config, settings, state, is_brief=is_brief)
+    def _add_tokens(self, rows: _Rows, *, is_brief: bool) -> None:
+        rows.state = add_tokens(
+            rows.model, self._params, self.config, rows.settings, rows.state, is_brief=is_brief
+        )
 
-    def _start(
-        self, ids: Sequence[Sequence[int]], numbers: Sequence[int]
-    ) -> tuple[DecodeState, DecodeSettings]:
-        """Reads the prompts and chooses each row's first new token."""
-        settings, prefilled, history = self._prefill(ids, numbers)
-        return start(settings, prefilled, history), settings
+    def _start(self, prompts: Sequence[EncodedPrompt], numbers: Sequence[int]) -> _Rows:
+        """Reads the prompts and chooses the first new token of each row that does not wait."""
+        settings, prefilled, history, plan = self._prefill(prompts, numbers)
+        count = self.config.num_samples
+        given = [prompt for prompt in prompts for _ in range(count)]
+        media = [MediaRow.of_prompt(prompt) for prompt in given]
+        model, is_waiting = for_rows(self._model, len(given)), None
+        if self._maker is not None and plan is not None:
+            settings = self._maker.with_openings(settings, media)
+            waits = np.asarray([self._opens(prompt.ids[-1]) > 0 for prompt in given])
+            is_waiting = put_rows(model.sharder, waits)
+        state = start(settings, prefilled, history, is_waiting)
+        return _Rows(model, settings, state, media, plan)
 
     def _prefill(
-        self, ids: Sequence[Sequence[int]], numbers: Sequence[int]
-    ) -> tuple[DecodeSettings, Prefilled, History]:
+        self, prompts: Sequence[EncodedPrompt], numbers: Sequence[int]
+    ) -> tuple[DecodeSettings, Prefilled, History, MediaPlan | None]:
         """Reads each prompt once, for all of its samples. A prompt's number is its draws' own."""
-        config, plan = self._config, self._plan(ids)
-        model = for_rows(self._model, len(ids))
+        config, (plan, media_plan) = self.config, self._plan(prompts)
+        model = for_rows(self._model, len(prompts))
         # Which id fills a history does not matter; nobody reads it.
-        prompts = put_rows(model.sharder, history_of_prompts(ids, plan.capacity, pad_id=0))
+        capacity = plan.capacity if media_plan is None else media_plan.num_tokens
+        history = history_of_prompts([prompt.ids for prompt in prompts], capacity, pad_id=0)
+        history = put_rows(model.sharder, history)
         keys = prompt_keys(config.seed, numbers)
-        prefilled = prefill(
-            model,
-            self._params,
-            left_padded(prompts, put_rows(model.sharder, keys), num_columns=plan.num_columns),
-            self._empty_cache(model.sharder, len(ids), plan),
-            self._rule,
-            chunk=config.cache.prefill_chunk,
-        )
+        row_keys = put_rows(model.sharder, keys)
+        if self._maker is not None and media_plan is not None:
+            read = self._maker.enter(model, prompts, media_plan, row_keys)
+        else:
+            read = left_padded(history, row_keys, num_columns=plan.num_columns)
+        with_media = media_plan is not None
+        shape = plan.shape(self._model, config.cache, len(prompts), with_media=with_media)
+        cache = empty_cache(model.sharder, model.config, shape)
+        chunk = config.cache.prefill_chunk
+        prefilled = prefill(model, self._params, read, cache, self._rule, chunk=chunk)
         count = 1 if config.strategy == "beam" else config.num_samples
-        sharder = for_rows(self._model, len(ids) * count).sharder
+        sharder = for_rows(self._model, len(prompts) * count).sharder
         settings = DecodeSettings(
             self._rule,
-            self._chain,
-            self._ending,
+            replicate(model.sharder, self._chain),
+            replicate(model.sharder, self._ending(with_media)),
             put_rows(sharder, sample_keys(keys, count)),
             is_drawn=not config.is_deterministic,
             warm_start=config.depth.warm_start,
             sharder=sharder,
         )
-        if count == 1:
-            return settings, prefilled, prompts
-        return settings, *_repeat(sharder, prefilled, prompts, count)
+        if count > 1:
+            prefilled, history = _repeat(sharder, prefilled, history, count)
+        return settings, prefilled, history, media_plan
 
-    def _empty_cache(self, sharder: Sharder, batch_size: int, plan: CachePlan) -> KVCache:
-        shape = plan.shape(self._model, self._config.cache, batch_size)
-        return empty_cache(sharder, self._model.config, shape)
-
-    def _plan(self, ids: Sequence[Sequence[int]]) -> CachePlan:
-        return plan_cache(
-            self._model.config,
-            self._config,
+    def _plan(self, prompts: Sequence[EncodedPrompt]) -> tuple[CachePlan, MediaPlan | None]:
+        config, depth, new_rows = (
+            self.config,
             self._trained_depth,
-            longest_prompt=max(map(len, ids)),
-            new_rows=rows_for_new_tokens(self._config),
-            platform=self._model.platform,
+            rows_for_new_tokens(self.config),
         )
+        if self._has_media(prompts):
+            plan = plan_media(self._model, config, depth, prompts, new_rows)
+            return plan.cache, plan
+        longest, platform = max(len(prompt.ids) for prompt in prompts), self._model.platform
+        return plan_cache(self._model.config, config, depth, longest, new_rows, platform), None
+
+    def _has_media(self, prompts: Sequence[EncodedPrompt]) -> bool:
+        """Whether the request is one with media: by a prompt, or by its options."""
+        if self._maker is None:
+            return False
+        if self.config.media != MediaGenerationConfig():
+            return True
+        marker_of = self._maker.tokenizer.marker_of
+        return any(marker_of(token) for prompt in prompts for token in prompt.ids)
+
+    def _opens(self, token: int) -> int:
+        """Kind of the medium that follows a token; 0 for none."""
+        return 0 if self._maker is None else self._maker.tokenizer.medium_after(token)
+
+    def _make_waiting(self, rows: _Rows, decoded: Decoded) -> bool:
+        """Gives rows that wait for a medium theirs, so that they go on; False if none waits."""
+        if self._maker is None or rows.plan is None:
+            return False
+        opened = self._maker.waiting(decoded)
+        if not opened.any():
+            return False
+        rows.settings, rows.state = self._maker.give(
+            rows.model, rows.settings, rows.state, decoded, rows.media, rows.plan.slots
+        )
+        return True
+
+    # --------------------------------------------------------------------------
+    # From prompts to ids, and from ids to completions.
+
+    def _encode(self, prompts: Sequence[AnyPrompt] | np.ndarray) -> list[EncodedPrompt]:
+        if not any(isinstance(prompt, MediaPrompt | EncodedPrompt) for prompt in prompts):
+            ids = encode_prompts(prompts, self._tokenizer, self._model.config.vocab_size)
+            encoded = [EncodedPrompt(tuple(own)) for own in ids]
+        else:
+            encoded = [self._encode_one(prompt) for prompt in prompts]
+        for number, prompt in enumerate(encoded, 1):
+            if self._maker is not None and self._has_media([prompt]):
+                self._maker.check(prompt, f"prompt {number}")
+        return encoded
+
+    def _encode_one(self, prompt: AnyPrompt) -> EncodedPrompt:
+        if isinstance(prompt, EncodedPrompt):
+            return prompt
+        if isinstance(prompt, MediaPrompt):
+            tokenizer = media_tokenizer(self._model.config, self._tokenizer)
+            formats = MediaFormats.of_model(self._model.config)
+            return encode_media_prompt(prompt, tokenizer, formats)
+        ids = encode_prompts([prompt], self._tokenizer, self._model.config.vocab_size)
+        return EncodedPrompt(tuple(ids[0]))
+
+    def _batches(self, num_prompts: int) -> Iterator[tuple[list[int], list[int]]]:
+        """Numbers of the prompts of each batch; and the same, filled up.
+
+        A batch that is not full is filled up, so that it compiles nothing and divides by the
+        devices. What fills it ends when the first text does.
+        """
+        size = self._prompts_per_batch(num_prompts)
+        for first in range(0, num_prompts, size):
+            numbers = list(range(first, min(first + size, num_prompts)))
+            yield numbers, [*numbers, *[first] * (size - len(numbers))]
 
     def _prompts_per_batch(self, num_prompts: int) -> int:
         """As many as asked for, or more if that leaves fewer texts to each device of a mesh."""
-        size, texts = num_prompts, self._config.texts_per_prompt
-        if self._config.batch_size is not None:
-            size = min(size, self._config.batch_size // texts)
+        size, texts = num_prompts, self.config.texts_per_prompt
+        if self.config.batch_size is not None:
+            size = min(size, self.config.batch_size // texts)
         ways = self._model.sharder.ways("batch")
         multiple = ways // math.gcd(ways, texts)
         filled = -(-size // multiple) * multiple
         return filled if filled < size * ways else size
 
-    def _chain_and_ending(self, end_ids: Sequence[int]) -> tuple[Chain, Ending]:
-        config, vocab_size = self._config, self._model.config.vocab_size
-        # First, as it finds out whether the tokenizer fits the model.
-        chain = build_chain(config, self._tokenizer, vocab_size)
-        stops = None
-        if config.stop:
-            if self._tokenizer is None:
-                raise ConfigError("stop", "texts need a tokenizer, and this model has none.")
-            stops = stop_strings(config.stop, piece_table(self._tokenizer, vocab_size))
-        ending = Ending(
-            jnp.asarray(end_ids, jnp.int32).reshape(-1), jnp.int32(config.max_new_tokens), stops
-        )
-        return chain, ending
+    def _stop_texts(self) -> TextAutomaton | None:
+        config = self.config
+        if not config.stop:
+            return None
+        if self._tokenizer is None:
+            raise ConfigError("stop", "texts need a tokenizer, and this model has none.")
+        pieces = piece_table(self._tokenizer, self._model.config.vocab_size)
+        return stop_strings(config.stop, pieces)
+
+    def _ending(self, with_media: bool) -> Ending:
+        openings = self._maker.openings if self._maker is not None and with_media else ()
+        end_ids = [*self._end_ids, *openings]
+        ids = jnp.asarray(end_ids, jnp.int32).reshape(-1)
+        return Ending(ids, jnp.int32(self.config.max_new_tokens), self._stops)
+
+    def _new_tokens(
+        self, decoded: Decoded, row: int, prompt_length: int
+    ) -> tuple[list[int], list[int]]:
+        """New tokens of a row and their iterations, without an end token."""
+        length = int(decoded.lengths[row])
+        is_ended = decoded.reasons[row] == END_OF_TEXT
+        is_ended = is_ended and not self._opens(int(decoded.tokens[row, length - 1]))
+        columns = slice(prompt_length, length - is_ended)
+        return decoded.tokens[row, columns].tolist(), decoded.steps[row, columns].tolist()
 
     def _completion(
-        self, prompt: Prompt, ids: Sequence[int], decoded: Decoded, row: int
+        self,
+        prompt: AnyPrompt,
+        encoded: EncodedPrompt,
+        decoded: Decoded,
+        row: int,
+        media: MediaRow,
     ) -> Completion:
-        tokens, steps = _new_tokens(decoded, row, len(ids))
-        text = ""
-        if self._tokenizer is not None:
-            text = cut_at_stop(continuation_text(self._tokenizer, ids, tokens), self._config.stop)
+        tokens, steps = self._new_tokens(decoded, row, len(encoded.ids))
+        parts = parts_of_ids(self._tokenizer, encoded.ids, tokens, media.made, self.config.stop)
         return Completion(
-            prompt=prompt if isinstance(prompt, str) else None,
-            text=text,
+            prompt=prompt if isinstance(prompt, str | MediaPrompt) else None,
+            parts=parts,
             token_ids=tuple(tokens),
             depths=tuple(steps),
             score=float(decoded.scores[row]),
             finish_reason=FINISH_REASONS[decoded.reasons[row]],
         )
-
-    def _text_stream(self, ids: Sequence[int]) -> TextStream | None:
-        if self._tokenizer is None:
-            return None
-        return TextStream(self._tokenizer, ids, self._config.stop)
 
 
 def check_depth(model: MegaTransformer, trained_depth: int | None) -> None:
@@ -335,15 +496,6 @@ def check_depth(model: MegaTransformer, trained_depth: int | None) -> None:
     if is_recurrent != (trained_depth is not None):
         fix = "a core; give its mean iterations in training" if is_recurrent else "none; give None"
         raise UserError(f"trained_depth, of the core, is {trained_depth}, but the model has {fix}.")
-
-
-def end_ids_of(tokenizer: Tokenizer | None) -> Sequence[int]:
-    """Ids that end a text."""
-    if tokenizer is None:
-        return ()
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        return tokenizer.end_ids
-    return (tokenizer.eos_id,)
 
 
 def depth_rule(config: GenerationConfig) -> DepthRule:
@@ -370,21 +522,11 @@ def _repeat(
     return prefilled, constrain_rows(sharder, prompts)
 
 
-def _on_host(sharder: Sharder, state: DecodeState) -> Decoded:
-    return _fetch(sharder, state.history, state.steps, state.scores, state.end.reason)
-
-
-def _fetch(
-    sharder: Sharder, history: History, steps: jax.Array, scores: jax.Array, reasons: jax.Array
-) -> Decoded:
-    return Decoded(*fetch(sharder, (history.tokens, history.lengths, steps, scores, reasons)))
-
-
-def _new_tokens(decoded: Decoded, row: int, prompt_length: int) -> tuple[list[int], list[int]]:
-    """New tokens of a row and their iterations, without an end token."""
-    is_ended = decoded.reasons[row] == END_OF_TEXT
-    columns = slice(prompt_length, decoded.lengths[row] - is_ended)
-    return decoded.tokens[row, columns].tolist(), decoded.steps[row, columns].tolist()
+def _on_host(rows: _Rows) -> Decoded:
+    state = rows.state
+    history, sharder = state.history, rows.settings.sharder
+    arrays = (history.tokens, history.lengths, state.steps, state.scores, state.end.reason)
+    return Decoded(*fetch(sharder, arrays))
 
 
 # ------------------------------------------------------------------------------

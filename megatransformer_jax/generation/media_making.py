@@ -1,4 +1,14 @@
-"""Makes the media that rows of a generation wait for: the compiled steps, and who needs them."""
+"""Reads and makes the media of a generation: which rows wait for one, and the compiled steps.
+
+Rows are decoded until each has ended or has chosen an opening token. Rows that did wait until none
+writes text any more; then all get their media at once, which are read back into the cache with
+their closing tokens, and the rows go on.
+
+What a medium is made from (its condition) comes from a pass over the whole row without a cache: it
+is what training computed, at the fixed depth of the request even if tokens of text exit early. That
+costs as much as reading the row again, once per medium, which is cheap compared with a sampler's
+steps.
+"""
 
 import dataclasses
 import functools
@@ -13,20 +23,27 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from megatransformer_jax import streams
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.data.media_tokenizer import MediaTokenizer
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.data.media.encoding import check_prompt
+from megatransformer_jax.data.media_tokenizer import MEDIUM_AFTER, MediaTokenizer
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState
-from megatransformer_jax.generation.endings import LENGTH, RUNNING, EndState
-from megatransformer_jax.generation.history import History
-from megatransformer_jax.generation.media_prompt import MediaRow, follows_of, media_batch
+from megatransformer_jax.generation.endings import END_OF_TEXT, LENGTH, RUNNING, EndState
+from megatransformer_jax.generation.media_prompt import (
+    EncodedPrompt,
+    MediaPlan,
+    MediaRow,
+    follows_of,
+    media_batch,
+)
 from megatransformer_jax.generation.placement import (
     constrain_rows,
     fetch,
     put_rows,
     replicate,
 )
-from megatransformer_jax.generation.prefill import Prefilled
-from megatransformer_jax.generation.processors.processor import init_chain, update_chain
+from megatransformer_jax.generation.processors.processor import AllowedTokens, init_chain
+from megatransformer_jax.generation.request import GeneratedClip, GeneratedImage, GeneratedMedium
+from megatransformer_jax.generation.strategies import Decoded
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
@@ -43,7 +60,11 @@ from megatransformer_jax.types import AUDIO, IMAGE, MediaBatch
 
 
 class MediaMaker:
-    """Runs the decoders.
+    """The media of a generation: reads those of prompts, and makes those that rows wait for.
+
+    Attributes:
+      tokenizer: of the model.
+      openings: ids after which the model makes a medium.
 
     Args:
       model: with parts for media.
@@ -63,9 +84,133 @@ class MediaMaker:
         config: GenerationConfig,
     ):
         self._params = params
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
+        makes = {IMAGE: model.config.image.enabled, AUDIO: model.config.audio.enabled}
+        self.openings = [
+            token for token in tokenizer.opening_ids if makes[tokenizer.medium_after(token)]
+        ]
+        self._config = config
         self._num_steps = replicate(model.sharder, jnp.int32(config.depth.depth or 1))
         self._settings = sampler_settings(model.config, config)
+
+    def check(self, prompt: EncodedPrompt, name: str) -> None:
+        """Raises:
+        UserError: if a prompt has other media than its markers say, or one at its end asks for a
+          medium and none may be made.
+        """
+        name = prompt.name or name
+        counts = (len(prompt.images), len(prompt.mels))
+        check_prompt(prompt.ids, *counts, self.tokenizer, name)
+        marker, config = self.tokenizer.marker_of(prompt.ids[-1]), self._config
+        if marker in MEDIUM_AFTER and not config.most_media:
+            fix = "choose another strategy" if config.strategy == "beam" else "raise it"
+            raise UserError(
+                f"{name}: ends with {marker}, which asks for a medium, but with max_media=0 and "
+                f"strategy={config.strategy!r} none are made; leave the marker out, or {fix}."
+            )
+
+    def enter(
+        self,
+        model: MegaTransformer,
+        prompts: Sequence[EncodedPrompt],
+        plan: MediaPlan,
+        row_keys: jax.Array,
+    ) -> NewTokens:
+        """Prompts with their media, without an opening token at the end, which enters the cache
+        with its medium."""
+        tokens = np.zeros((len(prompts), plan.num_prompt_tokens), np.int32)
+        lengths = np.zeros(len(prompts), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt.ids)] = prompt.ids
+            lengths[row] = len(prompt.ids) - bool(self.tokenizer.medium_after(prompt.ids[-1]))
+        follows = follows_of(tokens, lengths, self.tokenizer)
+        images, mels = [one.images for one in prompts], [one.mels for one in prompts]
+        media = media_batch(model.config, follows, images, mels, plan.prompt_slots)
+        arrays = put_rows(model.sharder, (tokens, lengths, media))
+        columns = plan.cache.num_columns
+        new: Any = enter_prompts(model, self._params, *arrays, num_columns=columns)
+        return cast(NewTokens, new.replace(state_keys=row_keys))
+
+    def with_openings(self, settings: DecodeSettings, rows: Sequence[MediaRow]) -> DecodeSettings:
+        """Allows opening tokens to the rows that may have more media.
+
+        Closing tokens are never chosen: they follow media by themselves.
+        """
+        own = next(one for one in settings.chain if isinstance(one, AllowedTokens))
+        allowed = np.asarray(fetch(settings.sharder, own.is_allowed))
+        # Of rows that had their openings before, all are alike but for these.
+        allowed = np.tile(allowed.reshape(-1, allowed.shape[-1])[:1], (len(rows), 1))
+        for row, media in enumerate(rows):
+            allowed[row, self.openings] = len(media.made) < self._config.most_media
+        placed = AllowedTokens(put_rows(settings.sharder, allowed))
+        chain = tuple(placed if one is own else one for one in settings.chain)
+        return dataclasses.replace(settings, chain=chain)
+
+    def waiting(self, decoded: Decoded) -> np.ndarray:
+        """Kind of the medium that each row waits for, int32 [B]; 0 for none."""
+        last = decoded.tokens[np.arange(len(decoded.lengths)), decoded.lengths - 1]
+        kinds = np.asarray([self.tokenizer.medium_after(token) for token in last], np.int32)
+        return np.where(decoded.reasons == END_OF_TEXT, kinds, 0)
+
+    def give(
+        self,
+        model: MegaTransformer,
+        settings: DecodeSettings,
+        state: DecodeState,
+        decoded: Decoded,
+        rows: Sequence[MediaRow],
+        num_slots: tuple[int, int],
+    ) -> tuple[DecodeSettings, DecodeState]:
+        """Makes what rows wait for, closes it and lets them go on.
+
+        Args:
+          model: as it passes that many rows.
+          settings: of all of them.
+          state: of them; donated.
+          decoded: the same on the host.
+          rows: media so far; gets what is made.
+          num_slots: see `make`.
+        """
+        opened = self.waiting(decoded)
+        tokens, lengths, keys = decoded.tokens, decoded.lengths, settings.row_keys
+        made = self.make(model, tokens, lengths, rows, num_slots, keys, opened)
+        new = [MediaRow([], []) for _ in rows]
+        for row, medium in made.items():
+            new[row].add(medium)
+            rows[row].add(medium)
+        images, mels = [row.images for row in new], [row.mels for row in new]
+        media = media_batch(model.config, opened[:, None], images, mels, (1, 1))
+        last = tokens[np.arange(len(lengths)), lengths - 1]
+        closing = np.where(opened > 0, last + 1, 0).astype(np.int32)
+        media, closing = put_rows(model.sharder, (media, closing))
+        settings = self.with_openings(settings, rows)
+        return settings, read_media(model, self._params, settings, state, media, closing)
+
+    def make_for(
+        self,
+        model: MegaTransformer,
+        prompts: Sequence[EncodedPrompt],
+        num_tokens: int,
+        num_slots: tuple[int, int],
+        keys: jax.Array,
+    ) -> list[GeneratedMedium]:
+        """The media that prompts open at their end, without a cache.
+
+        Args:
+          model: as it passes that many rows.
+          prompts: of each row.
+          num_tokens: text of a row is padded to it.
+          num_slots: see `make`.
+          keys: of each row.
+        """
+        tokens = np.zeros((len(prompts), num_tokens), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt.ids)] = prompt.ids
+        lengths = np.asarray([len(prompt.ids) for prompt in prompts], np.int32)
+        kinds = [self.tokenizer.medium_after(prompt.ids[-1]) for prompt in prompts]
+        rows = [MediaRow.of_prompt(prompt) for prompt in prompts]
+        made = self.make(model, tokens, lengths, rows, num_slots, keys, np.asarray(kinds, np.int32))
+        return [made[row] for row in range(len(prompts))]
 
     def make(
         self,
@@ -73,38 +218,44 @@ class MediaMaker:
         tokens: np.ndarray,
         lengths: np.ndarray,
         rows: Sequence[MediaRow],
-        opened: np.ndarray,
         num_slots: tuple[int, int],
         keys: jax.Array,
-    ) -> dict[int, np.ndarray]:
-        """An image, or a clip's mel spectrogram, for each row that waits, by its number.
+        opened: np.ndarray,
+    ) -> dict[int, GeneratedMedium]:
+        """The medium of each row that waits, by its number.
 
         Args:
           model: as it passes that many rows.
           tokens: int32 [B, T], left-aligned.
           lengths: int32 [B]; the last token of a row that waits opens its medium.
           rows: media so far.
-          opened: int32 [B], kind of the medium that a row waits for, 0 for none.
           num_slots: images and clips that rows have room for, one more than they have now.
           keys: of each row.
+          opened: int32 [B], kind of the medium that a row waits for, 0 for none.
         """
         images = [row.images for row in rows]
         mels = [row.mels for row in rows]
         media = media_batch(
-            model.config, follows_of(tokens, lengths, self._tokenizer), images, mels, num_slots
+            model.config, follows_of(tokens, lengths, self.tokenizer), images, mels, num_slots
         )
         slots = {"image": _counts(images, num_slots[0]), "audio": _counts(mels, num_slots[1])}
         arrays = (tokens.astype(np.int32), lengths.astype(np.int32), media, slots)
         conditions = conditions_of_openings(
             model, self._params, *put_rows(model.sharder, arrays), self._num_steps, keys
         )
-        made: dict[int, np.ndarray] = {}
+        made: dict[int, GeneratedMedium] = {}
         for name, kind in (("image", IMAGE), ("audio", AUDIO)):
             waiting = np.flatnonzero(opened == kind).tolist()
             if waiting:
-                numbers = [rows[row].num_made for row in waiting]
+                numbers = [len(rows[row].made) for row in waiting]
                 own = self._run(model, name, conditions[name], waiting, numbers, keys)
-                made |= dict(zip(waiting, own, strict=True))
+                for row, medium in zip(waiting, own, strict=True):
+                    marker = self.tokenizer.marker_of(tokens[row, lengths[row] - 1])
+                    made[row] = (
+                        GeneratedImage(medium)
+                        if kind == IMAGE
+                        else GeneratedClip(medium, is_voice=marker == "<|VOICE|>")
+                    )
         return made
 
     def _run(
@@ -190,7 +341,7 @@ def _media_keys(keys: jax.Array, rows: jax.Array, counts: jax.Array) -> jax.Arra
 
 
 # ------------------------------------------------------------------------------
-# The compiled steps of generation with media: read prompts, make media, read them back.
+# The compiled steps: read prompts, make media, read them back.
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="num_columns")
@@ -205,33 +356,6 @@ def enter_prompts(
 ) -> NewTokens:
     """`media_sequence`, compiled."""
     return media_sequence(model, params, tokens, lengths, media, num_columns)
-
-
-@jax.jit
-def begin(
-    settings: DecodeSettings,
-    prefilled: Prefilled,
-    history: History,
-    reasons: Int[Array, "B"],
-) -> DecodeState:
-    """The state before the first new token.
-
-    Args:
-      settings: of the whole generation.
-      prefilled: all tokens but the last of each prompt.
-      history: the whole prompts.
-      reasons: END_OF_TEXT for rows that wait for a medium, else RUNNING.
-    """
-    end = settings.ending.init(history.tokens.shape[0])
-    return DecodeState(
-        cache=prefilled.cache,
-        history=history,
-        core_state=prefilled.core_state,
-        chain_states=init_chain(settings.chain, history),
-        end=EndState(reasons, end.stop_state),
-        steps=jnp.zeros(history.tokens.shape, jnp.int32),
-        scores=jnp.zeros(reasons.shape, jnp.float32),
-    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -319,7 +443,8 @@ def read_media(
     new = new.replace(state_keys=settings.row_keys)
     output = cached_forward(model, params, new, state.cache, settings.rule, last_logits_only=True)
     history = state.history.append(closing, is_open)
-    chain_states = update_chain(settings.chain, state.chain_states, history, closing)
+    # Those of a row that waited while others went on mean nothing, see `update_chain`.
+    chain_states = init_chain(settings.chain, history)
     init = settings.ending.init(is_open.shape[0])
     is_over = history.num_generated >= settings.ending.max_new_tokens
     reason = jnp.where(is_open, jnp.where(is_over, LENGTH, RUNNING), state.end.reason)

@@ -1,4 +1,4 @@
-"""Prompts and completions of text, images and sound: rows on the host, arrays of fixed shape."""
+"""Prompts of text, images and sound: rows on the host, arrays of fixed shape."""
 
 import dataclasses
 import re
@@ -11,16 +11,17 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.media.encoding import check_prompt, encode_sample
 from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats, Part, Sample
-from megatransformer_jax.data.media_tokenizer import MEDIUM_AFTER, MediaTokenizer
-from megatransformer_jax.generation.endings import cut_at_stop
+from megatransformer_jax.data.media_tokenizer import MARKERS, MEDIUM_AFTER, MediaTokenizer
+from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.request import (
     CachePlan,
-    continuation_text,
+    GeneratedImage,
+    GeneratedMedium,
     plan_cache,
     round_columns,
 )
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.types import AUDIO, IMAGE, NO_MEDIUM, MediaBatch
+from megatransformer_jax.types import AUDIO, IMAGE, MediaBatch
 
 # ------------------------------------------------------------------------------
 # Prompts.
@@ -43,6 +44,18 @@ class MediaPrompt:
     opens: str | None = None
     name: str = "prompt"
 
+    def __str__(self) -> str:
+        """The text, with markers in the places of given media."""
+        texts = []
+        for part in self.parts:
+            if isinstance(part, str):
+                texts.append(part)
+            elif isinstance(part, ImagePart):
+                texts.append("<|IMAGE|><|/IMAGE|>")
+            else:
+                texts.append("<|VOICE|><|/VOICE|>" if part.is_voice else "<|AUDIO|><|/AUDIO|>")
+        return "".join(texts)
+
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPrompt:
@@ -52,11 +65,13 @@ class EncodedPrompt:
       ids: the start token, text, opening and closing tokens.
       images: each float32 [height, width, C], in the order of their opening tokens.
       mels: each float32 [frames, M].
+      name: for messages; empty for its number.
     """
 
     ids: tuple[int, ...]
     images: tuple[np.ndarray, ...] = ()
     mels: tuple[np.ndarray, ...] = ()
+    name: str = ""
 
 
 def prompt_of_text(
@@ -119,7 +134,7 @@ def encode_media_prompt(
     if prompt.opens is not None:
         check_opens(prompt, formats)
         ids.append(tokenizer.marker_id(prompt.opens))
-    return EncodedPrompt(tuple(ids), row.images, row.mels)
+    return EncodedPrompt(tuple(ids), row.images, row.mels, prompt.name)
 
 
 def check_opens(prompt: MediaPrompt, formats: MediaFormats) -> None:
@@ -139,28 +154,57 @@ def check_opens(prompt: MediaPrompt, formats: MediaFormats) -> None:
             )
 
 
+def media_tokenizer(
+    config: ModelConfig, tokenizer: Tokenizer | None, description: str = "this model"
+) -> MediaTokenizer:
+    """The tokenizer, for a model with media.
+
+    Raises:
+      UserError: if the model has no parts for media, or its tokenizer no tokens for them.
+    """
+    if not config.has_media:
+        raise UserError(
+            f"{description} reads and makes text alone; leave out images, sound and the markers "
+            f"{', '.join(MARKERS)}, or use a model with media."
+        )
+    if not isinstance(tokenizer, MediaTokenizer):
+        raise UserError(
+            f"{description} has no tokenizer with tokens for media, as those of runs with "
+            "data.source='media' have; load such a run."
+        )
+    return tokenizer
+
+
 # ------------------------------------------------------------------------------
 # Rows of text and media on the host, and the arrays that the model takes of them.
 
 
 @dataclasses.dataclass
 class MediaRow:
-    """One text while it is generated.
+    """The media of one text while it is generated.
 
     Attributes:
       images: those of the prompt, then those that were made.
       mels: the same.
-      num_given: images and clips of the prompt.
+      made: what was made, in order.
     """
 
     images: list[np.ndarray]
     mels: list[np.ndarray]
-    num_given: tuple[int, int]
+    made: list[GeneratedMedium] = dataclasses.field(default_factory=list)
 
-    @property
-    def num_made(self) -> int:
-        """Media that were made."""
-        return len(self.images) + len(self.mels) - sum(self.num_given)
+    @classmethod
+    def of_prompt(cls, prompt: EncodedPrompt) -> "MediaRow":
+        """Before anything is made."""
+        return cls(list(prompt.images), list(prompt.mels))
+
+    def add(self, medium: GeneratedMedium) -> None:
+        """Once it was made."""
+        self.made.append(medium)
+        if isinstance(medium, GeneratedImage):
+            self.images.append(medium.pixels)
+        else:
+            self.mels.append(medium.mel)
 
 
 def media_batch(
@@ -223,118 +267,6 @@ def most_places(config: ModelConfig) -> int:
 
 
 # ------------------------------------------------------------------------------
-# What generation with media gives back: texts, images and clips in their order.
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratedImage:
-    """float32 [height, width, C] in [-1, 1]."""
-
-    pixels: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class GeneratedClip:
-    """A normalised mel spectrogram, float32 [frames, M]. `is_voice` if it was asked for as speech.
-
-    Vocoders and `griffin_lim` make a waveform of it.
-    """
-
-    mel: np.ndarray
-    is_voice: bool
-
-
-GeneratedPart = str | GeneratedImage | GeneratedClip
-
-
-@dataclasses.dataclass(frozen=True)
-class MediaCompletion:
-    """A finished continuation.
-
-    Attributes:
-      prompt: what it continues.
-      parts: texts, images and clips, in the order in which they were made; no text is empty.
-      token_ids: new tokens, those around media included, without an end token. A prompt's own
-        opening token is none.
-      score: sum of the log-probabilities of the tokens that the model chose.
-      finish_reason: 'end_of_text', 'stop', 'length', or 'exhausted' if every token was banned.
-    """
-
-    prompt: MediaPrompt
-    parts: tuple[GeneratedPart, ...]
-    token_ids: tuple[int, ...]
-    score: float
-    finish_reason: str
-
-    @property
-    def text(self) -> str:
-        """Its texts, joined."""
-        return "".join(part for part in self.parts if isinstance(part, str))
-
-    @property
-    def images(self) -> list[np.ndarray]:
-        """Its images, see `GeneratedImage`."""
-        return [part.pixels for part in self.parts if isinstance(part, GeneratedImage)]
-
-    @property
-    def mels(self) -> list[np.ndarray]:
-        """Its clips, see `GeneratedClip`."""
-        return [part.mel for part in self.parts if isinstance(part, GeneratedClip)]
-
-
-def parts_of_ids(
-    tokenizer: MediaTokenizer,
-    prompt_ids: Sequence[int],
-    new_ids: Sequence[int],
-    images: Sequence[np.ndarray],
-    mels: Sequence[np.ndarray],
-    stops: Sequence[str] = (),
-) -> tuple[GeneratedPart, ...]:
-    """The parts that new tokens stand for.
-
-    Args:
-      tokenizer: of the model.
-      prompt_ids: before them. A medium that they open at their end is the first of the new ones.
-      new_ids: without an end token.
-      images: that were made, in order.
-      mels: the same.
-      stops: texts that end a text, which are not part of it.
-    """
-    parts: list[GeneratedPart] = []
-    left_images, left_mels = iter(images), iter(mels)
-    # Text right behind the prompt's own continues it, other text starts a new one.
-    before: list[int] = []
-    for token in prompt_ids:
-        before = [] if tokenizer.marker_of(token) else [*before, int(token)]
-    run: list[int] = []
-
-    def end_run() -> None:
-        text = cut_at_stop(continuation_text(tokenizer.base, before, run), stops) if run else ""
-        if text:
-            parts.append(text)
-
-    for token in [*_opened_by(tokenizer, prompt_ids), *new_ids]:
-        if tokenizer.marker_of(token) is None:
-            run.append(int(token))
-            continue
-        end_run()
-        before, run = [], []
-        kind = tokenizer.medium_after(token)
-        if kind == IMAGE:
-            parts.append(GeneratedImage(next(left_images)))
-        elif kind != NO_MEDIUM:
-            is_voice = tokenizer.marker_of(token) == "<|VOICE|>"
-            parts.append(GeneratedClip(next(left_mels), is_voice))
-    end_run()
-    return tuple(parts)
-
-
-def _opened_by(tokenizer: MediaTokenizer, prompt_ids: Sequence[int]) -> list[int]:
-    last = int(prompt_ids[-1])
-    return [last] if tokenizer.medium_after(last) else []
-
-
-# ------------------------------------------------------------------------------
 # Static sizes of a request with media.
 
 
@@ -362,6 +294,7 @@ def plan_media(
     config: GenerationConfig,
     trained_depth: int | None,
     prompts: Sequence[EncodedPrompt],
+    text_rows: int,
 ) -> MediaPlan:
     """The sizes for prompts and all that may follow.
 
@@ -370,6 +303,7 @@ def plan_media(
       config: of the generation; its depth is a number.
       trained_depth: mean iterations in training.
       prompts: of one batch.
+      text_rows: rows of the cache that `max_new_tokens` of text may take.
 
     Raises:
       UserError: if that is more than the cache or the model takes.
@@ -377,9 +311,9 @@ def plan_media(
     places = most_places(model.config)
     lengths = [sequence_length(model.config, prompt) for prompt in prompts]
     _check_room(model.config, config, max(lengths), places)
-    max_media = config.media.max_media
+    max_media = config.most_media
     # Rows write in turns at worst: each round of text costs all rows its longest.
-    new_rows = (max_media + 1) * config.max_new_tokens + max_media * (1 + places)
+    new_rows = (max_media + 1) * text_rows + max_media * (1 + places)
     cache = plan_cache(
         model.config,
         config,
@@ -402,6 +336,26 @@ def plan_media(
     )
 
 
+def plan_making(
+    config: ModelConfig, prompts: Sequence[EncodedPrompt]
+) -> tuple[int, tuple[int, int]]:
+    """Tokens of rows, and slots of images and of clips, for the prompts' media and one more each.
+
+    Raises:
+      UserError: if a prompt is longer than what the model reads.
+    """
+    longest = max(sequence_length(config, prompt) for prompt in prompts)
+    if longest > config.max_length:
+        raise UserError(
+            f"the longest prompt takes {longest} places with its media, more than the model's "
+            f"max_length={config.max_length}; shorten it."
+        )
+    images = max(len(prompt.images) for prompt in prompts)
+    clips = max(len(prompt.mels) for prompt in prompts)
+    num_tokens = round_columns(max(len(prompt.ids) for prompt in prompts))
+    return num_tokens, (images + 1, clips + 1)
+
+
 def sequence_length(config: ModelConfig, prompt: EncodedPrompt) -> int:
     """Places of a prompt with its media."""
     return len(prompt.ids) + places_of(config, len(prompt.images), prompt.mels)
@@ -415,7 +369,7 @@ def room_for_text(config: ModelConfig, length: int, max_media: int) -> int:
 def _check_room(
     config: ModelConfig, generation: GenerationConfig, length: int, places: int
 ) -> None:
-    max_media, max_new = generation.media.max_media, generation.max_new_tokens
+    max_media, max_new = generation.most_media, generation.max_new_tokens
     room = room_for_text(config, length, max_media)
     if max_new <= room:
         return

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,12 @@ from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.sampling import CacheConfig, check_encodable
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.endings import cut_at_stop, num_held_back
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.nn.kv_cache import CacheShape, rows_to_blocks
+from megatransformer_jax.types import NO_MEDIUM
 
 # ------------------------------------------------------------------------------
 # Prompts.
@@ -211,37 +213,83 @@ def sample_keys(prompt_keys: Key[Array, "B"], count: int) -> Key[Array, "B2"]:
 
 
 # ------------------------------------------------------------------------------
-# What generation gives back: finished texts, and tokens as they come.
+# What generation gives back: finished texts with their media, and tokens as they come.
 
 # What decoders write for bytes that are not a character (yet).
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclasses.dataclass(frozen=True)
+class GeneratedImage:
+    """float32 [height, width, C] in [-1, 1]."""
+
+    pixels: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratedClip:
+    """A normalised mel spectrogram, float32 [frames, M]. `is_voice` if it was asked for as speech.
+
+    Vocoders and `griffin_lim` make a waveform of it.
+    """
+
+    mel: np.ndarray
+    is_voice: bool
+
+
+GeneratedMedium = GeneratedImage | GeneratedClip
+GeneratedPart = str | GeneratedMedium
+
+
+@dataclasses.dataclass(frozen=True)
 class Completion:
-    """A finished text.
+    """A finished continuation.
 
     Attributes:
       prompt: what it continues; None if that was given as ids.
-      text: the continuation, without a stop text; empty without a tokenizer.
-      token_ids: the new tokens, without an end token; those of a stop text included.
-      depths: iterations of the core that led to each of them; 0 for a model without a core.
+      parts: texts, images and clips, in the order in which they were made; no text is empty. There
+        is no text without a tokenizer.
+      token_ids: the new tokens, without an end token; those of a stop text and those around media
+        included. A prompt's own opening token is not among them.
+      depths: iterations of the core that led to each of them; 0 for a model without a core, and for
+        tokens that close media.
       score: sum of the log-probabilities of all new tokens under the model, the end token's
-        included; of beam search its penalised score.
+        included, those that close media left out; of beam search its penalised score.
       finish_reason: 'end_of_text', 'stop', 'length', or 'exhausted' if every token was banned.
     """
 
-    prompt: str | None
-    text: str
+    prompt: Any
+    parts: tuple[GeneratedPart, ...]
     token_ids: tuple[int, ...]
     depths: tuple[int, ...]
     score: float
     finish_reason: str
 
+    @property
+    def text(self) -> str:
+        """Its texts, joined, without a stop text."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def media(self) -> list[GeneratedMedium]:
+        """Its images and clips, in order."""
+        return [part for part in self.parts if not isinstance(part, str)]
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        """Its images, see `GeneratedImage`."""
+        return [part.pixels for part in self.parts if isinstance(part, GeneratedImage)]
+
+    @property
+    def mels(self) -> list[np.ndarray]:
+        """Its clips, see `GeneratedClip`."""
+        return [part.mel for part in self.parts if isinstance(part, GeneratedClip)]
+
     def _repr_html_(self) -> str:
         mean = sum(self.depths) / max(len(self.depths), 1)
         notes = f"{len(self.token_ids)} tokens, mean depth {mean:.1f}, {self.finish_reason}"
-        prompt = f"<span style='opacity:0.6'>{html.escape(self.prompt or '')}</span>"
+        before = self.prompt if isinstance(self.prompt, str) else ""
+        prompt = f"<span style='opacity:0.6'>{html.escape(before)}</span>"
         text = f"<span style='white-space:pre-wrap'>{prompt}{html.escape(self.text)}</span>"
         return f"<div>{text}<br><small>{notes}</small></div>"
 
@@ -252,14 +300,17 @@ class StreamedToken:
 
     Attributes:
       text: what it adds to the text; empty while a character, or what may become a stop text, is
-        not complete. The last token brings all that was held back.
+        not complete. The last token before a medium or the end brings all that was held back.
       token_id: its id.
-      depth: iterations of the core that led to it; 0 for a model without a core.
+      depth: iterations of the core that led to it; 0 for a model without a core, and for a token
+        that closes a medium.
+      medium: what was made, with the token that closes it; None with all others.
     """
 
     text: str
     token_id: int
     depth: int
+    medium: GeneratedMedium | None = None
 
     def __str__(self) -> str:
         return self.text
@@ -283,6 +334,8 @@ def continuation_text(
 class TextStream:
     """Turns tokens into text piece by piece.
 
+    Text right behind the prompt's own continues it, text behind a medium starts a new one.
+
     Args:
       tokenizer: of the model.
       prompt_ids: what is continued.
@@ -290,16 +343,48 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]):
-        self._tokenizer = tokenizer
-        self._prompt_ids = prompt_ids
+        self._markers = tokenizer if isinstance(tokenizer, MediaTokenizer) else None
+        self._tokenizer = tokenizer if self._markers is None else self._markers.base
         self._stops = stops
+        self._before: list[int] = []
         self._new_ids: list[int] = []
         self._num_shown = 0
+        for token in prompt_ids:
+            if self.is_marker(token):
+                self._before.clear()
+            else:
+                self._before.append(int(token))
+
+    def is_marker(self, token: int) -> bool:
+        """Whether the token stands around a medium, so is not text."""
+        return self._markers is not None and self._markers.marker_of(token) is not None
+
+    def is_opening(self, token: int) -> bool:
+        """Whether a medium follows the token."""
+        return self._markers is not None and self._markers.medium_after(token) != NO_MEDIUM
 
     def add(self, token: int, is_last: bool) -> str:
-        """What can be shown once this token has come; all that is left if it is the last."""
-        self._new_ids.append(token)
-        text = continuation_text(self._tokenizer, self._prompt_ids, self._new_ids)
+        """What can be shown once this token has come; all that is left if it is the last, or not
+        text."""
+        if self.is_marker(token):
+            return self.end_text()
+        self.take(token)
+        return self._rest(is_last)
+
+    def take(self, token: int) -> None:
+        """Adds a token of text and shows nothing yet."""
+        self._new_ids.append(int(token))
+
+    def end_text(self) -> str:
+        """All that is left; what comes now is another text."""
+        piece = self._rest(is_last=True)
+        self._before, self._new_ids, self._num_shown = [], [], 0
+        return piece
+
+    def _rest(self, is_last: bool) -> str:
+        if not self._new_ids:
+            return ""
+        text = continuation_text(self._tokenizer, self._before, self._new_ids)
         text = cut_at_stop(text, self._stops)
         if not is_last:
             text = text.rstrip(_INCOMPLETE)
@@ -307,6 +392,37 @@ class TextStream:
         piece = text[self._num_shown :]
         self._num_shown += len(piece)
         return piece
+
+
+def parts_of_ids(
+    tokenizer: Tokenizer | None,
+    prompt_ids: Sequence[int],
+    new_ids: Sequence[int],
+    media: Iterable[GeneratedMedium] = (),
+    stops: Sequence[str] = (),
+) -> tuple[GeneratedPart, ...]:
+    """The parts that new tokens stand for.
+
+    Args:
+      tokenizer: of the model. None: there is no text.
+      prompt_ids: before them. A medium that they open at their end is the first of the new ones.
+      new_ids: without an end token.
+      media: that were made, in order.
+      stops: texts that end a text, which are not part of it.
+    """
+    if tokenizer is None:
+        return ()
+    stream, left = TextStream(tokenizer, prompt_ids, stops), iter(media)
+    parts: list[GeneratedPart] = []
+    is_open = stream.is_opening(prompt_ids[-1])
+    for token in new_ids:
+        if not stream.is_marker(token):
+            stream.take(token)
+            continue
+        # A medium stands between its two markers, so before the second.
+        parts += [next(left)] if is_open else [stream.end_text()]
+        is_open = not is_open
+    return tuple(part for part in (*parts, stream.end_text()) if part != "")
 
 
 # ------------------------------------------------------------------------------

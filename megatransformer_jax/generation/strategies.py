@@ -1,9 +1,12 @@
-"""Which function decodes for which strategy, and how many rows of the cache it may need."""
+"""Which function decodes for which strategy, what it leaves, and how many rows of the cache it may
+need."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.generation import parallel as parallel_sampler
@@ -14,6 +17,25 @@ from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.placement import replicate
 from megatransformer_jax.generation.prefill import Prefilled
 from megatransformer_jax.models.megatransformer import MegaTransformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """Rows as strategies leave them, on the host: `num_samples` per prompt, next to each other.
+
+    Attributes:
+      tokens: int32 [rows, C], prompt and new tokens, left-aligned.
+      lengths: int32 [rows].
+      steps: int32 [rows, C], iterations in the columns of new tokens.
+      scores: float32 [rows].
+      reasons: int32 [rows], see `ending`.
+    """
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    steps: np.ndarray
+    scores: np.ndarray
+    reasons: np.ndarray
 
 
 def rows_for_new_tokens(config: GenerationConfig) -> int:

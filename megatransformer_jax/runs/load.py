@@ -20,7 +20,6 @@ from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.data.hf_tokenizer import (
     TOKENIZER_FILE,
-    HuggingFaceTokenizer,
     load_huggingface_tokenizer,
 )
 from megatransformer_jax.data.pipeline import data_tokenizer
@@ -73,20 +72,9 @@ class LoadedModel:
         """What it was trained on: 'text' (also if no run says), 'reasoning' or 'media'."""
         return "text" if self.run_config is None else self.run_config.task
 
-    @property
-    def end_ids(self) -> tuple[int, ...]:
-        """Ids that end a text; none without a tokenizer."""
-        if self.tokenizer is None:
-            return ()
-        if isinstance(self.tokenizer, HuggingFaceTokenizer):
-            return self.tokenizer.end_ids
-        return (self.tokenizer.eos_id,)
-
     def generator(self, config: GenerationConfig) -> Generator:
         """Generates with this model as `config` says, which must have been checked against it."""
-        return Generator(
-            self.model, self.params, self.tokenizer, config, self.trained_depth, self.end_ids
-        )
+        return Generator(self.model, self.params, self.tokenizer, config, self.trained_depth)
 
 
 def load_model(

@@ -3,10 +3,11 @@
 The generator is a stand-in: tests/generation has the real one.
 """
 
+import io
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,18 +16,19 @@ import soundfile
 from PIL import Image
 from smallest_media_model import TOKENIZER, VALUES
 
-from megatransformer_jax.cli import generate, generate_media
+from megatransformer_jax.cli import generate
 from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import construct
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.tokenizer import BytesTokenizer
-from megatransformer_jax.generation.media_prompt import (
+from megatransformer_jax.generation.media_prompt import MediaPrompt
+from megatransformer_jax.generation.request import (
+    Completion,
     GeneratedClip,
     GeneratedImage,
-    MediaCompletion,
-    MediaPrompt,
+    StreamedToken,
 )
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.runs.load import LoadedModel
@@ -50,29 +52,37 @@ class SmallMediaGenerator:
     prompts: list[MediaPrompt]
     config: GenerationConfig
 
-    def __init__(self, model: Any, params: Any, tokenizer: Any, config: Any, depth: Any):
-        del params, tokenizer, depth
-        self._mel = np.zeros((3, model.config.audio.mel.num_mels), np.float32)
+    def __init__(self, loaded: LoadedModel, config: GenerationConfig):
+        self._mel = np.zeros((3, loaded.config.audio.mel.num_mels), np.float32)
         type(self).config = config
 
-    def generate(self, prompts: Sequence[MediaPrompt]) -> list[MediaCompletion]:
+    def generate(self, prompts: Sequence[MediaPrompt]) -> list[Completion]:
         type(self).prompts = list(prompts)
-        made = {
-            None: (),
-            "<|IMAGE|>": (GeneratedImage(np.zeros((8, 8, 1), np.float32)),),
-            "<|VOICE|>": (GeneratedClip(self._mel, True),),
+        medium = {
+            "<|IMAGE|>": GeneratedImage(np.zeros((8, 8, 1), np.float32)),
+            "<|VOICE|>": GeneratedClip(self._mel, True),
         }
-        return [
-            MediaCompletion(prompt, (*made[prompt.opens], "yes"), (5,), -1.0, "length")
-            for prompt in prompts
-            for _ in range(self.config.num_samples)
-        ]
+        completions = []
+        for prompt in prompts:
+            parts, ids = ("yes",), TOKENIZER.encode("yes")
+            if prompt.opens is not None:
+                parts = (medium[prompt.opens], *parts)
+                ids = [TOKENIZER.marker_id(prompt.opens) + 1, *ids]
+            depths = (2,) * len(ids)
+            completion = Completion(prompt, parts, tuple(ids), depths, -1.0, "length")
+            completions += [completion] * self.config.num_samples
+        return completions
+
+    def stream(self, prompt: MediaPrompt) -> Iterator[StreamedToken]:
+        (completion,) = self.generate([prompt])
+        for token in completion.token_ids:
+            yield StreamedToken(TOKENIZER.decode([token]), token, 2)
 
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
     """Runs the command with the stand-in; returns what it wrote."""
-    monkeypatch.setattr(generate_media, "MediaGenerator", SmallMediaGenerator)
+    monkeypatch.setattr(LoadedModel, "generator", lambda *own: SmallMediaGenerator(*own))
 
     def run(
         *words: str, values: Any = VALUES, loaded: LoadedModel | None = None
@@ -113,7 +123,7 @@ def test_drawn_images_are_written(run: Any, tmp_path: pathlib.Path) -> None:
     words = ["--prompt=one", "--draw", f"--output={tmp_path / 'drawn'}", "--guidance_scale=2"]
     out, err = run(*words)
     assert out == "one[000_0.png]yes\n"
-    assert "1 tokens, 1 images, 0 clips in " in err
+    assert re.search(r"4 tokens in .* 1 images and clips", err) and "files are in " in err
     assert SmallMediaGenerator.config.media.guidance_scale == 2
     with Image.open(tmp_path / "drawn" / "000_0.png") as image:
         assert (image.size, image.mode) == ((8, 8), "L")
@@ -125,8 +135,8 @@ def test_clips_and_texts_are_written(
 ) -> None:
     words = ["--prompt=one", "--prompt=two", "--speak", "--num_samples=2", f"--output={tmp_path}"]
     out, err = run(*words)
-    assert "--- prompt 2, text 1: length\ntwo[002_0.wav]yes" in out
-    assert "4 tokens, 0 images, 4 clips" in err
+    assert "--- prompt 2, text 1: length, score -1.00 ---\ntwo[002_0.wav]yes" in out
+    assert re.search(r"16 tokens in .* 4 images and clips", err)
     assert re.search(r"max_new_tokens=\d+, as more do not fit in the model", caplog.text)
     assert "Griffin and Lim's method" in caplog.text
     lines = (tmp_path / "results.jsonl").read_text().splitlines()
@@ -155,6 +165,21 @@ def test_files_are_read_in_their_places(run: Any, files: pathlib.Path) -> None:
     assert isinstance(clip, AudioPart) and not clip.is_voice
     assert clip.sample_rate_hz == RATE_HZ and len(clip.waveform) == 5 * HOP
     assert isinstance(image, ImagePart) and image.pixels.shape == (8, 8, 1)
+
+
+def test_answers_about_a_file_are_streamed(
+    run: Any, files: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = f"--image={files / 'right.png'}"
+    out, err = run(image, "--prompt=is", "--show_depth")
+    assert out.startswith("<|IMAGE|><|/IMAGE|>isy[2]e[2]s[2]\n") and ", the first after " in err
+    # A session asks about the same file again and again.
+    monkeypatch.setattr("sys.stdin", io.StringIO("what\nsure\n"))
+    out, _ = run(image, "--interactive")
+    assert out == "yes\nyes\n"
+    picture, text = SmallMediaGenerator.prompts[0].parts
+    assert isinstance(picture, ImagePart) and text == "whatyes\nsure"
+    assert SmallMediaGenerator.config.media.max_media == 0
 
 
 def test_files_without_places_come_first(run: Any, files: pathlib.Path, tmp_path: Any) -> None:

@@ -14,7 +14,6 @@ from megatransformer_jax.cli.commands import main as command
 PROGRAM = """
 import sys, types
 screen = types.ModuleType("megatransformer_jax.cli.screen")
-media = types.ModuleType("megatransformer_jax.cli.generate_media")
 def continue_texts(loaded, parsed, prompts):
     assert "jax" not in sys.modules
     from absl import logging
@@ -25,8 +24,7 @@ def continue_texts(loaded, parsed, prompts):
     for _ in range(20000 if loaded == "long" else 0):
         print("text", flush=True)
 screen.continue_texts = continue_texts
-media.wants_media, media.generate_with_media = (lambda *_: False), None
-sys.modules[screen.__name__], sys.modules[media.__name__] = screen, media
+sys.modules[screen.__name__] = screen
 from megatransformer_jax.cli import generate
 generate.load_chosen_model = lambda options: options.model
 generate._check_fits = lambda *_: None

@@ -323,10 +323,13 @@ def test_media_and_text_alone_have_their_own_options() -> None:
     assert for_model(more, 8, has_exit_gate=False, makes_media=True).media.max_media == 2
     with pytest.raises(ConfigError, match=r"media\.max_media: 2 would be ignored for text alone"):
         for_model(more, 8, has_exit_gate=False)
-    for strategy in ("beam", "speculative", "parallel"):
-        with pytest.raises(ConfigError, match=rf"strategy: '{strategy}' makes text alone"):
-            own = GenerationConfig(strategy=strategy)
-            for_model(own, 8, has_exit_gate=False, makes_media=True)
+    assert GenerationConfig().most_media == 1
+    # Beams are known at the end, so they cannot wait for media.
+    assert GenerationConfig(strategy="beam").most_media == 0
+    with pytest.raises(ConfigError, match=r"media\.max_media: 2 with strategy='beam'"):
+        GenerationConfig(strategy="beam", media=MediaGenerationConfig(max_media=2))
+    with pytest.raises(ConfigError, match=r"media\.sampler_steps: 4 would be ignored, as no media"):
+        GenerationConfig(media=MediaGenerationConfig(max_media=0, sampler_steps=4))
 
 
 @pytest.mark.parametrize(

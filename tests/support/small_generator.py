@@ -1,30 +1,13 @@
 """A generator without a model: it spells the prompt backwards."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
+from megatransformer_jax.generation.request import Completion, StreamedToken
 
 MAX_PROMPT = 60
-
-
-@dataclasses.dataclass(frozen=True)
-class Token:
-    text: str
-    token_id: int
-    depth: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    prompt: str | None
-    text: str
-    token_ids: tuple[int, ...]
-    depths: tuple[int, ...]
-    score: float
-    finish_reason: str
 
 
 class SmallGenerator:
@@ -34,21 +17,21 @@ class SmallGenerator:
         self.config = config
         self.prompts: list[str | Sequence[int]] = []
 
-    def stream(self, prompt: str | Sequence[int]) -> Iterator[Token]:
+    def stream(self, prompt: str | Sequence[int]) -> Iterator[StreamedToken]:
         self.prompts.append(prompt)
         if len(prompt) > MAX_PROMPT:
             raise ConfigError("cache.capacity", f"the prompt has {len(prompt)} tokens.")
         depth = self.config.depth.depth or 8
         for index, item in enumerate(self._continuation(prompt)):
-            yield Token(BytesTokenizer().decode([item]), item, min(index + 1, depth))
+            yield StreamedToken(BytesTokenizer().decode([item]), item, min(index + 1, depth))
 
-    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[Text]:
+    def generate(self, prompts: Sequence[str] | Sequence[Sequence[int]]) -> list[Completion]:
         texts = []
         for prompt in prompts:
             tokens = list(self.stream(prompt))
-            text = Text(
+            text = Completion(
                 prompt if isinstance(prompt, str) else None,
-                "".join(token.text for token in tokens),
+                ("".join(token.text for token in tokens),),
                 tuple(token.token_id for token in tokens),
                 tuple(token.depth for token in tokens),
                 -1.5,

@@ -12,7 +12,7 @@ from megatransformer_jax.config.generation import GenerationConfig, MediaGenerat
 from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
-from megatransformer_jax.generation.media_generator import MediaGenerator
+from megatransformer_jax.generation.generator import Generator
 
 TOKENIZER = MediaTokenizer(Pieces())
 UNET = UNetConfig(
@@ -54,12 +54,12 @@ IMAGE_PART = ImagePart(RNG.uniform(-1, 1, (4, 4, 1)).astype(np.float32))
 CLIP_PART = AudioPart(RNG.uniform(-0.5, 0.5, 5 * 64).astype(np.float32), 8000)
 
 
-def generator(media=None, **options) -> MediaGenerator:
+def generator(media=None, **options) -> Generator:
     """With the tiny model, whose tokens are about equally likely."""
     model, params = parts()
     options = {"max_new_tokens": 12, **options}
     config = GenerationConfig(media=MediaGenerationConfig(**(media or {})), **options)
-    return MediaGenerator(model, params, TOKENIZER, config, DEPTH)
+    return Generator(model, params, TOKENIZER, config, DEPTH)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ from megatransformer_jax.models.passes.cached import (
     apply_head,
     apply_prelude,
     read_entries,
+    read_prelude,
     token_states,
 )
 from megatransformer_jax.models.passes.depth_loop import (
@@ -30,6 +31,7 @@ from megatransformer_jax.models.passes.depth_loop import (
 )
 from megatransformer_jax.nn.context import CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache
+from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
 
 _CHANGE = exit_criterion("latent_diff")
@@ -104,22 +106,22 @@ def refine(
     mask = AttentionMask(is_causal=True, window=model.config.attention.window)
     outer = layer_context(model.config, places, mask, model.config.width)
 
-    def reading(context: LayerContext, entries: KeyValues, first: Any = 0) -> LayerContext:
-        rows = read_entries(entries, cache, first)
+    def reading(context: LayerContext, rows: CachedRows) -> LayerContext:
         return with_cache(context, CachedPass(rows, positions, positions))
 
-    prelude_context = reading(outer, cache.prelude)
+    prelude_context = reading(outer, read_prelude(cache))
     x, prelude = apply_prelude(model, params, columns.tokens, places, prelude_context, cache)
     assert cache.core is not None
     inner = layer_context(model.config, places, mask, model.config.core_width)
-    inner = reading(inner, cache.core, slot * core_layers(cache))
+    inner = reading(inner, read_entries(cache.core, cache, slot * core_layers(cache)))
     core = open_pass(model, params, x, inner)
     core = core.replace(cache=cache)  # type: ignore[attr-defined]
     state = columns.state.astype(core.injected.dtype)
     if columns.new_column is not None:
         state = _begin(core, columns.new_column, state, places, state_keys)
     new_state, core_rows = _iterate(core, state, columns.iterations)
-    hidden, coda = apply_coda(model, params, new_state, reading(outer, cache.coda), cache)
+    outer = reading(outer, read_entries(cache.coda, cache))
+    hidden, coda = apply_coda(model, params, new_state, outer, cache)
     change, _ = _CHANGE.measure(state.astype(jnp.float32), Observation(new_state))
     logits = apply_head(model, params, hidden)
     return Refined(new_state, change, prelude, core_rows, coda), logits

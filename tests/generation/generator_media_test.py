@@ -18,26 +18,37 @@ from tiny_media_generator import (
 from tiny_model import DEPTH, make
 
 from megatransformer_jax import streams
-from megatransformer_jax.config.generation import GenerationConfig, MediaGenerationConfig
+from megatransformer_jax.config.generation import (
+    BeamConfig,
+    GenerationConfig,
+    MediaGenerationConfig,
+    ParallelConfig,
+)
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.sampling import CacheConfig, SamplingConfig
 from megatransformer_jax.data.mel import normalized_mel
-from megatransformer_jax.generation.media_generator import MediaGenerator
+from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.generation.media_making import (
     draw_images,
     make_clips,
     sampler_settings,
 )
 from megatransformer_jax.generation.media_prompt import (
-    GeneratedClip,
-    GeneratedImage,
+    EncodedPrompt,
     MediaPrompt,
     follows_of,
     media_batch,
-    parts_of_ids,
+    sequence_length,
 )
 from megatransformer_jax.generation.processors.processor import allowed_tokens
-from megatransformer_jax.generation.request import prompt_keys, sample_keys
+from megatransformer_jax.generation.request import (
+    GeneratedClip,
+    GeneratedImage,
+    parts_of_ids,
+    prompt_keys,
+    sample_keys,
+)
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.passes.cached import token_states
 
@@ -58,8 +69,11 @@ def completions():
 
 
 @jax.jit
-def whole_pass(tokens, length, media, key):
-    """Log-probabilities of the next token and all conditions of one row, without a cache."""
+def whole_pass(tokens, length, media, key, prompt_key, num_read):
+    """Log-probabilities of the next token and all conditions of one row, without a cache.
+
+    The first states of the first `num_read` places are drawn with the prompt's key.
+    """
     model, params = parts()
     segments = (jnp.arange(LENGTH) < length)[None].astype(jnp.int32)
 
@@ -68,19 +82,19 @@ def whole_pass(tokens, length, media, key):
 
     positions = model.apply({"params": params}, method=lay_out)
     injected = jnp.zeros((*positions.shape, CONFIG.width))
-    state = token_states(CONFIG, key[None], positions, injected)
+    own, of_prompt = (token_states(CONFIG, k[None], positions, injected) for k in (key, prompt_key))
     output = model.apply(
         {"params": params},
         tokens[None],
         segment_ids=segments,
         num_steps=DEPTH,
-        state=state,
+        state=jnp.where((positions < num_read)[..., None], of_prompt, own),
         media=media,
     )
     return jax.nn.log_softmax(output.logits[0]), output.conditions
 
 
-def recomputed(prompt, completion, key):
+def recomputed(prompt, completion, key, prompt_key):
     """(log-probabilities [T, V], conditions, ids, prompt's length) of a finished row."""
     encoded = [TOKENIZER.bos_id]
     images, mels = [], []
@@ -109,7 +123,11 @@ def recomputed(prompt, completion, key):
         [[*mels, *completion.mels]],
         (SLOTS, SLOTS),
     )
-    log_probs, conditions = whole_pass(tokens, lengths[0], media, key)
+    # The prompt was read once for all samples, without a token that opens a medium at its end.
+    read = EncodedPrompt(tuple(encoded), tuple(images), tuple(mels))
+    num_read = sequence_length(CONFIG, read) - (prompt.opens is not None)
+    log_probs, _ = whole_pass(tokens, lengths[0], media, key, prompt_key, num_read)
+    _, conditions = whole_pass(tokens, lengths[0], media, key, key, 0)
     return np.asarray(log_probs), conditions, ids, len(encoded), (len(images), len(mels))
 
 
@@ -121,10 +139,12 @@ def made_again(kind, condition, key):
 
 
 def test_text_and_media_are_those_of_whole_passes(completions):
-    keys = sample_keys(prompt_keys(SEED, range(len(PROMPTS))), 1)
+    keys = prompt_keys(SEED, range(len(PROMPTS)))
     num_media = []
-    for prompt, completion, key in zip(PROMPTS, completions, keys, strict=True):
-        log_probs, conditions, ids, start, given = recomputed(prompt, completion, key)
+    for prompt, completion, *both in zip(
+        PROMPTS, completions, sample_keys(keys, 1), keys, strict=True
+    ):
+        log_probs, conditions, ids, start, given = recomputed(prompt, completion, *both)
         closing = [TOKENIZER.marker_id(f"<|/{kind}|>") for kind in ("IMAGE", "AUDIO", "VOICE")]
         score = sum(
             log_probs[at - 1, ids[at]] for at in range(start, len(ids)) if ids[at] not in closing
@@ -134,7 +154,7 @@ def test_text_and_media_are_those_of_whole_passes(completions):
         num_media.append(len(made))
         counts = list(given)
         for number, part in enumerate(made):
-            own = jax.random.fold_in(jax.random.fold_in(key, streams.GENERATED_MEDIA), number)
+            own = jax.random.fold_in(jax.random.fold_in(both[0], streams.GENERATED_MEDIA), number)
             is_image = isinstance(part, GeneratedImage)
             kind = "image" if is_image else "audio"
             slot = counts[not is_image]
@@ -212,14 +232,93 @@ def test_samples_of_a_prompt_differ(completions):
     np.testing.assert_allclose(made[2].images[0], completions[1].images[0], atol=1e-4)
 
 
+def assert_streams(given, prompt):
+    """What is streamed is what `generate` gives."""
+    (wanted,) = given.generate([prompt])
+    tokens = list(given.stream(prompt))
+    assert tuple(token.token_id for token in tokens) == wanted.token_ids
+    assert tuple(token.depth for token in tokens) == wanted.depths
+    assert "".join(map(str, tokens)) == wanted.text
+    made = tuple(token.medium for token in tokens if token.medium is not None)
+    streamed = dataclasses.replace(wanted, parts=(wanted.text, *made))
+    assert_same_parts(
+        streamed,
+        dataclasses.replace(
+            wanted,
+            parts=(wanted.text, *(part for part in wanted.parts if not isinstance(part, str))),
+        ),
+    )
+    return wanted, tokens
+
+
+@pytest.mark.parametrize("number", range(len(PROMPTS)))
+def test_a_stream_gives_the_text_and_the_media_of_generate(number):
+    given = generator({"max_media": 2}, seed=SEED, stop=("xc",))
+    wanted, tokens = assert_streams(given, PROMPTS[number])
+    for token in tokens:
+        marker = TOKENIZER.marker_of(token.token_id) or ""
+        # A medium comes with the token that closes it.
+        assert (token.medium is not None) == marker.startswith("<|/")
+    assert len(wanted.depths) == len(wanted.token_ids)
+
+
+def test_speculative_and_parallel_decoding_give_what_greedy_does():
+    options = {"media": {"max_media": 2}, "max_new_tokens": 10}
+    greedy = generator(**options, strategy="greedy").generate(PROMPTS)
+    assert sum(len(one.images) + len(one.mels) for one in greedy) >= 2
+    draws = SamplingConfig(temperature=0.0)
+    fast = generator(**options, strategy="speculative", sampling=draws)
+    for one, other in zip(fast.generate(PROMPTS), greedy, strict=True):
+        assert_same_parts(one, other)
+    # One position at a time, of which all iterations read the newest keys and values.
+    slot = {**options, "cache": CacheConfig(slots=1)}
+    slow = ParallelConfig(settle_threshold=1e-9, iterations_per_round=DEPTH, max_wavefront=1)
+    parallel = generator(**slot, strategy="parallel", sampling=draws, parallel=slow)
+    wanted = generator(**slot, strategy="greedy").generate(PROMPTS)
+    for one, other in zip(parallel.generate(PROMPTS), wanted, strict=True):
+        assert_same_parts(one, other)
+    assert_streams(fast, PROMPTS[2])
+
+
+def test_beams_continue_prompts_with_media():
+    prompts = [PROMPTS[0], PROMPTS[3]]
+    greedy = generator({"max_media": 0}, strategy="greedy").generate(prompts)
+    beam = BeamConfig(num_beams=1, length_penalty=0.0)
+    for one, other in zip(
+        generator(strategy="beam", beam=beam).generate(prompts), greedy, strict=True
+    ):
+        assert_same_parts(one, other)
+        assert one.score == pytest.approx(other.score, abs=1e-3)
+    assert_streams(generator(strategy="beam"), PROMPTS[0])
+    with pytest.raises(UserError, match=r"ends with <\|IMAGE\|>.*max_media=0.*another strategy"):
+        generator(strategy="beam").check([PROMPTS[1]])
+
+
+def test_media_are_made_without_text(completions):
+    prompts = [PROMPTS[2], PROMPTS[1], PROMPTS[2]]
+    given = generator({"max_media": 2}, seed=SEED, batch_size=2)
+    made, wanted = given.make(prompts), given.generate(prompts)
+    assert [type(medium) for medium in made] == [GeneratedClip, GeneratedImage, GeneratedClip]
+    for medium, completion in zip(made, wanted, strict=True):
+        first = dataclasses.replace(completion, parts=completion.parts[:1])
+        assert_same_parts(dataclasses.replace(completion, parts=(medium,)), first)
+    np.testing.assert_allclose(made[1].pixels, completions[1].images[0], atol=1e-4)
+    with pytest.raises(UserError, match="asks for no medium"):
+        given.make([PROMPTS[0]])
+
+
 def test_texts_continue_the_prompt_and_begin_anew_behind_media():
     a, b = TOKENIZER.encode("a"), TOKENIZER.encode(" b")
     image, closed = TOKENIZER.marker_id("<|IMAGE|>"), TOKENIZER.marker_id("<|/IMAGE|>")
-    pixels = np.zeros((4, 4, 1), np.float32)
-    made = parts_of_ids(TOKENIZER, [1, *a], [*b, image, closed, *a, *a], [pixels], [], ("aa",))
-    assert made[0] == " b" and made[1].pixels is pixels and len(made) == 2
-    made = parts_of_ids(TOKENIZER, [1, *a, image], [closed, *a], [pixels], [])
-    assert made[0].pixels is pixels and made[1] == "a" and len(made) == 2
+    medium = GeneratedImage(np.zeros((4, 4, 1), np.float32))
+    made = parts_of_ids(TOKENIZER, [1, *a], [*b, image, closed, *a, *a], [medium], ("aa",))
+    assert made == (" b", medium)
+    assert parts_of_ids(TOKENIZER, [1, *a, image], [closed, *a], [medium]) == (medium, "a")
+    # An image that the prompt has is none of the new ones.
+    assert parts_of_ids(TOKENIZER, [1, image, closed], [*a, image, closed], [medium]) == (
+        "a",
+        medium,
+    )
 
 
 def test_text_alone_never_has_tokens_around_media():
@@ -234,8 +333,8 @@ def test_text_alone_never_has_tokens_around_media():
 @pytest.mark.parametrize(
     ("options", "path"),
     [
-        ({"strategy": "speculative"}, "strategy"),
-        ({"strategy": "beam"}, "strategy"),
+        ({"strategy": "beam", "media": {"max_media": 1}}, "media.max_media"),
+        ({"strategy": "beam", "media": {"guidance_scale": 2.0}}, "media.guidance_scale"),
         ({"media": {"sampler_steps": 1001}}, "media.sampler_steps"),
     ],
 )
@@ -248,15 +347,18 @@ def test_options_that_do_not_fit_are_errors(options, path):
 def test_prompts_that_do_not_fit_are_errors():
     with pytest.raises(UserError, match="no prompt"):
         generator().generate([])
+    ids = [TOKENIZER.marker_id("<|IMAGE|>"), TOKENIZER.marker_id("<|/IMAGE|>")]
+    with pytest.raises(UserError, match="prompt 1: has places for 1 images, but 0"):
+        generator().generate([[TOKENIZER.bos_id, *ids]])
     with pytest.raises(UserError, match=r"opens='<\|/IMAGE\|>' opens nothing"):
         generator().generate([MediaPrompt(("a",), "<|/IMAGE|>")])
     with pytest.raises(
-        ConfigError, match=r"max_new_tokens: 100 new tokens after 3.* to 73 or less"
+        ConfigError, match=r"max_new_tokens: 100 new tokens after 9.* to 67 or less"
     ):
-        generator(max_new_tokens=100).generate([PROMPTS[3]])
+        generator(max_new_tokens=100).generate([PROMPTS[0]])
     images_off = dataclasses.replace(CONFIG, image=ImageConfig())
     model, params = make(images_off)
-    deaf = MediaGenerator(model, params, TOKENIZER, GenerationConfig(max_new_tokens=8), DEPTH)
+    deaf = Generator(model, params, TOKENIZER, GenerationConfig(max_new_tokens=8), DEPTH)
     with pytest.raises(UserError, match=r"prompt: ends with <\|IMAGE\|>.*no image decoder"):
         deaf.generate([PROMPTS[1]])
     with pytest.raises(UserError, match=r"has an image, but model.image.enabled=False"):
