@@ -7,7 +7,6 @@ independent of everything else that draws from the same key. Two purposes must n
 |--------------------------|---------------------------------|------------------------------------|
 | `train.seed`             | `VALIDATION`                    | first states of validation         |
 |                          | `ADMIN_PROFILE`                 | first states of Admin's profile    |
-|                          | `MEDIA_SAMPLES`, then the step  | first states and media of samples  |
 |                          | split: first half               | weights; `ADDED_WEIGHTS`: LoRA's   |
 |                          | split: second half, then step   | depth; the step's objective        |
 | objective of a step      | split                           | first state; dropout               |
@@ -30,7 +29,6 @@ import numpy as np
 # Of a run: jax.random.key(train.seed). The largest numbers, which no step reaches.
 VALIDATION = 2**32 - 1
 ADMIN_PROFILE = 2**32 - 2
-MEDIA_SAMPLES = 2**32 - 3
 
 # Of the half of that key which the weights come from.
 ADDED_WEIGHTS = 1

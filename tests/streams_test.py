@@ -9,7 +9,7 @@ from megatransformer_jax.streams import Purpose, generator_of
 
 # By the key that they are folded into: the table of the module, but for what counts.
 OF_ONE_KEY = {
-    "run": ("VALIDATION", "ADMIN_PROFILE", "MEDIA_SAMPLES"),
+    "run": ("VALIDATION", "ADMIN_PROFILE"),
     "weights": ("ADDED_WEIGHTS",),
     "objective": ("GATE", "PROBE", "MEDIA"),
     "validated batch": ("VALIDATED_IMAGES", "VALIDATED_CLIPS"),

@@ -13,11 +13,12 @@ from matplotlib.image import imsave
 from rich.progress import Progress
 from rich.table import Table
 
+from megatransformer_jax.config.generation import GenerationConfig, MediaGenerationConfig
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.sampling import DepthConfig
 from megatransformer_jax.config.scoring import MEDIA_OPTIONS, SOUND_OPTIONS, ScoringConfig
 from megatransformer_jax.data.media.build import audio_source_name, build_audio_source
 from megatransformer_jax.data.media.images import WORDS
-from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media.rows import task_names
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.mel import fill_hops, griffin_lim, normalized_mel
@@ -31,16 +32,7 @@ from megatransformer_jax.evaluation.media.judges import (
     labelled_clips,
     labelled_images,
 )
-from megatransformer_jax.evaluation.media.making import (
-    greedy_answers,
-    make_all,
-    make_draw_step,
-    make_next_tokens,
-    make_speak_step,
-    prompt_batches,
-    right_answers,
-    rows_of_task,
-)
+from megatransformer_jax.evaluation.media.making import answers, rows_to_answer
 from megatransformer_jax.evaluation.media.sound_scores import (
     ResynthesisScores,
     TranscriptErrors,
@@ -63,9 +55,11 @@ from megatransformer_jax.evaluation.media.validation import (
 )
 from megatransformer_jax.evaluation.report import Report
 from megatransformer_jax.evaluation.validation import depth_argument
+from megatransformer_jax.generation.media_prompt import MediaPrompt
+from megatransformer_jax.generation.request import GeneratedClip, GeneratedImage, GeneratedMedium
 from megatransformer_jax.runs.load import LoadedModel
 from megatransformer_jax.runs.tasks.load_medium import load_vocoder
-from megatransformer_jax.types import AUDIO, IMAGE, Batch
+from megatransformer_jax.types import AUDIO, Batch
 
 DEFAULT_MEDIA_PER_CLASS = 20
 DEFAULT_CLIPS = 8
@@ -164,13 +158,12 @@ class MediaMeasures:
         self._tokenizer: MediaTokenizer = loaded.tokenizer
         self._run = run
         self._batches = batches
-        self._key = state_key
+        self._options = options
         self._tasks = task_names(run.data)
         self._eval_step = jax.jit(make_media_eval_step(loaded.model, state_key, len(self._tasks)))
         self._made: dict[int | None, np.ndarray] = {}
         self.measures: dict[str, Callable[[int | None], Any]] = {"validation": self._validation}
         if "transcribe" in self._tasks:
-            self._next_tokens = jax.jit(make_next_tokens(loaded.model, state_key))
             self.measures["transcripts"] = self._transcripts
         count = options.media_per_class
         self._per_class = DEFAULT_MEDIA_PER_CLASS if count is None else count
@@ -199,11 +192,6 @@ class MediaMeasures:
         training = labelled_images(self._run.data, image, "train")
         held_out = labelled_images(self._run.data, image, "validation")
         self._drawn_referee = DrawnReferee(training, held_out, extract)
-        self._draw_step = jax.jit(
-            make_draw_step(
-                self._loaded.model, self._key, _settings(image.decoder.settings, options)
-            )
-        )
         self._drawn_labels: np.ndarray | None = None
         if training.labels is None:
             turns = itertools.cycle(prompts[0] for prompts in held_out.prompts.values())
@@ -221,11 +209,6 @@ class MediaMeasures:
         training = labelled_clips(self._run.data, audio.mel, "train", every=_CLIPS_APART)
         held_out = labelled_clips(self._run.data, audio.mel, "validation")
         self._spoken_referee = SpokenDigitReferee(training, held_out)
-        self._speak_step = jax.jit(
-            make_speak_step(
-                self._loaded.model, self._key, _settings(audio.decoder.sampler, options)
-            )
-        )
         self._spoken_labels, self._speak_prompts = _prompts(
             {digit: (word,) for digit, word in enumerate(WORDS)}, self._per_class
         )
@@ -250,38 +233,48 @@ class MediaMeasures:
         return mean_media_scores(depth, sums, self._tasks)
 
     def _transcripts(self, depth: int | None) -> TranscriptErrors | None:
-        end = self._tokenizer.eos_id
-        texts: dict[str, list[str]] = {"found": [], "wanted": []}
-        rows = rows_of_task(self._batches, self._tasks.index("transcribe"))
-        for batch in rows:
-            answers = greedy_answers(
-                self._next_tokens, self._loaded.params, batch, depth_argument(depth), end
-            )
-            texts["found"] += map(self._tokenizer.decode, answers)
-            texts["wanted"] += map(self._tokenizer.decode, right_answers(batch, end))
-        return transcript_errors(texts["found"], texts["wanted"]) if rows else None
+        task = self._tasks.index("transcribe")
+        questions = list(rows_to_answer(self._batches, AUDIO, self._tokenizer, task))
+        if not questions:
+            return None
+        batch_size, row_length = self._batches[0].tokens.shape
+        found = answers(
+            self._loaded.generator,
+            self._loaded.config,
+            questions,
+            depth,
+            row_length=row_length,
+            batch_size=batch_size,
+        )
+        return transcript_errors(found, [question.right for question in questions])
 
     def _drawn(self, depth: int | None) -> DrawnScores:
-        self._made[depth] = self._make(self._draw_step, self._draw_prompts, IMAGE, depth)
-        return self._drawn_referee.score(self._made[depth], self._drawn_labels)
+        made = self._make(self._draw_prompts, "<|IMAGE|>", depth)
+        images = np.stack([one.pixels for one in made if isinstance(one, GeneratedImage)])
+        self._made[depth] = images
+        return self._drawn_referee.score(images, self._drawn_labels)
 
     def _spoken(self, depth: int | None) -> Recognition:
-        mels, lengths = self._make(self._speak_step, self._speak_prompts, AUDIO, depth)
-        return self._spoken_referee.score(mels, lengths, self._spoken_labels)
+        made = self._make(self._speak_prompts, "<|VOICE|>", depth)
+        own = [one.mel for one in made if isinstance(one, GeneratedClip)]
+        audio = self._loaded.config.audio
+        mels = np.zeros((len(own), audio.max_frames, audio.mel.num_mels), np.float32)
+        for row, mel in enumerate(own):
+            mels[row, : len(mel)] = mel
+        return self._spoken_referee.score(mels, np.array(list(map(len, own))), self._spoken_labels)
 
-    def _make(self, step: Any, prompts: Sequence[str], kind: int, depth: int | None) -> Any:
-        batches = prompt_batches(
-            prompts,
-            kind,
-            self._tokenizer,
-            MediaFormats.of_model(self._loaded.config),
-            sequence_length=self._batches[0].tokens.shape[1],
-            batch_size=len(self._batches[0].tokens),
+    def _make(self, prompts: Sequence[str], opens: str, depth: int | None) -> list[GeneratedMedium]:
+        options, seed = self._options, self._options.seed
+        config = GenerationConfig(
+            seed=self._run.train.seed if seed is None else seed,
+            batch_size=min(len(prompts), len(self._batches[0].tokens)),
+            depth=DepthConfig(depth=depth),
+            media=MediaGenerationConfig(
+                guidance_scale=options.guidance_scale, sampler_steps=options.sampler_steps
+            ),
         )
-        key = jax.random.fold_in(self._key, kind)
-        return make_all(
-            step, self._loaded.params, batches, depth_argument(depth), key, len(prompts)
-        )
+        given = [MediaPrompt((prompt,), opens) for prompt in prompts]
+        return self._loaded.generator(config).make(given)
 
 
 def _prompts(of_class: dict[int, tuple[str, ...]], per_class: int) -> tuple[np.ndarray, list[str]]:
@@ -293,13 +286,6 @@ def _prompts(of_class: dict[int, tuple[str, ...]], per_class: int) -> tuple[np.n
     ]
     labels, prompts = zip(*pairs, strict=True)
     return np.array(labels), list(prompts)
-
-
-def _settings(settings: Any, options: ScoringConfig) -> Any:
-    """The decoder's sampler with what the command changes."""
-    changes = {"guidance_scale": options.guidance_scale, "num_steps": options.sampler_steps}
-    given = {name: value for name, value in changes.items() if value is not None}
-    return dataclasses.replace(settings, **given)
 
 
 # ------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.evaluation.media.features import moments
 from megatransformer_jax.evaluation.media.judges import LabelledClips
+from megatransformer_jax.generation.request import Completion, GeneratedClip
 from megatransformer_jax.models.megatransformer import init_params
 from megatransformer_jax.runs import evaluate_media
 from megatransformer_jax.runs.evaluate_media import MediaMeasures
@@ -158,40 +159,42 @@ def measures(small_run, tmp_path, monkeypatch):
     """Of a model that says 'one' of every clip and speaks every digit as it is, the ninth wrong."""
     config = media_run(small_run, tmp_path, {"audio": AUDIO}, ["speak=1", "transcribe=1"])
     clips, batch = clips_and_batch(config)
-    answer = [*TOKENIZER.encode("one"), TOKENIZER.eos_id]
     calls = []
 
-    def make_next_tokens(model, key):
-        def next_tokens(params, batch, num_steps):
-            closing = np.argmax(np.asarray(batch.media.follows) > 0, axis=1) + 1
-            wanted = np.zeros(batch.tokens.shape, np.int32)
-            for place, token in enumerate(answer):
-                wanted[np.arange(len(closing)), closing + place] = token
-            return wanted
+    class SmallGenerator:
+        """Says 'one' of every clip, and speaks every digit as it is, but the ninth."""
 
-        return next_tokens
+        def __init__(self, config):
+            self.config = config
 
-    def make_speak_step(model, key, settings):
-        def speak_step(params, batch, num_steps, key):
-            prompts = [TOKENIZER.decode(row[row > 2].tolist()) for row in np.asarray(batch.tokens)]
-            calls.append((settings, prompts))
-            said = [evaluate_media.WORDS.index(prompt) for prompt in prompts]
+        def generate(self, prompts):
+            assert self.config.strategy == "greedy" and self.config.media.max_media == 0
+            assert all(len(prompt.mels) == 1 for prompt in prompts)
+            return [Completion(None, ("one",), (), (), 0.0, "end_of_text") for _ in prompts]
+
+        def make(self, prompts):
+            texts = [prompt.parts[0] for prompt in prompts]
+            calls.append((self.config, texts))
+            said = [evaluate_media.WORDS.index(text) for text in texts]
             said = [8 if digit == 9 else digit for digit in said]
-            return clips.mels[said], clips.lengths[said]
-
-        return speak_step
+            return [
+                GeneratedClip(clips.mels[digit, : clips.lengths[digit]], True) for digit in said
+            ]
 
     for name, value in (
         ("make_media_eval_step", lambda *unused: None),
-        ("make_next_tokens", make_next_tokens),
-        ("make_speak_step", make_speak_step),
         ("labelled_clips", lambda *unused, **also: clips),
         ("audio_source_name", lambda *unused: "spoken_digits"),
     ):
         monkeypatch.setattr(evaluate_media, name, value)
     monkeypatch.setattr(evaluate_media.jax, "jit", lambda function: function)
     loaded = types.SimpleNamespace(
-        tokenizer=TOKENIZER, model=None, params=None, config=config.model, description="a run"
+        tokenizer=TOKENIZER,
+        model=None,
+        params=None,
+        config=config.model,
+        description="a run",
+        generator=SmallGenerator,
     )
     options = ScoringConfig(media_per_class=1, guidance_scale=3.0)
     subject = MediaMeasures(options, loaded, config, [batch], jax.random.key(0))
@@ -206,10 +209,10 @@ def test_sound_is_transcribed_and_spoken(measures):
     assert transcripts.exact == 0.1
     spoken = by_name["spoken"](2)
     assert (spoken.media, spoken.share, spoken.judge_accuracy) == (10, 0.9, 1)
-    ((settings, prompts),) = calls
-    assert prompts == list(evaluate_media.WORDS)
-    wanted = config.model.audio.decoder.sampler
-    assert (settings.guidance_scale, settings.num_steps) == (3.0, wanted.num_steps)
+    ((generation, texts),) = calls
+    assert texts == list(evaluate_media.WORDS)
+    assert (generation.media.guidance_scale, generation.media.sampler_steps) == (3.0, None)
+    assert generation.depth.depth == 2
     # Without anything to make, options of making are errors.
     options = ScoringConfig(media_per_class=0, sampler_steps=5)
     with pytest.raises(ConfigError, match="sampler_steps: 5 would be ignored, as a run makes no"):

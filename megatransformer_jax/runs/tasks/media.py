@@ -1,39 +1,43 @@
 """Runs on text with images and sound: scores by task and medium, samples next to what is real."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from megatransformer_jax import streams
 from megatransformer_jax.config.audio import MelConfig
+from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import MAX_SEED
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.config.sampling import DepthConfig
 from megatransformer_jax.data.media.rows import task_names
 from megatransformer_jax.data.mel import griffin_lim
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.diagnostics.figures import to_image
 from megatransformer_jax.evaluation.media.making import (
-    Answered,
-    Made,
-    make_answering_step,
-    make_making_step,
+    Question,
+    answers,
+    rows_to_answer,
+    rows_to_make,
 )
 from megatransformer_jax.evaluation.media.table import Tile, contact_sheet, draw_mels, pixels_of
 from megatransformer_jax.evaluation.media.validation import (
     MediaValidationSet,
     make_media_eval_step,
 )
-from megatransformer_jax.evaluation.validation import depth_argument
+from megatransformer_jax.generation.generator import Generator
+from megatransformer_jax.generation.placement import fetch
+from megatransformer_jax.generation.request import GeneratedClip, GeneratedImage, GeneratedMedium
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.runs.build import trained_depth
 from megatransformer_jax.runs.tasks.transformer import TransformerTask
 from megatransformer_jax.training.loop import Hook
 from megatransformer_jax.training.media_hook import MediaSampleHook, MediaSamples
 from megatransformer_jax.training.writers import MultiWriter
-from megatransformer_jax.types import Batch
+from megatransformer_jax.types import AUDIO, IMAGE, Batch
 
 
 class MediaTask(TransformerTask):
@@ -83,32 +87,58 @@ def make_media_sampler(
     Returns:
       The function; None comes of all processes but the primary one.
     """
-    depth = trained_depth(config) if config.samples.depth is None else config.samples.depth
-    key = jax.random.fold_in(jax.random.key(config.train.seed), streams.MEDIA_SAMPLES)
-    make = make_making_step(model, key, config.samples.num_media)
-    answer = make_answering_step(model, key, config.samples.num_media)
+    trained = trained_depth(config)
+    depth = trained if config.samples.depth is None else config.samples.depth
+    kinds = {"image": IMAGE, "audio": AUDIO}
+    # Every process has the whole batch, as all must make the same calls.
+    batches = [fetch(model.sharder, batch)]
+
+    def first(rows: Callable[..., Iterator[Question]]) -> dict[str, list[Question]]:
+        count = config.samples.num_media
+        return {
+            name: list(itertools.islice(rows(batches, kind, tokenizer), count))
+            for name, kind in kinds.items()
+        }
+
+    asking, asked = first(rows_to_make), first(rows_to_answer)
 
     def sample(params: Any, step: int) -> MediaSamples | None:
-        num_steps = depth_argument(depth)
-        draw_key = jax.device_put(jax.random.fold_in(key, step))
-        made = jax.device_get(make(params, batch, num_steps, draw_key))
-        answered = jax.device_get(answer(params, batch, num_steps))
+        seed = (config.train.seed + step) % (MAX_SEED + 1)
+
+        def generator(generation: GenerationConfig) -> Generator:
+            return Generator(model, params, tokenizer, generation, trained)
+
+        making = generator(GenerationConfig(seed=seed, depth=DepthConfig(depth=depth)))
+        made = {
+            name: list(zip(own, making.make([one.prompt for one in own]), strict=True))
+            for name, own in asking.items()
+            if own
+        }
+        # Both kinds together, so that there is one program.
+        questions = [question for own in asked.values() for question in own]
+        length = batches[0].tokens.shape[1]
+        said = (
+            answers(generator, config.model, questions, depth, row_length=length)
+            if questions
+            else []
+        )
         if jax.process_index():
             return None
-        seed = (config.train.seed + step) % (MAX_SEED + 1)
-        return present(made, answered, tokenizer, config.model.audio.mel, seed)
+        left = iter(zip(questions, said, strict=True))
+        answered = {name: list(itertools.islice(left, len(own))) for name, own in asked.items()}
+        return present(made, answered, config.model.audio.mel, seed)
 
     return sample
 
 
+Made = Sequence[tuple[Question, GeneratedMedium]]
+Answered = Sequence[tuple[Question, str]]
+
+
 def present(
-    made: dict[str, Made],
-    answered: dict[str, Answered],
-    tokenizer: Tokenizer,
-    mel: MelConfig,
-    seed: int,
+    made: Mapping[str, Made], answered: Mapping[str, Answered], mel: MelConfig, seed: int
 ) -> MediaSamples:
-    """Files, figures and texts of what the model made and said; only of rows that there are.
+    """Files, figures and texts of what the model made and said, by 'image' and 'audio'.
 
     Names: drawn_<n>, spoken_<n> for media with their prompt as a text; drawn, captioned for contact
     sheets, mels_<n> for spectrograms; captioned_<n>, transcribed_<n> for texts.
@@ -116,95 +146,59 @@ def present(
     images: dict[str, np.ndarray] = {}
     clips: dict[str, np.ndarray] = {}
     texts: dict[str, str] = {}
-    if "image" in made:
-        _present_drawings(made["image"], tokenizer, images, texts)
-    if "image" in answered:
-        _present_captions(answered["image"], tokenizer, images, texts)
-    if "audio" in made:
-        _present_speech(made["audio"], tokenizer, mel, seed, images, clips, texts)
-    if "audio" in answered:
-        for index, (said, right) in _answers(answered["audio"], tokenizer):
-            texts[f"transcribed_{index}"] = _verdict(said, right)
+    _present_drawings(made.get("image", ()), images, texts)
+    _present_captions(answered.get("image", ()), images, texts)
+    _present_speech(made.get("audio", ()), mel, seed, images, clips, texts)
+    for index, (question, said) in enumerate(answered.get("audio", ())):
+        texts[f"transcribed_{index}"] = _verdict(said, question.right)
     return MediaSamples(images, clips, texts, mel.sample_rate_hz if clips else None)
 
 
-def _present_drawings(
-    made: Made, tokenizer: Tokenizer, images: dict[str, np.ndarray], texts: dict[str, str]
-) -> None:
+def _present_drawings(made: Made, images: dict[str, np.ndarray], texts: dict[str, str]) -> None:
     """The sheet has drawings above the real images of the same rows."""
     drawings, real = [], []
-    for index in np.flatnonzero(made.exists).tolist():
-        prompt = _prompt(made, index, tokenizer)
-        images[f"drawn_{index}"] = pixels_of(made.media[index])
-        texts[f"drawn_{index}"] = prompt
-        drawings.append(Tile(made.media[index], prompt))
-        real.append(Tile(made.real[index], "real"))
+    for index, (question, medium) in enumerate(made):
+        assert isinstance(medium, GeneratedImage)  # As the row asks for.
+        images[f"drawn_{index}"] = pixels_of(medium.pixels)
+        texts[f"drawn_{index}"] = question.text
+        drawings.append(Tile(medium.pixels, question.text))
+        real.append(Tile(question.medium, "real"))
     columns = min(MAX_COLUMNS, len(drawings))
     tiles: list[Tile] = []
     for start in range(0, len(drawings), MAX_COLUMNS):
         block = slice(start, start + columns)
-        blank = [Tile(-np.ones_like(made.real[0]))] * (columns - len(drawings[block]))
+        blank = [Tile(-np.ones_like(real[0].image))] * (columns - len(drawings[block]))
         tiles += [*drawings[block], *blank, *real[block], *blank]
     if tiles:
         images["drawn"] = contact_sheet(tiles, columns)
 
 
 def _present_captions(
-    answered: Answered,
-    tokenizer: Tokenizer,
-    images: dict[str, np.ndarray],
-    texts: dict[str, str],
+    answered: Answered, images: dict[str, np.ndarray], texts: dict[str, str]
 ) -> None:
     tiles = []
-    for index, (said, right) in _answers(answered, tokenizer):
+    for index, (question, said) in enumerate(answered):
+        right = question.right
         texts[f"captioned_{index}"] = _verdict(said, right)
-        tiles.append(Tile(answered.media[index], said if said == right else f"{said} ({right})"))
+        tiles.append(Tile(question.medium, said if said == right else f"{said} ({right})"))
     if tiles:
         images["captioned"] = contact_sheet(tiles, min(MAX_COLUMNS, len(tiles)))
 
 
 def _present_speech(
     made: Made,
-    tokenizer: Tokenizer,
     mel: MelConfig,
     seed: int,
     images: dict[str, np.ndarray],
     clips: dict[str, np.ndarray],
     texts: dict[str, str],
 ) -> None:
-    assert made.lengths is not None and made.real_lengths is not None  # Clips have both.
-    for index in np.flatnonzero(made.exists).tolist():
-        prompt = _prompt(made, index, tokenizer)
-        own = made.media[index][: made.lengths[index]]
-        real = made.real[index][: made.real_lengths[index]]
-        clips[f"spoken_{index}"] = griffin_lim(own, mel, seed=seed)
-        texts[f"spoken_{index}"] = prompt
-        figure = draw_mels([(f"made: {prompt}", own), ("real", real)], mel)
-        images[f"mels_{index}"] = to_image(figure)
-
-
-def _prompt(made: Made, index: int, tokenizer: Tokenizer) -> str:
-    """The row's text up to its last medium."""
-    last = int(np.flatnonzero(made.follows[index])[-1])
-    return _text(made.tokens[index][: last + 1], tokenizer)
-
-
-def _answers(answered: Answered, tokenizer: Tokenizer) -> list[tuple[int, tuple[str, str]]]:
-    """Number, answer of the model and right answer of each row that there is."""
-    found = []
-    for index in np.flatnonzero(answered.exists).tolist():
-        places = answered.is_answer[index]
-        counts = places & (answered.loss_mask[index] > 0)
-        said, right = answered.answer[index][places], answered.targets[index][counts]
-        found.append((index, (_text(said, tokenizer), _text(right, tokenizer))))
-    return found
-
-
-def _text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
-    """Text before the end token, without ids that the tokenizer does not have."""
-    ends = np.flatnonzero(ids == tokenizer.eos_id)
-    kept = ids[: ends[0]] if len(ends) else ids
-    return tokenizer.decode([int(token) for token in kept if token < tokenizer.vocab_size])
+    for index, (question, medium) in enumerate(made):
+        assert isinstance(medium, GeneratedClip)  # As the row asks for.
+        clips[f"spoken_{index}"] = griffin_lim(medium.mel, mel, seed=seed)
+        texts[f"spoken_{index}"] = question.text
+        pair = [(f"made: {question.text}", medium.mel), ("real", question.medium)]
+        images[f"mels_{index}"] = to_image(draw_mels(pair, mel))
 
 
 def _verdict(said: str, right: str) -> str:

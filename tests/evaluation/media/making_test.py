@@ -1,26 +1,24 @@
-"""What is shown of held-out rows: made from their own text, and answered to their own media."""
+"""Held-out rows as prompts, and what a generator makes of them, against passes without a cache."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
-from smallest_media_model import TOKENIZER, Medium, make_model, media_batch
+from smallest_media_model import LENGTH, TOKENIZER, Medium, make_model, media_batch
 
+from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.loop import MeshConfig
-from megatransformer_jax.evaluation.media.making import (
-    greedy_answers,
-    make_answering_step,
-    make_making_step,
-    make_next_tokens,
-)
+from megatransformer_jax.config.sampling import DepthConfig
+from megatransformer_jax.evaluation.media.making import answers, rows_to_answer, rows_to_make
+from megatransformer_jax.evaluation.media.validation import run_model
+from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
-from megatransformer_jax.training.distributed import make_global_batch
 from megatransformer_jax.types import AUDIO, IMAGE
 
-STATE_KEY, DRAW_KEY = jax.random.key(0), jax.random.key(1)
-STEPS = np.int32(2)
+DEPTH = 2
 ROWS = (
     (0, ("abcdefgh",)),
     (1, (Medium(IMAGE), "ab")),
@@ -42,74 +40,80 @@ def subject():
     return model, params, media_batch(model, ROWS)
 
 
-@pytest.fixture(scope="module")
-def make(subject):
-    return make_making_step(subject[0], STATE_KEY, count=3)
+def make_generator(model, params):
+    return lambda config: Generator(model, params, TOKENIZER, config, DEPTH)
 
 
-@pytest.fixture(scope="module")
-def answer(subject):
-    return make_answering_step(subject[0], STATE_KEY, count=2)
+def test_rows_stop_where_a_medium_is_to_be_made(subject):
+    _, _, batch = subject
+    drawn = list(rows_to_make([batch], IMAGE, TOKENIZER))
+    assert [question.text for question in drawn] == ["cd", "e"]
+    opening = TOKENIZER.marker_id("<|IMAGE|>")
+    assert drawn[0].prompt.ids == (TOKENIZER.bos_id, *TOKENIZER.encode("cd"), opening)
+    # The image itself is no part of the prompt.
+    assert drawn[0].prompt.images == ()
+    np.testing.assert_array_equal(drawn[1].medium, batch.media.images[6, 0])
+    assert list(rows_to_make([batch], AUDIO, TOKENIZER)) == []
 
 
-def test_media_are_made_from_the_texts_of_the_first_rows_that_ask_for_them(subject, make):
-    _, params, batch = subject
-    made = jax.device_get(make(params, batch, STEPS, DRAW_KEY))
-    assert made["audio"].exists.tolist() == [False] * 3
-    drawn = made["image"]
-    assert drawn.exists.tolist() == [True, True, False]
-    np.testing.assert_array_equal(drawn.tokens[:2], batch.tokens[[2, 6]])
-    np.testing.assert_array_equal(drawn.real[:2], batch.media.images[[2, 6], 0])
+def test_rows_stop_behind_the_media_that_are_asked_about(subject):
+    _, _, batch = subject
+    asked = list(rows_to_answer([batch, batch], IMAGE, TOKENIZER))
+    assert [question.right for question in asked] == ["ab", "xyz", "q"] * 2
+    for question, row in zip(asked, (1, 5, 7), strict=False):
+        # Nothing of the answer is in the prompt.
+        assert question.text == "" and len(question.prompt.ids) == 3
+        np.testing.assert_array_equal(question.prompt.images[0], batch.media.images[row, 0])
+    (heard,) = rows_to_answer([batch], AUDIO, TOKENIZER)
+    frames = batch.media.mel_lengths[3, 0]
+    assert heard.right == "c" and heard.medium.shape == (frames, 8)
+    np.testing.assert_array_equal(heard.prompt.mels[0], batch.media.mels[3, 0, :frames])
+    assert [one.right for one in rows_to_answer([batch], IMAGE, TOKENIZER, task=1)] == [
+        "ab",
+        "xyz",
+        "q",
+    ]
+    assert list(rows_to_answer([batch], IMAGE, TOKENIZER, task=3)) == []
+    # Padding is of no task, whatever its number.
+    padding = batch._replace(segment_ids=np.zeros_like(batch.segment_ids))
+    assert list(rows_to_answer([padding], IMAGE, TOKENIZER)) == []
 
-    def drawings(**changes):
-        media = batch.media._replace(images=-batch.media.images)
-        changed = batch._replace(media=media, **changes)
-        return jax.device_get(make(params, changed, STEPS, DRAW_KEY))["image"].media
 
-    # The image is not seen, the text is.
-    np.testing.assert_array_equal(drawings()[:2], drawn.media[:2])
-    tokens = batch.tokens.copy()
-    tokens[2, 1] += 1
-    differs = np.abs(drawings(tokens=tokens) - drawn.media).max(axis=(1, 2, 3))
-    assert differs[0] > 1e-3 and differs[1] == 0
-
-
-def test_answers_are_the_greedy_ones_to_given_media(subject, answer):
+def test_answers_are_the_greedy_ones(subject):
+    """As whole passes give them, one token after the other."""
     model, params, batch = subject
-    answered = jax.device_get(answer(params, batch, STEPS))
-    images, clips = answered["image"], answered["audio"]
-    assert images.exists.tolist() == [True, True] and clips.exists.tolist() == [True, False]
-    np.testing.assert_array_equal(images.media, batch.media.images[[1, 5], 0])
-    np.testing.assert_array_equal(clips.media[0], batch.media.mels[3, 0])
-    assert clips.lengths[0] == batch.media.mel_lengths[3, 0]
-
-    next_tokens = jax.jit(make_next_tokens(model, STATE_KEY))
-    wanted = greedy_answers(next_tokens, params, batch, STEPS, TOKENIZER.eos_id)
-    for own, number in ((images, (1, 5)), (clips, (3,))):
-        for index, row in enumerate(number):
-            said = own.answer[index][own.is_answer[index]].tolist()
-            ends = [*said, TOKENIZER.eos_id].index(TOKENIZER.eos_id)
-            assert said[:ends] == wanted[row]
-            counts = own.is_answer[index] & (own.loss_mask[index] > 0)
-            text = "".join(part for part in ROWS[row][1] if isinstance(part, str))
-            assert TOKENIZER.decode(own.targets[index][counts].tolist()) == text
-
-
-def test_the_right_answer_is_not_looked_at(subject, answer):
-    _, params, batch = subject
-    tokens = batch.tokens.copy()
-    tokens[[1, 5], 3:] = 9  # Behind the start and the two markers.
-    other = jax.device_get(answer(params, batch._replace(tokens=tokens), STEPS))["image"]
-    own = jax.device_get(answer(params, batch, STEPS))["image"]
-    np.testing.assert_array_equal(other.answer, own.answer)
+    asked = list(rows_to_answer([batch], IMAGE, TOKENIZER))
+    found = answers(
+        make_generator(model, params), model.config, asked, DEPTH, row_length=LENGTH, batch_size=2
+    )
+    whole = jax.jit(functools.partial(run_model, model))
+    text = np.arange(model.config.vocab_size) < TOKENIZER.base.vocab_size
+    text[TOKENIZER.pad_id] = False
+    for said, row in zip(found, (1, 5, 7), strict=True):
+        tokens, segments = np.array(batch.tokens), np.ones_like(batch.segment_ids)
+        ids = []
+        for place in range(2, LENGTH):
+            now = batch._replace(tokens=tokens, segment_ids=segments)
+            logits = np.asarray(whole(params, now, DEPTH, jax.random.key(0)).logits[row, place])
+            token = int(np.where(text, logits, -np.inf).argmax())
+            if token == TOKENIZER.eos_id:
+                break
+            ids.append(token)
+            if place + 1 < LENGTH:
+                tokens[row, place + 1] = token
+        assert said == TOKENIZER.decode(ids)
 
 
-def test_a_mesh_gives_the_same(subject, answer):
+def test_a_mesh_makes_and_answers_the_same(subject):
     model, params, batch = subject
     sharder = Sharder(make_mesh(MeshConfig(data=2, fsdp=2, sequence=2), jax.devices()))
-    meshed = make_answering_step(model.copy(sharder=sharder), STATE_KEY, count=2)
-    ours = meshed(params, make_global_batch(batch, sharder), STEPS)
-    assert ours["image"].answer.sharding.is_fully_replicated
-    theirs = answer(params, batch, STEPS)
-    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-6)
+    asked = list(rows_to_answer([batch], IMAGE, TOKENIZER))
+    drawn = [question.prompt for question in rows_to_make([batch], IMAGE, TOKENIZER)]
+    config = GenerationConfig(seed=1, depth=DepthConfig(depth=DEPTH))
+    found = []
+    for own in (model, model.copy(sharder=sharder)):
+        of = make_generator(own, params)
+        said = answers(of, model.config, asked, DEPTH, row_length=LENGTH)
+        found.append((said, [medium.pixels for medium in of(config).make(drawn)]))
+    assert found[0][0] == found[1][0]
+    np.testing.assert_allclose(found[0][1], found[1][1], atol=1e-4)

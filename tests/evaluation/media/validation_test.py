@@ -5,14 +5,8 @@ import functools
 import jax
 import numpy as np
 import pytest
-from smallest_media_model import TOKENIZER, Medium, make_model, media_batch
+from smallest_media_model import Medium, make_model, media_batch
 
-from megatransformer_jax.evaluation.media.making import (
-    greedy_answers,
-    make_next_tokens,
-    right_answers,
-    rows_of_task,
-)
 from megatransformer_jax.evaluation.media.validation import (
     MediaValidationSet,
     is_answer,
@@ -119,44 +113,26 @@ def test_means_and_metrics(subject, batch):
         mean_media_scores(2, [empty], TASKS)
 
 
-def test_an_answer_is_exact_if_it_is_the_greedy_one(subject, batch):
+def test_an_answer_is_exact_if_it_is_the_likeliest(subject, batch):
+    """All of its tokens, each behind the right ones."""
     model, params, step = subject
-    next_tokens = jax.jit(make_next_tokens(model, KEY))
-    answers = greedy_answers(next_tokens, params, batch, STEPS, TOKENIZER.eos_id)
-    assert answers[3] == [] and answers[7] == []  # No medium in the row.
+    whole = jax.jit(functools.partial(run_model, model))
     tokens, targets, loss_mask = (np.array(batch[index]) for index in range(3))
-    segments = np.array(batch.segment_ids)
-    for row in (1, 2):
-        closing = int(np.flatnonzero(batch.media.follows[row])[0]) + 1
-        answer = np.array([*answers[row], TOKENIZER.eos_id])[: tokens.shape[1] - closing]
-        last = closing + len(answer)
-        tokens[row, closing + 1 : last] = answer[:-1]
-        targets[row, closing:last] = answer
-        loss_mask[row], loss_mask[row, closing:last] = 0, 1
-        segments[row, :last] = 1
+    segments = np.ones_like(batch.segment_ids)
+    for place in range(2, tokens.shape[1]):
+        now = batch._replace(tokens=tokens.copy(), segment_ids=segments)
+        likeliest = np.asarray(whole(params, now, STEPS, KEY).logits).argmax(axis=-1)
+        for row in (1, 2):
+            targets[row, place] = likeliest[row, place]
+            loss_mask[row, : place + 1] = np.arange(place + 1) >= 2
+            if place + 1 < tokens.shape[1]:
+                tokens[row, place + 1] = likeliest[row, place]
     greedy = batch._replace(
         tokens=tokens, targets=targets, loss_mask=loss_mask, segment_ids=segments
     )
     assert step(params, greedy, STEPS).tasks.exact_answers[1] == 2
-    targets[2, closing] += 1
+    targets[2, 4] += 1
     assert step(params, greedy, STEPS).tasks.exact_answers[1] == 1
-
-
-def test_answers_end(subject, batch):
-    """A model that counts down says every token from what comes before it."""
-    end = TOKENIZER.eos_id
-
-    def next_tokens(params, batch, num_steps):
-        closing = (TOKENIZER.marker_id(f"<|/{name}|>") for name in ("IMAGE", "VOICE"))
-        is_closing = np.isin(batch.tokens, list(closing))
-        return np.where(is_closing, end + 3, batch.tokens - 1)
-
-    answers = greedy_answers(next_tokens, None, batch, STEPS, end)
-    for row, (_, parts) in enumerate(ROWS[:-1]):
-        assert answers[row] == ([] if parts == ("hello",) else [end + 3, end + 2, end + 1])
-    # Without an end token the row's end ends it.
-    answers = greedy_answers(next_tokens, None, batch, STEPS, 300)
-    assert answers[1] == [end + 3 - number for number in range(8)]
 
 
 def test_text_behind_the_last_medium():
@@ -170,18 +146,3 @@ def test_text_behind_the_last_medium():
     ):
         found = is_answer(jax.numpy.asarray(follows), jax.numpy.asarray(counts, float))
         np.testing.assert_array_equal(found, expected)
-
-
-def test_rows_of_a_task_and_their_answers(batch):
-    media = batch.media._replace(task=np.where(batch.media.task == 1, 3, batch.media.task))
-    batches = rows_of_task([batch, batch._replace(media=media)], 3)
-    # Of the first batch row 5, of the second rows 1, 2 and 5; padding repeats the last.
-    assert len(batches) == 1
-    texts = [TOKENIZER.decode(ids) for ids in right_answers(batches[0], TOKENIZER.eos_id)]
-    assert texts == ["uv", "abcd", "xy", "uv", "uv", "uv", "uv", "uv"]
-    np.testing.assert_array_equal(batches[0].media.mels[0], batch.media.mels[5])
-    assert rows_of_task([batch], 5) == []
-    assert right_answers(batch, TOKENIZER.eos_id)[3] == []
-    # Padding is of no task, whatever its number.
-    padding = batch._replace(segment_ids=np.zeros_like(batch.segment_ids))
-    assert rows_of_task([padding], 0) == []
