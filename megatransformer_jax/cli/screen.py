@@ -214,6 +214,9 @@ class Stopwatch:
 # ------------------------------------------------------------------------------
 # Texts of prompts: one as it comes, or many.
 
+# What a command line can ask to continue.
+ShownPrompt = str | Sequence[int] | MediaPrompt
+
 
 def continue_texts(loaded: LoadedModel, parsed: Parsed, prompts: Prompts) -> None:
     """Continues the prompts of a command, with their media, or talks.
@@ -227,13 +230,14 @@ def continue_texts(loaded: LoadedModel, parsed: Parsed, prompts: Prompts) -> Non
       UserError: if an option or a prompt does not fit the model, or a file cannot be written.
     """
     options, media = parsed.options, None
+    given: Sequence[ShownPrompt] = prompts
     if _wants_media(parsed, prompts):
         # It imports what reads and draws images, which takes long.
         from megatransformer_jax.cli.generate_media import MediaFiles  # noqa: PLC0415
 
         media = MediaFiles(loaded, parsed)
-        prompts = media.prompts(prompts)
-        parsed = media.fitted(prompts)
+        given = media.prompts(prompts)
+        parsed = media.fitted(given)
     screen = Screen(Console(), depth=None)
 
     def make_generator(config: GenerationConfig) -> Generator:
@@ -249,7 +253,7 @@ def continue_texts(loaded: LoadedModel, parsed: Parsed, prompts: Prompts) -> Non
         else:
             generator = make_generator(parsed.generation)
             tokenizer = loaded.tokenizer
-            continue_prompts(generator, tokenizer, prompts, parsed, screen, stopwatch, media)
+            continue_prompts(generator, tokenizer, given, parsed, screen, stopwatch, media)
 
 
 def _wants_media(parsed: Parsed, prompts: Prompts) -> bool:
@@ -264,7 +268,7 @@ def _wants_media(parsed: Parsed, prompts: Prompts) -> bool:
 def continue_prompts(
     generator: Generator,
     tokenizer: Tokenizer | None,
-    prompts: Prompts,
+    prompts: Sequence[ShownPrompt],
     parsed: Parsed,
     screen: Screen,
     stopwatch: Stopwatch,
@@ -374,7 +378,7 @@ def summary(
     return ", ".join(parts)
 
 
-def _streams(parsed: Parsed, prompts: Prompts) -> bool:
+def _streams(parsed: Parsed, prompts: Sequence[ShownPrompt]) -> bool:
     """Whether the result is one text that can be shown as it comes, and not written to a file."""
     try:
         check_can_stream(parsed.generation)
@@ -407,21 +411,21 @@ def _name(medium: GeneratedMedium) -> str:
     return "[image]" if isinstance(medium, GeneratedImage) else "[sound]"
 
 
-def _shown(prompt: AnyPrompt, tokenizer: Tokenizer | None) -> str:
+def _shown(prompt: ShownPrompt, tokenizer: Tokenizer | None) -> str:
     if isinstance(prompt, str | MediaPrompt):
         return str(prompt)
     return " ".join(map(str, prompt)) if tokenizer is None else tokenizer.decode(prompt)
 
 
 def _write_json(
-    name: str, completions: Sequence[Completion], prompts: Prompts, num_samples: int
+    name: str, completions: Sequence[Completion], prompts: Sequence[ShownPrompt], num_samples: int
 ) -> None:
     lines = []
     for index, completion in enumerate(completions):
         prompt = prompts[index // num_samples]
         record = {
             "prompt": completion.prompt,
-            "prompt_ids": None if isinstance(prompt, str) else list(prompt),
+            "prompt_ids": None if isinstance(prompt, str | MediaPrompt) else list(prompt),
             "sample": index % num_samples,
             "text": completion.text,
             "token_ids": list(completion.token_ids),
