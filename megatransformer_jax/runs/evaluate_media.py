@@ -84,7 +84,7 @@ def evaluate_media(
       options: what is made, and how.
       batches: the validation split, on the host.
       depths: iterations of the core; None: the model has none.
-      state_key: of the core's first states; draws of media come from it too.
+      state_key: of the first states of the core in validation.
       progress: shows how far it is.
     """
     run = loaded.run_config
