@@ -85,7 +85,7 @@ def _everywhere(tree: Any, sharder: Sharder) -> Any:
     return jax.tree.map(lambda array: sharder.constrain(array, *(None,) * array.ndim), tree)
 
 
-def _row_axes(array: jax.Array) -> tuple[str | None, ...]:
+def _row_axes(array: Any) -> tuple[str | None, ...]:
     return ("batch", *(None,) * (array.ndim - 1))
 
 

@@ -171,7 +171,7 @@ def test_answers_about_a_file_are_streamed(
     run: Any, files: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = f"--image={files / 'right.png'}"
-    out, err = run(image, "--prompt=is", "--show_depth")
+    out, err = run(image, "--prompt=is", "--show_depth", "--depth=2")
     assert out.startswith("<|IMAGE|><|/IMAGE|>isy[2]e[2]s[2]\n") and ", the first after " in err
     # A session asks about the same file again and again.
     monkeypatch.setattr("sys.stdin", io.StringIO("what\nsure\n"))

@@ -83,7 +83,7 @@ def test_a_prompt_may_be_repeated_and_hold_commas() -> None:
         (["--draw", "--speak", "--output=a"], r"^--speak: does not go together with --draw"),
         (["--image=a", "--prompt=b"], r"^--image: belongs to one prompt"),
         (["--audio=a", "--json=b"], r"^--json: is for text alone"),
-        (["--output=a", "--show_depth"], r"^--show_depth: is for text alone"),
+        (["--output=a", "--interactive"], r"^--interactive: is for text alone"),
         (["--convert"], r"^--convert: would be ignored without --image or --audio"),
         (["--vocoder=a"], r"^--vocoder: would be ignored without --output"),
         (["--precision=float16"], r"^--precision: .* one of 'auto', 'float32', 'bfloat16'"),
@@ -154,7 +154,7 @@ def test_examples_of_help_are_accepted() -> None:
     examples = text[: text.index("Values are written")].replace("\\\n", " ").splitlines()
     commands = [line.partition("  megatransformer generate ")[2] for line in examples]
     commands = [command for command in commands if command]
-    assert len(commands) == 7
+    assert len(commands) == 8
 
     for command in commands:
         parse(*shlex.split(command))

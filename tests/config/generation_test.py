@@ -172,6 +172,18 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         {"strategy": "parallel", "depth": DepthConfig(depth=1)},
         "parallel.iterations_per_round",
     ),
+    (
+        "_beams_write_text",
+        GenerationConfig,
+        {"strategy": "beam", "media": MediaGenerationConfig(max_media=1)},
+        "media.max_media",
+    ),
+    (
+        "_samplers_need_media_to_make",
+        GenerationConfig,
+        {"media": MediaGenerationConfig(max_media=0, guidance_scale=2.0)},
+        "media.guidance_scale",
+    ),
 ]
 
 
@@ -328,7 +340,7 @@ def test_media_and_text_alone_have_their_own_options() -> None:
     assert GenerationConfig(strategy="beam").most_media == 0
     with pytest.raises(ConfigError, match=r"media\.max_media: 2 with strategy='beam'"):
         GenerationConfig(strategy="beam", media=MediaGenerationConfig(max_media=2))
-    with pytest.raises(ConfigError, match=r"media\.sampler_steps: 4 would be ignored, as no media"):
+    with pytest.raises(ConfigError, match=r"media\.sampler_steps: 4 would be ignored as no media"):
         GenerationConfig(media=MediaGenerationConfig(max_media=0, sampler_steps=4))
 
 

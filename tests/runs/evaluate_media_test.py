@@ -22,7 +22,7 @@ from megatransformer_jax.data.sources.record import BadRecord
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.evaluation.media.features import moments
 from megatransformer_jax.evaluation.media.judges import LabelledClips
-from megatransformer_jax.generation.request import Completion, GeneratedClip
+from megatransformer_jax.generation.request import Completion, GeneratedClip, GeneratedImage
 from megatransformer_jax.models.megatransformer import init_params
 from megatransformer_jax.runs import evaluate_media
 from megatransformer_jax.runs.evaluate_media import MediaMeasures
@@ -233,21 +233,26 @@ def test_other_images_than_digits_are_drawn_for_the_users_features(
     )
     asked = []
 
-    def make_draw_step(model, key, settings):
-        def draw_step(params, batch, num_steps, key):
-            asked.extend(TOKENIZER.decode(row[row > 2].tolist()) for row in batch.tokens)
-            return np.zeros((len(batch.tokens), 8, 8, 3), np.float32)
+    class Blank:
+        def __init__(self, config):
+            pass
 
-        return draw_step
+        def make(self, prompts):
+            asked.extend(prompt.parts[0] for prompt in prompts)
+            return [GeneratedImage(np.zeros((8, 8, 3), np.float32)) for _ in prompts]
 
     module = types.ModuleType("user_module")
     module.features = lambda images: images.mean(axis=(1, 2))
     monkeypatch.setitem(sys.modules, "user_module", module)
     monkeypatch.setattr(evaluate_media, "make_media_eval_step", lambda *unused: None)
-    monkeypatch.setattr(evaluate_media, "make_draw_step", make_draw_step)
     monkeypatch.setattr(evaluate_media.jax, "jit", lambda function: function)
     loaded = types.SimpleNamespace(
-        tokenizer=TOKENIZER, model=None, params=None, config=config.model, description="a run"
+        tokenizer=TOKENIZER,
+        model=None,
+        params=None,
+        config=config.model,
+        description="a run",
+        generator=Blank,
     )
     batch = types.SimpleNamespace(tokens=np.zeros((4, 64), np.int32))
     arguments = (loaded, config, [batch], jax.random.key(0))
@@ -261,7 +266,7 @@ def test_other_images_than_digits_are_drawn_for_the_users_features(
         np.square(wanted.mean).sum() + np.trace(wanted.covariance), rel=1e-4
     )
     captions = [prompts[0] for prompts in held_out.prompts.values()]
-    assert [text for text in asked if text] == (captions * 10)[:10]
+    assert asked == (captions * 10)[:10]
     # Without features nobody could judge them.
     with pytest.raises(ConfigError, match="media_per_class: 1 would be ignored, as a run makes no"):
         MediaMeasures(ScoringConfig(media_per_class=1), *arguments)
