@@ -83,7 +83,7 @@ def test_a_prompt_may_be_repeated_and_hold_commas() -> None:
         (["--draw", "--speak", "--output=a"], r"^--speak: does not go together with --draw"),
         (["--image=a", "--prompt=b"], r"^--image: belongs to one prompt"),
         (["--audio=a", "--json=b"], r"^--json: is for text alone"),
-        (["--output=a", "--interactive"], r"^--interactive: is for text alone"),
+        (["--output=a", "--json=b"], r"^--json: is for text alone"),
         (["--convert"], r"^--convert: would be ignored without --image or --audio"),
         (["--vocoder=a"], r"^--vocoder: would be ignored without --output"),
         (["--precision=float16"], r"^--precision: .* one of 'auto', 'float32', 'bfloat16'"),
