@@ -29,11 +29,20 @@ class LoopConfig:
     precision: str = option(
         "auto",
         "Type of activations. auto: bfloat16 on accelerators, float32 on CPU. Parameters, "
-        "optimiser state, norms, softmax, logits and losses are always float32.",
+        "optimiser state, norms, softmax, logits and losses are always float32. There is no "
+        "float16: it would need loss scaling, which bfloat16, with the range of float32, does not.",
         choices=("auto", "float32", "bfloat16"),
     )
     accumulation: int = option(
         1, "Micro-batches whose gradients make one step; divides data.batch_size.", minimum=1
+    )
+    memory_budget_gib: float | str | None = option(
+        None,
+        "Memory in GiB that the compiled step may use on each device. accumulation then becomes "
+        "the smallest value that fits, and config.json records it. auto: nine tenths of what the "
+        "device has, on CPU half of the machine's memory. Default (None): accumulation as given.",
+        above=0,
+        words=("auto",),
     )
     ema_decay: float | None = option(
         None,
@@ -50,18 +59,21 @@ class LoopConfig:
     def __post_init__(self) -> None:
         check_options(self)
 
+    @rule("memory_budget_gib")
+    def _budget_chooses_the_accumulation(self) -> None:
+        """Not with an accumulation, which it chooses."""
+        if self.memory_budget_gib is not None and self.accumulation != 1:
+            raise ConfigError(
+                "accumulation",
+                f"{self.accumulation} would be overruled by memory_budget_gib="
+                f"{self.memory_budget_gib}, which chooses it; leave out one of them.",
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(LoopConfig):
     """The loop, and terms of a transformer's loss."""
 
-    memory_budget_gib: float | None = option(
-        None,
-        "Memory in GiB that the compiled step may use on each device. accumulation then becomes "
-        "the smallest value that fits, and config.json records it. Default (None): accumulation "
-        "as given.",
-        above=0,
-    )
     z_loss: float = option(
         0.0,
         "Weight of the squared log-normaliser, which keeps logits small (PaLM uses 1e-4).",
@@ -71,16 +83,6 @@ class TrainConfig(LoopConfig):
         ExitGateTrainingConfig, "The exit gate's term of the loss."
     )
     stability: StabilityConfig = section(StabilityConfig, "Stability of the iterations.")
-
-    @rule("memory_budget_gib")
-    def _budget_chooses_the_accumulation(self) -> None:
-        """Not with an accumulation, which it chooses."""
-        if self.memory_budget_gib is not None and self.accumulation != 1:
-            raise ConfigError(
-                "accumulation",
-                f"{self.accumulation} would be overruled by memory_budget_gib="
-                f"{self.memory_budget_gib:g}, which chooses it; leave out one of them.",
-            )
 
 
 # ------------------------------------------------------------------------------

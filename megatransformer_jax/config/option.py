@@ -59,6 +59,7 @@ class OptionCheck:
     maximum: float | None = None
     above: float | None = None
     below: float | None = None
+    words: tuple[str, ...] = ()  # next to numbers
 
     def describe(self) -> str:
         """Words for the options page and for error messages; empty when everything is allowed."""
@@ -73,7 +74,7 @@ class OptionCheck:
             parts.append(f"at most {_number(self.maximum)}")
         if self.below is not None:
             parts.append(f"below {_number(self.below)}")
-        return " and ".join(parts)
+        return ", or ".join([" and ".join(parts), *map(repr, self.words)])
 
     def allows(self, value: Any) -> bool:
         """Whether a value of the right type passes. A tuple passes when each of its items does."""
@@ -81,6 +82,8 @@ class OptionCheck:
             return all(self.allows(item) for item in value)
         if self.choices:
             return value in self.choices
+        if self.words and isinstance(value, str):
+            return value in self.words
         return not (
             (self.minimum is not None and not value >= self.minimum)
             or (self.maximum is not None and not value <= self.maximum)
@@ -105,9 +108,11 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    words: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field with its default, its meaning in words and what is allowed."""
-    check = OptionCheck(tuple(choices), minimum, maximum, above, below)
+    """A dataclass field with its default, its meaning in words and what is allowed: `choices` of
+    texts, bounds of numbers, and `words` that may stand in place of a number."""
+    check = OptionCheck(tuple(choices), minimum, maximum, above, below, tuple(words))
     return dataclasses.field(default=default, metadata={"meaning": meaning, "check": check})
 
 
@@ -302,6 +307,8 @@ def parse_text(text: str, declared: Any) -> Any:
         try:
             return parse_text(text, parts[0])
         except UserError as error:
+            if str in parts:
+                return text
             raise UserError(f"{error} (None is allowed too.)") from None
     if typing.get_origin(declared) is tuple:
         return _parse_tuple(text, declared)

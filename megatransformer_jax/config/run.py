@@ -167,8 +167,8 @@ class RunConfig(BaseRunConfig):
 
     @rule("model.image", "model.audio")
     def _media_go_without_text_only_options(self) -> None:
-        """Models with images or sound do not support train.memory_budget_gib, text samples other
-        than the defaults, and model.residual='admin'."""
+        """Models with images or sound do not support text samples other than the defaults, and
+        model.residual='admin'."""
         check_text_only_options(self)
 
     @rule("samples.num_media")

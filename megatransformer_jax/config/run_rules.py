@@ -13,7 +13,6 @@ if TYPE_CHECKING:  # run.py imports this module.
 
 # What runs the model on text alone, by section.
 _OF_TEXT = {
-    "train": ("memory_budget_gib",),
     "samples": ("prompts", "max_new_tokens", "temperature"),
 }
 

@@ -1,6 +1,7 @@
 """The model: embedding, prelude, recurrent core, coda, head, and parts for images and sound."""
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 import jax
@@ -391,9 +392,14 @@ def init_params(model: MegaTransformer, key: Key[Array, ""]) -> Any:
     return jax.jit(lambda key: nn.meta.unbox(_init_boxed(model, key)))(key)
 
 
+def abstract_params(model: MegaTransformer) -> Any:
+    """The tree of `init_params` with shapes and types in place of arrays."""
+    return nn.meta.unbox(_abstract_boxed(off_mesh(model)))
+
+
 def param_axes(model: MegaTransformer) -> Any:
     """Logical axis names of every parameter, in the tree of `init_params`."""
-    return axes_of(jax.eval_shape(lambda key: _init_boxed(model, key), jax.random.key(0)))
+    return axes_of(_abstract_boxed(off_mesh(model)))
 
 
 def gather_weights(model: MegaTransformer, params: Any) -> Any:
@@ -431,6 +437,12 @@ def with_xla_attention(model: MegaTransformer) -> MegaTransformer:
 def off_mesh(model: MegaTransformer) -> MegaTransformer:
     """The same model for inputs of any shape: no constraint of a mesh or of a fused kernel."""
     return model.copy(config=_with_xla_attention(model.config), sharder=Sharder())
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_boxed(alone: MegaTransformer) -> Any:
+    """Kept, because a trace of a large model takes seconds and a run asks for it several times."""
+    return jax.eval_shape(lambda key: _init_boxed(alone, key), jax.random.key(0))
 
 
 def _init_boxed(model: MegaTransformer, key: jax.Array) -> Any:

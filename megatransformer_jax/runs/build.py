@@ -1,9 +1,11 @@
 """Builds the parts of a run from its config: mesh, model, abstract train state, micro-batches."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 from absl import logging
 
@@ -18,15 +20,16 @@ from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.micro_batch import (
     CompiledStep,
-    Shape,
     StepProgram,
+    budget_in_gib,
     choose_accumulation,
     compile_step,
     possible_accumulations,
 )
-from megatransformer_jax.training.state import TrainState, init_state, state_shardings
-from megatransformer_jax.training.step import make_train_step
-from megatransformer_jax.types import DTypePolicy
+from megatransformer_jax.training.state import TrainState, abstract_state, state_shardings
+from megatransformer_jax.types import Batch, DTypePolicy, MediaBatch
+
+Config = TypeVar("Config", bound=BaseRunConfig)
 
 # ------------------------------------------------------------------------------
 # The parts.
@@ -65,14 +68,46 @@ def abstract_train_state(
     fine_tuning: FineTuningConfig,
 ) -> TrainState:
     """Shapes, types and shardings of the train state, without allocating it."""
-    shapes = jax.eval_shape(
-        lambda key: init_state(model, optimizer, key, fine_tuning=fine_tuning), jax.random.key(0)
-    )
+    shapes = abstract_state(model, optimizer, fine_tuning)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
         state_shardings(model, optimizer, sharder, fine_tuning=fine_tuning),
     )
+
+
+def abstract_batches(config: RunConfig, sharder: Sharder) -> list[Batch]:
+    """Shapes, types and shardings of every kind of batch of a transformer's run, whole ones, from
+    the shortest rows to the longest."""
+    return [_abstract_batch(config, sharder, *shape) for shape in config.data.batch_shapes]
+
+
+def _abstract_batch(config: RunConfig, sharder: Sharder, rows: int, length: int) -> Batch:
+    def array(dtype: Any, *extents: int, cut: bool = False) -> jax.ShapeDtypeStruct:
+        axes = ("batch", "length") if cut else ("batch", *(None,) * len(extents))
+        return jax.ShapeDtypeStruct((rows, *extents), dtype, sharding=sharder.sharding(*axes))
+
+    whole, weights = array(jnp.int32, length, cut=True), array(jnp.float32, length, cut=True)
+    text = Batch(whole, whole, weights, whole, whole)
+    model, data = config.model, config.data.media
+    if not model.has_media:
+        return text
+    media = MediaBatch(follows=array(jnp.int32, length), task=array(jnp.int32))
+    if model.image.enabled:
+        slots = data.images_per_row
+        media = media._replace(
+            images=array(jnp.float32, slots, *model.image.shape),
+            is_image=array(jnp.bool_, slots),
+            is_drawn=array(jnp.bool_, slots),
+        )
+    if model.audio.enabled:
+        slots, audio = data.audio_per_row, model.audio
+        media = media._replace(
+            mels=array(jnp.float32, slots, audio.max_frames, audio.mel.num_mels),
+            mel_lengths=array(jnp.int32, slots),
+            is_spoken=array(jnp.bool_, slots),
+        )
+    return text._replace(media=media)
 
 
 def trained_depth(config: RunConfig) -> int | None:
@@ -100,7 +135,7 @@ class MemoryPlan:
     """What is known before anything is built.
 
     Attributes:
-      budget_gib: `train.memory_budget_gib`.
+      budget_gib: `train.memory_budget_gib` as a number.
       accumulation: what the run has been started with; None: it starts now.
     """
 
@@ -109,44 +144,44 @@ class MemoryPlan:
 
     def compile(
         self,
-        config: RunConfig,
-        model: MegaTransformer,
-        optimizer: optax.GradientTransformation,
+        config: Config,
+        make_step: Callable[[Config], Any],
+        state: TrainState,
+        batches: Sequence[Any],
         sharder: Sharder,
-    ) -> tuple[RunConfig, CompiledStep]:
+    ) -> tuple[Config, CompiledStep]:
         """The resolved configuration and its train step, compiled.
+
+        Args:
+          config: of the run.
+          make_step: the train step of a configuration, not yet jitted.
+          state: ShapeDtypeStructs with shardings.
+          batches: of every kind, as `choose_accumulation` takes them; arrays do as well.
+          sharder: with the mesh.
 
         Raises:
           ConfigError: if the step does not fit the budget.
         """
-        assert sharder.mesh is not None  # `assemble` always makes one.
-        ways = sharder.mesh.shape["data"] * sharder.mesh.shape["fsdp"]
-        candidates = possible_accumulations(config.data.batch_size, ways)
+        candidates = possible_accumulations(config.data.batch_size, sharder.ways("batch"))
         if self.accumulation is not None:
             # Another number would not go on bit for bit.
             logging.info("accumulation=%d is that of the run that goes on", self.accumulation)
             candidates = [self.accumulation]
-        state = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
 
-        def compile_for(accumulation: int, shape: Shape) -> StepProgram:
-            step = make_train_step(model, optimizer, _resolved(config, accumulation))
-            return compile_step(step, state, shape, sharder)
+        def compile_for(accumulation: int, batch: Any) -> StepProgram:
+            return compile_step(make_step(_resolved(config, accumulation)), state, batch)
 
-        chosen, step = choose_accumulation(
-            compile_for, candidates, config.data.batch_shapes, self.budget_gib
-        )
+        chosen, step = choose_accumulation(compile_for, candidates, batches, self.budget_gib)
         return _resolved(config, chosen), step
 
 
-def plan_memory(
-    config: BaseRunConfig, checkpoints: CheckpointManager
-) -> tuple[BaseRunConfig, MemoryPlan | None]:
+def plan_memory(config: Config, checkpoints: CheckpointManager) -> tuple[Config, MemoryPlan | None]:
     """The configuration without a budget, and what is to be done about that; None if nothing is.
 
     If the run goes on, the configuration has the accumulation that it was started with.
     """
-    budget = config.train.memory_budget_gib if isinstance(config, RunConfig) else None
-    if budget is None or not isinstance(config, RunConfig):
+    budget = config.train.memory_budget_gib
+    if budget is None:
         return config, None
     step = checkpoints.latest_step()
     accumulation = None
@@ -155,9 +190,9 @@ def plan_memory(
         if config.data.batch_size % accumulation:
             # Another batch than the saved one: what compares the configurations says so.
             accumulation = None
-    return _resolved(config, accumulation or 1), MemoryPlan(budget, accumulation)
+    return _resolved(config, accumulation or 1), MemoryPlan(budget_in_gib(budget), accumulation)
 
 
-def _resolved(config: RunConfig, accumulation: int) -> RunConfig:
+def _resolved(config: Config, accumulation: int) -> Config:
     train = dataclasses.replace(config.train, accumulation=accumulation, memory_budget_gib=None)
     return dataclasses.replace(config, train=train)

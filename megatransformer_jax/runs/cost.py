@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from rich import box
@@ -36,15 +35,22 @@ from megatransformer_jax.models.cost.memory import (
 from megatransformer_jax.models.cost.parameter_counts import (
     KINDS,
     ParameterCounts,
-    abstract_params,
     count_parameters,
     effective_parameters,
     total_parameters,
 )
-from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
-from megatransformer_jax.runs.build import abstract_train_state, trained_depth
+from megatransformer_jax.models.megatransformer import (
+    MegaTransformer,
+    abstract_params,
+    build_model,
+)
+from megatransformer_jax.runs.build import (
+    abstract_batches,
+    abstract_train_state,
+    trained_depth,
+)
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, resolve_mesh_shape
-from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.sharding.rules import MESH_AXES, Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.types import DTypePolicy, MediaBatch
@@ -55,9 +61,10 @@ from megatransformer_jax.types import DTypePolicy, MediaBatch
 
 @dataclasses.dataclass(frozen=True)
 class TrainMemory:
-    """Bytes on one device while it trains. What is from `activations` on is estimated.
+    """Bytes on one device while it trains. What is from `gathered` on is estimated.
 
-    `merged` are the float32 weights that LoRA's updates are added to in every step. `gathered` are
+    `summed` are the gradients that micro-batches add up, `gradients` those of one of them. `merged`
+    are the float32 weights that LoRA's updates are added to in every step. `gathered` are
     whole copies of parameters that the axis fsdp cuts, beyond those in another type that
     `activations` holds. `activations` sums all of `ActivationMemory`, of which
     `per_iteration` comes with every iteration that has gradients.
@@ -66,6 +73,7 @@ class TrainMemory:
     parameters: int
     optimizer: int
     gradients: int
+    summed: int
     merged: int
     gathered: int
     activations: int
@@ -73,9 +81,10 @@ class TrainMemory:
 
     @property
     def total(self) -> int:
-        """All together."""
-        kept = self.parameters + self.optimizer + self.gradients
-        return kept + self.merged + self.gathered + self.activations
+        """The most at any time: gradients take the place of the activations that they are made
+        of."""
+        always = self.parameters + self.optimizer + self.summed + self.merged + self.gathered
+        return always + max(self.activations, self.gradients)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,12 +199,10 @@ def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -
     rows = config.data.batch_size // config.train.accumulation // (shape["data"] * shape["fsdp"])
     length = config.data.sequence_length // shape["sequence"]
     activations = activation_memory(
-        model, rows, length, _abstract_media(config, rows, length), _learned(config, rows, shape)
+        model, rows, length, _media_on_device(config, rows, length), _learned(config, rows, shape)
     )
     parameters = tree_bytes(state.params)
-    # Accumulation adds a micro-batch's gradients to a sum of the same size.
-    trained, _ = split_params(state.params, config.fine_tuning)
-    gradients = tree_bytes(trained) * (1 if config.train.accumulation == 1 else 2)
+    gradients = tree_bytes(split_params(state.params, config.fine_tuning)[0])
     # Weights in another type than the parameters' are among the activations already.
     merged = 0
     if config.fine_tuning.lora.rank:
@@ -207,6 +214,7 @@ def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -
         parameters=parameters,
         optimizer=tree_bytes(state.opt_state),
         gradients=gradients,
+        summed=0 if config.train.accumulation == 1 else gradients,
         merged=merged,
         gathered=(merged or parameters) * shape["fsdp"] if is_cut else 0,
         activations=activations.total(config.model.recurrence.backprop_depth),
@@ -214,31 +222,17 @@ def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -
     )
 
 
-def _abstract_media(config: RunConfig, rows: int, length: int) -> MediaBatch | None:
-    """Shapes of the media of a batch. With a mesh axis `sequence` slots are not cut."""
-    model, data = config.model, config.data.media
-    if not model.has_media:
+def _media_on_device(config: RunConfig, rows: int, length: int) -> MediaBatch | None:
+    """Shapes of the media of these rows. With a mesh axis `sequence` slots are not cut."""
+    mesh = AbstractMesh((1,) * len(MESH_AXES), MESH_AXES)
+    media = abstract_batches(config, Sharder(cast(Mesh, mesh)))[-1].media
+    if media is None:
         return None
-
-    def shape(dtype: Any, *extents: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *extents), dtype)
-
-    media = MediaBatch(follows=shape(jnp.int32, length), task=shape(jnp.int32))
-    if model.image.enabled:
-        slots = data.images_per_row
-        media = media._replace(
-            images=shape(jnp.float32, slots, *model.image.shape),
-            is_image=shape(jnp.bool_, slots),
-            is_drawn=shape(jnp.bool_, slots),
-        )
-    if model.audio.enabled:
-        slots, audio = data.audio_per_row, model.audio
-        media = media._replace(
-            mels=shape(jnp.float32, slots, audio.max_frames, audio.mel.num_mels),
-            mel_lengths=shape(jnp.int32, slots),
-            is_spoken=shape(jnp.bool_, slots),
-        )
-    return media
+    follows = jax.ShapeDtypeStruct((rows, length), media.follows.dtype)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((rows, *leaf.shape[1:]), leaf.dtype), media
+    )
+    return shapes._replace(follows=follows)
 
 
 def _learned(config: RunConfig, rows: int, mesh: Mapping[str, int]) -> tuple[int, int]:
@@ -442,13 +436,15 @@ def _memory(report: CostReport, config: RunConfig) -> Table:
     table.add_row("parameters", format_bytes(memory.parameters))
     table.add_row("optimiser state", format_bytes(memory.optimizer))
     table.add_row("gradients", format_bytes(memory.gradients))
+    if memory.summed:
+        table.add_row("sum of gradients over micro-batches", format_bytes(memory.summed))
     if memory.merged:
         table.add_row("weights with LoRA's updates", format_bytes(memory.merged))
     if memory.gathered:
         table.add_row("parameters gathered over fsdp, about", format_bytes(memory.gathered))
     table.add_row("kept for the backward pass, about", format_bytes(memory.activations))
     table.add_section()
-    table.add_row("all, about", format_bytes(memory.total))
+    table.add_row("at most at one time, about", format_bytes(memory.total))
     caption = (
         f"Batch {config.data.batch_size} x {config.data.sequence_length} tokens, in "
         f"{config.train.accumulation} part(s), remat={config.model.remat}, activations "

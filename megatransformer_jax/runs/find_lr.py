@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,13 @@ from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.pipeline import build_pipeline
 from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.files import write_json
-from megatransformer_jax.runs.build import MemoryPlan, build_sharded_model, check_augmentation
+from megatransformer_jax.runs.build import (
+    MemoryPlan,
+    abstract_batches,
+    abstract_train_state,
+    build_sharded_model,
+    check_augmentation,
+)
 from megatransformer_jax.runs.tasks.start import fresh_state
 from megatransformer_jax.runs.tokenizers import start_tokenizer
 from megatransformer_jax.runs.workdir import make_workdir, use_compilation_cache
@@ -31,6 +38,7 @@ from megatransformer_jax.training.lr_finder import (
     has_diverged,
     suggest,
 )
+from megatransformer_jax.training.micro_batch import budget_in_gib
 from megatransformer_jax.training.optimizers import optimizer_with_schedule
 from megatransformer_jax.training.step import make_train_step
 
@@ -80,8 +88,14 @@ def _start(
     if config.train.memory_budget_gib is None:
         train_step: Any = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0)
     else:
-        plan = MemoryPlan(config.train.memory_budget_gib, None)
-        config, train_step = plan.compile(config, model, optimizer, sharder)
+        plan = MemoryPlan(budget_in_gib(config.train.memory_budget_gib), None)
+        config, train_step = plan.compile(
+            config,
+            functools.partial(make_train_step, model, optimizer),
+            abstract_train_state(model, optimizer, sharder, config.fine_tuning),
+            abstract_batches(config, sharder),
+            sharder,
+        )
     batches = build_pipeline(
         config.data,
         tokenizer,

@@ -277,7 +277,7 @@ def open_task(
       config: of the run.
       workdir: exists.
       stack: closes the data when the run ends.
-      plan: of `train.memory_budget_gib`, which transformers alone have.
+      plan: of `train.memory_budget_gib`.
 
     Raises:
       UserError: if model, data and devices do not fit each other.
@@ -285,9 +285,9 @@ def open_task(
     """
     match config:
         case VocoderRunConfig():
-            return VocoderTask(config, workdir, stack)
+            return VocoderTask(config, workdir, stack, plan)
         case VaeRunConfig():
-            return ImageVaeTask(config, workdir, stack)
+            return ImageVaeTask(config, workdir, stack, plan)
         case RunConfig() if config.task in _TRANSFORMER_TASKS:
             return _TRANSFORMER_TASKS[config.task](config, workdir, stack, plan)
     raise ValueError(f"unknown task {config.task!r}; known: {', '.join(TASKS)}")

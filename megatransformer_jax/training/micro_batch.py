@@ -5,29 +5,32 @@ program that fits is the one that trains: nothing is compiled twice and nothing 
 out.
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import TrainState
-from megatransformer_jax.training.step import Metrics, TrainStep
-from megatransformer_jax.types import Batch
+from megatransformer_jax.training.step import LossStep, Metrics, TrainStep
 
 GIB = 2**30
 OPTION = "train.memory_budget_gib"
-Shape = tuple[int, int]  # rows and length of a batch, [B, T]
+# Share of a device's memory that an automatic budget takes: the rest is for what is not the step.
+# On a CPU it is shared with all else that runs on the machine.
+DEVICE_SHARE, HOST_SHARE = 0.9, 0.5
+BatchShape = tuple[tuple[int, ...], ...]  # of all arrays of a batch
 
 
 @runtime_checkable
 class StepProgram(Protocol):
     """A train step compiled for one shape of batch (`jax.stages.Compiled`)."""
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Runs it; the state is donated."""
 
     def memory_analysis(self) -> Any:
@@ -63,17 +66,51 @@ class CompiledStep:
     """A train step for the shapes of batch that it was compiled for.
 
     Args:
-      programs: compiled, by rows and length of the batch.
+      programs: compiled, by `shape_of` of the batch.
       memory: of the one that takes the most.
     """
 
-    def __init__(self, programs: Mapping[Shape, StepProgram], memory: StepMemory):
+    def __init__(self, programs: Mapping[BatchShape, StepProgram], memory: StepMemory):
         self._programs = dict(programs)
         self.memory = memory
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
         """Runs the program of the batch's shape; the state is donated."""
-        return self._programs[batch.tokens.shape](state, batch)
+        return self._programs[shape_of(batch)](state, batch)
+
+
+def shape_of(batch: Any) -> BatchShape:
+    """The shapes of all arrays of a batch, or of what stands for them."""
+    return tuple(leaf.shape for leaf in jax.tree.leaves(batch))
+
+
+def budget_in_gib(budget: float | str) -> float:
+    """`train.memory_budget_gib` as a number, the same on every process.
+
+    auto: of the devices of all processes the one with the least memory decides.
+    """
+    if not isinstance(budget, str):
+        return budget
+    own = min(map(_automatic_budget, jax.local_devices()))
+    if jax.process_count() > 1:
+        own = float(np.min(multihost_utils.process_allgather(np.float32(own))))
+    logging.info("%s=auto: %.4g GiB on each device", OPTION, own)
+    return own
+
+
+def _automatic_budget(device: Any) -> float:
+    statistics = device.memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        return DEVICE_SHARE * statistics["bytes_limit"] / GIB
+    if device.platform != "cpu":
+        raise ConfigError(
+            OPTION,
+            f"'auto' needs a device that tells how much memory it has, and {device.device_kind!r} "
+            "does not; give a number of GiB.",
+        )
+    # Devices on one CPU share its memory.
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return HOST_SHARE * total / GIB / jax.local_device_count()
 
 
 def possible_accumulations(batch_size: int, batch_ways: int) -> list[int]:
@@ -87,33 +124,23 @@ def possible_accumulations(batch_size: int, batch_ways: int) -> list[int]:
     return [parts for parts in divisors if batch_size // parts % batch_ways == 0]
 
 
-def compile_step(
-    train_step: TrainStep, state: TrainState, shape: Shape, sharder: Sharder
-) -> StepProgram:
+def compile_step(train_step: TrainStep | LossStep, state: TrainState, batch: Any) -> StepProgram:
     """Compiles a step that overwrites its state, from shapes alone.
 
     Args:
       train_step: not yet jitted.
       state: ShapeDtypeStructs with shardings; the new state gets the same.
-      shape: rows and length of the batch.
-      sharder: places the batch.
+      batch: ShapeDtypeStructs with shardings.
     """
-    sharding = sharder.sharding("batch", "length")
-
-    def array(dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    whole = array(jnp.int32)
-    batch = Batch(whole, whole, array(jnp.float32), whole, whole)
     out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
     return step.lower(state, batch).compile()
 
 
 def choose_accumulation(
-    compile_for: Callable[[int, Shape], StepProgram],
+    compile_for: Callable[[int, Any], StepProgram],
     accumulations: Sequence[int],
-    shapes: Sequence[Shape],
+    batches: Sequence[Any],
     budget_gib: float,
 ) -> tuple[int, CompiledStep]:
     """The smallest accumulation whose step fits the budget on every device, and that step.
@@ -122,9 +149,10 @@ def choose_accumulation(
     than one micro-batch also needs a sum of gradients.
 
     Args:
-      compile_for: compiles the step with this accumulation for a shape of batch.
+      compile_for: compiles the step with this accumulation for a batch.
       accumulations: candidates, ascending.
-      shapes: of all batches; the step must fit with each of them.
+      batches: ShapeDtypeStructs of every kind of batch, from the shortest rows to the longest; the
+        step must fit with each of them.
       budget_gib: what one device may use for the step.
 
     Raises:
@@ -134,7 +162,7 @@ def choose_accumulation(
     least: tuple[float, str] = (float("inf"), "more memory than the device has")
     for parts in accumulations:
         try:
-            step = _compile_all(compile_for, parts, shapes, budget_gib)
+            step = _compile_all(compile_for, parts, batches, budget_gib)
         except _DoesNotFit as error:
             logging.info("accumulation=%d takes %s on a device: too much", parts, error)
             if error.memory is None:
@@ -161,8 +189,9 @@ def choose_accumulation(
     raise ConfigError(
         OPTION,
         f"{budget_gib:g} GiB is not enough: the step takes at least {least[1]} on each device. "
-        "Raise the budget, or lower data.sequence_length, model.recurrence.backprop_depth or the "
-        "model's size, set model.remat='full', or share parameters over more devices (mesh.fsdp).",
+        "Raise the budget, or lower the length of what is trained on (data.sequence_length), "
+        "model.recurrence.backprop_depth or the model's size, set model.remat='full', or share "
+        "parameters over more devices (mesh.fsdp).",
     )
 
 
@@ -175,16 +204,17 @@ class _DoesNotFit(Exception):
 
 
 def _compile_all(
-    compile_for: Callable[[int, Shape], StepProgram],
+    compile_for: Callable[[int, Any], StepProgram],
     parts: int,
-    shapes: Sequence[Shape],
+    batches: Sequence[Any],
     budget_gib: float,
 ) -> CompiledStep:
     programs, memories = {}, []
     # The longest rows, which take most, come first, so that most attempts fail at once.
-    for shape in reversed(shapes):
+    for batch in reversed(batches):
+        shape = shape_of(batch)
         try:
-            programs[shape] = compile_for(parts, shape)
+            programs[shape] = compile_for(parts, batch)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

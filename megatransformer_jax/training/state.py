@@ -13,7 +13,11 @@ from jaxtyping import Array, Key
 from megatransformer_jax import streams
 from megatransformer_jax.config.fine_tuning import TRAIN_ALL, FineTuningConfig
 from megatransformer_jax.models.adaptation import kept_axes, kept_params
-from megatransformer_jax.models.megatransformer import MegaTransformer, init_params
+from megatransformer_jax.models.megatransformer import (
+    MegaTransformer,
+    abstract_params,
+    init_params,
+)
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.trainable import map_named, path_text, split_params
 
@@ -56,14 +60,42 @@ def init_state(
     Raises:
       ConfigError: if a pattern of `fine_tuning` does not fit the model.
     """
-    init_key, run_key = jax.random.split(key)
-    params = init_params(model, init_key)
+    params = init_params(model, jax.random.split(key)[0])
     if adjust is not None:
         params = adjust(params)
-    params = kept_params(
+    return _state_of(model, optimizer, params, key, fine_tuning)
+
+
+def abstract_state(
+    model: MegaTransformer,
+    optimizer: optax.GradientTransformation,
+    fine_tuning: FineTuningConfig = TRAIN_ALL,
+) -> TrainState:
+    """Shapes and types of the state.
+
+    Raises:
+      ConfigError: as `init_state`.
+    """
+    return jax.eval_shape(
+        lambda params, key: _state_of(model, optimizer, params, key, fine_tuning),
+        abstract_params(model),
+        jax.random.key(0),
+    )
+
+
+def _state_of(
+    model: MegaTransformer,
+    optimizer: optax.GradientTransformation,
+    params: Any,
+    key: jax.Array,
+    fine_tuning: FineTuningConfig,
+) -> TrainState:
+    """At step 0; `key` is the one that the parameters come from."""
+    init_key, run_key = jax.random.split(key)
+    kept = kept_params(
         model, fine_tuning, params, jax.random.fold_in(init_key, streams.ADDED_WEIGHTS)
     )
-    return first_state(params, optimizer, run_key, fine_tuning=fine_tuning)
+    return first_state(kept, optimizer, run_key, fine_tuning=fine_tuning)
 
 
 def first_state(
@@ -95,9 +127,7 @@ def state_shardings(
     fine_tuning: FineTuningConfig = TRAIN_ALL,
 ) -> TrainState:
     """The sharding of every array of the state, as a `TrainState`; see `place_state`."""
-    abstract = jax.eval_shape(
-        lambda key: init_state(model, optimizer, key, fine_tuning=fine_tuning), jax.random.key(0)
-    )
+    abstract = abstract_state(model, optimizer, fine_tuning)
     return place_state(abstract, kept_axes(model, fine_tuning), sharder, fine_tuning=fine_tuning)
 
 

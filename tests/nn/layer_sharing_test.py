@@ -14,11 +14,10 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.cost.flops import forward_flops
 from megatransformer_jax.models.cost.parameter_counts import (
-    abstract_params,
     count_parameters,
     total_parameters,
 )
-from megatransformer_jax.models.megatransformer import build_model, layer_context
+from megatransformer_jax.models.megatransformer import abstract_params, build_model, layer_context
 from megatransformer_jax.nn.block import Block, Stack
 from megatransformer_jax.nn.layer_sharing import layer_owners, stack_owners
 from megatransformer_jax.nn.parameters import weight_init

@@ -6,12 +6,18 @@ import pytest
 
 from megatransformer_jax.config.build import build, load_config, merge
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.data.media.records import MediaFormats
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
+from megatransformer_jax.data.pipeline import build_pipeline
+from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.runs import build as memory_plan
+from megatransformer_jax.runs.build import abstract_batches
 from megatransformer_jax.runs.tasks import transformer
 from megatransformer_jax.runs.train import train
+from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.distributed import make_global_batch
 from megatransformer_jax.training.loop import StopRequest
-
-pytestmark = pytest.mark.slow
 
 CHANGES = {
     "model": {"prelude_layers": 0, "coda_layers": 0, "recurrence": {"backprop_depth": 1}},
@@ -23,8 +29,28 @@ CHANGES = {
 BUDGET = {"train": {"memory_budget_gib": 1.0}}
 
 
+def test_shapes_stand_for_the_batches_of_a_run_with_media():
+    data = {"source": "media", "tokenizer": {"kind": "bytes"}, "sequence_length": 64}
+    data |= {"batch_size": 8, "media": {"tasks": ["draw=1", "speak=1"], "images_per_row": 2}}
+    data["media"]["audio"] = {"source": "tones", "num_tones": 20}
+    config = build({"preset": "multimodal_tiny", "data": data})
+    sharder = Sharder(make_mesh(config.mesh, jax.devices()))
+    (abstract,) = abstract_batches(config, sharder)
+    tokenizer = MediaTokenizer(BytesTokenizer())
+    formats = MediaFormats.of_model(config.model)
+    with build_pipeline(config.data, tokenizer, split="train", media=formats) as batches:
+        real = make_global_batch(next(batches), sharder)
+
+    def compare(shape, array):
+        assert (shape.shape, shape.dtype) == (array.shape, array.dtype)
+        assert shape.sharding.is_equivalent_to(array.sharding, array.ndim)
+
+    jax.tree.map(compare, abstract, real)
+
+
+@pytest.mark.slow
 def test_the_choice_is_kept_and_resumes_bit_for_bit(tmp_path, small_run, monkeypatch, caplog):
-    monkeypatch.setattr(transformer, "summarize", lambda *unused: [])
+    monkeypatch.setattr(transformer.TransformerTask, "summarize", lambda *unused: None)
 
     def values(name, changes):
         return build(small_run(tmp_path / name, merge(CHANGES, changes)))

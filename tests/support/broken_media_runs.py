@@ -6,7 +6,7 @@ from typing import Any
 from megatransformer_jax.config.audio import AudioConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.image import ImageConfig
-from megatransformer_jax.config.loop import CheckpointConfig, TrainConfig
+from megatransformer_jax.config.loop import CheckpointConfig
 from megatransformer_jax.config.model import ModelConfig, NormConfig
 from megatransformer_jax.config.run import RunConfig
 
@@ -35,12 +35,6 @@ BROKEN_MEDIA_RUNS: list[tuple[str, type, dict[str, Any], str]] = [
         RunConfig,
         {"model": model(audio=AudioConfig(enabled=True)), "data": MEDIA},
         "model.audio.enabled",
-    ),
-    (
-        "_media_go_without_text_only_options",
-        RunConfig,
-        RUN | {"train": TrainConfig(memory_budget_gib=1.0)},
-        "train.memory_budget_gib",
     ),
     (
         "_media_go_without_text_only_options",

@@ -1,6 +1,7 @@
 """The micro-batch is the largest that fits, by the numbers of the compiler."""
 
 import dataclasses
+import os
 import types
 
 import jax
@@ -19,9 +20,11 @@ from megatransformer_jax.training.micro_batch import (
     GIB,
     CompiledStep,
     StepMemory,
+    budget_in_gib,
     choose_accumulation,
     compile_step,
     possible_accumulations,
+    shape_of,
     step_memory,
 )
 from megatransformer_jax.training.optimizers import build_optimizer
@@ -29,7 +32,7 @@ from megatransformer_jax.training.state import init_state
 from megatransformer_jax.training.step import make_train_step
 from megatransformer_jax.types import Batch, DTypePolicy
 
-SHORT, LONG = (16, 8), (8, 16)
+SHORT, LONG = np.zeros((16, 8)), np.zeros((8, 16))
 
 
 class Program:
@@ -62,9 +65,9 @@ def choose(temporaries: dict[int, int], budget: float, arguments: int = 2):
     """The choice among programs of these temporaries; the short rows take one GiB less."""
     tried = []
 
-    def compile_for(parts, shape):
-        tried.append((parts, shape))
-        return Program(arguments, temporaries[parts] - (shape == SHORT))
+    def compile_for(parts, batch):
+        tried.append((parts, len(batch)))
+        return Program(arguments, temporaries[parts] - (batch is SHORT))
 
     parts, step = choose_accumulation(compile_for, list(temporaries), [SHORT, LONG], budget)
     return parts, step.memory, tried
@@ -81,7 +84,7 @@ def test_micro_batches_can_be_cut_for_the_devices(batch_size, ways, wanted):
 def test_the_smallest_that_fits_is_chosen_and_nothing_is_compiled_twice():
     parts, memory, tried = choose({1: 9, 2: 10, 4: 6, 8: 3}, budget=8.0)
     assert (parts, memory) == (4, StepMemory(2 * GIB, 0, 6 * GIB))
-    assert tried == [(1, LONG), (2, LONG), (4, LONG), (4, SHORT)]
+    assert tried == [(1, len(LONG)), (2, len(LONG)), (4, len(LONG)), (4, len(SHORT))]
     assert choose({1: 6, 2: 4}, budget=8.0)[0] == 1
 
 
@@ -118,6 +121,25 @@ def test_a_compiler_that_gives_up_or_says_nothing():
         step_memory(Silent(1, 1))
 
 
+def test_an_automatic_budget_is_a_share_of_the_smallest_device(monkeypatch):
+    assert budget_in_gib(3.0) == 3.0
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    assert budget_in_gib("auto") == pytest.approx(memory / 2 / jax.local_device_count())
+
+    def device(limit):
+        statistics = limit and {"bytes_limit": limit * GIB}
+        return types.SimpleNamespace(
+            memory_stats=lambda: statistics, platform="gpu", device_kind="a GPU"
+        )
+
+    devices = [device(80), device(40)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert budget_in_gib("auto") == pytest.approx(36)
+    devices = [device(None)]
+    with pytest.raises(ConfigError, match="'a GPU' does not; give a number of GiB"):
+        budget_in_gib("auto")
+
+
 @pytest.fixture(scope="module")
 def parts():
     """A small run over 4 x 2 devices, its state and its batch."""
@@ -151,14 +173,13 @@ def parts():
 def test_the_compiled_step_is_measured_per_device_and_trains_the_same(parts):
     config, sharder, model, optimizer, batch = parts
     abstract = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
+    placed = make_global_batch(batch, sharder)
 
     def step_of(accumulation: int):
         train = dataclasses.replace(config.train, accumulation=accumulation)
         return make_train_step(model, optimizer, dataclasses.replace(config, train=train))
 
-    programs = {
-        count: compile_step(step_of(count), abstract, (16, 16), sharder) for count in (1, 2)
-    }
+    programs = {count: compile_step(step_of(count), abstract, placed) for count in (1, 2)}
     memories = {count: step_memory(program) for count, program in programs.items()}
     batch_bytes = sum(array.nbytes for array in jax.tree.leaves(batch)) // 8
     assert memories[1].arguments == tree_bytes(abstract) + batch_bytes
@@ -167,7 +188,7 @@ def test_the_compiled_step_is_measured_per_device_and_trains_the_same(parts):
     assert memories[2].temporaries < memories[1].temporaries
     between = (memories[1].total + memories[2].total) / 2 / GIB
     chosen, step = choose_accumulation(
-        lambda count, shape: programs[count], [1, 2], [(16, 16)], between
+        lambda count, batch: programs[count], [1, 2], [placed], between
     )
     assert chosen == 2 and step.memory == memories[2]
 
@@ -176,8 +197,7 @@ def test_the_compiled_step_is_measured_per_device_and_trains_the_same(parts):
         make = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=shardings)
         return make(jax.random.key(0))
 
-    placed = make_global_batch(batch, sharder)
-    whole, metrics = CompiledStep({(16, 16): programs[1]}, memories[1])(state(), placed)
+    whole, metrics = CompiledStep({shape_of(batch): programs[1]}, memories[1])(state(), placed)
     in_parts, other = step(state(), placed)
     in_parts, _ = step(in_parts, placed)  # The new state is placed as the old one.
     np.testing.assert_allclose(metrics["loss"], other["loss"], rtol=1e-6)

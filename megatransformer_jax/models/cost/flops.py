@@ -16,9 +16,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.cost.parameter_counts import abstract_params
 from megatransformer_jax.models.media.decoder import Condition
-from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.megatransformer import MegaTransformer, abstract_params
 
 # ------------------------------------------------------------------------------
 # The text model.

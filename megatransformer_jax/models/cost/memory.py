@@ -1,8 +1,8 @@
 """Memory of a model, from shapes alone: nothing is allocated.
 
 What a training step keeps for its backward pass is not modelled by a formula but read off JAX's
-own linearisation, traced on abstract arrays, so it follows every option of the architecture. The
-compiler then fuses and reuses, so the numbers remain estimates (see the test for how close).
+own linearisation, traced on abstract arrays, so it follows every option of the architecture
+(`residuals.py`). What the compiler makes of it is estimated; the tests say how well.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.cost.parameter_counts import abstract_params
-from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.cost.residuals import LOOP_LENGTH, KeptBytes, kept_bytes
+from megatransformer_jax.models.megatransformer import MegaTransformer, abstract_params
 from megatransformer_jax.types import MediaBatch
 
 
@@ -26,18 +26,21 @@ class ActivationMemory:
     Attributes:
       once: kept outside the gradient iterations: prelude, coda, copies of weights in another type.
       per_iteration: kept for each iteration with gradients.
-      recomputed: held while one iteration (or layer, without a core) is rematerialised.
-      logits: float32 logits and their gradient.
+      one_iteration: held while the gradients of one iteration are computed.
+      logits: float32 logits, and their gradient in the compute type.
+      after_loop: the part of `once` that is let go before the loop's backward pass.
     """
 
     once: int
     per_iteration: int
-    recomputed: int
+    one_iteration: int
     logits: int
+    after_loop: int
 
     def total(self, backprop_depth: int) -> int:
-        """All of it, with gradients through this many iterations."""
-        return self.once + backprop_depth * self.per_iteration + self.recomputed + self.logits
+        """The most of it at one time, with gradients through this many iterations."""
+        kept = self.once + backprop_depth * self.per_iteration
+        return max(kept + self.logits, kept - self.after_loop + self.one_iteration)
 
 
 def activation_memory(
@@ -51,7 +54,7 @@ def activation_memory(
 
     Args:
       model: as trained. Its platform decides the attention kernel: XLA's keeps attention weights,
-        [N, T, S] per row, fused ones do not.
+        [N, T, S] per row, fused ones do not; and what its compiler computes again by itself.
       rows: on one device.
       length: on one device.
       media: shapes of the batch's images and sound on one device, whose encoders and codas count
@@ -59,17 +62,24 @@ def activation_memory(
       learned: images and clips on one device that decoders compute.
     """
     config = model.config
-    logits = 2 * rows * length * config.vocab_size * jnp.dtype(jnp.float32).itemsize
-    once, per_iteration = _kept(model, rows, length, media, learned)
-    if config.remat == "none":
-        return ActivationMemory(once, per_iteration, 0, logits)
+    itemsize = jnp.dtype(jnp.float32).itemsize + model.policy.compute.itemsize
+    logits = rows * length * config.vocab_size * itemsize
+    kept = _kept(model, rows, length, media, learned)
+    layers = max(1, config.prelude_layers + config.coda_layers)
+    if model.platform != "cpu":
+        # Without remat, an iteration's values are also copied out of the long arrays.
+        if config.remat == "none":
+            return ActivationMemory(
+                kept.once + kept.per_iteration, kept.per_iteration, 0, logits, 0
+            )
+        return ActivationMemory(kept.once, kept.per_iteration, kept.one_iteration, logits, 0)
     plain = model.copy(config=dataclasses.replace(config, remat="none"))
-    plain_once, plain_per_iteration = _kept(plain, rows, length, media, learned)
-    if config.is_recurrent:
-        recomputed = plain_per_iteration - per_iteration
-    else:
-        recomputed = (plain_once - once) // (config.prelude_layers + config.coda_layers)
-    return ActivationMemory(once, per_iteration, recomputed, logits)
+    whole = kept if config.remat == "none" else _kept(plain, rows, length, media, learned)
+    # Outside of loops CPU's compiler moves most of what is computed again in front of the backward
+    # pass; measured, a quarter of what remat could save is saved.
+    once = kept.once if config.scan_layers else (3 * whole.once + kept.once) // 4
+    after_loop = once * config.coda_layers // layers
+    return ActivationMemory(once, kept.per_iteration, whole.per_iteration, logits, after_loop)
 
 
 def cache_bytes_per_token(config: ModelConfig, depth: int, dtype: jnp.dtype) -> int:
@@ -98,65 +108,40 @@ def _kept(
     length: int,
     media: MediaBatch | None,
     learned: tuple[int, int],
-) -> tuple[int, int]:
-    """Residual bytes outside the gradient iterations, and those of each of them."""
-    if not model.config.is_recurrent:
-        return _residual_bytes(model, rows, length, 1, media, learned), 0
-    one, two = (_residual_bytes(model, rows, length, n, media, learned) for n in (1, 2))
-    return 2 * one - two, two - one
-
-
-def _residual_bytes(
-    model: MegaTransformer,
-    rows: int,
-    length: int,
-    backprop_depth: int,
-    media: MediaBatch | None,
-    learned: tuple[int, int],
-) -> int:
+) -> KeptBytes:
     """Bytes that the forward pass hands to the backward pass, without the parameters."""
     config = model.config
     # Laying out several iterations per turn changes no residual, but must fit the depth.
     recurrence = dataclasses.replace(config.recurrence, unroll=1)
     model = model.copy(config=dataclasses.replace(config, recurrence=recurrence))
-    integers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    sizes: list[int] = []
 
-    def trace(
+    def outputs(
         params: Any,
         tokens: jax.Array,
         segment_ids: jax.Array,
         num_steps: jax.Array,
         media: MediaBatch | None,
-    ) -> None:
+    ) -> Any:
         keys = jax.random.split(jax.random.key(0), 3)
+        output: Any = model.apply(
+            {"params": params},
+            tokens,
+            segment_ids=segment_ids,
+            num_steps=num_steps,
+            backprop_depth=LOOP_LENGTH,
+            deterministic=False,
+            rngs={"state": keys[0], "dropout": keys[1]},
+            media=media,
+        )
+        if media is None:
+            return output.logits
+        losses = _media_losses(model, params, media, output.conditions, learned, keys[2])
+        return output.logits, losses
 
-        def outputs(params: Any) -> Any:
-            output: Any = model.apply(
-                {"params": params},
-                tokens,
-                segment_ids=segment_ids,
-                num_steps=num_steps,
-                backprop_depth=backprop_depth,
-                deterministic=False,
-                rngs={"state": keys[0], "dropout": keys[1]},
-                media=media,
-            )
-            if media is None:
-                return output.logits
-            return output.logits, _media_losses(
-                model, params, media, output.conditions, learned, keys[2]
-            )
-
-        _, backward = jax.vjp(outputs, params)
-        given = {id(leaf) for leaf in jax.tree.leaves((params, tokens, segment_ids, media))}
-        # The function is a pytree of its residuals; one array may stand in several places.
-        kept = {id(leaf): leaf for leaf in jax.tree.leaves(backward) if id(leaf) not in given}
-        sizes.extend(_bytes(leaf.shape, leaf.dtype) for leaf in kept.values())
-
+    integers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     draw = jax.ShapeDtypeStruct((), jnp.int32)
-    jax.eval_shape(trace, abstract_params(model), integers, integers, draw, media)
-    return sum(sizes)
+    arguments = (abstract_params(model), integers, integers, draw, media)
+    return kept_bytes(outputs, *arguments, fuses=model.platform != "cpu")
 
 
 def _media_losses(

@@ -5,8 +5,6 @@ from typing import Any
 
 import jax
 
-from megatransformer_jax.models.megatransformer import MegaTransformer, init_params
-
 # Part of the model -> kind of layer -> number of parameters.
 ParameterCounts = dict[str, dict[str, int]]
 
@@ -34,11 +32,6 @@ PARTS = (
     "audio_decoder",
     "log_variances",
 )
-
-
-def abstract_params(model: MegaTransformer) -> Any:
-    """The tree of `init_params` with shapes and types in place of arrays."""
-    return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
 
 
 def count_parameters(params: Any) -> ParameterCounts:

@@ -21,6 +21,7 @@ from megatransformer_jax.models.media.image_vae import (
     vae_loss,
 )
 from megatransformer_jax.nn.parameters import axes_of
+from megatransformer_jax.runs.build import MemoryPlan
 from megatransformer_jax.runs.tasks.medium import MediumTask
 from megatransformer_jax.training.media_hook import MediaSamples
 from megatransformer_jax.types import DTypePolicy, ImageBatch
@@ -72,7 +73,13 @@ def make_image_vae(config: VaeRunConfig) -> ImageVaeModel:
 class ImageVaeTask(MediumTask):
     """A `Task`: to encode images, and to decode them again."""
 
-    def __init__(self, config: VaeRunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack):
+    def __init__(
+        self,
+        config: VaeRunConfig,
+        workdir: pathlib.Path,
+        stack: contextlib.ExitStack,
+        plan: MemoryPlan | None = None,
+    ):
         model = make_image_vae(config)
         super().__init__(
             config,
@@ -81,7 +88,7 @@ class ImageVaeTask(MediumTask):
             model,
             functools.partial(image_pipeline, config.data, config.image_vae.format),
             lambda batch: len(batch.images),
-            model.judge,
+            plan,
         )
         self._restore = jax.jit(
             lambda params, images: model.network.apply({"params": params}, images)

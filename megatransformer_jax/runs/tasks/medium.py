@@ -16,16 +16,18 @@ from rich.table import Table
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.data.batches import Pipeline, first_batches
-from megatransformer_jax.evaluation.validation import Judge, MeanValidation
+from megatransformer_jax.evaluation.validation import MeanValidation
 from megatransformer_jax.files import write_json
+from megatransformer_jax.runs.build import MemoryPlan
 from megatransformer_jax.runs.task import ParamsOf
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.loop import Hook, StepFunction
 from megatransformer_jax.training.media_hook import MediaSampleHook, MediaSamples
+from megatransformer_jax.training.micro_batch import CompiledStep
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import TrainState, first_state, place_state
-from megatransformer_jax.training.step import make_loss_step
+from megatransformer_jax.training.step import LossStep, make_loss_step
 from megatransformer_jax.training.writers import MultiWriter
 
 
@@ -47,6 +49,9 @@ class MediumModel(Protocol):
     ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
         """The mean over the rows of the batch, and further means by the name of their metric."""
 
+    def judge(self, params: Any, batch: Any) -> dict[str, jax.Array]:
+        """Means over the rows of a held-out batch, the same at every call."""
+
 
 class MediumTask(abc.ABC):
     """A `Task`, from a model, its data and its judges.
@@ -58,7 +63,7 @@ class MediumTask(abc.ABC):
       model: parameters and loss.
       open_data: from the split, and the arguments of this process, to its batches.
       count_rows: how many rows of a host batch count.
-      judge: from (params, batch) to means.
+      plan: of `train.memory_budget_gib`.
     """
 
     def __init__(
@@ -69,7 +74,7 @@ class MediumTask(abc.ABC):
         model: MediumModel,
         open_data: Callable[..., Pipeline],
         count_rows: Callable[[Any], int],
-        judge: Judge,
+        plan: MemoryPlan | None,
     ):
         self.config = config
         self.digest = "no text"
@@ -98,7 +103,13 @@ class MediumTask(abc.ABC):
                 f"no held-out record of data.media can be used (data.validation_fraction="
                 f"{config.data.validation_fraction:g}); fix the data."
             )
-        self.validation = MeanValidation(placed, rows, jax.jit(judge))
+        self.validation = MeanValidation(placed, rows, jax.jit(model.judge))
+        self._compiled_step: CompiledStep | None = None
+        if plan is not None:
+            # All batches are of one shape.
+            self.config, self._compiled_step = plan.compile(
+                config, self._make_step, self.abstract_state(), placed[:1], self.sharder
+            )
 
     def abstract_state(self) -> TrainState:
         """See `Task`."""
@@ -114,8 +125,10 @@ class MediumTask(abc.ABC):
 
     def step_function(self) -> StepFunction:
         """See `Task`."""
-        step = make_loss_step(self._model.loss, self._optimizer, self.config.train.accumulation)
-        return jax.jit(step, donate_argnums=0)
+        return self._compiled_step or jax.jit(self._make_step(self.config), donate_argnums=0)
+
+    def _make_step(self, config: RunConfig) -> LossStep:
+        return make_loss_step(self._model.loss, self._optimizer, config.train.accumulation)
 
     def place_batch(self, batch: Any) -> Any:
         """See `Task`."""

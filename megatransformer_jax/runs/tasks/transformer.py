@@ -32,6 +32,7 @@ from megatransformer_jax.evaluation.validation import (
 )
 from megatransformer_jax.runs.build import (
     MemoryPlan,
+    abstract_batches,
     abstract_train_state,
     build_sharded_model,
     trained_depth,
@@ -81,7 +82,11 @@ class TransformerTask(abc.ABC):
         self._compiled_step: CompiledStep | None = None
         if plan is not None:
             self.config, self._compiled_step = plan.compile(
-                config, self.model, self._optimizer, self.sharder
+                config,
+                functools.partial(make_train_step, self.model, self._optimizer),
+                self.abstract_state(),
+                abstract_batches(config, self.sharder),
+                self.sharder,
             )
         data = {
             "media": MediaFormats.of_model(config.model),

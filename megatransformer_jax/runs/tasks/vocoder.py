@@ -17,6 +17,7 @@ from megatransformer_jax.evaluation.diagnostics.figures import to_image
 from megatransformer_jax.evaluation.media.table import draw_mels
 from megatransformer_jax.losses.sound import resynthesize, spectral_losses, vocoder_loss
 from megatransformer_jax.models.vocoders import init_vocoder, vocoder_axes
+from megatransformer_jax.runs.build import MemoryPlan
 from megatransformer_jax.runs.tasks.medium import MediumTask
 from megatransformer_jax.training.media_hook import MediaSamples
 from megatransformer_jax.types import DTypePolicy, WaveformBatch
@@ -63,7 +64,11 @@ class VocoderTask(MediumTask):
     """A `Task`: to make waveforms from spectrograms."""
 
     def __init__(
-        self, config: VocoderRunConfig, workdir: pathlib.Path, stack: contextlib.ExitStack
+        self,
+        config: VocoderRunConfig,
+        workdir: pathlib.Path,
+        stack: contextlib.ExitStack,
+        plan: MemoryPlan | None = None,
     ):
         model = make_vocoder(config)
         super().__init__(
@@ -73,7 +78,7 @@ class VocoderTask(MediumTask):
             model,
             functools.partial(waveform_pipeline, config.data, config.vocoder),
             lambda batch: int((batch.lengths > 0).sum()),
-            model.judge,
+            plan,
         )
         self._mel = config.vocoder.mel
         self._resynthesize = jax.jit(functools.partial(resynthesize, config.vocoder, model.policy))

@@ -14,8 +14,7 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig, NormConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.cost.flops import forward_flops, mean_keys, train_flops
-from megatransformer_jax.models.cost.parameter_counts import abstract_params
-from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
+from megatransformer_jax.models.megatransformer import MegaTransformer, abstract_params, build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.step import make_train_step

@@ -11,12 +11,11 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.cost.parameter_counts import (
     ParameterCounts,
-    abstract_params,
     count_parameters,
     effective_parameters,
     total_parameters,
 )
-from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.models.megatransformer import abstract_params, build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 

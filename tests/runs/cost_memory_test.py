@@ -1,0 +1,53 @@
+"""Predicted memory of training against what the compiler says of the step that trains."""
+
+from typing import Any
+
+import jax
+import pytest
+
+from megatransformer_jax.config.build import build, merge
+from megatransformer_jax.models.megatransformer import build_model
+from megatransformer_jax.runs.build import abstract_batches, abstract_train_state
+from megatransformer_jax.runs.cost import make_report
+from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.micro_batch import compile_step, step_memory
+from megatransformer_jax.training.optimizers import build_optimizer
+from megatransformer_jax.training.step import make_train_step
+from megatransformer_jax.types import DTypePolicy
+
+LAYERS = {"width": 64, "vocab_size": 512, "attention": {"num_heads": 4}}
+LAYERS |= {"mlp": {"hidden_width": 176}}
+TEXT = {
+    "model": LAYERS | {"prelude_layers": 3, "core_layers": 0, "coda_layers": 0},
+    "data": {"batch_size": 8, "sequence_length": 128},
+}
+RECURRENT = {
+    "model": LAYERS | {"core_layers": 1, "recurrence": {"mean_steps": 4, "backprop_depth": 3}},
+    "data": {"batch_size": 8, "sequence_length": 128},
+}
+IMAGE = {"enabled": True, "height": 16, "width": 16, "channels": 1, "patch_size": 4}
+IMAGE |= {"prelude_layers": 1, "coda_layers": 1, "context_length": 16}
+DIT = {"width": 32, "num_layers": 2, "num_heads": 2, "hidden_width": 128, "patch_size": 2}
+MEDIA = {
+    "model": merge(RECURRENT["model"], {"image": IMAGE | {"decoder": {"kind": "dit", "dit": DIT}}}),
+    "data": RECURRENT["data"]
+    | {"source": "media", "tokenizer": {"kind": "bytes"}, "media": {"tasks": ["draw=1"]}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("values", [TEXT, RECURRENT, MEDIA], ids=["text", "recurrent", "media"])
+def test_prediction_is_within_15_percent_of_the_compilers(
+    values: dict[str, Any], remat: str
+) -> None:
+    config = build(merge(values, {"model": {"remat": remat}, "mesh": {"data": 1}}))
+    sharder = Sharder(make_mesh(config.mesh, jax.devices()[:1]))
+    model = build_model(config.model, DTypePolicy(), sharder, "cpu")
+    optimizer = build_optimizer(config.optimizer, config.train.steps)
+    state = abstract_train_state(model, optimizer, sharder, config.fine_tuning)
+    (batch,) = abstract_batches(config, sharder)
+    compiled = compile_step(make_train_step(model, optimizer, config), state, batch)
+    predicted, real = make_report(config).memory.total, step_memory(compiled).total
+    assert predicted == pytest.approx(real, rel=0.15)
