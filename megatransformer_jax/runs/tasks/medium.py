@@ -127,7 +127,7 @@ class MediumTask(abc.ABC):
         """See `Task`."""
         return self._compiled_step or jax.jit(self._make_step(self.config), donate_argnums=0)
 
-    def _make_step(self, config: RunConfig) -> LossStep:
+    def _make_step(self, config: BaseRunConfig) -> LossStep:
         return make_loss_step(self._model.loss, self._optimizer, config.train.accumulation)
 
     def place_batch(self, batch: Any) -> Any:
