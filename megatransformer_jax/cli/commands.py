@@ -28,6 +28,7 @@ from megatransformer_jax.config.option import (
 )
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.sharding.devices import DEVICE_NAMES
 
 # A pipe or a file has no width, and a table should not be cut there.
 PLAIN_WIDTH = 140
@@ -178,6 +179,12 @@ class InspectOptions:
 
     model: str | None = option(None, "Folder of a run, instead of --config: what it costs.")
     output: str | None = option(None, "Also writes the exact numbers to this JSON file.")
+    device: str | None = option(
+        None,
+        "Kind of device to train on: its kernels, types and memory count. Default (None): this "
+        "machine's.",
+        choices=DEVICE_NAMES,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -200,7 +207,7 @@ def inspect(parsed: Parsed) -> None:
         config = read_run_config(model_folder(options.model))
     if config is None:
         config = _require_run(parsed, "inspect")
-    report = make_report(config)
+    report = make_report(config, options.device)
     console = Console()
     if not console.is_terminal:
         console.width = PLAIN_WIDTH
@@ -227,7 +234,7 @@ training. The depths are evaluation.final_depths, the mesh need not exist here, 
 attention kernels are those of this machine's kind of device.""",
     options=InspectOptions,
     run=inspect,
-    examples=("--config.preset=huginn_3_5b", "--config=recurrent --output=cost.json"),
+    examples=("--config.preset=huginn_3_5b --device=v4", "--config=recurrent --output=cost.json"),
     takes_run=True,
     old_names=OLD_MODEL_NAMES | {"json": "output"},
 )

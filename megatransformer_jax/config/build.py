@@ -307,12 +307,15 @@ _StrictLoader.add_implicit_resolver(
 # Named model sizes: gin/*.gin, parsed without gin's global registry.
 #
 # A line is `ModelConfig.width = 256` or `AttentionConfig.num_heads = 4`: a dataclass of the model,
-# one of its options, a literal. Nothing else of gin is allowed, so that a preset is data.
+# one of its options, a literal. Nothing else of gin is allowed, so that a preset is data. A size
+# that no single device has room for also sets the mesh and the batch (`MeshConfig`, `DataConfig`).
 
-# Where the values of each dataclass go. Presets hold model sizes only.
-_SECTIONS = {"ModelConfig": ""} | {
-    section_class.__name__: path for path, section_class, _ in sections_of(ModelConfig)
+# Where the values of each dataclass go.
+_SECTIONS = {"ModelConfig": "model", "MeshConfig": "mesh", "DataConfig": "data"} | {
+    section_class.__name__: f"model.{path}" for path, section_class, _ in sections_of(ModelConfig)
 }
+# Besides sizes of the model: what makes a step fit its machine.
+_OF_THE_MACHINE = ("mesh.fsdp", "mesh.tensor", "data.batch_size", "data.sequence_length")
 # Dataclasses that stand in several places have no path of their own.
 _REPEATED = {
     name
@@ -330,7 +333,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The nested values of a preset, below the key 'model'.
+    """The nested values of a preset: 'model', and of large ones 'mesh' and 'data'.
 
     Raises:
       ConfigError: if there is no such preset; lists those there are.
@@ -343,18 +346,22 @@ def load_preset(name: str) -> dict[str, Any]:
             f"{', '.join(preset_names())}.",
         )
     file = preset_folder() / f"{name}.gin"
-    return {"model": parse_preset(file.read_text(encoding="utf-8"), str(file))}
+    return parse_preset(file.read_text(encoding="utf-8"), str(file))
 
 
 def parse_preset(text: str, filename: str) -> dict[str, Any]:
-    """The nested model values that a gin text binds.
+    """The nested values of a run that a gin text binds.
 
     Raises:
       UserError: naming file and line, if the text is not gin, binds a name that is not declared,
         a value of the wrong type or a name twice, or uses more of gin than literals.
     """
-    options = {option.path: option for option in options_of(ModelConfig)}
-    values: dict[str, Any] = {}
+    options = {
+        option.path: option
+        for option in options_of(RunConfig)
+        if option.path.startswith("model.") or option.path in _OF_THE_MACHINE
+    }
+    values: dict[str, Any] = {"model": {}}
     seen: set[str] = set()
     for statement in _parse(text, filename):
         place = f"{filename}:{statement.location.line_num}"

@@ -1,6 +1,7 @@
 """What a run costs, without allocating the model: parameters, FLOPs, memory, and their tables."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
@@ -14,6 +15,7 @@ from rich.table import Table
 
 from megatransformer_jax.config.fine_tuning import TRAIN_ALL
 from megatransformer_jax.config.loop import MeshConfig
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.config.run_kinds import require_transformer
@@ -34,7 +36,9 @@ from megatransformer_jax.models.cost.memory import (
 )
 from megatransformer_jax.models.cost.parameter_counts import (
     KINDS,
+    LayerSizes,
     ParameterCounts,
+    count_layers,
     count_parameters,
     effective_parameters,
     total_parameters,
@@ -49,6 +53,7 @@ from megatransformer_jax.runs.build import (
     abstract_train_state,
     trained_depth,
 )
+from megatransformer_jax.sharding.devices import device_kind, devices_with_room
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, resolve_mesh_shape
 from megatransformer_jax.sharding.rules import MESH_AXES, Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
@@ -65,8 +70,8 @@ class TrainMemory:
 
     `summed` are the gradients that micro-batches add up, `gradients` those of one of them. `merged`
     are the float32 weights that LoRA's updates are added to in every step. `gathered` are
-    whole copies of parameters that the axis fsdp cuts, beyond those in another type that
-    `activations` holds. `activations` sums all of `ActivationMemory`, of which
+    whole copies of parameters that the axis fsdp cuts, or of their gradients; those in another type
+    are in `activations`. `activations` sums all of `ActivationMemory`, of which
     `per_iteration` comes with every iteration that has gradients.
     """
 
@@ -107,23 +112,31 @@ class DepthCost:
 @dataclasses.dataclass(frozen=True)
 class CostReport:
     """All that `megatransformer inspect` shows. `media` has 'image' and 'audio' where there are
-    such; `places` are those of a sequence, text and media together."""
+    such; `places` are those of a sequence, text and media together; `layers` are by name."""
 
     parameters: ParameterCounts
     flops: ForwardFlops
     media: dict[str, MediumFlops]
     places: int
     depths: tuple[DepthCost, ...]
+    layers: dict[str, LayerSizes]
     memory: TrainMemory
+    device: str | None
     mesh: dict[str, int]
     platform: str
     compute_type: str
     trained_depth: int | None
 
+    @property
+    def fits(self) -> list[str]:
+        """Kinds of devices of the platform that have room for the training step."""
+        return devices_with_room(self.memory.total, self.platform)
+
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values, for JSON."""
         values = dataclasses.asdict(self)
         values["memory"]["total"] = self.memory.total
+        values["fits"] = self.fits
         return values
 
     def write(self, folder: pathlib.Path) -> list[pathlib.Path]:
@@ -133,19 +146,30 @@ class CostReport:
         return [path]
 
 
-def make_report(run: BaseRunConfig) -> CostReport:
-    """The costs of a run on this machine's kind of device, on the mesh that the config names.
+def make_report(run: BaseRunConfig, device: str | None = None) -> CostReport:
+    """The costs of a run on the mesh that the config names, which need not exist.
 
-    The mesh need not exist: `mesh.data=-1`, all devices that there are, counts as 1.
+    Args:
+      run: its configuration; `mesh.data=-1`, all devices that there are, counts as 1.
+      device: one of `DEVICE_NAMES`, whose kernels and types count. None: this machine's.
 
     Raises:
-      ConfigError: if mesh, model and batch do not fit each other, or the run trains no transformer.
+      ConfigError: if mesh, model and batch do not fit each other, the run trains no transformer, or
+        the device is a GPU and there is none here.
     """
     config = require_transformer(run)
-    platform = jax.default_backend()
+    here = jax.default_backend()
+    platform = here if device is None else device_kind(device).platform
+    if platform == "gpu" != here:
+        raise ConfigError(
+            "device",
+            f"{device!r}: the kernel of GPUs (cuDNN) can only be traced where there is a GPU, and "
+            f"this machine has {here!r}; run it there, or choose a TPU.",
+        )
     policy = DTypePolicy.from_precision(config.train.precision, platform)
     model = build_model(config.model, policy, Sharder(), platform)
-    counts = count_parameters(abstract_params(model))
+    params = abstract_params(model)
+    counts = count_parameters(params)
     places = config.data.sequence_length + sum(media_places(config))
     flops = forward_flops(config.model, places)
     mesh = _abstract_mesh(config.mesh)
@@ -158,7 +182,9 @@ def make_report(run: BaseRunConfig) -> CostReport:
         depths=tuple(
             _depth_cost(config, counts, flops, depth, policy) for depth in evaluated_depths(config)
         ),
+        layers=count_layers(params),
         memory=_train_memory(config, model, Sharder(mesh)),
+        device=device,
         mesh=dict(mesh.shape),
         platform=platform,
         compute_type=str(policy.compute),
@@ -209,14 +235,21 @@ def _train_memory(config: RunConfig, model: MegaTransformer, sharder: Sharder) -
         plain = abstract_train_state(model, optax.identity(), sharder, TRAIN_ALL)
         merged = tree_bytes(plain.params)
     has_own_copies = model.policy.compute != model.policy.param
-    is_cut = shape["fsdp"] > 1 and not has_own_copies
+    gathered = 0
+    if shape["fsdp"] > 1:
+        gathered = (merged or parameters) * shape["fsdp"]
+        if has_own_copies:
+            # The core's gradients are summed whole over the iterations and cut after the last.
+            core = jax.tree.leaves(abstract_params(model).get("core", ()))
+            cores = sum(leaf.size for leaf in core) // shape["tensor"]
+            gathered = cores * model.policy.compute.itemsize
     return TrainMemory(
         parameters=parameters,
         optimizer=tree_bytes(state.opt_state),
         gradients=gradients,
         summed=0 if config.train.accumulation == 1 else gradients,
         merged=merged,
-        gathered=(merged or parameters) * shape["fsdp"] if is_cut else 0,
+        gathered=gathered,
         activations=activations.total(config.model.recurrence.backprop_depth),
         per_iteration=activations.per_iteration,
     )
@@ -271,10 +304,11 @@ _UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
 def cost_tables(report: CostReport, run: BaseRunConfig) -> list[Table]:
-    """Parameters, FLOPs, costs by depth, memory."""
+    """Parameters, by part and by layer, FLOPs, costs by depth, memory."""
     config = require_transformer(run)
     found = [
         _parameters(report, config),
+        _layers(report),
         _flops(report, config),
         *([_media(report, config)] if report.media else []),
         _depths(report, config),
@@ -441,7 +475,9 @@ def _memory(report: CostReport, config: RunConfig) -> Table:
     if memory.merged:
         table.add_row("weights with LoRA's updates", format_bytes(memory.merged))
     if memory.gathered:
-        table.add_row("parameters gathered over fsdp, about", format_bytes(memory.gathered))
+        table.add_row(
+            "whole over fsdp: parameters, gradients, about", format_bytes(memory.gathered)
+        )
     table.add_row("kept for the backward pass, about", format_bytes(memory.activations))
     table.add_section()
     table.add_row("at most at one time, about", format_bytes(memory.total))
@@ -455,6 +491,38 @@ def _memory(report: CostReport, config: RunConfig) -> Table:
     table.caption = caption + "."
     if report.mesh["tensor"] > 1:
         table.caption += " The axis tensor makes what is kept smaller; that is not counted."
+    table.caption += " " + _machines(report)
+    return table
+
+
+def _machines(report: CostReport) -> str:
+    """Which devices have room, in a sentence; a CPU's memory is not known from its name."""
+    if report.platform == "cpu":
+        return "For accelerators, whose kernels and types differ: --device, such as --device=v4."
+    count = math.prod(report.mesh.values())
+    words = f"{count} devices" if count > 1 else "One device"
+    fits = ", ".join(report.fits) or f"no {report.platform} of those that are known"
+    sentence = f"{words} with room for it, a tenth of the memory being left: {fits}."
+    if report.device is not None:
+        verdict = "fits" if report.device in report.fits else "does not fit"
+        sentence = f"It {verdict} {report.device}. " + sentence
+    return sentence
+
+
+def _layers(report: CostReport) -> Table:
+    """Layers of the same sizes that follow each other share a row."""
+    table = _table("Parameters by layer", ["layer", "parameters of one", "layers", "all"])
+    groups: list[tuple[str, str, int, int]] = []
+    for name, sizes in report.layers.items():
+        part = name.rpartition("/")[0]
+        if groups and groups[-1][2] == sizes.parameters and groups[-1][0].startswith(f"{part}/"):
+            first, _, size, count = groups[-1]
+            groups[-1] = (first, name, size, count + 1)
+        else:
+            groups.append((name, name, sizes.parameters, 1))
+    for first, last, size, count in groups:
+        label = first if count == 1 else f"{first} to {last.rpartition('/')[2]}"
+        table.add_row(label, f"{size:,}", str(count), f"{size * count:,}")
     return table
 
 

@@ -145,11 +145,11 @@ def test_a_faulty_preset_names_file_and_line(text: str, line: int, problem: str)
 
 def test_sections_are_nested_by_their_path() -> None:
     text = "ModelConfig.width = 64\nNormConfig.eps = 1e-5\nRecurrenceConfig.core_width = None"
-    assert parse_preset(text, "mine.gin") == {
-        "width": 64,
-        "norm": {"eps": 1e-5},
-        "recurrence": {"core_width": None},
-    }
+    text += "\nMeshConfig.fsdp = 2"
+    model = {"width": 64, "norm": {"eps": 1e-5}, "recurrence": {"core_width": None}}
+    assert parse_preset(text, "mine.gin") == {"model": model, "mesh": {"fsdp": 2}}
+    with pytest.raises(UserError, match=r"mesh\.data: no such option"):
+        parse_preset("MeshConfig.data = 2", "mine.gin")
 
 
 def test_presets_of_an_installed_package_are_found(

@@ -1,11 +1,13 @@
 """Predicted memory of training against what the compiler says of the step that trains."""
 
+import re
 from typing import Any
 
 import jax
 import pytest
 
-from megatransformer_jax.config.build import build, merge
+from megatransformer_jax.config.build import build, merge, preset_folder, preset_names
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.runs.build import abstract_batches, abstract_train_state
 from megatransformer_jax.runs.cost import make_report
@@ -51,3 +53,47 @@ def test_prediction_is_within_15_percent_of_the_compilers(
     compiled = compile_step(make_train_step(model, optimizer, config), state, batch)
     predicted, real = make_report(config).memory.total, step_memory(compiled).total
     assert predicted == pytest.approx(real, rel=0.15)
+
+
+MACHINE = re.compile(r"# Machine: (\d+) x (\S+), batch of (\d+) x (\d+) tokens\.")
+ALL_MEDIA = {"tasks": ["draw=1", "caption=1", "speak=1", "transcribe=1"]}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        # A trace of several networks takes seconds.
+        pytest.param(name, marks=pytest.mark.slow) if name.startswith("multimodal") else name
+        for name in preset_names()
+    ],
+)
+def test_a_preset_fits_the_machine_that_its_file_names(name: str) -> None:
+    found = MACHINE.search((preset_folder() / f"{name}.gin").read_text())
+    assert found is not None
+    count, device, rows, length = found.groups()
+    data: dict[str, Any] = {"batch_size": int(rows), "sequence_length": int(length)}
+    if name.startswith("multimodal"):
+        data |= {"source": "media", "tokenizer": {"kind": "bytes"}, "media": ALL_MEDIA}
+    config = build({"preset": name, "data": data})
+    if device == "cpu":
+        assert make_report(config).memory.total < 2 * 2**30
+        return
+    report = make_report(config, device)
+    assert device in report.fits
+    assert report.mesh["fsdp"] == int(count)
+
+
+def test_huginn_fits_because_of_remat_and_mesh() -> None:
+    def predicted(changes: dict[str, Any]) -> float:
+        values = merge({"preset": "huginn_3_5b"}, changes)
+        return make_report(build(values), "v4").memory.total / 2**30
+
+    # Compiled for 16 TPU v4 with libtpu 0.0.42, the step takes 26.64 GiB on each.
+    assert predicted({}) == pytest.approx(26.64, rel=0.15)
+    assert predicted({"model": {"remat": "none"}}) > 100
+    assert predicted({"mesh": {"fsdp": 1}, "data": {"batch_size": 1}}) > 60
+
+
+def test_a_gpu_is_only_known_where_there_is_one() -> None:
+    with pytest.raises(ConfigError, match=r"device: 'h100'.*this machine has 'cpu'"):
+        make_report(build({"preset": "tiny"}), "h100")

@@ -67,6 +67,7 @@ def test_huginn_is_inspected_without_allocating_it(
 ) -> None:
     path = tmp_path / "cost.json"
     words = ["--config.preset=huginn_3_5b", "--config.evaluation.final_depths=1,32"]
+    words += ["--config.mesh.fsdp=1"]
     process = subprocess.run(
         [sys.executable, "-c", INSPECT_AND_TELL_PEAK, *words, f"--json={path}"],
         capture_output=True,

@@ -66,18 +66,19 @@ def activation_memory(
     logits = rows * length * config.vocab_size * itemsize
     kept = _kept(model, rows, length, media, learned)
     layers = max(1, config.prelude_layers + config.coda_layers)
+    whole = kept
+    if config.remat != "none":
+        plain = model.copy(config=dataclasses.replace(config, remat="none"))
+        whole = _kept(plain, rows, length, media, learned)
+    once, one_iteration, after_loop = kept.once, whole.one_iteration, 0
     if model.platform != "cpu":
-        # Without remat, an iteration's values are also copied out of the long arrays.
-        if config.remat == "none":
-            return ActivationMemory(
-                kept.once + kept.per_iteration, kept.per_iteration, 0, logits, 0
-            )
-        return ActivationMemory(kept.once, kept.per_iteration, kept.one_iteration, logits, 0)
-    plain = model.copy(config=dataclasses.replace(config, remat="none"))
-    whole = kept if config.remat == "none" else _kept(plain, rows, length, media, learned)
+        if config.remat == "none":  # An iteration's values are copied out of the long arrays.
+            once, one_iteration = once + kept.per_iteration, 0
+        return ActivationMemory(once, kept.per_iteration, one_iteration, logits, after_loop)
     # Outside of loops CPU's compiler moves most of what is computed again in front of the backward
     # pass; measured, a quarter of what remat could save is saved.
-    once = kept.once if config.scan_layers else (3 * whole.once + kept.once) // 4
+    if not config.scan_layers:
+        once = (3 * whole.once + kept.once) // 4
     after_loop = once * config.coda_layers // layers
     return ActivationMemory(once, kept.per_iteration, whole.per_iteration, logits, after_loop)
 

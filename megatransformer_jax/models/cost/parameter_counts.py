@@ -1,5 +1,7 @@
 """Parameters by module, from shapes alone: nothing is allocated."""
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,6 +62,48 @@ def effective_parameters(counts: Mapping[str, Mapping[str, int]], depth: int) ->
     """
     iterated = total_parameters({part: counts.get(part, {}) for part in ITERATED_PARTS})
     return total_parameters(counts) + (depth - 1) * iterated
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSizes:
+    """Parameters of one layer, and their bytes in float32."""
+
+    parameters: int
+    num_bytes: int
+
+
+def count_layers(params: Any) -> dict[str, LayerSizes]:
+    """Sizes by layer, as paths such as 'core/layers/layer_0', in the order of the model's parts;
+    what stands outside of layers is named after its module.
+
+    Args:
+      params: the tree of `init_params`, of arrays or of shapes.
+    """
+    sizes: dict[str, LayerSizes] = {}
+    leaves = [
+        ([entry.key for entry in path], leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    for names, leaf in sorted(leaves, key=lambda item: _order(item[0])):
+        name = _layer(names)
+        before = sizes.get(name, LayerSizes(0, 0))
+        sizes[name] = LayerSizes(
+            before.parameters + leaf.size, before.num_bytes + leaf.size * leaf.dtype.itemsize
+        )
+    return sizes
+
+
+def _order(names: list[str]) -> tuple[int, list[str]]:
+    """By part, then by name, numbers by their value."""
+    padded = [re.sub(r"\d+", lambda number: number[0].zfill(6), name) for name in names]
+    return PARTS.index(_part(names)), padded
+
+
+def _layer(names: list[str]) -> str:
+    """Up to the last numbered module, or the first two."""
+    numbered = [index for index, name in enumerate(names[:-1]) if name[-1].isdigit()]
+    end = numbered[0] + 1 if numbered else min(len(names) - 1, 2)
+    return "/".join(names[: max(1, end)])
 
 
 def _part(names: list[str]) -> str:
