@@ -15,7 +15,8 @@ OUTSIDE = {
     "CHANGELOG.md": "changes.md",
     "CONTRIBUTING.md": "contributing.md",
 }
-# The site's own first page stands for the README.
+# The site's own first page stands for the README, and has this section of it.
+WHY = re.compile(r"^## Why depth recurrence\n.*?(?=^## )", re.MULTILINE | re.DOTALL)
 PLACES = {**OUTSIDE, "README.md": "README.md"}
 _TARGET = re.compile(r"(?<=\]\()([^)\s#:]+)")
 
@@ -33,7 +34,13 @@ def on_files(files: "Files", config: Any) -> "Files":
 def on_page_markdown(markdown: str, page: Any, **unused: Any) -> str:
     """Leads the links of a page in `docs/` to where their targets are on the site."""
     uri = page.file.src_uri
-    return markdown if uri in OUTSIDE.values() else with_links_of_the_site(markdown, f"docs/{uri}")
+    if uri in OUTSIDE.values():
+        return markdown
+    markdown = with_links_of_the_site(markdown, f"docs/{uri}")
+    if uri == "README.md":
+        [section] = WHY.findall((REPOSITORY / "README.md").read_text(encoding="utf-8"))
+        markdown += "\n" + with_links_of_the_site(section, "README.md")
+    return markdown
 
 
 def with_links_of_the_site(text: str, path: str) -> str:
@@ -43,12 +50,12 @@ def with_links_of_the_site(text: str, path: str) -> str:
       text: of the page.
       path: of the page, from the root of the repository.
     """
-    here = posixpath.dirname(OUTSIDE.get(path, path.removeprefix("docs/")))
+    here = posixpath.dirname(PLACES.get(path, path.removeprefix("docs/")))
 
     def moved(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), match[1]))
         name = PLACES.get(target, target.removeprefix("docs/"))
-        is_moved = target in PLACES or path in OUTSIDE
+        is_moved = target in PLACES or path in PLACES
         return posixpath.relpath(name, here or ".") if is_moved else match[1]
 
     return _TARGET.sub(moved, text)
