@@ -37,8 +37,8 @@ def write_json(path: str | os.PathLike[str], values: Any) -> None:
     """Writes values as indented JSON. Numbers that are not finite become NaN and Infinity.
 
     Examples:
-      >>> write_json(tmp_path / "a.json", {"loss": 2.5})
-      >>> (tmp_path / "a.json").read_text()
+      >>> write_json(folder / "a.json", {"loss": 2.5})
+      >>> (folder / "a.json").read_text()
       '{\\n  "loss": 2.5\\n}\\n'
     """
     write_atomically(path, json.dumps(values, indent=2) + "\n")

@@ -110,7 +110,7 @@ class Model:
           UserError: if an input is empty, has ids that the model does not know, or more tokens than
             `config.max_length`, or if there is no such depth or option.
 
-        Example:
+        Examples:
           >>> lm(["The ", "If"], depth=3).logits.shape
           (2, 3, 512)
         """
@@ -152,7 +152,7 @@ class Model:
         Raises:
           UserError: if a prompt or an option cannot be used.
 
-        Example:
+        Examples:
           >>> lm.generate("The ", strategy="greedy", max_new_tokens=4).depths
           (4, 4, 4, 4)
         """
@@ -186,7 +186,7 @@ class Model:
         Raises:
           UserError: at once, if the prompt or an option cannot be used.
 
-        Example:
+        Examples:
           >>> for token in lm.stream("The ", strategy="greedy", max_new_tokens=2):
           ...     print(token.depth)
           4
@@ -222,7 +222,7 @@ class Model:
         Raises:
           UserError: as `__call__`, if the model has no core, or if the trace would fill the memory.
 
-        Example:
+        Examples:
           >>> trace = lm.trace("The ", depth=3, top_k=2)
           >>> trace.latents.shape, trace.residuals.shape, len(trace.next_tokens(3))
           ((3, 1, 3, 64), (3, 1, 3), 2)
@@ -272,7 +272,7 @@ class Model:
         Raises:
           UserError: if the format cannot express the model, or the folder cannot be used.
 
-        Example:
+        Examples:
           >>> mt.load(lm.save(folder / "saved")).config == lm.config
           True
         """

@@ -47,6 +47,16 @@ class Batch(typing.NamedTuple):
     in each document. `loss_mask` is 1.0 where the position counts in the loss, else 0.0. With
     media, text arrays hold the text alone, opening and closing tokens included, and the model
     works out where everything is in the sequence that has the media in it.
+
+    Examples:
+      >>> import numpy as np
+      >>> rows, length = 8, 64
+      >>> ids = np.tile(np.arange(length + 1, dtype=np.int32), (rows, 1))
+      >>> ones = np.ones((rows, length), np.int32)
+      >>> positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+      >>> batch = mt.Batch(ids[:, :-1], ids[:, 1:], ones.astype(np.float32), ones, positions)
+      >>> int(batch.targets[0, 0]), batch.tokens.shape  # `Trainer.step` takes it.
+      (1, (8, 64))
     """
 
     tokens: HostOrDeviceArray  # int32 [B, T]

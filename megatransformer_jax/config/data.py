@@ -284,8 +284,8 @@ class DataConfig(LoaderConfig):
     packing: str = option(
         "pack",
         "pack: documents fill a row, split where they must, kept apart by segment ids. "
-        "pad: one document per row, cut at sequence_length. bucket: the same, but a batch has "
-        "documents of like length and rows of a length that suits them.",
+        "pad: one document per row, cut at sequence_length. bucket: the same, but documents of "
+        "similar length share a batch, whose rows are only as long as they need.",
         choices=("pack", "pad", "bucket"),
     )
     bucket_lengths: tuple[int, ...] = option(

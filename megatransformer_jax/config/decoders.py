@@ -21,7 +21,9 @@ class DiffusionConfig:
         choices=("linear", "cosine", "sigmoid"),
     )
     num_times: int | None = option(
-        1000, "Times there are, evenly between clean and noise. None: all of them.", minimum=1
+        1000,
+        "Number of times, evenly spaced between clean and noise. None: time is continuous.",
+        minimum=1,
     )
     prediction: str = option(
         "v", "What the network predicts. epsilon: the noise. v: velocity.", choices=("epsilon", "v")
@@ -29,7 +31,7 @@ class DiffusionConfig:
     min_snr_gamma: float | None = option(
         5.0,
         "Weighs the error of the clean medium by min(SNR, gamma) (arXiv 2303.09556). None: the "
-        "error of the prediction counts alike at all times.",
+        "error of the prediction has the same weight at all times.",
         above=0,
     )
 
@@ -50,8 +52,8 @@ class SamplerConfig:
     eta: float = option(0.0, "Noise of DDIM: 0 none, 1 as much as DDPM.", minimum=0, maximum=1)
     guidance_scale: float = option(
         1.0,
-        "Classifier-free guidance: 1 the conditional prediction, 0 the unconditional one, above 1 "
-        "beyond the conditional. Other than 1 it takes twice the time.",
+        "Classifier-free guidance. 1: the conditional prediction. 0: the unconditional one. Above "
+        "1: further away from the unconditional one. Any value but 1 takes twice the time.",
         minimum=0,
     )
     threshold: str = option(
@@ -144,8 +146,8 @@ class FlowSamplerConfig:
     num_steps: int = option(25, "Steps from noise to the medium.", minimum=1)
     guidance_scale: float = option(
         1.0,
-        "Classifier-free guidance: 1 the conditional velocity, 0 the unconditional one, above 1 "
-        "beyond the conditional. Other than 1 it takes twice the time.",
+        "Classifier-free guidance. 1: the conditional velocity. 0: the unconditional one. Above 1: "
+        "further away from the unconditional one. Any value but 1 takes twice the time.",
         minimum=0,
     )
 
@@ -232,7 +234,7 @@ class DitConfig:
 
     @rule("width", "num_heads")
     def _width_suits_positions_and_heads(self) -> None:
-        """width is a multiple of 4, for two sinusoids of the place, and of num_heads."""
+        """width is a multiple of num_heads, and of 4 for the sinusoids of both coordinates."""
         for name, divisor in (("4", 4), (f"num_heads={self.num_heads}", self.num_heads)):
             if self.width % divisor:
                 raise ConfigError(

@@ -169,7 +169,7 @@ class ImageSourceConfig:
     source: str = option(
         "digits",
         "digits: scikit-learn's 1797 handwritten digits, 8x8, grey. photographs: crops of its two "
-        "photographs. image_folder: files of your own. tfds: a prepared TFDS data set.",
+        "photographs. image_folder: your own files. tfds: a prepared TFDS data set.",
         choices=("digits", "photographs", "image_folder", "tfds"),
     )
     folder: str | None = option(
@@ -240,7 +240,7 @@ class AudioSourceConfig:
         "auto",
         "spoken_digits: words zero to nine by espeak-ng. speech: sentences of the embedded text "
         "by espeak-ng. tones: tones, chirps and chords with captions, generated. audio_folder: "
-        "files of your own. tfds: a prepared TFDS data set. auto: spoken_digits where espeak-ng "
+        "your own files. tfds: a prepared TFDS data set. auto: spoken_digits where espeak-ng "
         "is installed, otherwise tones; the log says which.",
         choices=("auto", "spoken_digits", "speech", "tones", "audio_folder", "tfds"),
     )

@@ -47,7 +47,7 @@ class AdafactorConfig:
         128, "Only arrays whose second largest axis is this long are factored.", minimum=1
     )
     clip_rms: float | None = option(
-        1.0, "Root mean square of a parameter's update is cut to this. None: never.", above=0
+        1.0, "Largest root mean square of a parameter's update. None: no limit.", above=0
     )
     scale_by_parameter: bool = option(
         True, "Multiplies the rate by the parameter's root mean square (at least 1e-3)."
@@ -167,7 +167,9 @@ class OptimizerConfig:
         minimum=0,
     )
     clip_norm: float | None = option(
-        1.0, "Global gradient norm is cut to this. None: never.", above=0
+        1.0,
+        "Largest global norm of the gradients; larger ones are scaled down. None: no limit.",
+        above=0,
     )
 
     groups: tuple[str, ...] = option(

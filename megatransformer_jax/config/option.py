@@ -30,6 +30,13 @@ class UserError(ValueError):
     """Input that cannot be used. Entry points print it without a traceback and exit with 2.
 
     The message names what was wrong, the value, what is allowed and the fix.
+
+    Examples:
+      >>> try:
+      ...     mt.configure("recurrent", train={"step": 40})
+      ... except mt.UserError as error:
+      ...     print(str(error)[:49])
+      train.step: no such option; did you mean 'steps'?
     """
 
 

@@ -70,7 +70,7 @@ class RecurrenceConfig:
         ),
     )
     sampling_sigma: float = option(0.5, "Spread of the log-normal rate.", above=0)
-    max_steps: int = option(64, "No draw is larger than this.", minimum=1)
+    max_steps: int = option(64, "Largest number of iterations that is drawn.", minimum=1)
     draw_per: str = option(
         "batch",
         "One draw for all, for each sequence, or for each token.",
@@ -127,7 +127,7 @@ class RecurrenceConfig:
 
     @rule("max_steps")
     def _uniform_fits_max_steps(self) -> None:
-        """At least 2 * mean_steps - 1 with sampling='uniform', which would else be none."""
+        """At least 2 * mean_steps - 1 with sampling='uniform', its largest draw."""
         highest = 2 * self.mean_steps - 1
         if self.sampling == "uniform" and self.max_steps < highest:
             raise ConfigError(
@@ -199,7 +199,7 @@ class ExitGateTrainingConfig:
     )
     prior: str = option(
         "uniform",
-        "uniform: all iterations alike, so the KL is minus the entropy but for a constant (Ouro, "
+        "uniform: all iterations alike, so the KL is the negative entropy plus a constant (Ouro, "
         "arXiv 2510.25741). geometric: with mean prior_mean (PonderNet).",
         choices=("uniform", "geometric"),
     )

@@ -75,7 +75,15 @@ class Tokenizer(typing.Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class BytesTokenizer:
-    """UTF-8 bytes after padding (0), start (1) and end (2)."""
+    """UTF-8 bytes after padding (0), start (1) and end (2).
+
+    Examples:
+      >>> tokenizer = mt.BytesTokenizer()
+      >>> tokenizer.encode("Hi"), tokenizer.vocab_size
+      ([75, 108], 259)
+      >>> tokenizer.decode([75, 108])
+      'Hi'
+    """
 
     pad_id: int = 0
     bos_id: int = 1
@@ -110,6 +118,11 @@ class SentencePieceTokenizer:
 
     Raises:
       UserError: if the bytes are not a model, or the model has no start or end token.
+
+    Examples:
+      >>> tokenizer = mt.SentencePieceTokenizer((run / "tokenizer.model").read_bytes())
+      >>> tokenizer.decode(tokenizer.encode("If it rains")), tokenizer.vocab_size
+      ('If it rains', 512)
     """
 
     model: bytes = dataclasses.field(repr=False)

@@ -138,6 +138,13 @@ class Trace:
       top_ids: [n, B, T, k], the likeliest next tokens if the core stopped there.
       top_probs: [n, B, T, k], their probabilities.
       tokenizer: to show tokens as text. None: they are shown as ids.
+
+    Examples:
+      >>> trace = lm.trace("The ", depth=3)
+      >>> trace.depth, trace.latents.shape
+      (3, (3, 1, 3, 64))
+      >>> [len(trace.next_tokens(iteration)) for iteration in (1, 2, 3)]
+      [5, 5, 5]
     """
 
     tokens: np.ndarray

@@ -256,6 +256,11 @@ class Completion:
       score: sum of the log-probabilities of all new tokens under the model, the end token's
         included, those that close media left out; of beam search its penalised score.
       finish_reason: 'end_of_text', 'stop', 'length', or 'exhausted' if every token was banned.
+
+    Examples:
+      >>> completion = lm.generate("The ", strategy="greedy", max_new_tokens=4, depth=6)
+      >>> completion.depths, completion.finish_reason
+      ((6, 6, 6, 6), 'length')
     """
 
     prompt: Any

@@ -25,7 +25,7 @@ SECTIONS = {path for path, _, _ in sections_of(AllOptions)}
 # Names in code font that stand for something of another project, or of the reader's.
 ELSEWHERE = {
     *("CUDA_VISIBLE_DEVICES", "QArray", "coco_captions", "pydoc_data", "topics"),
-    *("lm", "utils", "tiff", "mp3"),
+    *("lm", "utils", "tiff", "mp3", "my_run"),
 }
 
 
@@ -42,6 +42,8 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
     (tmp_path / "experiments").symlink_to(repository / "experiments")
     (tmp_path / "runs" / "recurrent").mkdir(parents=True)
     save_config(build({}), tmp_path / "runs" / "recurrent" / "config.json")
+    tutorial = (repository / "docs" / "tutorials" / "own_text.md").read_text()
+    (tmp_path / "my_run.py").write_text(python_blocks(tutorial)[0])
     monkeypatch.chdir(tmp_path)
     count = 0
     for page in pages(repository):

@@ -1,6 +1,9 @@
 """The Colab notebook is committed without outputs and runs from top to bottom."""
 
+import http.server
+import json
 import re
+import threading
 
 import nbclient
 import nbformat
@@ -16,6 +19,62 @@ def test_no_outputs_are_committed(notebook):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert code
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
+
+
+class _Sessions(http.server.BaseHTTPRequestHandler):
+    """Answers as Colab's kernel does when it is asked what it runs."""
+
+    path_of_notebook = ""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        assert self.path == "/api/sessions"
+        self.wfile.write(json.dumps([{"path": self.path_of_notebook}]).encode())
+
+    def log_message(self, *unused):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (
+            "fileId=https%3A//github.com/some-one/mega.jax/blob/v0.2/docs/colab.ipynb",
+            "git+https://github.com/some-one/mega.jax@v0.2",
+        ),
+        ("fileId=1a2B3c", None),
+    ],
+)
+def test_in_colab_it_installs_the_repository_it_was_opened_from(
+    notebook, tmp_path, monkeypatch, path, expected
+):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code[:2]:
+        exec(cell, names)
+    handler = type("Handler", (_Sessions,), {"path_of_notebook": path})
+    with http.server.HTTPServer(("127.0.0.1", 0), handler) as server:
+        monkeypatch.setenv("COLAB_JUPYTER_IP", "127.0.0.1")
+        monkeypatch.setenv("KMP_TARGET_PORT", str(server.server_port))
+        threading.Thread(target=server.handle_request).start()
+        if expected is None:
+            with pytest.raises(ValueError, match="set SOURCE above"):
+                names["source"]()
+        else:
+            assert names["source"]() == expected
+
+
+def test_a_checkout_and_a_source_that_is_given_come_first(notebook, repository, monkeypatch):
+    monkeypatch.chdir(repository / "docs")
+    names = {}
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code[:2]:
+        exec(cell, names)
+    assert names["source"]() == str(repository)
+    names["SOURCE"] = "git+https://example.org/fork"
+    assert names["source"]() == "git+https://example.org/fork"
 
 
 @pytest.mark.slow

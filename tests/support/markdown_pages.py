@@ -30,6 +30,13 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
+def steps(text: str) -> Iterator[list[str] | str]:
+    """Commands, as words, and blocks of Python, as text, in the order of the page."""
+    for part in re.split(r"(^```python\n.*?^```)", text, flags=re.MULTILINE | re.DOTALL):
+        blocks = python_blocks(part)
+        yield from blocks if blocks else commands(part)
+
+
 def commands(text: str) -> Iterator[list[str]]:
     """Words of every `megatransformer ...` and `python -m experiments...` in blocks of code.
 

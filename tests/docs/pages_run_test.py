@@ -1,0 +1,101 @@
+"""Commands and examples of the documentation do what they say, at the smallest sizes.
+
+In tutorials a training command is carried out where a later step reads its run. Any other is set
+up: `inspect` builds the model and traces the training step, but nothing is compiled.
+"""
+
+import io
+import pathlib
+import re
+import sys
+from typing import Any
+
+import pytest
+from markdown_pages import pages, steps
+from page_runs import prepare, smallest
+
+from megatransformer_jax.cli.commands import find_command
+from megatransformer_jax.cli.commands import main as command
+from megatransformer_jax.cli.flags import parse
+
+pytestmark = pytest.mark.slow
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent.parent
+# In this order, as some read what others have made.
+TUTORIALS = [
+    "docs/README.md",
+    "docs/tutorials/depth.md",
+    "docs/tutorials/own_text.md",
+    "docs/tutorials/reasoning.md",
+    "docs/commands.md",
+    "docs/tutorials/fine_tune.md",
+    "docs/tutorials/media.md",
+    "docs/tutorials/pods.md",
+    "docs/questions.md",
+]
+GUIDES = sorted({str(path.relative_to(REPOSITORY)) for path in pages(REPOSITORY)} - {*TUTORIALS})
+# What is not followed here, and why.
+COMMANDS = {
+    "lm-eval": "reading lm-eval's thousands of tasks takes long; tests/cli/lm_eval_test.py runs it",
+}
+EXAMPLES = {
+    "README.md": "documented_names_test.py runs it",
+    "docs/api.md": "documented_names_test.py runs them",
+    "docs/evaluation.md": "the images, the network and the task are the reader's",
+    "docs/vocoder.md": "the run of a vocoder takes long to make",
+}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, small_run: Any) -> Any:
+    """Command lines that have been carried out, all in one folder."""
+    folder = tmp_path_factory.mktemp("pages")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        prepare(folder, pages(REPOSITORY), small_run)
+        yield set()
+
+
+@pytest.mark.parametrize("name", [*TUTORIALS, *GUIDES])
+def test_a_page_can_be_followed(name, done, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    names: dict[str, Any] = {}
+    page = list(steps((REPOSITORY / name).read_text()))
+    for number, step in enumerate(page):
+        if isinstance(step, str):
+            if name not in EXAMPLES:
+                _run_example(step, names)
+            continue
+        if step[0] in ("train", "find-lr"):
+            is_read = name in TUTORIALS and _is_read(step, page[number + 1 :])
+            if not is_read:
+                step = ["inspect", *(word for word in step[1:] if word.startswith("--config"))]
+        line = " ".join(step)
+        if step[0].replace("_", "-") in COMMANDS or line in done:
+            continue
+        done.add(line)
+        first, *words = smallest(step)
+        try:
+            command(first, words)
+        except SystemExit as error:
+            pytest.fail(f"{name}: {line}: exit code {error.code}")
+
+
+def _run_example(code: str, names: dict[str, Any]) -> None:
+    """Runs a block of Python; one that is an experiment becomes the file of one."""
+    if "def get_config" in code:
+        pathlib.Path("my_run.py").write_text(code, encoding="utf-8")
+    exec(compile(code, "example", "exec"), names)
+
+
+def _is_read(words: list[str], later: list[Any]) -> bool:
+    """Whether a later step reads the run of a training command that is not written already."""
+    config = parse(find_command("train"), [word for word in words[1:] if "--config" in word]).config
+    if config is None or pathlib.Path(config.workdir).exists():
+        return False
+    run = re.compile(rf"{re.escape(config.workdir)}(?![\w/])")
+    return any(run.search(step if isinstance(step, str) else " ".join(step[1:])) for step in later)
+
+
+def test_what_is_left_out_is_there():
+    assert all(list(steps((REPOSITORY / name).read_text())) for name in EXAMPLES)
