@@ -2,7 +2,7 @@
 
 A training command is carried out in a tutorial where a later step reads its run. Any other one of a
 tutorial is set up: `inspect` builds the model and traces the training step, but compiles nothing.
-Those of guides are read and checked in `documented_names_test.py`.
+Those of guides are read and checked in `documented_names_test.py`, and so is `inspect`.
 """
 
 import io
@@ -67,11 +67,10 @@ def test_a_page_can_be_followed(name, done, monkeypatch):
             if name not in EXAMPLES:
                 _run_example(step, names)
             continue
-        if step[0] in ("train", "find-lr"):
-            if name not in TUTORIALS:
-                continue
-            if not _is_read(step, page[number + 1 :]):
-                step = ["inspect", *(word for word in step[1:] if word.startswith("--config"))]
+        if step[0] in ("train", "find-lr", "inspect") and name not in TUTORIALS:
+            continue
+        if step[0] in ("train", "find-lr") and not _is_read(step, page[number + 1 :]):
+            step = ["inspect", *(word for word in step[1:] if word.startswith("--config"))]
         line = " ".join(step)
         if step[0].replace("_", "-") in COMMANDS or line in done:
             continue
