@@ -9,8 +9,8 @@ and its answer: `1` image `2` image `3` image `Which is seven?` `2`. No loss is 
 question. The others are single images with their names, from which digits are learned first. The
 answers start to be better than chance (33%) after about half of the steps. No network.
 
-Expected: 96% to 97% of the questions about the 359 held-out digits right at depth 4, the trained
-mean (one seed; chance is 33%). 15 minutes on 2 CPU cores shared with about ten other jobs.
+Expected: 96.7% of the questions about the 359 held-out digits right at depth 4, the trained mean
+(one seed). 13 minutes on 2 CPU cores shared with about ten other jobs.
 By depth:  megatransformer evaluate --model=runs/which_digit
 """
 
