@@ -40,7 +40,7 @@ def run_command(command: Command, arguments: Sequence[str]) -> None:
             set_environment(parsed.config)
             level = parsed.config.logging.level
         start_logging(level)
-        with quiet_libraries(level), named_as_written(command.known):
+        with quiet_libraries(level), named_as_written(command.known), modules_from_here():
             command.run(parsed)
 
 
@@ -67,6 +67,23 @@ def errors_in_one_line() -> Iterator[None]:
         # `run` has closed what it opened. A usual exit crashes where the interpreter is taken down
         # after Ctrl-C inside JAX's native code (jaxlib on CPU: segmentation fault).
         os._exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def modules_from_here() -> Iterator[None]:
+    """Lets options name functions in files of the current folder, however the program was started.
+
+    `python -m` looks there by itself, a console script does not. Installed modules take precedence.
+    """
+    folder = os.getcwd()
+    if folder in sys.path or "" in sys.path:
+        yield
+        return
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def start_logging(level: str) -> None:

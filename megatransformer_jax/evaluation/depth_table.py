@@ -69,7 +69,7 @@ def make_table(
             per_text = _scores_per_text(row, text_size)
             cells += [f"{per_text['bits_per_byte']:.4f}", f"{per_text['word_perplexity']:.2f}"]
         table.add_row(depth + (" *" if is_trained else ""), *cells)
-    if trained_depth is not None:
+    if any(row.depth is not None and row.depth == trained_depth for row in scores):
         table.caption = f"* mean depth in training ({trained_depth})"
     return table
 

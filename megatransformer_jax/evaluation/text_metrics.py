@@ -262,7 +262,7 @@ def make_text_table(scores: ScoresByDepth, trained_depth: int | None) -> Table:
         star = " *" if depth is not None and depth == trained_depth else ""
         cells = [f"{getattr(row, field):.{digits}f}" for _, field, digits in _COLUMNS]
         table.add_row("-" if depth is None else f"{depth}{star}", *cells)
-    if trained_depth is not None:
+    if trained_depth is not None and trained_depth in scores:
         table.caption = f"* mean depth in training ({trained_depth})"
     return table
 

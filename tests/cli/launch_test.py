@@ -1,5 +1,6 @@
 """What every command shares: environment, log, errors in one line, help; JAX imported late."""
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -11,9 +12,10 @@ import pytest
 
 from megatransformer_jax.cli import launch
 from megatransformer_jax.cli.commands import COMMANDS, SUMMARIES, find_command, main
-from megatransformer_jax.cli.flags import help_page
+from megatransformer_jax.cli.flags import Command, help_page
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.extras import import_function
 
 PROGRAM = '''"""Shows what a command sees."""
 import dataclasses, os, signal, sys
@@ -40,6 +42,11 @@ def show(parsed):
 COMMAND = Command("show", "Shows what a command sees.", Options, show, takes_run=True)
 run_command(COMMAND, sys.argv[1:])
 '''
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """A command without options."""
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +76,24 @@ def test_main_runs_with_the_environment_set_and_jax_not_yet_imported(program: pa
     )
     assert (done.returncode, done.stdout) == (0, "good day 64 a=b c\n"), done.stderr
     assert "an info message" in done.stderr
+
+
+def test_functions_of_the_current_folder_can_be_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A console script has its own folder on the path, not the one that it is started in."""
+    name = "functions_of_the_reader"
+    (tmp_path / f"{name}.py").write_text("def double(x):\n    return 2 * x\n")
+    monkeypatch.chdir(tmp_path)
+    before = [folder for folder in sys.path if folder]
+    monkeypatch.setattr(sys, "path", list(before))
+    found = []
+    command = Command(
+        "show", "x", Nothing, lambda _: found.append(import_function("x", f"{name}:double")(4))
+    )
+    launch.run_command(command, [])
+    sys.modules.pop(name)
+    assert found == [8] and sys.path == before
 
 
 def test_ctrl_c_is_one_line(program: pathlib.Path) -> None:

@@ -25,7 +25,7 @@ SECTIONS = {path for path, _, _ in sections_of(AllOptions)}
 # Names in code font that stand for something of another project, or of the reader's.
 ELSEWHERE = {
     *("CUDA_VISIBLE_DEVICES", "QArray", "coco_captions", "pydoc_data", "topics"),
-    *("lm", "utils", "tiff", "mp3", "my_run"),
+    *("lm", "utils", "tiff", "mp3", "my_run", "my_features"),
 }
 
 

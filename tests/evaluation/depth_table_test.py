@@ -34,6 +34,8 @@ def test_table_has_a_row_per_depth_and_marks_the_trained_one():
     assert "4 *" in rows[2] and "0.7500" in rows[2] and "0.2000" in rows[2]
     assert sum("*" in row for row in rows) == 1
     assert "mean depth in training (4)" in text
+    # No note on a star that no row has.
+    assert "*" not in printed(SCORES[:2], 4)
 
 
 def test_text_has_no_exact_answers():

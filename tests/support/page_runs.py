@@ -2,15 +2,20 @@
 
 import json
 import pathlib
+import re
 import wave
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 from smallest_media_model import VALUES
 from written_run import write_run
 
+from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import build, merge
+from megatransformer_jax.runs.tasks.start import run_info
+from megatransformer_jax.runs.tasks.vocoder import make_vocoder
 
 # Before a command's own words, so that those count: the sizes.
 _TEXT = {
@@ -87,6 +92,12 @@ def prepare(folder: pathlib.Path, pages: list[pathlib.Path], small_run: Any) -> 
     reference = json.dumps({"prompt": "The ", "reference": "if statement"})
     references = "\n".join([reference] * len(lines))
     (folder / "my" / "references.jsonl").write_text(references, encoding="utf-8")
+    (folder / "my" / "tasks").mkdir()
+    (folder / "my" / "tasks" / "texts.jsonl").write_text(lines[0], encoding="utf-8")
+    [page] = [page for page in pages if page.name == "evaluation.md"]
+    [task] = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    task = task.replace("dataset_kwargs: {", f"dataset_kwargs: {{cache_dir: {folder}/cache, ")
+    (folder / "my" / "tasks" / "my_task.yaml").write_text(task, encoding="utf-8")
     (folder / "words.tsv").write_text("big\tlarge,huge\n", encoding="utf-8")
     (folder / "my_images").mkdir()
     for number in range(8):
@@ -122,6 +133,7 @@ def _write_runs(folder: pathlib.Path, small_run: Any) -> None:
     accuracies = {step: 1 - loss for step, loss in many.items()}
     write_run(build(small_run(folder / "mine", keep)), many, accuracies)
     tasks = {"image": ["draw=1", "caption=1"], "audio": ["speak=1", "transcribe=1"]}
+    _write_vocoder(folder / "vocoder")
     for name, kinds in {"image": ("image",), "multimodal": ("image", "audio")}.items():
         media = {
             "model": {
@@ -135,3 +147,16 @@ def _write_runs(folder: pathlib.Path, small_run: Any) -> None:
             },
         }
         write_run(build(small_run(folder / name, media)), {2: 1.0})
+
+
+def _write_vocoder(folder: pathlib.Path) -> None:
+    """A vocoder for the sound of the runs above, its parameters drawn at random."""
+    options = {"kind": "hifigan", "width": 8, "mel": VALUES["audio"]["mel"]}
+    hifigan = {"upsample_rates": [8, 8], "kernel_sizes": [3], "dilations": [1]}
+    config = build({"kind": "vocoder", "vocoder": options | {"hifigan": hifigan}})
+    shapes = jax.eval_shape(make_vocoder(config).init, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
+    checkpoints = CheckpointManager(folder / "checkpoints", config.checkpoint)
+    checkpoints.save(1, {"params": params}, {}, run_info(config, "no text"), {})
+    checkpoints.close()

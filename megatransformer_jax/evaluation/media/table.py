@@ -76,7 +76,8 @@ def make_media_table(rows: Sequence[MediaRow], trained_depth: int | None) -> Tab
     for name in rows[0].validation.tasks:
         losses = [row.validation.tasks[name].loss for row in rows]
         table.add_row(f"text loss, task {name}", *[f"{loss:.4f}" for loss in losses])
-    table.caption = _caption(rows[0], trained_depth)
+    has_star = any(row.validation.depth == trained_depth for row in rows)
+    table.caption = _caption(rows[0], trained_depth if has_star else None)
     return table
 
 
