@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from absl import logging
 
 from megatransformer_jax.config.data import ClipDataConfig, PictureDataConfig
 from megatransformer_jax.config.image import ImageVaeRunConfig
@@ -74,6 +76,8 @@ _SAID_BEFORE = {
     "vocoder": {"data.media.tasks": ("speak=1",)},
     "image_vae": {"data.media.tasks": ("draw=1",)},
 }
+# Tasks of media that version 0.1 had.
+_TASKS_BEFORE = {"draw", "caption", "speak", "transcribe", "text"}
 for _values in _SAID_BEFORE.values():
     _values |= {"data.source": "media", "data.tokenizer.kind": "bytes"}  # type: ignore[dict-item]
 
@@ -85,7 +89,7 @@ def run_class(values: Mapping[str, Any]) -> type[BaseRunConfig]:
       ConfigError: if there is no such kind of run.
     """
     kind = values.get("kind", "transformer")
-    if kind not in _CLASSES:
+    if not isinstance(kind, str) or kind not in _CLASSES:
         raise ConfigError(
             "kind",
             f"{kind!r} is not allowed; {nearest_hint(str(kind), RUN_KINDS)}it must be one of "
@@ -110,7 +114,8 @@ def require_transformer(config: BaseRunConfig) -> RunConfig:
 def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The nested values without those of other kinds of run, which must be defaults.
 
-    Configurations of version 0.1 have the options of all kinds.
+    Configurations of version 0.1 have the options of all kinds. Those saved by its runs may also
+    have slots of media that no task fills; they are left out.
 
     Raises:
       ConfigError: if one of them is set, and so would be ignored.
@@ -134,7 +139,37 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
                 raise _ignored(path, value, others[path], kind)
         return found
 
-    return kept(values, "")
+    return _without_empty_slots(kept(values, ""))
+
+
+# What a configuration that a run of version 0.1 saved says of media; later ones say more.
+_SAVED_MEDIA = {"tasks", "images_per_row", "audio_per_row", "images", "audio"}
+
+
+def _without_empty_slots(values: dict[str, Any]) -> dict[str, Any]:
+    """The values; of version 0.1, whose rows had at most one medium of a kind, with one slot."""
+    data = values.get("data")
+    media = data.get("media") if isinstance(data, Mapping) else None
+    if not isinstance(media, Mapping) or media.keys() != _SAVED_MEDIA:
+        return values
+    one_slot = {**media, "images_per_row": 1, "audio_per_row": 1}
+    if one_slot == media or not set(_task_names(media)) <= _TASKS_BEFORE:
+        return values
+    logging.log_first_n(
+        logging.WARNING,
+        "data.media: no task fills more than one slot; of the saved images_per_row=%s and "
+        "audio_per_row=%s one is kept, with which a resumed run draws other noise for media that "
+        "it learns to make",
+        1,
+        media["images_per_row"],
+        media["audio_per_row"],
+    )
+    return {**values, "data": {**values["data"], "media": one_slot}}
+
+
+def _task_names(media: Mapping[str, Any]) -> Iterator[str]:
+    tasks = media["tasks"] if isinstance(media["tasks"], list | tuple) else (media["tasks"],)
+    return (str(task).partition("=")[0] for task in tasks)
 
 
 @functools.cache

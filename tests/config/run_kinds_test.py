@@ -36,6 +36,22 @@ def test_a_configuration_of_version_0_1_still_loads(kind, run_class):
     assert build(to_dict(new)) == new
 
 
+def test_slots_that_no_task_fills_load_from_a_run_of_version_0_1_alone():
+    model = {"max_length": 256, "image": {"enabled": True}}
+    data = {"source": "media", "sequence_length": 64, "tokenizer": {"kind": "bytes"}}
+    media = to_dict(RunConfig())["data"]["media"]
+    media |= {"tasks": ["draw=1", "caption=2"], "images_per_row": 2}
+    said = {"model": model, "data": data | {"media": media}}
+    with pytest.raises(ConfigError, match="images_per_row: 2, but the rows of draw, caption"):
+        build(said)
+    del media["documents"]
+    assert build(said).data.media.images_per_row == 1
+    media["tasks"] = ["which=1"]
+    assert build(said).data.media.images_per_row == 2
+    with pytest.raises(ConfigError, match=r"kind: \{\} is not allowed"):
+        build({"kind": {}})
+
+
 @pytest.mark.parametrize("kind", ["vocoder", "image_vae"])
 def test_a_kind_has_no_options_of_another(kind):
     values = to_dict(build({"kind": kind}))

@@ -21,7 +21,8 @@ from megatransformer_jax.data.media.sounds import WaveformFitter, read_sound
 from megatransformer_jax.data.sources.record import BadRecord
 
 INDEX = "documents.jsonl"
-OPTION = "data.media.documents.folder"
+SECTION = "data.media.documents"
+OPTION = f"{SECTION}.folder"
 # Keys of a part with a file, by what it holds. Of sound they say which tokens stand around it.
 MEDIA_KEYS = ("image", "voice", "audio")
 WANTED = (
@@ -41,9 +42,9 @@ class Documents:
         assert options.folder is not None  # A rule of the configuration.
         self._documents = list(_documents(options.folder))
         self._root = _root(options.folder)
-        self._images = ImageFitter(formats.image, options.on_wrong_size)
+        self._images = ImageFitter(formats.image, options.on_wrong_size, SECTION)
         self._rate = formats.audio.mel.sample_rate_hz
-        self._clips = WaveformFitter(self._rate, options.on_wrong_audio)
+        self._clips = WaveformFitter(self._rate, options.on_wrong_audio, SECTION)
 
     def __len__(self) -> int:
         return len(self._documents)

@@ -145,14 +145,15 @@ MODES = {1: "L", 3: "RGB"}
 
 
 class ImageFitter:
-    """Does what `data.media.images.on_wrong_size` says.
+    """Does what `on_wrong_size` of a section, such as `data.media.images`, says.
 
     Attributes:
       note: counts the images that were changed.
     """
 
-    def __init__(self, image: ImageConfig, on_wrong_size: str):
+    def __init__(self, image: ImageConfig, on_wrong_size: str, section: str = "data.media.images"):
         self._image = image
+        self._option = f"{section}.on_wrong_size"
         self._resizes = on_wrong_size == "resize"
         self.note = CountedNote(f"images resized or converted to {_size(image.shape)}")
 
@@ -174,8 +175,7 @@ class ImageFitter:
                 f"the image is {_size(shape)} (height x width x channels), but model.image is "
                 f"{_size(self._image.shape)}. "
                 + (
-                    "Resize it, set data.media.images.on_wrong_size='resize', or change "
-                    "model.image."
+                    f"Resize it, set {self._option}='resize', or change model.image."
                     if mode
                     else "Set model.image.channels to 1 or 3."
                 ),

@@ -1,7 +1,8 @@
 """Changes of the texts of training rows with media, as `data.augmentation` says.
 
 Words are changed before they are tokenised, in prompts, captions and plain text. A row with sound
-keeps its words, as a transcript says what can be heard. Tokens are hidden in all texts, but not the
+keeps its words, as a transcript says what can be heard, and so does one with given text, as its
+answer is that of the question. Tokens are hidden in all texts, but not the
 start token and those around media.
 """
 
@@ -55,8 +56,9 @@ class RowTexts:
         return changed
 
     def change_sample(self, sample: Sample, number: int) -> Sample | FailedAugmentation:
-        """The sample of row `number` with its texts in other words, unless it has sound."""
-        if self._words is None or any(isinstance(part, AudioPart) for part in sample.parts):
+        """The sample of row `number` with its texts in other words, unless it has sound or given
+        text."""
+        if self._words is None or any(isinstance(part, AudioPart | Given) for part in sample.parts):
             return sample
         parts: list[Part | Given] = []
         for part in sample.parts:

@@ -16,6 +16,7 @@ import numpy as np
 
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.media_tasks import ROW_TASKS
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.augmentation.media import augment_image, augment_mel, augment_waveform
 from megatransformer_jax.data.augmentation.text import FailedAugmentation
 from megatransformer_jax.data.documents import in_order
@@ -85,6 +86,9 @@ class RowMaker:
     Attributes:
       sources: 'images', 'audio', 'documents' and 'text', those that the tasks need.
       shape: of a row.
+
+    Raises:
+      ConfigError: if a row of several images has only one to choose from.
     """
 
     def __init__(
@@ -96,6 +100,13 @@ class RowMaker:
         *,
         augments: bool,
     ):
+        if "fewshot" in config.media.task_weights and len(sources["images"]) < 2:
+            raise ConfigError(
+                "data.media.tasks",
+                "'fewshot' shows other images of the same split, and this split, training or "
+                "validation, has only one; give more images, change data.validation_fraction, or "
+                "leave the task out.",
+            )
         self.sources = sources
         self._seed = config.seed
         self._tokenizer = tokenizer

@@ -78,13 +78,14 @@ def _sound(kind: str, hz: float, seconds: float, rate_hz: int) -> np.ndarray:
 
 
 class WaveformFitter:
-    """Does what `data.media.audio.on_wrong_audio` says.
+    """Does what `on_wrong_audio` of a section, such as `data.media.audio`, says.
 
     Attributes:
       note: counts the clips that were changed.
     """
 
-    def __init__(self, sample_rate_hz: int, on_wrong_audio: str):
+    def __init__(self, sample_rate_hz: int, on_wrong_audio: str, section: str = "data.media.audio"):
+        self._option = f"{section}.on_wrong_audio"
         self._rate = sample_rate_hz
         self._converts = on_wrong_audio == "convert"
         self.note = CountedNote(f"clips mixed to mono or resampled to {sample_rate_hz} Hz")
@@ -119,7 +120,7 @@ class WaveformFitter:
                 where,
                 f"the clip has {_counted(channels)} and {sample_rate_hz} samples per second; the "
                 f"model needs mono and model.audio.mel.sample_rate_hz={self._rate}. Convert it, or "
-                "set data.media.audio.on_wrong_audio='convert'.",
+                f"set {self._option}='convert'.",
             )
         self.note.add(f"{where}, {_counted(channels)}, {sample_rate_hz} Hz")
         mono = samples if samples.ndim == 1 else samples.mean(axis=1)

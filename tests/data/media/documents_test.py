@@ -128,11 +128,20 @@ def test_missing_files_and_media_that_do_not_fit_are_bad_records(folder: pathlib
     with pytest.raises(ConfigError, match=r"'/nowhere' has no file documents\.jsonl"):
         Documents(DocumentsDataConfig(folder="/nowhere"), FORMATS)
     Image.new("L", (9, 8)).save(folder / "wide.png")
-    write(folder, [{"image": "none.png"}], [{"image": "wide.png"}], [{"voice": "a.png"}])
+    soundfile.write(folder / "stereo.wav", np.zeros((200, 2), np.float32), 8000)
+    names = ({"image": "none.png"}, {"image": "wide.png"}, {"voice": "a.png"})
+    write(folder, *([name] for name in names), [{"voice": "stereo.wav"}])
     source = Documents(options, FORMATS)
-    for index, problem in enumerate(("no such file", "is 8x9x1", "cannot be read as sound")):
+    for index, problem in enumerate(
+        (
+            "no such file",
+            r"is 8x9x1 .* set data\.media\.documents\.on_wrong_size='resize'",
+            "cannot be read as sound",
+            r"2 channels .* set data\.media\.documents\.on_wrong_audio='convert'",
+        )
+    ):
         found = source[index]
-        assert isinstance(found, BadRecord) and problem in found.problem
+        assert isinstance(found, BadRecord) and re.search(problem, found.problem)
         assert f"line {index + 1}" in found.where
     fits = Documents(DocumentsDataConfig(folder=str(folder), on_wrong_size="resize"), FORMATS)
     assert isinstance(fits[1], Sample)

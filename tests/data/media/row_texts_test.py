@@ -1,5 +1,6 @@
 """Texts of training rows with media: which of them change, and what stays as it is."""
 
+import dataclasses
 import itertools
 import pathlib
 import sys
@@ -83,6 +84,17 @@ def test_words_change_but_not_those_that_are_heard(words):
     assert sum("xyzzy" in text for text in changed["text"]) > 1
     held_out = by_task(batches(config(**words), "validation"))
     assert held_out == by_task(batches(config(), "validation"))
+
+
+def test_an_answer_to_a_question_keeps_its_words(words):
+    pathlib.Path(words["synonyms_file"]).write_text("1\txyzzy\n2\txyzzy\n")
+    plain = config()
+    media = MediaDataConfig(tasks=("which=1",), images_per_row=2)
+    changed = dataclasses.replace(config(**words), media=media)
+    for ours, theirs in zip(
+        batches(changed), batches(dataclasses.replace(plain, media=media)), strict=True
+    ):
+        np.testing.assert_array_equal(ours.targets, theirs.targets)
 
 
 def test_tokens_are_hidden_where_they_are_read_alone():

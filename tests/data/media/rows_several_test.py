@@ -15,6 +15,7 @@ from megatransformer_jax.config.media_data import (
     ImageDataConfig,
     MediaDataConfig,
 )
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.data.media.encoding import RowShape, check_media, make_batch
 from megatransformer_jax.data.media.records import AudioRecord, ImageRecord, MediaFormats
 from megatransformer_jax.data.media.rows import RowMaker, TrainingRows, ValidationRows, task_names
@@ -147,6 +148,11 @@ def test_a_row_without_a_fitting_record_is_a_bad_record_that_says_so() -> None:
     assert bad and "no clip has one of its captions, ('one',), as transcript" in " ".join(
         map(str, bad)
     )
+
+
+def test_fewshot_needs_another_image_in_its_split() -> None:
+    with pytest.raises(ConfigError, match=r"'fewshot' shows other images .* has only one; give"):
+        RowMaker(config("fewshot=1"), TOKENIZER, FORMATS, {"images": [None]}, augments=False)
 
 
 def test_embedded_digits_fill_the_slots_and_inputs_alone_are_augmented() -> None:
