@@ -482,11 +482,12 @@ class MediaDataConfig:
             ("audio", self.has_audio, AUDIO_TASKS),
         ):
             options = (name,) if self.has_documents else (name, f"{name}_per_row")
+            but = " but 'documents', which has its own" if self.has_documents else ""
             if not is_used:
                 require_defaults(
                     self,
                     options,
-                    f"because no task uses {name}",
+                    f"because no task uses {name}{but}",
                     f"add {' or '.join(map(repr, tasks))} to tasks",
                 )
 
