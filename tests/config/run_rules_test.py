@@ -594,10 +594,3 @@ def test_a_seed_has_32_bits(config_class: type) -> None:
     assert config_class(seed=2**32 - 1).seed == 2**32 - 1
     with pytest.raises(ConfigError, match=r"at least 0 and at most 2\^32 - 1"):
         config_class(seed=2**32)
-
-
-def test_options_of_images_next_to_documents_alone_say_that_those_have_their_own() -> None:
-    documents = {"tasks": ("documents=1",), "documents": {"folder": "mine"}}
-    media = {**documents, "images": {"augmentation": {"flip_rate": 0.5}}}
-    with pytest.raises(ConfigError, match=r"no task uses images but 'documents', which has its"):
-        build({"data": {"source": "media", "media": media}})

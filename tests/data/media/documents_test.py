@@ -10,7 +10,7 @@ import soundfile
 from PIL import Image
 from smallest_media_model import TOKENIZER, VALUES
 
-from megatransformer_jax.config.build import construct
+from megatransformer_jax.config.build import build, construct
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.media_data import DocumentsDataConfig, MediaDataConfig
 from megatransformer_jax.config.model import ModelConfig
@@ -161,3 +161,10 @@ def test_the_fingerprint_follows_documents_and_their_files(folder: pathlib.Path)
     assert before.startswith("documents: 4 files")
     Image.new("L", (8, 8), 7).save(folder / "a.png")
     assert data_fingerprint(config(folder)) != before
+
+
+def test_options_of_images_next_to_documents_alone_say_that_those_have_their_own() -> None:
+    documents = {"tasks": ("documents=1",), "documents": {"folder": "mine"}}
+    media = {**documents, "images": {"augmentation": {"flip_rate": 0.5}}}
+    with pytest.raises(ConfigError, match=r"no task uses images but 'documents', which has its"):
+        build({"data": {"source": "media", "media": media}})
