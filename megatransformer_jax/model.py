@@ -9,7 +9,7 @@ import functools
 import os
 import pathlib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -330,8 +330,8 @@ class Model:
         """The prompts; those with media or markers as prompts of both."""
         rate_hz = self.config.audio.mel.sample_rate_hz
         media: list[ImagePart | AudioPart] = [
-            *map(ImagePart, images),
-            *(AudioPart(clip, rate_hz) for clip in clips),
+            *(ImagePart(image) for image in _arrays("images", images)),
+            *(AudioPart(clip, rate_hz) for clip in _arrays("clips", clips)),
         ]
         has_markers = self.config.has_media and any(
             marker in text for text in prompts if isinstance(text, str) for marker in MARKERS
@@ -363,6 +363,22 @@ def _generation(config: GenerationConfig | None, options: Mapping[str, Any]) -> 
             )
         return config
     return GenerationConfig.of(**declared_values(options, GENERATION_OPTIONS))
+
+
+def _arrays(name: str, media: Any) -> list[np.ndarray]:
+    """The media, as they are.
+
+    Raises:
+      ConfigError: unless they are several arrays.
+    """
+    found = [media] if isinstance(media, str) or not isinstance(media, Iterable) else [*media]
+    for item in found:
+        if not isinstance(item, np.ndarray | jax.Array):
+            kind = type(item).__name__
+            raise ConfigError(
+                name, f"has {kind}; give a list of arrays, float32 in [-1, 1], or leave it out."
+            )
+    return [np.asarray(item) for item in found]
 
 
 def _reject(unknown: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.sampling import check_encodable
 from megatransformer_jax.data.media.encoding import check_prompt, encode_sample
 from megatransformer_jax.data.media.records import AudioPart, ImagePart, MediaFormats, Part, Sample
 from megatransformer_jax.data.media_tokenizer import MARKERS, MEDIUM_AFTER, MediaTokenizer
@@ -98,6 +99,7 @@ def prompt_of_text(
     """
     if not text and not media:
         raise UserError(f"{name}: is empty; give some text or a medium.")
+    check_encodable(name, (text,))
     ids = tokenizer.encode_with_media(text)
     opened = tokenizer.marker_of(ids[-1]) if ids else None
     opens = opened if opened in MEDIUM_AFTER else None

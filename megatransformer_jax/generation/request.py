@@ -293,7 +293,7 @@ class Completion:
     def _repr_html_(self) -> str:
         mean = sum(self.depths) / max(len(self.depths), 1)
         notes = f"{len(self.token_ids)} tokens, mean depth {mean:.1f}, {self.finish_reason}"
-        before = self.prompt if isinstance(self.prompt, str) else ""
+        before = "" if self.prompt is None else str(self.prompt)
         prompt = f"<span style='opacity:0.6'>{html.escape(before)}</span>"
         text = f"<span style='white-space:pre-wrap'>{prompt}{html.escape(self.text)}</span>"
         return f"<div>{text}<br><small>{notes}</small></div>"

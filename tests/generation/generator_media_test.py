@@ -1,6 +1,7 @@
 """Generation with media against whole passes without a cache, and rows against each other."""
 
 import dataclasses
+import html
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,7 @@ from megatransformer_jax.generation.media_prompt import (
     MediaPrompt,
     follows_of,
     media_batch,
+    prompt_of_text,
     sequence_length,
 )
 from megatransformer_jax.generation.processors.processor import allowed_tokens
@@ -185,6 +187,7 @@ def test_parts_say_what_the_tokens_say(completions):
         made = [part for part in completion.parts if not isinstance(part, str)]
         assert len(made) == np.count_nonzero(opened) + (prompt.opens is not None)
         assert completion.finish_reason in ("end_of_text", "length")
+        assert html.escape(str(prompt)) in completion._repr_html_()
         # A closing token can come after the last that counts.
         assert 1 <= len(completion.token_ids) <= 13
 
@@ -350,6 +353,8 @@ def test_prompts_that_do_not_fit_are_errors():
     ids = [TOKENIZER.marker_id("<|IMAGE|>"), TOKENIZER.marker_id("<|/IMAGE|>")]
     with pytest.raises(UserError, match="prompt 1: has places for 1 images, but 0"):
         generator().generate([[TOKENIZER.bos_id, *ids]])
+    with pytest.raises(UserError, match=r"prompt: .* has '\\ud800' at character 0, which is not"):
+        prompt_of_text("\ud800<|IMAGE|>", (), TOKENIZER)
     with pytest.raises(UserError, match=r"opens='<\|/IMAGE\|>' opens nothing"):
         generator().generate([MediaPrompt(("a",), "<|/IMAGE|>")])
     with pytest.raises(
