@@ -119,10 +119,16 @@ class CustomFeatures:
         """
         found = self._function(np.asarray(images, np.float32))
         parts = found if isinstance(found, tuple) else (found,)
-        arrays = [np.asarray(part) for part in parts]
+        try:
+            arrays = [np.asarray(part) for part in parts]
+        except ValueError:  # Lists of several lengths.
+            arrays = [np.asarray(None)]
         shapes = [array.shape for array in arrays]
         if not 1 <= len(arrays) <= 2 or any(
-            array.ndim != 2 or len(array) != len(images) or array.dtype.kind not in "fiu"
+            array.ndim != 2
+            or len(array) != len(images)
+            or not array.shape[1]
+            or array.dtype.kind not in "fiu"
             for array in arrays
         ):
             raise ConfigError(

@@ -110,7 +110,16 @@ def test_the_users_features_are_compared_and_nothing_else(splits, drawn, monkeyp
 
 @pytest.mark.parametrize(
     "found",
-    [None, "text", np.zeros(4), (np.zeros((4, 2)),) * 3, np.zeros((3, 2)), np.ones((4, 1), bool)],
+    [
+        None,
+        "text",
+        np.zeros(4),
+        (np.zeros((4, 2)),) * 3,
+        np.zeros((3, 2)),
+        np.ones((4, 1), bool),
+        np.zeros((4, 0)),
+        [[1.0], [1.0, 2.0], [1.0], [1.0]],
+    ],
 )
 def test_what_is_not_features_is_an_error(found, monkeypatch):
     monkeypatch.setitem(sys.modules, "user_module", types.ModuleType("user_module"))
