@@ -153,18 +153,18 @@ def _media_losses(
     learned: tuple[int, int],
     key: jax.Array,
 ) -> list[Any]:
-    """What the decoders' training minimises; any media will do."""
+    """What the decoders' training minimises; any media will do. None of those without a target."""
     losses: list[Any] = []
     num_images, num_clips = learned
 
     def first(count: int, *trees: Any) -> Any:
         return jax.tree.map(lambda array: array[:count], trees)
 
-    if media.images is not None:
+    if media.images is not None and num_images:
         images = media.images.reshape(-1, *media.images.shape[2:])
         arguments = first(num_images, images, conditions["image"])
         losses.append(model.apply({"params": params}, *arguments, key, method="image_loss"))
-    if media.mels is not None:
+    if media.mels is not None and num_clips:
         mels, lengths = media.mels.reshape(-1, *media.mels.shape[2:]), media.mel_lengths.reshape(-1)
         arguments = first(num_clips, mels, lengths, conditions["audio"])
         losses.append(model.apply({"params": params}, *arguments, key, method="audio_loss"))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from smallest_media_model import make_model
 
 from megatransformer_jax.config.decoders import DitConfig
 from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
@@ -135,3 +136,23 @@ def test_each_slot_keeps_its_encoder_coda_and_decoder() -> None:
     # Per place of a slot a layer keeps its hidden units; per patch the decoder keeps as many.
     assert read_only - one > ROWS * places * 2 * config.mlp.hidden_width * 4
     assert two - read_only > ROWS * places * 8 * 8 * 4
+
+
+def test_a_model_that_makes_no_images_keeps_nothing_of_its_decoder() -> None:
+    """As of `which_digit`, whose images are all read."""
+    model = make_model()[0]
+    shape = lambda dtype, *extents: jax.ShapeDtypeStruct((ROWS, *extents), dtype)  # noqa: E731
+    media = MediaBatch(
+        follows=shape(jnp.int32, 8),
+        images=shape(jnp.float32, 1, 8, 8, 1),
+        is_image=shape(jnp.bool_, 1),
+        is_drawn=shape(jnp.bool_, 1),
+        mels=shape(jnp.float32, 1, 8, 8),
+        mel_lengths=shape(jnp.int32, 1),
+        is_spoken=shape(jnp.bool_, 1),
+    )
+    reads, draws, speaks = (
+        activation_memory(model, ROWS, 8, media, learned).total(1)
+        for learned in ((0, 0), (ROWS, 0), (0, ROWS))
+    )
+    assert reads < min(draws, speaks)
