@@ -44,7 +44,8 @@ def test_the_published_config_is_the_preset():
         "sampling_scheme": "poisson-lognormal-filling", "activation_checkpoint_impl": "per-iter",
         "init_values": {"std": 0.008703882797784892, "embed_scale": 72.6636084983398},
     }  # fmt: skip
-    preset = build({"preset": "huginn_3_5b"}).model
+    # What is recomputed suits the machine of the preset; the format does not say it.
+    preset = dataclasses.replace(build({"preset": "huginn_3_5b"}).model, remat="none")
     config = config_from_huginn(published)
     attention = dataclasses.replace(config.attention, head_dim=96)
     assert dataclasses.replace(config, attention=attention) == preset

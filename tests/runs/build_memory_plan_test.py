@@ -31,7 +31,7 @@ BUDGET = {"train": {"memory_budget_gib": 1.0}}
 
 def test_shapes_stand_for_the_batches_of_a_run_with_media():
     data = {"source": "media", "tokenizer": {"kind": "bytes"}, "sequence_length": 64}
-    data |= {"batch_size": 8, "media": {"tasks": ["draw=1", "speak=1"], "images_per_row": 2}}
+    data |= {"batch_size": 8, "media": {"tasks": ["fewshot=1", "speak=1"], "images_per_row": 2}}
     data["media"]["audio"] = {"source": "tones", "num_tones": 20}
     config = build({"preset": "multimodal_tiny", "data": data})
     sharder = Sharder(make_mesh(config.mesh, jax.devices()))

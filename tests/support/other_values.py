@@ -164,6 +164,8 @@ def new_value(option: Option) -> Any:
     if option.check.choices:
         others = [choice for choice in option.check.choices if choice != option.default]
         return others[0] if others else option.default
+    if option.check.words:
+        return option.check.words[0]
     kinds = str(option.declared)
     if option.declared is bool:
         return not option.default

@@ -37,7 +37,9 @@ RUN = RunConfig(
         batch_size=2,
         sequence_length=LENGTH,
         tokenizer=TokenizerConfig(kind="bytes"),
-        media=MediaDataConfig(tasks=("draw=1", "speak=1"), images_per_row=2, audio_per_row=2),
+        media=MediaDataConfig(
+            tasks=("fewshot=1", "which_clip=1"), images_per_row=2, audio_per_row=2
+        ),
     ),
     train=TrainConfig(exit_gate=ExitGateTrainingConfig(max_steps=STEPS)),
 )

@@ -38,7 +38,7 @@ def subject():
             sequence_length=LENGTH,
             tokenizer=TokenizerConfig(kind="bytes"),
             media=MediaDataConfig(
-                tasks=("draw=1", "speak=1", "text=2"), images_per_row=2, audio_per_row=2
+                tasks=("fewshot=1", "which_clip=1", "text=2"), images_per_row=2, audio_per_row=2
             ),
         ),
         train=TrainConfig(stability=StabilityConfig(jacobian_weight=0.5)),
