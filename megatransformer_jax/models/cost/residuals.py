@@ -166,9 +166,11 @@ class _Values:
         if name.startswith(_READ_STORED):
             self._is_read_stored.update(inputs)
         is_loop = name == "scan" and equation.params["length"] == LOOP_LENGTH
-        carried = equation.params["num_carry"] if is_loop else len(equation.outvars)
+        carried = len(equation.outvars)
         if is_loop:
-            self._one_iteration = _fewest_bytes(equation.params["jaxpr"].jaxpr, carried)
+            body = _open(equation.params["jaxpr"])
+            carried = _num_carried(equation.outvars, body)
+            self._one_iteration = _fewest_bytes(body, carried)
         return [
             self._new(_size(variable), name, tuple(inputs), index >= carried)
             for index, variable in enumerate(equation.outvars)
@@ -187,6 +189,18 @@ def _fewest_bytes(body: core.Jaxpr, carried: int) -> int:
     return values.sum(kept).once
 
 
+def _num_carried(results: list[Any], body: core.Jaxpr) -> int:
+    """How many of a loop's results, which come first, are not stacked over its iterations."""
+    # By shapes, since the equation's parameters that tell it differ between versions of JAX.
+    made: list[Any] = body.outvars
+    pairs = zip(results, made, strict=True)
+    return sum(result.aval.shape == each.aval.shape for result, each in pairs)
+
+
+def _open(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.Jaxpr:
+    return jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+
+
 def _look_up(names: dict[Any, int | None], variable: Any) -> int | None:
     return None if isinstance(variable, core.Literal) else names[variable]
 
@@ -199,7 +213,7 @@ def _called(equation: Any) -> core.Jaxpr | None:
     for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = equation.params.get(key)
         if inner is not None:
-            return inner.jaxpr if isinstance(inner, core.ClosedJaxpr) else inner
+            return _open(inner)
     return None
 
 
