@@ -3,7 +3,12 @@
 import dataclasses
 import math
 
-from megatransformer_jax.config.decoders import DiffusionConfig, SamplerConfig, check_steps
+from megatransformer_jax.config.decoders import (
+    DiffusionConfig,
+    SamplerConfig,
+    check_steps,
+    coda_queries_option,
+)
 from megatransformer_jax.config.option import ConfigError, check_options, option, rule, section
 
 # ------------------------------------------------------------------------------
@@ -189,13 +194,7 @@ class AudioConfig:
         "Positions before a clip that its coda reads, the opening token included.",
         minimum=1,
     )
-    coda_queries: int | None = option(
-        None,
-        "Learned vectors that gather these positions by attention; the decoder reads the vectors, "
-        "so its cost does not grow with context_length. Default (None): the decoder reads every "
-        "position.",
-        minimum=1,
-    )
+    coda_queries: int | None = coda_queries_option()
     mel: MelConfig = section(MelConfig, "From waveform to spectrogram.")
     decoder: AudioDecoderConfig = section(AudioDecoderConfig, "How sound is made.")
 

@@ -1,6 +1,7 @@
 """How media are drawn: diffusion, flow matching, and the networks that they train."""
 
 import dataclasses
+from typing import Any
 
 from megatransformer_jax.config.option import (
     ConfigError,
@@ -85,6 +86,17 @@ class SamplerConfig:
                 f"with threshold={self.threshold!r}",
                 "set threshold='dynamic'",
             )
+
+
+def coda_queries_option() -> Any:
+    """What a decoder of images or sound reads of the positions before its medium."""
+    return option(
+        None,
+        "Learned vectors that gather these positions by attention; the decoder reads the vectors, "
+        "so its cost does not grow with context_length. Default (None): the decoder reads every "
+        "position.",
+        minimum=1,
+    )
 
 
 def check_steps(sampler: SamplerConfig, diffusion: DiffusionConfig) -> None:

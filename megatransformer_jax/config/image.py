@@ -10,6 +10,7 @@ from megatransformer_jax.config.decoders import (
     SamplerConfig,
     UNetConfig,
     check_steps,
+    coda_queries_option,
 )
 from megatransformer_jax.config.option import (
     ConfigError,
@@ -192,13 +193,7 @@ class ImageConfig:
         "Positions before an image that its coda reads, the opening token included.",
         minimum=1,
     )
-    coda_queries: int | None = option(
-        None,
-        "Learned vectors that gather these positions by attention; the decoder reads the vectors, "
-        "so its cost does not grow with context_length. Default (None): the decoder reads every "
-        "position.",
-        minimum=1,
-    )
+    coda_queries: int | None = coda_queries_option()
     decoder: ImageDecoderConfig = section(ImageDecoderConfig, "How images are drawn.")
 
     def __post_init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 from megatransformer_jax.config.media_tasks import (
     AUDIO_TASKS,
@@ -162,6 +163,16 @@ ESPEAK_SOURCES = ("spoken_digits", "speech")
 TFDS_OPTIONS = ("tfds_name", "tfds_split", "tfds_validation_split", "tfds_data_dir")
 
 
+def wrong_size_option() -> Any:
+    """What becomes of images that do not have the model's size."""
+    return option(
+        "error",
+        "An image of another size or number of channels than the model's: error; resize: made to "
+        "fit, its middle kept, which is counted and logged.",
+        choices=("error", "resize"),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageSourceConfig:
     """Where images and their captions come from."""
@@ -196,12 +207,7 @@ class ImageSourceConfig:
         choices=("simple", "varied"),
     )
     num_crops: int = option(2000, "photographs: number of crops, each a record.", minimum=2)
-    on_wrong_size: str = option(
-        "error",
-        "An image of another size or number of channels than the model's: error; resize: made to "
-        "fit, its middle kept, which is counted and logged.",
-        choices=("error", "resize"),
-    )
+    on_wrong_size: str = wrong_size_option()
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -353,12 +359,7 @@ class DocumentsDataConfig:
         'for speech, {"audio": file} for other sound. With "target": true next to a file the '
         "model learns to make the medium.",
     )
-    on_wrong_size: str = option(
-        "error",
-        "An image of another size or number of channels than the model's: error; resize: made to "
-        "fit, its middle kept, which is counted and logged.",
-        choices=("error", "resize"),
-    )
+    on_wrong_size: str = wrong_size_option()
     on_wrong_audio: str = option(
         "error",
         "A clip that is not mono or has another rate than the model's: error; convert: mixed to "

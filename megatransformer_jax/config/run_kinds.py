@@ -72,14 +72,12 @@ _CLASSES: dict[str, type[BaseRunConfig]] = dict(
     zip(RUN_KINDS, (RunConfig, VocoderRunConfig, VaeRunConfig), strict=True)
 )
 # What configurations of version 0.1 had to say in other kinds of run, besides defaults.
-_SAID_BEFORE = {
-    "vocoder": {"data.media.tasks": ("speak=1",)},
-    "image_vae": {"data.media.tasks": ("draw=1",)},
+_SAID_BEFORE: dict[str, dict[str, Any]] = {
+    kind: {"data.source": "media", "data.tokenizer.kind": "bytes", "data.media.tasks": (task,)}
+    for kind, task in (("vocoder", "speak=1"), ("image_vae", "draw=1"))
 }
 # Tasks of media that version 0.1 had.
 _TASKS_BEFORE = {"draw", "caption", "speak", "transcribe", "text"}
-for _values in _SAID_BEFORE.values():
-    _values |= {"data.source": "media", "data.tokenizer.kind": "bytes"}  # type: ignore[dict-item]
 
 
 def run_class(values: Mapping[str, Any]) -> type[BaseRunConfig]:

@@ -280,8 +280,7 @@ class Generator:
         while True:
             decoded = _on_host(rows)
             is_running = decoded.reasons[0] == RUNNING
-            last = int(decoded.tokens[0, decoded.lengths[0] - 1])
-            is_waiting = decoded.reasons[0] == END_OF_TEXT and self._opens(last) > 0
+            is_waiting = bool(self._waiting(rows, decoded).any())
             yield decoded, rows.media[0], not (is_running or is_waiting)
             if is_running:
                 self._add_tokens(rows, is_brief=True)
@@ -386,13 +385,17 @@ class Generator:
         """Kind of the medium that follows a token; 0 for none."""
         return 0 if self._maker is None else self._maker.tokenizer.medium_after(token)
 
+    def _waiting(self, rows: _Rows, decoded: Decoded) -> np.ndarray:
+        """Kind of the medium that each row waits for, int32 [B]; 0 for none."""
+        if self._maker is None or rows.plan is None:
+            return np.zeros(len(decoded.lengths), np.int32)
+        return self._maker.waiting(decoded)
+
     def _make_waiting(self, rows: _Rows, decoded: Decoded) -> bool:
         """Gives rows that wait for a medium theirs, so that they go on; False if none waits."""
-        if self._maker is None or rows.plan is None:
+        if not self._waiting(rows, decoded).any():
             return False
-        opened = self._maker.waiting(decoded)
-        if not opened.any():
-            return False
+        assert self._maker is not None and rows.plan is not None  # As rows wait.
         rows.settings, rows.state = self._maker.give(
             rows.model, rows.settings, rows.state, decoded, rows.media, rows.plan.slots
         )

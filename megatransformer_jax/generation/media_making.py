@@ -118,11 +118,8 @@ class MediaMaker:
     ) -> NewTokens:
         """Prompts with their media, without an opening token at the end, which enters the cache
         with its medium."""
-        tokens = np.zeros((len(prompts), plan.num_prompt_tokens), np.int32)
-        lengths = np.zeros(len(prompts), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt.ids)] = prompt.ids
-            lengths[row] = len(prompt.ids) - bool(self.tokenizer.medium_after(prompt.ids[-1]))
+        tokens, lengths = _rows_of_ids(prompts, plan.num_prompt_tokens)
+        lengths -= self._opened(prompts) > 0
         follows = follows_of(tokens, lengths, self.tokenizer)
         images, mels = [one.images for one in prompts], [one.mels for one in prompts]
         media = media_batch(model.config, follows, images, mels, plan.prompt_slots)
@@ -145,6 +142,11 @@ class MediaMaker:
         placed = AllowedTokens(put_rows(settings.sharder, allowed))
         chain = tuple(placed if one is own else one for one in settings.chain)
         return dataclasses.replace(settings, chain=chain)
+
+    def _opened(self, prompts: Sequence[EncodedPrompt]) -> np.ndarray:
+        """Kind of the medium that each prompt opens at its end, int32 [B]; 0 for none."""
+        kinds = [self.tokenizer.medium_after(prompt.ids[-1]) for prompt in prompts]
+        return np.asarray(kinds, np.int32)
 
     def waiting(self, decoded: Decoded) -> np.ndarray:
         """Kind of the medium that each row waits for, int32 [B]; 0 for none."""
@@ -203,13 +205,9 @@ class MediaMaker:
           num_slots: see `make`.
           keys: of each row.
         """
-        tokens = np.zeros((len(prompts), num_tokens), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt.ids)] = prompt.ids
-        lengths = np.asarray([len(prompt.ids) for prompt in prompts], np.int32)
-        kinds = [self.tokenizer.medium_after(prompt.ids[-1]) for prompt in prompts]
+        tokens, lengths = _rows_of_ids(prompts, num_tokens)
         rows = [MediaRow.of_prompt(prompt) for prompt in prompts]
-        made = self.make(model, tokens, lengths, rows, num_slots, keys, np.asarray(kinds, np.int32))
+        made = self.make(model, tokens, lengths, rows, num_slots, keys, self._opened(prompts))
         return [made[row] for row in range(len(prompts))]
 
     def make(
@@ -281,6 +279,16 @@ class MediaMaker:
             return [pixels[place[row]] for row in waiting]
         mels, frames = fetch(model.sharder, make_clips(*arguments, settings=settings))
         return [mels[place[row]][: frames[place[row]]] for row in waiting]
+
+
+def _rows_of_ids(
+    prompts: Sequence[EncodedPrompt], num_tokens: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of prompts, int32 [B, T], left-aligned, and how many there are, int32 [B]."""
+    tokens = np.zeros((len(prompts), num_tokens), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt.ids)] = prompt.ids
+    return tokens, np.asarray([len(prompt.ids) for prompt in prompts], np.int32)
 
 
 def sampler_settings(model: ModelConfig, config: GenerationConfig) -> dict[str, Any]:

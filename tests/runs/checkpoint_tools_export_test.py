@@ -7,6 +7,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from huginn_values import HUGINN_RUN
 from written_run import write_run
 
 from megatransformer_jax.cli.commands import main as command
@@ -15,22 +16,12 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.runs import checkpoint_tools
 from megatransformer_jax.runs.load import load_model
 
-HUGINN = {
-    "model": {
-        "vocab_size": 400,
-        "scale_embeddings": True,
-        "norm": {"placement": "sandwich"},
-        "positions": {"rotary_convention": "interleaved"},
-    },
-    "data": {"tokenizer": {"kind": "sentencepiece"}},
-}
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, small_run):
     """A model of Huginn's architecture."""
     folder = tmp_path_factory.mktemp("export") / "run"
-    write_run(build(merge(small_run(folder), HUGINN)), {2: 1.0, 4: 2.0})
+    write_run(build(merge(small_run(folder), HUGINN_RUN)), {2: 1.0, 4: 2.0})
     return folder
 
 

@@ -87,6 +87,18 @@ def media_run(small_run, workdir, model, tasks, **data):
     )
 
 
+def loaded_with(generator, config):
+    """What was loaded, with this class of generators and no weights."""
+    return types.SimpleNamespace(
+        tokenizer=TOKENIZER,
+        model=None,
+        params=None,
+        config=config.model,
+        description="a run",
+        generator=generator,
+    )
+
+
 def random_params(model, key):
     """To compile the initialisation takes long."""
     shapes = jax.eval_shape(lambda key: init_params(model, key), key)
@@ -188,14 +200,7 @@ def measures(small_run, tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(evaluate_media, name, value)
     monkeypatch.setattr(evaluate_media.jax, "jit", lambda function: function)
-    loaded = types.SimpleNamespace(
-        tokenizer=TOKENIZER,
-        model=None,
-        params=None,
-        config=config.model,
-        description="a run",
-        generator=SmallGenerator,
-    )
+    loaded = loaded_with(SmallGenerator, config)
     options = ScoringConfig(media_per_class=1, guidance_scale=3.0)
     subject = MediaMeasures(options, loaded, config, [batch], jax.random.key(0))
     return subject.measures, calls, (loaded, config, batch)
@@ -246,14 +251,7 @@ def test_other_images_than_digits_are_drawn_for_the_users_features(
     monkeypatch.setitem(sys.modules, "user_module", module)
     monkeypatch.setattr(evaluate_media, "make_media_eval_step", lambda *unused: None)
     monkeypatch.setattr(evaluate_media.jax, "jit", lambda function: function)
-    loaded = types.SimpleNamespace(
-        tokenizer=TOKENIZER,
-        model=None,
-        params=None,
-        config=config.model,
-        description="a run",
-        generator=Blank,
-    )
+    loaded = loaded_with(Blank, config)
     batch = types.SimpleNamespace(tokens=np.zeros((4, 64), np.int32))
     arguments = (loaded, config, [batch], jax.random.key(0))
     options = ScoringConfig(media_per_class=1, image_features="user_module:features")

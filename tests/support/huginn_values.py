@@ -10,6 +10,17 @@ from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
+# Changes that make a run's model one of Huginn's architecture.
+HUGINN_RUN = {
+    "model": {
+        "vocab_size": 400,
+        "scale_embeddings": True,
+        "norm": {"placement": "sandwich"},
+        "positions": {"rotary_convention": "interleaved"},
+    },
+    "data": {"tokenizer": {"kind": "sentencepiece"}},
+}
+
 
 def huginn_values(**changes: Any) -> dict[str, Any]:
     """The values of config.json."""

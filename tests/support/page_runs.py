@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from huginn_values import HUGINN_RUN
 from PIL import Image
 from smallest_media_model import VALUES
 from written_run import write_run
@@ -108,16 +109,7 @@ def prepare(folder: pathlib.Path, pages: list[pathlib.Path], small_run: Any) -> 
         file.setparams((1, 2, VALUES["audio"]["mel"]["sample_rate_hz"], 0, "NONE", ""))
         file.writeframes(np.zeros(256, np.int16).tobytes())
     _write_runs(folder / "runs", small_run)
-    huginn = {
-        "model": {
-            "vocab_size": 400,
-            "scale_embeddings": True,
-            "norm": {"placement": "sandwich"},
-            "positions": {"rotary_convention": "interleaved"},
-        },
-        "data": {"tokenizer": {"kind": "sentencepiece"}},
-    }
-    write_run(build(merge(small_run(folder / "my" / "huginn_run"), huginn)), {2: 1.0})
+    write_run(build(merge(small_run(folder / "my" / "huginn_run"), HUGINN_RUN)), {2: 1.0})
 
 
 def _picture(path: pathlib.Path, number: int) -> None:

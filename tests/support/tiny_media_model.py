@@ -1,15 +1,21 @@
 """A tiny model of text, images and sound, and batches for it, for tests of several folders."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from megatransformer_jax.config.audio import AudioConfig, AudioDecoderConfig, MelConfig
+from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.decoders import UNetConfig
 from megatransformer_jax.config.image import ImageConfig, ImageDecoderConfig
 from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.media_data import MediaDataConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import AUDIO, IMAGE, Batch, DTypePolicy, MediaBatch
@@ -44,6 +50,24 @@ CONFIG = ModelConfig(
         decoder=AudioDecoderConfig(width=8, head_width=8, dilations=(1,)),
     ),
 )
+
+
+def tiny_media_run(
+    num_rows: int, config: ModelConfig = CONFIG, tasks: tuple[str, ...] = (), **changes: Any
+) -> RunConfig:
+    """A run whose batches may be those of `tiny_media_batch`; `changes` are further sections."""
+    media = MediaDataConfig(
+        tasks=("fewshot=1", "which_clip=1", *tasks), images_per_row=SLOTS, audio_per_row=SLOTS
+    )
+    data = DataConfig(
+        source="media",
+        batch_size=num_rows,
+        sequence_length=LENGTH,
+        tokenizer=TokenizerConfig(kind="bytes"),
+        media=media,
+    )
+    # As many ids as its tokenizer has.
+    return RunConfig(model=dataclasses.replace(config, vocab_size=270), data=data, **changes)
 
 
 def tiny_media_model(config: ModelConfig = CONFIG) -> MegaTransformer:

@@ -6,14 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_media_model import CONFIG, LENGTH, tiny_media_batch, tiny_media_model
+from tiny_media_model import CONFIG, tiny_media_batch, tiny_media_model, tiny_media_run
 
 from megatransformer_jax import streams
-from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.loop import TrainConfig
-from megatransformer_jax.config.media_data import MediaDataConfig
 from megatransformer_jax.config.recurrence import ExitGateConfig, ExitGateTrainingConfig
-from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.tokens import (
     exit_log_probs,
     exit_loss,
@@ -30,17 +27,9 @@ from megatransformer_jax.training.objective import (
 )
 
 STEPS, DEPTH, KEY = 3, 2, jax.random.key(7)
-RUN = RunConfig(
-    model=dataclasses.replace(CONFIG, vocab_size=270, exit_gate=ExitGateConfig(enabled=True)),
-    data=DataConfig(
-        source="media",
-        batch_size=2,
-        sequence_length=LENGTH,
-        tokenizer=TokenizerConfig(kind="bytes"),
-        media=MediaDataConfig(
-            tasks=("fewshot=1", "which_clip=1"), images_per_row=2, audio_per_row=2
-        ),
-    ),
+RUN = tiny_media_run(
+    2,
+    dataclasses.replace(CONFIG, exit_gate=ExitGateConfig(enabled=True)),
     train=TrainConfig(exit_gate=ExitGateTrainingConfig(max_steps=STEPS)),
 )
 BATCH = tiny_media_batch()

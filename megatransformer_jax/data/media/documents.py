@@ -17,7 +17,7 @@ from megatransformer_jax.data.media.records import (
     Part,
     Sample,
 )
-from megatransformer_jax.data.media.sounds import WaveformFitter, read_sound
+from megatransformer_jax.data.media.sounds import WaveformFitter, read_clip
 from megatransformer_jax.data.sources.record import BadRecord
 
 INDEX = "documents.jsonl"
@@ -72,11 +72,7 @@ class Documents:
         if key == "image":
             pixels = read_image(path, self._images, where)
             return pixels if isinstance(pixels, BadRecord) else ImagePart(pixels, is_target)
-        try:
-            samples, rate_hz = read_sound(path)
-        except ValueError as error:
-            return BadRecord(where, str(error))
-        waveform = self._clips.fit(samples, rate_hz, where)
+        waveform = read_clip(path, self._clips, where)
         if isinstance(waveform, BadRecord):
             return waveform
         return AudioPart(waveform, self._rate, key == "voice", is_target)

@@ -164,10 +164,9 @@ class AudioFolder:
         where = item.path if item.text is None else f"{item.path} ({item.where})"
         try:
             text = item_text(item)
-            samples, rate_hz = read_sound(item.path)
         except ValueError as error:
             return BadRecord(where, str(error))
-        waveform = self._fitter.fit(samples, rate_hz, where)
+        waveform = read_clip(item.path, self._fitter, where)
         if isinstance(waveform, BadRecord):
             return waveform
         return AudioRecord(waveform, self._rate, text, self._is_voice, where)
@@ -184,6 +183,15 @@ NO_SIZE = 0xFFFFFFFF
 NO_COUNT = 2**63 - 1
 BLOCK_SAMPLES = 1024
 _CUT_OFF = "Copy it again from where it is whole, or delete the record."
+
+
+def read_clip(path: str, fitter: WaveformFitter, where: str) -> np.ndarray | BadRecord:
+    """The samples of a file, float32 [samples] in [-1, 1], mono and at the model's rate."""
+    try:
+        samples, rate_hz = read_sound(path)
+    except ValueError as error:
+        return BadRecord(where, str(error))
+    return fitter.fit(samples, rate_hz, where)
 
 
 def read_sound(path: str) -> tuple[np.ndarray, int]:

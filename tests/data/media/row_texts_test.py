@@ -7,31 +7,19 @@ import sys
 
 import numpy as np
 import pytest
+from media_formats import FORMATS
 
-from megatransformer_jax.config.audio import AudioConfig, MelConfig
 from megatransformer_jax.config.data import AugmentationConfig, DataConfig, TokenizerConfig
-from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.media_data import AudioDataConfig, MediaDataConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.fingerprint import data_fingerprint
 from megatransformer_jax.data.media.encoding import check_media
-from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media.rows import task_names
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.pipeline import build_pipeline
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 
 TOKENIZER = MediaTokenizer(BytesTokenizer())
-FORMATS = MediaFormats(
-    ImageConfig(enabled=True, height=8, width=8, channels=1, patch_size=2),
-    AudioConfig(
-        enabled=True,
-        max_frames=64,
-        mel=MelConfig(
-            sample_rate_hz=4000, num_mels=8, fft_samples=128, window_samples=128, hop_samples=64
-        ),
-    ),
-)
 BATCHES = 3
 
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from media_formats import FORMATS
 from PIL import Image
 
-from megatransformer_jax.config.audio import AudioConfig, MelConfig
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
-from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.media_data import (
     AudioAugmentationConfig,
     AudioDataConfig,
@@ -23,7 +22,6 @@ from megatransformer_jax.config.media_data import (
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.media.encoding import check_media
 from megatransformer_jax.data.media.images import WORDS
-from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media.rows import MAX_ATTEMPTS, task_names, validation_rows
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.pipeline import build_pipeline, validation_batches
@@ -32,16 +30,6 @@ from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.types import Batch
 
 TOKENIZER = MediaTokenizer(BytesTokenizer())
-FORMATS = MediaFormats(
-    ImageConfig(enabled=True, height=8, width=8, channels=1, patch_size=2),
-    AudioConfig(
-        enabled=True,
-        max_frames=64,
-        mel=MelConfig(
-            sample_rate_hz=4000, num_mels=8, fft_samples=128, window_samples=128, hop_samples=64
-        ),
-    ),
-)
 ALL = ("draw=2", "caption=1", "speak=1", "transcribe=1", "text=1")
 
 

@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_media_model import CONFIG, LENGTH, tiny_media_batch, tiny_media_model
+from tiny_media_model import CONFIG, LENGTH, tiny_media_batch, tiny_media_model, tiny_media_run
 
-from megatransformer_jax.config.data import DataConfig, TokenizerConfig
 from megatransformer_jax.config.loop import DIAGNOSTIC_KINDS, DiagnosticsConfig, TrainConfig
-from megatransformer_jax.config.media_data import MediaDataConfig
 from megatransformer_jax.config.recurrence import ExitGateConfig, StabilityConfig
-from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.diagnostics.kinds import (
     Diagnoser,
     Moment,
@@ -30,17 +27,10 @@ MEDIA = [[2, 3, 4, 5, 9, 10], [1, 2, 5, 6, 7, 8, 10, 11, 12, 13]]
 
 @pytest.fixture(scope="module")
 def subject():
-    run = RunConfig(
-        model=dataclasses.replace(CONFIG, vocab_size=270, exit_gate=ExitGateConfig(enabled=True)),
-        data=DataConfig(
-            source="media",
-            batch_size=8,
-            sequence_length=LENGTH,
-            tokenizer=TokenizerConfig(kind="bytes"),
-            media=MediaDataConfig(
-                tasks=("fewshot=1", "which_clip=1", "text=2"), images_per_row=2, audio_per_row=2
-            ),
-        ),
+    run = tiny_media_run(
+        8,
+        dataclasses.replace(CONFIG, exit_gate=ExitGateConfig(enabled=True)),
+        ("text=2",),
         train=TrainConfig(stability=StabilityConfig(jacobian_weight=0.5)),
         diagnostics=DiagnosticsConfig(every_steps=1, num_rows=2),
     )
