@@ -20,6 +20,8 @@ EXTRAS = {
         "rouge-score>=0.1.2,<0.2",
         "sacrebleu>=2.6,<3",
     ],
+    # Tokenizers and chat templates of published models, and models by their names on the hub.
+    "hub": ["huggingface-hub>=1,<3", "jinja2>=3.1.6,<4", "tokenizers>=0.20,<1"],
     "huginn": ["tokenizers>=0.20,<1"],
     "parquet": ["pyarrow>=18"],
     "qlora": ["qwix>=0.1.8,<0.2"],
@@ -82,7 +84,7 @@ setup(
         "dev": [
             *(
                 line
-                for name in ("media", "parquet", "tfds", "eval", "huginn", "qlora", "docs")
+                for name in ("media", "parquet", "tfds", "eval", "hub", "qlora", "docs")
                 for line in EXTRAS[name]
             ),
             *TEST,

@@ -28,8 +28,10 @@ from megatransformer_jax.config.option import (
     declared_values,
     unknown_key,
 )
+from megatransformer_jax.data.hf_tokenizer import require_chat_template
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MARKERS
+from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.lens import (
     Trace,
     check_trace_size,
@@ -162,6 +164,40 @@ class Model:
         with out_of_memory_is_bad_input():
             found = self._loaded.generator(config).generate(given)
         return found[0] if is_single and len(found) == 1 else list(found)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        config: GenerationConfig | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Answers the last of several messages, in the format that the model was trained on.
+
+        `tokenizer.apply_chat_template` writes the messages, and `generate` continues them. The
+        answer ends with any of the model's end tokens.
+
+        Args:
+          messages: [{"role": "user", "content": "..."}], and what was said before.
+          config: how. None: `options` say.
+          tools: JSON schemas of functions, for templates that write them.
+          template_options: more that the template reads, such as {"enable_thinking": False}.
+          **options: as of `generate`.
+
+        Returns:
+          A `Completion`, whose text is the answer; a list with num_samples above 1.
+
+        Raises:
+          UserError: if the tokenizer has no chat template, or it refuses the messages, or an option
+            cannot be used.
+        """
+        template = require_chat_template(self.tokenizer)
+        text = template.render(
+            messages, tools=tools, add_generation_prompt=True, **(template_options or {})
+        )
+        return self.generate(typing.cast(Tokenizer, self.tokenizer).encode(text), config, **options)
 
     def stream(
         self,

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chat_tokenizer import chat_tokenizer
 from flax import nnx
 from flax.nnx import bridge
 
@@ -271,3 +272,23 @@ def test_the_module_goes_into_flax_nnx() -> None:
 
     wanted = jax.grad(own_loss)(lm.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, wanted)
+
+
+def test_a_chat_is_answered_in_the_models_format(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("jinja2")
+    tokenizer = chat_tokenizer(tmp_path)
+    lm = mt.create("tiny", tokenizer=tokenizer, **{**OPTIONS, "max_length": 40})
+    messages = [{"role": "user", "content": "Hello"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+    options: dict[str, Any] = {"strategy": "greedy", "max_new_tokens": 4, "depth": 2}
+    wanted = lm.generate(tokenizer.encode(text), **options)
+    assert lm.chat(messages, **options).token_ids == wanted.token_ids
+    with pytest.raises(mt.UserError, match="'Hello' is not a dict with a role"):
+        lm.chat(["Hello"])  # type: ignore[list-item]
+
+
+def test_models_without_a_template_do_not_chat(lm: mt.Model, plain: mt.Model) -> None:
+    with pytest.raises(mt.UserError, match="no chat template"):
+        lm.chat([{"role": "user", "content": "Hello"}])
+    with pytest.raises(mt.UserError, match="no tokenizer, so no chat"):
+        plain.chat([{"role": "user", "content": "Hello"}])

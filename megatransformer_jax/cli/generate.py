@@ -85,6 +85,7 @@ The texts go to stdout, a line about speed to stderr.""",
         '--model=runs/recurrent --prompt="The old house" \\\n'
         "      --depth=32 --exit_criterion=kl --show_depth",
         "--model=runs/recurrent --interactive --strategy=greedy",
+        '--model=my/llama --chat --system="Be short." --interactive',
         "--model=my/huginn --prompts_file=my/prompts.jsonl \\\n"
         "      --strategy=beam --num_beams=4 --json=completions.jsonl",
         '--model=runs/image --prompt="a handwritten three" --draw \\\n'

@@ -33,6 +33,12 @@ class GenerateOptions(ModelOptions):
     interactive: bool = option(
         False, "Reads lines and streams their continuations; /help lists commands for settings."
     )
+    chat: bool = option(
+        False,
+        "Takes every prompt, or line of --interactive, as a message of a chat: it is written with "
+        "the chat template that came with the model's tokenizer.",
+    )
+    system: str | None = option(None, "With chat: the system message before the first prompt.")
     json: str | None = option(
         None,
         "Also writes every text with its ids, iterations and score to this file, as JSON lines.",
@@ -98,6 +104,15 @@ class GenerateOptions(ModelOptions):
                 "with --prompt_ids.",
             )
         check_encodable("prompt", self.prompt)
+
+    @rule("chat", "system")
+    def _chats_are_of_text(self) -> None:
+        """chat not with prompt_ids, images and sound; system only with chat."""
+        if self.chat and (self.prompt_ids or self.names_media):
+            name = "prompt_ids" if self.prompt_ids else "chat"
+            raise ConfigError(name, "a chat is of text alone; leave --chat or the other out.")
+        if self.system is not None and not self.chat:
+            raise ConfigError("system", "would be ignored without --chat.")
 
     @rule("json")
     def _json_needs_finished_texts(self) -> None:

@@ -18,6 +18,7 @@ import jax.monitoring
 from rich.console import Console
 from rich.text import Text
 
+from megatransformer_jax.cli.context import ChatContext, Context, TextContext, chat_prompts
 from megatransformer_jax.cli.flags import (
     Parsed,
     named_as_written,
@@ -231,7 +232,9 @@ def continue_texts(loaded: LoadedModel, parsed: Parsed, prompts: Prompts) -> Non
     """
     options, media = parsed.options, None
     given: Sequence[ShownPrompt] = prompts
-    if _wants_media(parsed, prompts):
+    if options.chat:
+        given = chat_prompts(loaded.tokenizer, options.system, [str(prompt) for prompt in prompts])
+    elif _wants_media(parsed, prompts):
         # It imports what reads and draws images, which takes long.
         from megatransformer_jax.cli.generate_media import MediaFiles  # noqa: PLC0415
 
@@ -248,8 +251,10 @@ def continue_texts(loaded: LoadedModel, parsed: Parsed, prompts: Prompts) -> Non
 
     with Stopwatch() as stopwatch:
         if options.interactive:
-            to_prompt = None if media is None else media.prompt
-            Session(make_generator, parsed.given, screen, stopwatch, to_prompt=to_prompt).run()
+            context: Context = TextContext(None if media is None else media.prompt)
+            if options.chat:
+                context = ChatContext(loaded.tokenizer, options.system)
+            Session(make_generator, parsed.given, screen, stopwatch, context=context).run()
         else:
             generator = make_generator(parsed.generation)
             tokenizer = loaded.tokenizer
@@ -446,7 +451,8 @@ def _write_json(
 # A session in the terminal.
 
 HELP = """\
-A line of text is continued; the text before it is kept as context until /reset.
+A line of text is continued, or with --chat answered; what stands before it is kept as context until
+/reset.
   /depth 16, /temperature 0.7   set an option, each one of those of --help; numbers take effect
                                 at once, other options may compile once,
                                 as does text twice as long
@@ -467,7 +473,7 @@ class Session:
       screen: shows the continuations.
       stopwatch: measures them.
       read: the next line, asked for with a mark; EOFError at the end of the input.
-      to_prompt: from the text so far to what is continued, such as one with images. None: the text.
+      context: what was said so far. None: a text.
     """
 
     def __init__(
@@ -477,7 +483,7 @@ class Session:
         screen: Screen,
         stopwatch: Stopwatch,
         read: Callable[[str], str] = input,
-        to_prompt: Callable[[str], AnyPrompt] | None = None,
+        context: Context | None = None,
     ):
         self._make_generator = make_generator
         self._given = dict(given)
@@ -485,8 +491,7 @@ class Session:
         self._screen = screen
         self._stopwatch = stopwatch
         self._read = read
-        self._to_prompt = to_prompt
-        self._context = ""
+        self._context = TextContext() if context is None else context
 
     def run(self) -> None:
         """Goes on until the end of the input."""
@@ -514,7 +519,7 @@ class Session:
 
     def _hint(self, error: UserError) -> str:
         """What to do here about a text that has grown too long."""
-        is_too_long = isinstance(error, PromptTooLong) and bool(self._context)
+        is_too_long = isinstance(error, PromptTooLong) and not self._context.is_empty
         return " /reset forgets the text so far." if is_too_long else ""
 
     def handle(self, line: str) -> None:
@@ -529,16 +534,14 @@ class Session:
             self._continue(line[1:] if line.startswith("//") else line)
 
     def _continue(self, line: str) -> None:
-        is_at_line_start = not self._context or self._context.endswith("\n")
-        prompt = self._context + ("" if is_at_line_start else "\n") + line
         try:
             with named_as_written(GENERATION_OPTIONS, "/"):
-                given = prompt if self._to_prompt is None else self._to_prompt(prompt)
+                given = self._context.prompt(line)
                 text = stream(self._generator, given, True, self._screen, self._stopwatch)
         except KeyboardInterrupt:
             print("stopped; the line is not kept as context.", file=sys.stderr)
             return
-        self._context = prompt + text
+        self._context.keep(line, text)
 
     def _command(self, words: str) -> None:
         name, _, text = words.strip().partition(" ")
@@ -548,7 +551,7 @@ class Session:
         if name == "help":
             print(HELP)
         elif name == "reset":
-            self._context = ""
+            self._context.reset()
         elif name == "settings":
             print("\n".join(f"/{key} {value}" for key, value in self._given.items()) or "defaults")
         else:

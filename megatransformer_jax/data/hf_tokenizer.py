@@ -1,6 +1,6 @@
-"""Hugging Face's tokenizer.json, as it lies next to published weights such as Huginn's.
+"""Hugging Face's tokenizer.json, as it lies next to published weights such as Huginn's or Llama's.
 
-Needs the `tokenizers` library (extra 'huginn').
+Needs the `tokenizers` library (extra 'hub').
 """
 
 import dataclasses
@@ -15,6 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from megatransformer_jax.config.build import read_text, read_values
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.data.chat_template import (
+    TEMPLATE_FILE,
+    ChatTemplate,
+    Message,
+    read_chat_template,
+)
 from megatransformer_jax.extras import import_extra
 from megatransformer_jax.files import write_json
 
@@ -24,6 +30,8 @@ TOKENIZER_FILE = "tokenizer.json"
 # first two, as ids in the others. A folder may have any of them.
 TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 ID_FILES = ("generation_config.json", "config.json")
+# Tokens by name that chat templates may write.
+_NAMED_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _SENTENCEPIECE_BLANK = "\u2581"
@@ -44,6 +52,9 @@ class HuggingFaceTokenizer:
       pad_id: fills rows.
       end_ids: all ids that end a text, `eos_id` first; chat models have one for a turn as well.
       name: for messages only.
+      chat: the templates that write messages as a prompt. None: there are none.
+      begins_texts: whether a prompt gets `bos_id` in front. Some models read texts without it,
+        as tokenizer_config.json says with "add_bos_token": false.
 
     Raises:
       UserError: if the text is not a tokenizer, or the library is not installed.
@@ -55,6 +66,8 @@ class HuggingFaceTokenizer:
     pad_id: int
     end_ids: tuple[int, ...]
     name: str = TOKENIZER_FILE
+    chat: ChatTemplate | None = None
+    begins_texts: bool = True
 
     def __post_init__(self) -> None:
         self._check_ids()
@@ -84,8 +97,30 @@ class HuggingFaceTokenizer:
         """Text of the ids; special tokens are left out."""
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=True)
 
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = False,
+        **options: typing.Any,
+    ) -> str:
+        """Messages as the text that the model was trained on; `encode` makes ids of it.
+
+        Args:
+          messages: {"role": "user", "content": "..."} one after the other.
+          add_generation_prompt: ends with what opens an answer.
+          **options: of `ChatTemplate.render`: tools, documents, template, and what the template
+            reads besides.
+
+        Raises:
+          UserError: if the tokenizer has no chat template, or as `ChatTemplate.render`.
+        """
+        return require_chat_template(self).render(
+            messages, add_generation_prompt=add_generation_prompt, **options
+        )
+
     def save(self, folder: pathlib.Path) -> None:
-        """Writes tokenizer.json, and the special ids as generation_config.json, into a folder."""
+        """Writes tokenizer.json, special ids and chat templates into a folder."""
         folder.mkdir(exist_ok=True)
         (folder / TOKENIZER_FILE).write_text(self.definition, encoding="utf-8")
         ids = {
@@ -94,6 +129,12 @@ class HuggingFaceTokenizer:
             "pad_token_id": self.pad_id,
         }
         write_json(folder / ID_FILES[0], ids)
+        described: dict[str, typing.Any] = {} if self.begins_texts else {"add_bos_token": False}
+        if self.chat is not None:
+            described |= self.chat.special_tokens
+            self.chat.save(folder)
+        if described:
+            write_json(folder / TOKEN_FILES[0], described)
 
     def digest(self) -> str:
         """SHA-256 of the definition and the special ids."""
@@ -148,11 +189,12 @@ def load_huggingface_tokenizer(folder: str | os.PathLike[str]) -> HuggingFaceTok
 
     Start, end and padding are those that tokenizer_config.json or special_tokens_map.json name, or
     else generation_config.json or config.json; without padding the end token pads. If the latter
-    two have several `eos_token_id`, all of them end a text.
+    two have several `eos_token_id`, all of them end a text. Where no start token is named, the end
+    token stands between the documents of training, and a prompt gets none in front.
 
     Raises:
-      UserError: if a file is missing or damaged, no start or end token is named, or the
-        `tokenizers` library is not installed.
+      UserError: if a file is missing or damaged, no end token is named, or the `tokenizers` library
+        is not installed.
     """
     folder = pathlib.Path(folder)
     path = folder / TOKENIZER_FILE
@@ -160,25 +202,57 @@ def load_huggingface_tokenizer(folder: str | os.PathLike[str]) -> HuggingFaceTok
     vocabulary = _parse(definition, str(path)).get_vocab(with_added_tokens=True)
     named = {file: _read(folder / file) for file in (*TOKEN_FILES, *ID_FILES)}
     found = {kind: list(_special_ids(kind, named, vocabulary)) for kind in ("bos", "eos", "pad")}
-    for kind in ("bos", "eos"):
-        if not found[kind]:
-            raise UserError(
-                f"{folder}: no file names the {kind} token; add '{kind}_token_id' to "
-                f"generation_config.json or '{kind}_token' to tokenizer_config.json."
-            )
+    if not found["eos"]:
+        raise UserError(
+            f"{folder}: no file names the eos token; add 'eos_token_id' to "
+            "generation_config.json or 'eos_token' to tokenizer_config.json."
+        )
     eos = found["eos"][0]
+    adds_bos = named[TOKEN_FILES[0]].get("add_bos_token")
     return HuggingFaceTokenizer(
         definition,
-        bos_id=found["bos"][0],
+        bos_id=found["bos"][0] if found["bos"] else eos,
         eos_id=eos,
         pad_id=found["pad"][0] if found["pad"] else eos,
         end_ids=tuple(dict.fromkeys(found["eos"])),
         name=str(path),
+        chat=read_chat_template(folder, _named_tokens(named)),
+        begins_texts=bool(found["bos"]) and adds_bos is not False,
     )
 
 
+def require_chat_template(tokenizer: typing.Any) -> ChatTemplate:
+    """The chat templates of a tokenizer.
+
+    Raises:
+      UserError: if it has none, or there is no tokenizer.
+    """
+    if tokenizer is None:
+        raise UserError("this model has no tokenizer, so no chat; give prompts as token ids.")
+    chat = getattr(tokenizer, "chat", None)
+    if chat is None:
+        raise UserError(
+            "this model's tokenizer has no chat template, so how it was trained to read messages "
+            f"is unknown; give the prompt as a text, or put {TEMPLATE_FILE} next to the model's "
+            f"{TOKENIZER_FILE}."
+        )
+    return chat
+
+
+def _named_tokens(named: Mapping[str, Mapping[str, typing.Any]]) -> dict[str, str]:
+    """The texts of special tokens by their names, tokenizer_config.json first."""
+    tokens: dict[str, str] = {}
+    for kind in _NAMED_TOKENS:
+        for file in TOKEN_FILES:
+            token = named[file].get(f"{kind}_token")
+            token = token.get("content") if isinstance(token, Mapping) else token
+            if isinstance(token, str):
+                tokens.setdefault(f"{kind}_token", token)
+    return tokens
+
+
 def _parse(definition: str, name: str) -> typing.Any:
-    tokenizers = import_extra("tokenizers", "huginn", name)
+    tokenizers = import_extra("tokenizers", "hub", name)
     try:
         return tokenizers.Tokenizer.from_str(definition)
     except Exception as error:  # The library raises no narrower type.

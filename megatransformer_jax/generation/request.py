@@ -16,6 +16,7 @@ from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.sampling import CacheConfig, check_encodable
+from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.endings import cut_at_stop, num_held_back
@@ -39,8 +40,8 @@ def encode_prompts(
 ) -> list[list[int]]:
     """The ids of each prompt.
 
-    A text gets the start token in front, unless it spells it itself, as chat formats do. Ids are
-    taken as they are.
+    A text gets the start token in front, unless it spells it itself, as chat formats do, or the
+    tokenizer's files say that the model reads texts without it. Ids are taken as they are.
 
     Args:
       prompts: texts or ids (see `Prompt`; anything else is refused); ids may also be the rows of
@@ -68,6 +69,8 @@ def _encode(prompt: Any, tokenizer: Tokenizer | None, vocab_size: int) -> list[i
             raise UserError("this model has no tokenizer; give prompts as token ids.")
         check_encodable("prompt", (prompt,))
         ids = tokenizer.encode(prompt)
+        if ids and isinstance(tokenizer, HuggingFaceTokenizer) and not tokenizer.begins_texts:
+            return ids
         return ids if ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
     try:
         array = np.asarray(prompt)

@@ -11,6 +11,7 @@ from megatransformer_jax.config.build import load_config
 from megatransformer_jax.config.data import TokenizerConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.data.chat_template import template_files
 from megatransformer_jax.data.fingerprint import training_text_identity
 from megatransformer_jax.data.hf_tokenizer import (
     ID_FILES,
@@ -101,8 +102,9 @@ def _copy(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> Non
     folder = source if is_huginn else source / HUGGINGFACE_FOLDER
     if (folder / TOKENIZER_FILE).is_file():
         _check_training_options(config.data.tokenizer, {}, source)
+        templates = [str(path.relative_to(folder)) for path in template_files(folder)]
         # The definition last: where it is, the others are.
-        for name in (*TOKEN_FILES, *ID_FILES, TOKENIZER_FILE):
+        for name in (*templates, *TOKEN_FILES, *ID_FILES, TOKENIZER_FILE):
             if (folder / name).is_file():
                 content = (folder / name).read_bytes()
                 write_atomically(workdir / HUGGINGFACE_FOLDER / name, content)

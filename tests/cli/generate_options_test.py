@@ -84,6 +84,8 @@ def test_a_prompt_may_be_repeated_and_hold_commas() -> None:
         (["--image=a", "--prompt=b"], r"^--image: belongs to one prompt"),
         (["--audio=a", "--json=b"], r"^--json: is for text alone"),
         (["--output=a", "--json=b"], r"^--json: is for text alone"),
+        (["--chat", "--draw", "--output=a"], r"^--chat: a chat is of text alone"),
+        (["--system=a"], r"^--system: would be ignored without --chat"),
         (["--convert"], r"^--convert: would be ignored without --image or --audio"),
         (["--vocoder=a"], r"^--vocoder: would be ignored without --output"),
         (["--precision=float16"], r"^--precision: .* one of 'auto', 'float32', 'bfloat16'"),
@@ -101,6 +103,7 @@ def test_bad_input_is_named_as_it_was_written(words: list[str], problem: str) ->
     ("words", "problem"),
     [
         ([], r"^--prompt: is missing; give --prompt=.*--interactive"),
+        (["--prompt_ids=1", "--chat"], r"^--prompt_ids: a chat is of text alone"),
         (["--prompt_ids=-1"], r"^--prompt_ids: \(-1,\) is not allowed; each item must be at least"),
         (["--interactive", "--json=a"], r"^--json: does not go together with --interactive"),
     ],
@@ -154,7 +157,7 @@ def test_examples_of_help_are_accepted() -> None:
     examples = text[: text.index("Values are written")].replace("\\\n", " ").splitlines()
     commands = [line.partition("  megatransformer generate ")[2] for line in examples]
     commands = [command for command in commands if command]
-    assert len(commands) == 8
+    assert len(commands) == 9
 
     for command in commands:
         parse(*shlex.split(command))

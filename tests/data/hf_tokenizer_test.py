@@ -1,5 +1,6 @@
 """tokenizer.json of published models, and the tasks' symbols, serve as tokenizers."""
 
+import dataclasses
 import json
 import pickle
 import sys
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.hf_tokenizer import load_huggingface_tokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.generation.request import encode_prompts
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -142,10 +144,42 @@ def test_special_tokens_by_name_and_by_id(tmp_path):
     assert tokenizer.end_ids == (271, 272)
 
 
+def test_a_model_may_read_texts_without_a_start_token(tmp_path):
+    files = {"tokenizer_config": NAMED | {"add_bos_token": False}}
+    qwen_like = load_huggingface_tokenizer(write_folder(tmp_path / "a", byte_level(), **files))
+    assert qwen_like.bos_id == 270 and not qwen_like.begins_texts
+    assert encode_prompts(["the fox"], qwen_like, 275) == [qwen_like.encode("the fox")]
+    # Documents are kept apart by the end token if no start token is named.
+    files = {"config": {"eos_token_id": 271}}
+    nameless = load_huggingface_tokenizer(write_folder(tmp_path / "b", byte_level(), **files))
+    assert nameless.bos_id == 271 and not nameless.begins_texts
+
+
+def test_chats_and_their_templates_are_saved(tmp_path):
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}<|end_turn|>{% endfor %}"
+    files = {"tokenizer_config": NAMED | {"chat_template": template, "add_bos_token": False}}
+    loaded = load_huggingface_tokenizer(write_folder(tmp_path / "a", byte_level(), **files))
+    text = loaded.apply_chat_template([{"role": "user", "content": "fox"}])
+    assert text == "<|begin_text|>fox<|end_turn|>"
+    assert loaded.encode(text)[0] == loaded.bos_id
+    loaded.save(tmp_path / "b")
+    again = load_huggingface_tokenizer(tmp_path / "b")
+    assert again.apply_chat_template([{"role": "user", "content": "fox"}]) == text
+    assert again.digest() == loaded.digest() and not again.begins_texts
+    assert pickle.loads(pickle.dumps(loaded)) == loaded
+    # The vocabulary is the same with and without a chat.
+    assert dataclasses.replace(loaded, chat=None).digest() == loaded.digest()
+
+
+def test_a_chat_needs_a_template(huginn_like):
+    with pytest.raises(UserError, match=r"no chat template.*put chat_template\.jinja next to"):
+        huginn_like.apply_chat_template([{"role": "user", "content": "fox"}])
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, r"no file names the bos token; add 'bos_token_id' to generation_config\.json"),
+        ({}, r"no file names the eos token; add 'eos_token_id' to generation_config\.json"),
         ({"config": {"bos_token_id": 1}}, r"no file names the eos token"),
         (
             {"tokenizer_config": {"bos_token": "<s>"}},
@@ -177,7 +211,7 @@ def test_a_broken_file_is_named(tmp_path, content):
 def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
     folder = write_folder(tmp_path / "model", byte_level())
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match=r"pip install 'megatransformer_jax\[huginn\]'"):
+    with pytest.raises(UserError, match=r"pip install 'megatransformer_jax\[hub\]'"):
         load_huggingface_tokenizer(folder)
 
 

@@ -19,6 +19,8 @@ OF_EXTRAS = (
     "rouge_score",
     "sacrebleu",
     "tokenizers",
+    "jinja2",
+    "huggingface_hub",
     "qwix",
     "wandb",
 )
