@@ -163,7 +163,7 @@ class OptimizerConfig:
     weight_decay: float = option(
         0.1,
         "Decoupled weight decay on matrices; vectors (norm scales, biases, the diagonal "
-        "adapter's a_log, dt_bias and b_matrix) and embeddings have none.",
+        "adapter's a_log, dt_bias and b_matrix), the read-out's c_matrix and embeddings have none.",
         minimum=0,
     )
     clip_norm: float | None = option(

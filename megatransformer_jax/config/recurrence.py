@@ -18,8 +18,10 @@ class RecurrenceConfig:
     adapter: str = option(
         "linear",
         "Feeds the injected prelude output e into the state s. linear: W [s; e]. sum: s + e. "
-        "gate: s * e. diagonal: exp(-dt A) s + dt B e, stable by design (arXiv 2604.12946).",
-        choices=("linear", "sum", "gate", "diagonal"),
+        "gate: s * e. diagonal: exp(-dt A) s + dt B e, stable by design (arXiv 2604.12946). none: "
+        "s alone, so that e enters as the first state only (state_init='none'; Universal "
+        "Transformer, Ouro).",
+        choices=("linear", "sum", "gate", "diagonal", "none"),
     )
     zero_order_hold: bool = option(
         False,
@@ -36,6 +38,16 @@ class RecurrenceConfig:
         True,
         "Normalises the core's last state before the coda, with the norm that stands before the "
         "head (Huginn). False suits models made from plain ones (fine_tuning.retrofit).",
+    )
+    head_norm: bool = option(
+        True,
+        "Normalises what the head reads. False: the head reads the coda's output as it is, for "
+        "models whose iteration_norm has normalised it (Ouro).",
+    )
+    readout_matrix: bool = option(
+        False,
+        "Multiplies the core's last state by a learned matrix C before the coda (Parcae). It "
+        "starts as the identity and has no weight decay.",
     )
     state_init: str = option(
         "like_init",
@@ -104,6 +116,17 @@ class RecurrenceConfig:
                     f"{getattr(self, name)} exceeds max_steps={self.max_steps}; "
                     "lower it or raise max_steps.",
                 )
+
+    @rule("adapter", "state_init")
+    def _input_reaches_the_core(self) -> None:
+        """adapter='none' needs state_init='none'; other first states do not depend on the input."""
+        if self.adapter == "none" and self.state_init != "none":
+            raise ConfigError(
+                "state_init",
+                f"{self.state_init!r} with adapter='none' leaves the input out of the core, as the "
+                "first state does not depend on it and nothing is injected; set "
+                "state_init='none', or choose another adapter.",
+            )
 
     @rule("zero_order_hold")
     def _zero_order_hold_needs_diagonal(self) -> None:
@@ -178,9 +201,20 @@ class ExitGateConfig:
         "Adds the gate: sigmoid(w . norm(state) + b), one number per token and iteration. "
         "train.exit_gate trains it, the exit criterion learned_gate uses it.",
     )
+    norm: bool = option(
+        True,
+        "Normalises what the gate reads. False: it reads the core's state as it is, for models "
+        "whose recurrence.iteration_norm has normalised it (Ouro).",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("norm")
+    def _norm_needs_a_gate(self) -> None:
+        """False only with enabled=True."""
+        if not self.enabled:
+            require_defaults(self, ("norm",), "with enabled=False", "set enabled=True")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -100,8 +100,9 @@ class RunConfig(BaseRunConfig):
 
     @rule("fine_tuning.retrofit")
     def _retrofit_makes_a_core(self) -> None:
-        """Needs model.core_layers >= 1 without model.recurrence.core_width and model.sharing, and
-        an adapter that can pass the injection on: linear, diagonal or sum."""
+        """Needs model.core_layers >= 1 without model.recurrence.core_width and model.sharing,
+        model.recurrence.head_norm=True, and any adapter but gate, which cannot pass the injection
+        on."""
         if not self.fine_tuning.retrofit:
             return
         recurrence = self.model.recurrence
@@ -114,6 +115,7 @@ class RunConfig(BaseRunConfig):
                 "None",
             ),
             ("recurrence.adapter", recurrence.adapter == "gate", recurrence.adapter, "'linear'"),
+            ("recurrence.head_norm", not recurrence.head_norm, recurrence.head_norm, "True"),
             (
                 "sharing.scheme",
                 self.model.sharing.scheme != "none",

@@ -15,7 +15,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.core import Pass, RecurrentCore, recur
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.media.parts import MediaParts
-from megatransformer_jax.nn.adapters import ExitGate
+from megatransformer_jax.nn.adapters import ExitGate, identity
 from megatransformer_jax.nn.block import Stack
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import TextEmbedding
@@ -73,8 +73,8 @@ class MegaTransformer(nn.Module):
     """A causal language model whose core is iterated `num_steps` times.
 
     As in Huginn, one norm serves twice: on the core's final state (`recurrence.output_norm`) and
-    before the head. Without a core (`core_layers=0`) it is a plain causal LM, and the norm stands
-    before the head only.
+    before the head (`recurrence.head_norm`). Without a core (`core_layers=0`) it is a plain causal
+    LM, and the norm stands before the head only.
     """
 
     config: ModelConfig
@@ -100,6 +100,9 @@ class MegaTransformer(nn.Module):
                 self.core_out = matrix(self, "core_out", core_init, shape[::-1], axes, self.policy)
             if config.recurrence.injection_norm:
                 self.injection_norm = Norm(config.norm)
+            if config.recurrence.readout_matrix:
+                shape, axes = (config.width, config.width), ("embed", "core_out")
+                self.c_matrix = matrix(self, "c_matrix", identity, shape, axes, self.policy)
             if config.exit_gate.enabled:
                 self.exit_gate = ExitGate(config)
         if config.has_media:
@@ -262,6 +265,8 @@ class MegaTransformer(nn.Module):
         if self.config.is_recurrent:
             if self.config.core_width != self.config.width:
                 x = x @ self.core_out
+            if self.config.recurrence.readout_matrix:
+                x = x @ self.c_matrix
             if self.config.recurrence.output_norm:
                 x = self.final_norm(x)
         return x, self.coda(x, context)
@@ -281,7 +286,7 @@ class MegaTransformer(nn.Module):
 
     def run_head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits from the coda's output."""
-        return self.embedding.logits(self.final_norm(x))
+        return self.embedding.logits(self.final_norm(x) if self.config.recurrence.head_norm else x)
 
     def _iterate_core(
         self,

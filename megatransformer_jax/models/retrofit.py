@@ -9,7 +9,8 @@ model computes the same at every depth, namely what the plain one does without t
 (with `recurrence.output_norm=False`; otherwise the core's last state is normalised as well).
 `linear`: W_e is the identity and W_s zero. W_s still learns, as its gradient is the state times
 that of the core's input, and no state but the first is zero. `diagonal`: dt B is the identity; the
-decayed state is added from the second iteration on. `sum`: likewise with all of the state.
+decayed state is added from the second iteration on. `sum`: likewise with all of the state. `none`:
+each iteration reads what the one before it made, so the model is the plain one at depth 1.
 """
 
 import dataclasses
@@ -131,6 +132,6 @@ def _passing_adapter(target: ModelConfig, params: dict[str, Any]) -> dict[str, A
                 target.recurrence.zero_order_hold,
             )
             return {"core/adapter/b_matrix": identity / gain}
-        case "sum":
+        case "sum" | "none":
             return {}
     raise ValueError(f"the adapter {target.recurrence.adapter!r} cannot pass the injection on")

@@ -128,6 +128,21 @@ class DiagonalAdapter(nn.Module):
         return decay.astype(state.dtype) * state + prepared
 
 
+class NoAdapter(nn.Module):
+    """s: nothing is injected, so the input reaches the core through the first state alone."""
+
+    def prepare(self, embedding: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The embedding unchanged; no iteration reads it."""
+        return embedding
+
+    def __call__(
+        self, state: Float[Array, "B T D"], prepared: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        """The state."""
+        del prepared
+        return state
+
+
 def diagonal_gain(
     a_log: Float[Array, "D"], dt_bias: Float[Array, "D"], zero_order_hold: bool
 ) -> Float[Array, "D"]:
@@ -155,8 +170,10 @@ def build_adapter(
         case "diagonal":
             hold = config.recurrence.zero_order_hold
             return DiagonalAdapter(width, hold, policy, name=name)
+        case "none":
+            return NoAdapter(name=name)
     raise ValueError(
-        f"unknown adapter {config.recurrence.adapter!r}; known: linear, sum, gate, diagonal"
+        f"unknown adapter {config.recurrence.adapter!r}; known: linear, sum, gate, diagonal, none"
     )
 
 
@@ -174,8 +191,9 @@ def identity(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Ar
 class ExitGate(nn.Module):
     """The gate of PonderNet (arXiv 2107.05407): sigmoid(w . norm(state) + b).
 
-    w starts at 0 and b such that every iteration stops with probability 1 / mean_steps, so that
-    the mean depth begins near that of training.
+    With `exit_gate.norm=False` it reads the state as it is. w starts at 0 and b such that every
+    iteration stops with probability 1 / mean_steps, so that the mean depth begins near that of
+    training.
     """
 
     config: ModelConfig
@@ -183,12 +201,13 @@ class ExitGate(nn.Module):
     @nn.compact
     def __call__(self, state: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """Logits, float32, of stopping after the iteration that made `state`."""
-        normalized = Norm(self.config.norm, name="norm")(state).astype(jnp.float32)
+        if self.config.exit_gate.norm:
+            state = Norm(self.config.norm, name="norm")(state)
         odds_against = max(self.config.recurrence.mean_steps - 1, 1)
         bias_init = nn.initializers.constant(-math.log(odds_against))
         weight = vector(self, "weight", nn.initializers.zeros, (state.shape[-1],))
         bias = vector(self, "bias", bias_init, ())
-        return jnp.einsum("btd,d->bt", normalized, weight) + bias
+        return jnp.einsum("btd,d->bt", state.astype(jnp.float32), weight) + bias
 
 
 def log_stop(gate_logits: Float[Array, "*n"]) -> Float[Array, "*n"]:

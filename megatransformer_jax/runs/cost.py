@@ -298,6 +298,7 @@ PRODUCTS = (
     "adapter",
     "core_in",
     "core_out",
+    "c_matrix",
     "head",
 )
 _UNITS = ("", "k", "M", "G", "T", "P", "E")

@@ -226,7 +226,16 @@ def _stable_then_decay(decay_steps: int, total_steps: int, final_fraction: float
 
 # Leaf names of parameters without weight decay. Rank does not tell: a fused norm scale or a bias
 # per head is a matrix by shape, and a fused kernel has three or four axes.
-UNDECAYED_NAMES = ("scale", "bias", "embedding", "a_log", "dt_bias", "b_matrix", "alpha")
+UNDECAYED_NAMES = (
+    "scale",
+    "bias",
+    "embedding",
+    "a_log",
+    "dt_bias",
+    "b_matrix",
+    "c_matrix",
+    "alpha",
+)
 
 
 def decay_mask(params: Any) -> Any:

@@ -341,23 +341,17 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         {"fine_tuning": RETROFIT, "model": ModelConfig(core_layers=0)},
         "model.core_layers",
     ),
-    (
-        "_retrofit_makes_a_core",
-        RunConfig,
-        {
-            "fine_tuning": RETROFIT,
-            "model": ModelConfig(recurrence=RecurrenceConfig(adapter="gate")),
-        },
-        "model.recurrence.adapter",
-    ),
-    (
-        "_retrofit_makes_a_core",
-        RunConfig,
-        {
-            "fine_tuning": RETROFIT,
-            "model": ModelConfig(recurrence=RecurrenceConfig(core_width=128)),
-        },
-        "model.recurrence.core_width",
+    *(
+        (
+            "_retrofit_makes_a_core",
+            RunConfig,
+            {
+                "fine_tuning": RETROFIT,
+                "model": ModelConfig(recurrence=RecurrenceConfig(**{name: value})),
+            },
+            f"model.recurrence.{name}",
+        )
+        for name, value in {"adapter": "gate", "head_norm": False, "core_width": 128}.items()
     ),
     (
         "_retrofit_makes_a_core",

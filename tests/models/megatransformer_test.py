@@ -60,10 +60,24 @@ VARIANTS = {
     "layernorm": variant(norm={"kind": "layernorm", "bias": True}),
     "mlp": variant(mlp={"kind": "mlp", "activation": "gelu", "bias": True}),
     "core_width": variant(recurrence={"core_width": 24, "injection_norm": True}),
-    "iteration_norm": variant(recurrence={"iteration_norm": True, "adapter": "diagonal"}),
+    "diagonal_readout": variant(
+        recurrence={"iteration_norm": True, "adapter": "diagonal", "readout_matrix": True}
+    ),
     "untied": variant(tie_embeddings=False, head_bias=True, scale_embeddings=True),
     "plain_lm": dataclasses.replace(BASE, core_layers=0, recurrence=RecurrenceConfig()),
     "core_only": variant(prelude_layers=0, coda_layers=0),
+    "state_alone": variant(
+        prelude_layers=0,
+        coda_layers=0,
+        norm={"placement": "peri"},
+        recurrence={
+            "adapter": "none",
+            "state_init": "none",
+            "iteration_norm": True,
+            "output_norm": False,
+            "head_norm": False,
+        },
+    ),
     "remat": variant(remat="full"),
     "scanned": variant(scan_layers=True, core_layers=2, coda_layers=0, remat="full"),
     "rezero_shared": variant(
@@ -166,12 +180,18 @@ def test_every_parameter_has_a_gradient():
         norm={"kind": "layernorm", "bias": True, "placement": "sandwich"},
         mlp={"bias": True},
         positions=PositionConfig(scheme="learned"),
-        recurrence={"core_width": 24, "injection_norm": True, "iteration_norm": True},
+        recurrence={
+            "core_width": 24,
+            "injection_norm": True,
+            "iteration_norm": True,
+            "readout_matrix": True,
+        },
         tie_embeddings=False,
         head_bias=True,
     )
     model = build_model(config, DTypePolicy(), Sharder(), "cpu")
     params = init_params(model, jax.random.key(0))
+    np.testing.assert_array_equal(params["c_matrix"], np.eye(WIDTH))
 
     def loss(params):
         output = model.apply({"params": params}, TOKENS, num_steps=jnp.int32(3), backprop_depth=2)

@@ -48,6 +48,9 @@ def test_the_formula_and_the_start():
     stop = 1 / (1 + np.exp(-np.asarray(wanted, np.float64)))
     np.testing.assert_allclose(np.exp(log_stop(logits)), stop, rtol=1e-5)
     np.testing.assert_allclose(np.exp(log_continue(logits)), 1 - stop, rtol=1e-5)
+    bare = dataclasses.replace(GATED, exit_gate=ExitGateConfig(enabled=True, norm=False))
+    logits = ExitGate(bare).apply({"params": {**params, "norm": {}}}, jnp.asarray(state))
+    np.testing.assert_allclose(logits, state @ params["weight"] + 0.3, rtol=1e-5, atol=1e-6)
 
 
 def test_a_gate_adds_its_parameters_and_changes_no_others():

@@ -17,8 +17,8 @@ from megatransformer_jax.types import DTypePolicy
 WIDTH = 8
 
 
-def make(adapter, zero_order_hold=False):
-    recurrence = RecurrenceConfig(adapter=adapter, zero_order_hold=zero_order_hold)
+def make(adapter, zero_order_hold=False, **options):
+    recurrence = RecurrenceConfig(adapter=adapter, zero_order_hold=zero_order_hold, **options)
     config = ModelConfig(width=WIDTH, recurrence=recurrence)
     return build_adapter(config, weight_init(config, WIDTH), DTypePolicy())
 
@@ -55,6 +55,10 @@ def test_sum_and_gate(arrays):
     state, embedding = arrays
     np.testing.assert_array_equal(run("sum", {}, *arrays), state + embedding)
     np.testing.assert_array_equal(run("gate", {}, *arrays), state * embedding)
+
+
+def test_none_hands_the_state_on(arrays):
+    np.testing.assert_array_equal(run("none", {}, *arrays, state_init="none"), arrays[0])
 
 
 def diagonal_params(seed=0):

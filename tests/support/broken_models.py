@@ -40,6 +40,8 @@ BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [
         {"backprop_depth": 9, "max_steps": 8},
         "backprop_depth",
     ),
+    ("_input_reaches_the_core", RecurrenceConfig, {"adapter": "none"}, "state_init"),
+    ("_norm_needs_a_gate", ExitGateConfig, {"norm": False}, "norm"),
     (
         "_zero_order_hold_needs_diagonal",
         RecurrenceConfig,

@@ -466,6 +466,7 @@ _PARTS = (
     "core_in",
     "core",
     "core_out",
+    "c_matrix",
     "exit_gate",
     "coda",
     "final_norm",

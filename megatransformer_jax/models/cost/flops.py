@@ -95,8 +95,11 @@ def forward_flops(
         if width != config.width:
             injection["core_in"] = 2.0 * config.width * width
         once["injection"] = injection
-        if width != config.width:
-            once["core_out"] = {"core_out": 2.0 * width * config.width}
+        readout = {"core_out": 2.0 * width * config.width} if width != config.width else {}
+        if config.recurrence.readout_matrix:
+            readout["c_matrix"] = 2.0 * config.width**2
+        if readout:
+            once["core_out"] = readout
     once["coda"] = _times(config.coda_layers, outer)
     once["head"] = {"head": 2.0 * config.width * config.vocab_size}
     return ForwardFlops(once, iteration)

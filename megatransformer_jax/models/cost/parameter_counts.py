@@ -23,6 +23,7 @@ PARTS = (
     "core_in",
     *ITERATED_PARTS,
     "core_out",
+    "c_matrix",
     "exit_gate",
     "coda",
     "final_norm",

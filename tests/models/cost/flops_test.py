@@ -30,7 +30,8 @@ BASE = ModelConfig(
 VARIANTS = {
     "linear": BASE,
     "diagonal_core_width": dataclasses.replace(
-        BASE, recurrence=RecurrenceConfig(adapter="diagonal", core_width=128)
+        BASE,
+        recurrence=RecurrenceConfig(adapter="diagonal", core_width=128, readout_matrix=True),
     ),
     "sum_plain_mlp_untied": dataclasses.replace(
         BASE,

@@ -93,7 +93,9 @@ def test_parts_and_kinds() -> None:
         head_bias=True,
         positions=PositionConfig(scheme="learned"),
         attention=AttentionConfig(num_heads=2, qk_norm=True),
-        recurrence=RecurrenceConfig(core_width=4, injection_norm=True, iteration_norm=True),
+        recurrence=RecurrenceConfig(
+            core_width=4, injection_norm=True, iteration_norm=True, readout_matrix=True
+        ),
     )
     counts = count(config)
     assert list(counts) == [
@@ -104,6 +106,7 @@ def test_parts_and_kinds() -> None:
         "adapter",
         "core",
         "core_out",
+        "c_matrix",
         "coda",
         "final_norm",
         "head",

@@ -51,10 +51,16 @@ CONFIGS = {
         recurrence={"core_width": 8, "injection_norm": True},
     ),
     "no_positions_diagonal": tiny(
-        positions={"scheme": "none"}, recurrence={"adapter": "diagonal", "iteration_norm": True}
+        positions={"scheme": "none"},
+        recurrence={"adapter": "diagonal", "iteration_norm": True, "readout_matrix": True},
     ),
     "plain": tiny(core_layers=0, prelude_layers=2, recurrence=RecurrenceConfig()),
-    "core_alone": tiny(prelude_layers=0, coda_layers=0, positions={"scheme": "alibi"}),
+    "state_alone": tiny(
+        prelude_layers=0,
+        coda_layers=0,
+        positions={"scheme": "alibi"},
+        recurrence={"adapter": "none", "state_init": "none", "head_norm": False},
+    ),
 }
 # Passes: a prompt, then chunks of 3; whole, padded on the left, on the right and on both sides.
 LAYOUT = layout(
@@ -119,7 +125,7 @@ def test_compute_in_bfloat16():
 
 
 def test_last_logits_are_those_of_each_sequences_last_token():
-    model, params = made("core_alone")
+    model, params = made("state_alone")
     is_token, tokens = LAYOUT[:, 9:12], some_tokens(4, 3)
     arguments = empty_cache(model.config, 4, num_slots=DEPTH), rule(DEPTH)
     every = step(model, params, tokens, is_token, *arguments).logits
@@ -157,7 +163,7 @@ def test_random_first_states_do_not_depend_on_chunks():
 
 
 def test_what_a_request_sets_compiles_once():
-    model, params = made("core_alone")
+    model, params = made("state_alone")
     cache, before = empty_cache(model.config, 2, num_slots=2), step._cache_size()
     for depth, threshold, seed in ((1, 0.5, 0), (3, 0.01, 1), (7, 2.0, 2)):
         leave = rule(depth, "cosine", threshold, min_depth=seed)
@@ -169,7 +175,7 @@ def test_what_a_request_sets_compiles_once():
 def test_decoding_goes_on_after_rejected_drafts_and_a_change_of_beams():
     """Draft at depth 1, take the drafts back, verify at full depth, keep a part: as if each kept
     token had been passed alone."""
-    model, params = made("core_alone")
+    model, params = made("state_alone")
     kept_per_round = [[3, 1, 0, 2], [1, 3, 2, 2], [2, 2, 2, 0]]
     kept = [[], [], [], []]
     cache = empty_cache(model.config, 4, num_slots=DEPTH)
