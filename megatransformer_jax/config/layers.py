@@ -9,6 +9,7 @@ from megatransformer_jax.config.option import (
     option,
     require_defaults,
     rule,
+    section,
 )
 
 
@@ -32,7 +33,24 @@ class AttentionConfig:
     qk_bias: bool = option(
         False, "Adds a learned vector per head to queries and keys before rotation (Huginn)."
     )
-    qk_norm: bool = option(False, "RMS-normalises queries and keys per head before rotation.")
+    qk_norm: bool = option(
+        False, "RMS-normalises queries and keys; by default per head, before rotation (Qwen 3)."
+    )
+    qk_norm_span: str = option(
+        "head",
+        "Channels that qk_norm normalises together. head: those of one head, with one scale for "
+        "all heads. width: those of all heads, each with its own scale (OLMo 2).",
+        choices=("head", "width"),
+    )
+    qk_norm_scale: bool = option(
+        True, "Multiplies by a learned scale after qk_norm. False: no parameters (Parcae)."
+    )
+    qk_norm_after_rotary: bool = option(
+        False, "Applies qk_norm after rotation, and after qk_bias, instead of before both (Parcae)."
+    )
+    qk_norm_eps: float | None = option(
+        None, "Added to the variance in qk_norm. Default (None): norm.eps.", above=0
+    )
     logit_softcap: float | None = option(
         None,
         "Bounds attention logits smoothly: cap * tanh(logit / cap). Gemma 2 uses 50. Default "
@@ -44,6 +62,18 @@ class AttentionConfig:
         "Sliding window: a query sees itself and the window-1 positions before it. Default "
         "(None): all.",
         minimum=1,
+    )
+    prelude_windows: tuple[int, ...] = option(
+        (),
+        "Sliding window of each prelude layer, 0 for none. A shorter list repeats: (4096, 0) makes "
+        "every second layer see everything. Default (): `window` in all layers.",
+        minimum=0,
+    )
+    core_windows: tuple[int, ...] = option(
+        (), "The same for the core, in every iteration. Default (): `window`.", minimum=0
+    )
+    coda_windows: tuple[int, ...] = option(
+        (), "The same for the coda. Default (): `window`.", minimum=0
     )
     dropout_rate: float = option(0.0, "Dropout on attention weights.", minimum=0, below=1)
     kernel: str = option(
@@ -66,10 +96,104 @@ class AttentionConfig:
                 f"use a divisor of {self.num_heads}.",
             )
 
+    @rule("qk_norm_span", "qk_norm_scale", "qk_norm_after_rotary", "qk_norm_eps")
+    def _norm_options_need_the_norm(self) -> None:
+        """Only with qk_norm=True."""
+        if not self.qk_norm:
+            names = ("qk_norm_span", "qk_norm_scale", "qk_norm_after_rotary", "qk_norm_eps")
+            require_defaults(self, names, "with qk_norm=False", "set qk_norm=True")
+
     @property
     def kv_heads(self) -> int:
         """Key/value heads after resolving None."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+
+_SCALING_OPTIONS = {
+    "none": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "original_length", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        "factor",
+        "original_length",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "truncate",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RotaryScalingConfig:
+    """Slower rotations, so that a model reads longer texts than it was trained on.
+
+    As transformers computes them: `rope_type` in the folders of Llama, Qwen and others.
+    """
+
+    kind: str = option(
+        "none",
+        "none: plain rotary positions. linear: all frequencies divided by factor "
+        "(arXiv 2306.15595). llama3: only low ones, with a smooth transition (Llama 3.1). yarn: "
+        "the same with other bounds, and attention is sharpened (arXiv 2309.00071).",
+        choices=tuple(_SCALING_OPTIONS),
+    )
+    factor: float = option(
+        1.0, "What low frequencies are divided by: the new length over the old.", minimum=1
+    )
+    original_length: int = option(
+        8192, "Tokens of the texts that the plain frequencies were trained on.", minimum=1
+    )
+    low_freq_factor: float = option(
+        1.0,
+        "llama3: wavelengths above original_length / low_freq_factor are stretched fully.",
+        above=0,
+    )
+    high_freq_factor: float = option(
+        4.0,
+        "llama3: wavelengths below original_length / high_freq_factor stay as they are.",
+        above=0,
+    )
+    beta_fast: float = option(
+        32.0, "yarn: channels that turn more often in original_length stay as they are.", above=0
+    )
+    beta_slow: float = option(
+        1.0, "yarn: channels that turn less often in original_length are stretched fully.", above=0
+    )
+    attention_factor: float | None = option(
+        None,
+        "yarn: multiplies rotated queries and keys. Default (None): 0.1 ln(factor) + 1.",
+        above=0,
+    )
+    truncate: bool = option(
+        True, "yarn: rounds the bounds between stretched and other channels to whole channels."
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("kind", *_SCALING_OPTIONS["llama3"], *_SCALING_OPTIONS["yarn"][2:])
+    def _scaling_is_of_the_kind(self) -> None:
+        """Only with a kind that reads it; other kinds than 'none' need factor above 1."""
+        read = _SCALING_OPTIONS[self.kind]
+        names = [field.name for field in dataclasses.fields(self) if field.name != "kind"]
+        unread = [name for name in names if name not in read]
+        require_defaults(self, unread, f"with kind={self.kind!r}", "choose a kind that reads it")
+        if read and self.factor == 1:
+            raise ConfigError(
+                "factor", f"1.0 changes nothing with kind={self.kind!r}; set it above 1."
+            )
+
+    @rule("low_freq_factor", "high_freq_factor", "beta_slow", "beta_fast")
+    def _bounds_are_in_order(self) -> None:
+        """low_freq_factor is below high_freq_factor, and beta_slow below beta_fast."""
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if getattr(self, low) >= getattr(self, high):
+                raise ConfigError(
+                    low,
+                    f"{getattr(self, low)} is not below {high}={getattr(self, high)}; lower it, or "
+                    f"raise {high}.",
+                )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,17 +212,18 @@ class PositionConfig:
         "as Huginn and GPT-J.",
         choices=("half", "interleaved"),
     )
+    scaling: RotaryScalingConfig = section(RotaryScalingConfig, "Rotary positions, stretched.")
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    @rule("rotary_base", "rotary_convention")
+    @rule("rotary_base", "rotary_convention", "scaling")
     def _rotary_options_need_rotary(self) -> None:
         """Only with scheme='rotary'."""
         if self.scheme != "rotary":
             require_defaults(
                 self,
-                ("rotary_base", "rotary_convention"),
+                ("rotary_base", "rotary_convention", "scaling"),
                 f"with scheme={self.scheme!r}",
                 "set scheme='rotary'",
             )

@@ -21,6 +21,7 @@ from megatransformer_jax.config.option import (
 )
 from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConfig
 
+STACKS = ("prelude", "core", "coda")
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu", "sigmoid", "tanh", "identity")
 
 
@@ -250,6 +251,27 @@ class ModelConfig:
                 "each; set scan_layers=False.",
             )
 
+    @rule(*(f"attention.{stack}_windows" for stack in STACKS))
+    def _windows_have_layers(self) -> None:
+        """At most as many as the stack has layers; with scan_layers=True, layers that share weights
+        have the same."""
+        for stack in STACKS:
+            windows, layers = self._own_windows(stack), getattr(self, f"{stack}_layers")
+            if len(windows) > layers:
+                raise ConfigError(
+                    f"attention.{stack}_windows",
+                    f"{windows!r} has {len(windows)} windows for {stack}_layers={layers}; give at "
+                    "most one per layer.",
+                )
+            is_shared = self.scan_layers and self.sharing.scheme != "none"
+            if is_shared and len(set(self.windows(stack))) > 1:
+                raise ConfigError(
+                    f"attention.{stack}_windows",
+                    f"{windows!r} differ between layers that share weights, which "
+                    "scan_layers=True cannot run in a loop; set scan_layers=False, "
+                    "sharing.scheme='none', or one window for all.",
+                )
+
     @rule("recurrence")
     def _recurrence_needs_a_core(self) -> None:
         """Keep the default when core_layers=0."""
@@ -277,7 +299,7 @@ class ModelConfig:
     def _unique_layers_are_layers(self) -> None:
         """At most the stack's layers, and fewer in one of the stacks."""
         fewer = self.sharing.scheme == "none"
-        for stack in ("prelude", "core", "coda"):
+        for stack in STACKS:
             layers, unique = getattr(self, f"{stack}_layers"), self.unique_layers(stack)
             fewer |= unique < layers
             if unique > layers:
@@ -351,6 +373,18 @@ class ModelConfig:
         """Different layers of 'prelude', 'core' or 'coda' after resolving None."""
         own = getattr(self.sharing, f"{stack}_unique")
         return getattr(self, f"{stack}_layers") if own is None else own
+
+    def windows(self, stack: str) -> tuple[int | None, ...]:
+        """The sliding window of each layer of 'prelude', 'core' or 'coda'; None: no limit."""
+        own = self._own_windows(stack)
+        layers: int = getattr(self, f"{stack}_layers")
+        if not own:
+            return (self.attention.window,) * layers
+        return tuple(own[layer % len(own)] or None for layer in range(layers))
+
+    def _own_windows(self, stack: str) -> tuple[int, ...]:
+        own: tuple[int, ...] = getattr(self.attention, f"{stack}_windows")
+        return own
 
     def head_dim(self, width: int) -> int:
         """Width of one attention head in a layer of this width."""

@@ -53,7 +53,8 @@ class RecurrentCore(nn.Module):
         init = weight_init(config, config.core_width)
         self.adapter = build_adapter(config, init, self.policy)
         owners = stack_owners(config, "core")
-        self.layers = Stack(config, owners, init, self.policy, self.sharder, self.platform)
+        parts = (init, self.policy, self.sharder, self.platform)
+        self.layers = Stack(config, owners, *parts, stack="core")
         if config.recurrence.iteration_norm:
             self.iteration_norm = Norm(config.norm)
 

@@ -88,8 +88,8 @@ class MegaTransformer(nn.Module):
         init = weight_init(config, config.width)
         parts = (init, self.policy, self.sharder, self.platform, config.remat)
         self.embedding = TextEmbedding(config, init, self.policy, self.sharder)
-        self.prelude = Stack(config, stack_owners(config, "prelude"), *parts)
-        self.coda = Stack(config, stack_owners(config, "coda"), *parts)
+        self.prelude = Stack(config, stack_owners(config, "prelude"), *parts, "prelude")
+        self.coda = Stack(config, stack_owners(config, "coda"), *parts, "coda")
         self.final_norm = Norm(config.norm)
         if config.is_recurrent:
             self.core_params = self.param("core", self._init_core)
@@ -372,7 +372,8 @@ def layer_context(
     scheme = config.positions.scheme
     rotary = None
     if scheme == "rotary":
-        rotary = rotary_table(positions, config.head_dim(width), config.positions.rotary_base)
+        base, scaling = config.positions.rotary_base, config.positions.scaling
+        rotary = rotary_table(positions, config.head_dim(width), base, scaling)
     slopes = alibi_slopes(config.attention.num_heads) if scheme == "alibi" else None
     return LayerContext(mask, rotary, slopes, None, deterministic)
 

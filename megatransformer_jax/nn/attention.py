@@ -48,11 +48,7 @@ class SelfAttention(nn.Module):
         `layer` picks the row of the context's head mask and the entry of its cache.
         """
         query, key, value = self._project(x)
-        query, key = self._prepare(query, key)
-        if context.rotary is not None:
-            convention = self.config.positions.rotary_convention
-            query = apply_rotary(query, context.rotary, convention)
-            key = apply_rotary(key, context.rotary, convention)
+        query, key = self._prepare(query, key, context)
         query = self.sharder.constrain(query, "batch", "length", "heads", None)
         key = self.sharder.constrain(key, "batch", None, "kv_heads", None)
         value = self.sharder.constrain(value, "batch", None, "kv_heads", None)
@@ -119,7 +115,7 @@ class SelfAttention(nn.Module):
             cached.query_positions,
             cached.key_positions,
             rows.replace(entry=rows.entry + layer),
-            window=config.window,
+            window=context.mask.window,
             terms=LogitTerms(config.logit_softcap, context.alibi_slopes),
         )
         if context.head_mask is None:
@@ -140,15 +136,13 @@ class SelfAttention(nn.Module):
         query = fused[..., :group, :].reshape(*x.shape[:2], heads, head_dim)
         return query, fused[..., group, :], fused[..., group + 1, :]
 
-    def _prepare(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _prepare(
+        self, query: jax.Array, key: jax.Array, context: LayerContext
+    ) -> tuple[jax.Array, jax.Array]:
+        """Normalises, shifts and rotates queries and keys, as far as configured."""
         config = self.config.attention
-        head_dim = query.shape[-1]
-        if config.qk_norm:
-            eps = self.config.norm.eps
-            query_scale = vector(self, "query_scale", nn.initializers.ones, (head_dim,))
-            key_scale = vector(self, "key_scale", nn.initializers.ones, (head_dim,))
-            query = rms_normalize(query, query_scale, eps)
-            key = rms_normalize(key, key_scale, eps)
+        if config.qk_norm and not config.qk_norm_after_rotary:
+            query, key = self._normalize(query, key)
         if config.qk_bias:
             zeros = nn.initializers.zeros
             query_shape, key_shape = query.shape[-2:], key.shape[-2:]
@@ -156,7 +150,30 @@ class SelfAttention(nn.Module):
             key_bias = vector(self, "key_bias", zeros, key_shape, ("kv_heads", None))
             query = query + query_bias.astype(query.dtype)
             key = key + key_bias.astype(key.dtype)
+        if context.rotary is not None:
+            convention = self.config.positions.rotary_convention
+            query = apply_rotary(query, context.rotary, convention)
+            key = apply_rotary(key, context.rotary, convention)
+        if config.qk_norm and config.qk_norm_after_rotary:
+            query, key = self._normalize(query, key)
         return query, key
+
+    def _normalize(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return (
+            self._normalize_heads(query, "query_scale", "heads"),
+            self._normalize_heads(key, "key_scale", "kv_heads"),
+        )
+
+    def _normalize_heads(self, heads: jax.Array, name: str, axis: str) -> jax.Array:
+        """RMS over each head of [B, T, heads, H], or over all of them together."""
+        config = self.config.attention
+        eps = self.config.norm.eps if config.qk_norm_eps is None else config.qk_norm_eps
+        of_width = config.qk_norm_span == "width"
+        shape, axes = (heads.shape[-2:], (axis, None)) if of_width else (heads.shape[-1:], None)
+        scale = None
+        if config.qk_norm_scale:
+            scale = vector(self, name, nn.initializers.ones, shape, axes)
+        return rms_normalize(heads, scale, eps, num_axes=len(shape))
 
     def _merge(self, mixed: jax.Array, width: int) -> jax.Array:
         shape = (*mixed.shape[-2:], width)

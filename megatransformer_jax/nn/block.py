@@ -1,5 +1,6 @@
 """One transformer layer, and stacks of them."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -96,7 +97,11 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers in sequence. Layer i has the weights `layer_{owners[i]}` (nn/layer_sharing.py)."""
+    """Layers in sequence. Layer i has the weights `layer_{owners[i]}` (nn/layer_sharing.py).
+
+    `stack` is 'prelude', 'core' or 'coda', whose layers may have their own windows; other stacks
+    leave it empty.
+    """
 
     config: ModelConfig
     owners: tuple[int, ...]
@@ -105,6 +110,7 @@ class Stack(nn.Module):
     sharder: Sharder
     platform: str
     remat: str = "none"
+    stack: str = ""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"], context: LayerContext) -> Float[Array, "B T D"]:
@@ -117,8 +123,16 @@ class Stack(nn.Module):
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
         blocks = [block_class(*parts, name=f"layer_{owner}") for owner in sorted(set(self.owners))]
         for layer, owner in enumerate(self.owners):
-            x = blocks[owner](x, context, layer)
+            x = blocks[owner](x, self._context_of(layer, context), layer)
         return x
+
+    def _context_of(self, layer: int, context: LayerContext) -> LayerContext:
+        """The context as the layer at this place of the stack sees it."""
+        if not self.stack:
+            return context
+        window = self.config.windows(self.stack)[layer]
+        mask = dataclasses.replace(context.mask, window=window)
+        return dataclasses.replace(context, mask=mask)
 
     def _can_scan(self) -> bool:
         """Not to declare parameters, nor when somebody asks for what layers sow."""
@@ -132,17 +146,23 @@ class Stack(nn.Module):
         block = Block(*parts, parent=None)
         dropout_key = None if context.deterministic else self.make_rng("dropout")
 
-        def apply_layer(params: Any, x: jax.Array, layer: jax.Array) -> jax.Array:
+        def apply_layer(params: Any, x: jax.Array, layer: jax.Array, like: int) -> jax.Array:
             rngs = {}
             if dropout_key is not None:
                 rngs = {"dropout": jax.random.fold_in(dropout_key, layer)}
-            return cast(jax.Array, block.apply({"params": params}, x, context, layer, rngs=rngs))
+            seen = self._context_of(like, context)
+            return cast(jax.Array, block.apply({"params": params}, x, seen, layer, rngs=rngs))
 
         if self.remat != "none":
             # The loop keeps the two computations apart by itself.
-            policy = remat_policy(self.remat)
-            apply_layer = jax.checkpoint(apply_layer, policy=policy, prevent_cse=False)
-        return scan_layers(apply_layer, self.variables["params"], self.owners, x)
+            apply_layer = jax.checkpoint(
+                apply_layer,
+                policy=remat_policy(self.remat),
+                prevent_cse=False,
+                static_argnums=(3,),
+            )
+        kinds = self.config.windows(self.stack) if self.stack else ()
+        return scan_layers(apply_layer, self.variables["params"], self.owners, x, kinds)
 
 
 def rematerialized(

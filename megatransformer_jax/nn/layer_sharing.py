@@ -3,7 +3,7 @@
 Orders of shared layers are those of arXiv 2104.06022, algorithm 1.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -75,8 +75,9 @@ def earlier_uses(owners: tuple[int, ...]) -> tuple[int, ...]:
 # Parameters stay a tree per layer; they are stacked where they are used. Layers that share weights
 # (nn/layer_sharing.py) become repeats of the loop and not copies of the weights.
 
-# (parameters of a layer, input, the layer's place in its stack, traced) -> output
-ApplyLayer = Callable[[Any, jax.Array, jax.Array], jax.Array]
+# (parameters of a layer, input, the layer's place in its stack, traced, and the place, static, of
+# a layer of the same kind) -> output
+ApplyLayer = Callable[[Any, jax.Array, jax.Array, int], jax.Array]
 
 
 class LayerLoop(NamedTuple):
@@ -129,20 +130,76 @@ def plan_loops(owners: tuple[int, ...]) -> list[LayerLoop]:
     return loops
 
 
+class LayerGroup(NamedTuple):
+    """Layers of different kinds in a loop: `period` of them per turn, the same kinds in each.
+
+    Attributes:
+      start: place of the first layer in the stack.
+      period: layers per turn.
+      turns: how often the loop turns.
+    """
+
+    start: int
+    period: int
+    turns: int
+
+
+def plan_groups(kinds: Sequence[Hashable]) -> list[LayerGroup]:
+    """Loops over layers whose kinds come in repeating patterns or in runs.
+
+    Each takes the most layers that repeat, in the shortest period that does.
+
+    Examples:
+      >>> plan_groups("abab")
+      [LayerGroup(start=0, period=2, turns=2)]
+      >>> plan_groups("aaab")
+      [LayerGroup(start=0, period=1, turns=3), LayerGroup(start=3, period=1, turns=1)]
+    """
+    groups, start = [], 0
+    while start < len(kinds):
+        best = LayerGroup(start, 1, 1)
+        for period in range(1, (len(kinds) - start) // 2 + 1):
+            turns = _turns(kinds[start:], period)
+            if turns > 1 and period * turns > best.period * best.turns:
+                best = LayerGroup(start, period, turns)
+        groups.append(best)
+        start += best.period * best.turns
+    return groups
+
+
+def _turns(kinds: Sequence[Hashable], period: int) -> int:
+    """How often the first `period` kinds come in a row."""
+    turns = 1
+    while kinds[turns * period :][:period] == kinds[:period]:
+        turns += 1
+    return turns
+
+
 def scan_layers(
     apply_layer: ApplyLayer,
     params: Mapping[str, Any],
     owners: tuple[int, ...],
     x: Float[Array, "B T D"],
+    kinds: tuple[Hashable, ...] = (),
 ) -> Float[Array, "B T D"]:
-    """Applies the layers of a stack, each loop of `plan_loops` compiled once.
+    """Applies the layers of a stack, each loop of `plan_loops` or `plan_groups` compiled once.
 
     Args:
       apply_layer: one layer; pure.
-      params: `layer_0`, `layer_1`, ... with the same tree and shapes.
+      params: `layer_0`, `layer_1`, ... with the same tree and shapes, as far as kinds are equal.
       owners: the weights of each layer.
       x: the stack's input.
+      kinds: what tells layers apart whose computation differs. Empty: they are all alike.
+
+    Raises:
+      ValueError: if layers of several kinds share weights.
     """
+    if len(set(kinds)) > 1:
+        if len(set(owners)) < len(owners):
+            raise ValueError("layers of different kinds share weights; they cannot be in a loop")
+        for group in plan_groups(kinds):
+            x = _run_group(apply_layer, params, group, x)
+        return x
     for loop in plan_loops(owners):
         each = [params[f"layer_{owner}"] for owner in loop.owners]
         weights = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
@@ -156,8 +213,8 @@ def _run_loop(
     def repeat(x: jax.Array, inputs: tuple[Any, jax.Array]) -> tuple[jax.Array, None]:
         of_layer, places = inputs
         if len(places) == 1:
-            return apply_layer(of_layer, x, places[0]), None
-        return jax.lax.scan(lambda x, place: (apply_layer(of_layer, x, place), None), x, places)
+            return apply_layer(of_layer, x, places[0], 0), None
+        return jax.lax.scan(lambda x, place: (apply_layer(of_layer, x, place, 0), None), x, places)
 
     def one_round(x: jax.Array, places: jax.Array) -> tuple[jax.Array, None]:
         return jax.lax.scan(repeat, x, (weights, places), reverse=is_reversed)
@@ -165,6 +222,28 @@ def _run_loop(
     if len(places) == 1:
         return one_round(x, places[0])[0]
     return jax.lax.scan(one_round, x, places)[0]
+
+
+def _run_group(
+    apply_layer: ApplyLayer, params: Mapping[str, Any], group: LayerGroup, x: jax.Array
+) -> jax.Array:
+    members = range(group.period)
+    places = group.start + np.arange(group.turns * group.period).reshape(group.turns, -1)
+    weights = [
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[f"layer_{i}"] for i in column))
+        for column in places.T
+    ]
+
+    def turn(x: jax.Array, inputs: tuple[list[Any], jax.Array]) -> tuple[jax.Array, None]:
+        each, at = inputs
+        for member in members:
+            x = apply_layer(each[member], x, at[member], group.start + member)
+        return x, None
+
+    if group.turns == 1:
+        of_layer = [params[f"layer_{group.start + member}"] for member in members]
+        return turn(x, (of_layer, jnp.asarray(places[0])))[0]
+    return jax.lax.scan(turn, x, (weights, jnp.asarray(places)))[0]
 
 
 def _run_at(owners: tuple[int, ...], start: int) -> tuple[int, ...]:

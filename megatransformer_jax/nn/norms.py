@@ -13,12 +13,23 @@ from megatransformer_jax.nn.parameters import vector
 
 
 def rms_normalize(
-    array: Float[Array, "*batch D"], scale: Float[Array, "D"], eps: float
+    array: Float[Array, "*batch D"],
+    scale: Float[Array, "*scaled"] | None,
+    eps: float,
+    num_axes: int = 1,
 ) -> Float[Array, "*batch D"]:
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis (arXiv 1910.07467)."""
+    """x / sqrt(mean(x^2) + eps) * scale over the last axes (arXiv 1910.07467).
+
+    Args:
+      array: any type; computed in float32.
+      scale: of the shape of the last `num_axes` axes. None: 1.
+      eps: see the formula.
+      num_axes: how many of the last axes are normalised together.
+    """
     x = array.astype(jnp.float32)
-    inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return (x * inverse * scale).astype(array.dtype)
+    axes = tuple(range(-num_axes, 0))
+    normalized = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps)
+    return (normalized if scale is None else normalized * scale).astype(array.dtype)
 
 
 def layer_normalize(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from megatransformer_jax.config.layers import RotaryScalingConfig
 from megatransformer_jax.ops.positions import (
     CONVENTIONS,
     alibi_slopes,
@@ -87,6 +88,42 @@ def test_rotary_angles_are_float32_and_output_keeps_type():
     assert rotary_table(steps(), H, BASE).cos.dtype == jnp.float32
     table = rotary_table(steps(1000), H, 1e4)
     np.testing.assert_array_equal(apply_rotary(x, table, "half"), turned[0])
+
+
+SCALINGS = [
+    RotaryScalingConfig("linear", 3.0),
+    RotaryScalingConfig("llama3", 4.0, 64),
+    RotaryScalingConfig("llama3", 8.0, 512, low_freq_factor=2.0, high_freq_factor=16.0),
+    RotaryScalingConfig("yarn", 4.0, 64),
+    RotaryScalingConfig("yarn", 4.0, 32, truncate=False),
+    RotaryScalingConfig("yarn", 2.0, 512, beta_fast=16.0, beta_slow=2.0, attention_factor=0.7),
+]
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=lambda scaling: scaling.kind)
+def test_stretched_rotations_are_those_of_transformers(scaling):
+    transformers = pytest.importorskip("transformers")
+    rope = pytest.importorskip("transformers.modeling_rope_utils")
+    width, base = 32, 10_000.0
+    theirs = {"rope_theta": base, "rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind != "linear":
+        theirs["original_max_position_embeddings"] = scaling.original_length
+    names = {
+        "llama3": ("low_freq_factor", "high_freq_factor"),
+        "yarn": ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+    }
+    theirs |= {name: getattr(scaling, name) for name in names.get(scaling.kind, ())}
+    config = transformers.LlamaConfig(
+        hidden_size=2 * width, num_attention_heads=2, rope_parameters=theirs
+    )
+    frequencies, factor = rope.ROPE_INIT_FUNCTIONS[scaling.kind](config, "cpu")
+    positions = jnp.asarray([[0, 1, 5, 63, 200]])
+    angle = np.asarray(positions)[..., None] * np.asarray(frequencies, np.float64)
+    table = rotary_table(positions, width, base, scaling)
+    np.testing.assert_allclose(table.cos, factor * np.cos(angle), atol=2e-5)
+    np.testing.assert_allclose(table.sin, factor * np.sin(angle), atol=2e-5)
+    plain = rotary_table(positions, width, base)
+    assert np.max(np.abs(plain.sin - table.sin)) > 0.1
 
 
 def test_sinusoidal_equals_numpy():

@@ -6,6 +6,7 @@ from megatransformer_jax.config.layers import (
     AttentionConfig,
     PeerConfig,
     PositionConfig,
+    RotaryScalingConfig,
     SharingConfig,
 )
 from megatransformer_jax.config.model import InitConfig, MlpConfig, ModelConfig, NormConfig
@@ -20,10 +21,35 @@ BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [
         "num_kv_heads",
     ),
     (
+        "_norm_options_need_the_norm",
+        AttentionConfig,
+        {"qk_norm_span": "width"},
+        "qk_norm_span",
+    ),
+    (
         "_rotary_options_need_rotary",
         PositionConfig,
         {"scheme": "alibi", "rotary_base": 500.0},
         "rotary_base",
+    ),
+    (
+        "_rotary_options_need_rotary",
+        PositionConfig,
+        {"scheme": "none", "scaling": RotaryScalingConfig("linear", 2.0)},
+        "scaling.kind",
+    ),
+    (
+        "_scaling_is_of_the_kind",
+        RotaryScalingConfig,
+        {"kind": "llama3", "factor": 2.0, "beta_slow": 2.0},
+        "beta_slow",
+    ),
+    ("_scaling_is_of_the_kind", RotaryScalingConfig, {"kind": "yarn"}, "factor"),
+    (
+        "_bounds_are_in_order",
+        RotaryScalingConfig,
+        {"kind": "llama3", "factor": 2.0, "low_freq_factor": 4.0},
+        "low_freq_factor",
     ),
     (
         "_rotary_options_need_rotary",
@@ -106,6 +132,23 @@ BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [
         "core_unique",
     ),
     ("_scheme_and_counts_go_together", SharingConfig, {"scheme": "cycle"}, "scheme"),
+    (
+        "_windows_have_layers",
+        ModelConfig,
+        {"core_layers": 2, "attention": AttentionConfig(core_windows=(1, 2, 3))},
+        "attention.core_windows",
+    ),
+    (
+        "_windows_have_layers",
+        ModelConfig,
+        {
+            "core_layers": 2,
+            "scan_layers": True,
+            "sharing": SharingConfig(scheme="cycle", core_unique=1),
+            "attention": AttentionConfig(core_windows=(1, 2)),
+        },
+        "attention.core_windows",
+    ),
     (
         "_unique_layers_are_layers",
         ModelConfig,

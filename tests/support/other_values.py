@@ -56,15 +56,30 @@ _SCORED = ["--config.evaluation.generated.metrics=exact_match"]
 _GATE = ["--config.model.exit_gate.enabled"]
 _LORA = ["--config.fine_tuning.init_from=runs/a", "--config.fine_tuning.lora.rank=4"]
 _PEER = ["--config.model.mlp.kind=peer", "--config.model.mlp.hidden_width=704"]
+_QK_NORM = ["--config.model.attention.qk_norm"]
 _RETROFIT = [
     "--config.fine_tuning.init_from=runs/a",
     "--config.fine_tuning.retrofit",
     "--config.model.prelude_layers=1",
 ]
+_LINEAR = ["--config.model.positions.scaling.kind=linear"]
+_LLAMA3 = [
+    "--config.model.positions.scaling.kind=llama3",
+    "--config.model.positions.scaling.factor=4",
+]
+_YARN = [_LLAMA3[0].replace("llama3", "yarn"), _LLAMA3[1]]
 _SGD = ["--config.optimizer.name=sgd"]
 _SHARED = ["--config.model.sharing.scheme=cycle"]
 _DEEP = [*_SHARED, "--config.model.prelude_layers=2", "--config.model.coda_layers=2"]
 COMPANIONS |= {
+    "model.attention.qk_norm_span": _QK_NORM,
+    "model.attention.qk_norm_scale": _QK_NORM,
+    "model.attention.qk_norm_after_rotary": _QK_NORM,
+    "model.attention.qk_norm_eps": _QK_NORM,
+    "model.positions.scaling.kind": _LLAMA3[1:],
+    "model.positions.scaling.factor": _LINEAR,
+    "model.positions.scaling.low_freq_factor": _LLAMA3,
+    "model.positions.scaling.high_freq_factor": _LLAMA3,
     "model.sharing.scheme": ["--config.model.sharing.core_unique=1"],
     "model.sharing.prelude_unique": _DEEP,
     "model.sharing.coda_unique": _DEEP,
@@ -93,6 +108,7 @@ COMPANIONS |= {
 # The same for every option of a section.
 SECTION_COMPANIONS = {
     "model.mlp.peer.": _PEER,
+    "model.positions.scaling.": _YARN,
     "model.sharing.": _SHARED,
     "data.reasoning.": ["--config.data.source=reasoning", "--config.data.reasoning.task=hop"],
     "optimizer.adafactor.": ["--config.optimizer.name=adafactor"],
@@ -127,6 +143,12 @@ NEW_VALUES: dict[str, Any] = {
     "workdir": "runs/with space, =\"quotes' ünïcode",
     "model.attention.num_kv_heads": 2,
     "model.attention.head_dim": 32,
+    "model.attention.prelude_windows": (5,),
+    "model.attention.core_windows": (5, 0),
+    "model.attention.coda_windows": (5,),
+    "model.positions.scaling.factor": 2.0,
+    "model.positions.scaling.high_freq_factor": 8.0,
+    "model.positions.scaling.beta_fast": 16.0,
     "model.positions.rotary_base": 500.0,
     "model.recurrence.core_width": 128,
     "mesh.data": 2,

@@ -1,5 +1,6 @@
 """What diagnostics measure: attention, activations, token correlation, gradients, depth draws."""
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar, cast
@@ -285,13 +286,14 @@ def attention_maps(
     coda = observe_coda(model, params, state, entered)
     found |= dict(zip(layer_names(config, "coda"), coda, strict=True))
     mask = _map_mask(config, entered.positions, entered.segment_ids)
-    maps = {name: _weights(layer, config, mask) for name, layer in found.items()}
+    maps = {name: _weights(name, layer, config, mask) for name, layer in found.items()}
     if entered.layout is not None:
         text = jnp.where(entered.layout.is_medium, 0, entered.layout.segment_ids)
         mask = _map_mask(config, entered.positions, text)
     names = layer_names(config, "prelude")
     return maps | {
-        name: _weights(layer, config, mask) for name, layer in zip(names, prelude, strict=True)
+        name: _weights(name, layer, config, mask)
+        for name, layer in zip(names, prelude, strict=True)
     }
 
 
@@ -323,7 +325,11 @@ def _core_layers(
     return state, found
 
 
-def _weights(layer: LayerOutput, config: ModelConfig, mask: AttentionMask) -> jax.Array:
+def _weights(name: str, layer: LayerOutput, config: ModelConfig, mask: AttentionMask) -> jax.Array:
+    """Of a layer named by `layer_names`, which may have its own window."""
+    stack, number = name.split("/")[:2]
+    window = config.windows(stack)[int(number.removeprefix("layer_"))]
+    mask = dataclasses.replace(mask, window=window)
     slopes = None
     if config.positions.scheme == "alibi":
         slopes = alibi_slopes(config.attention.num_heads)

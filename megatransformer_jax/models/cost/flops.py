@@ -83,14 +83,23 @@ def forward_flops(
       visible_keys_only: attention counts the keys that causality and window let a query see. False
         counts all keys of the row, as a kernel that multiplies first and masks later computes.
     """
-    keys = mean_keys(length, config.attention.window) if visible_keys_only else float(length)
-    outer = _layer(config, config.width, keys)
-    once = {"prelude": _times(config.prelude_layers, outer)}
+
+    def keys(stack: str) -> float:
+        windows = config.windows(stack)
+        if not visible_keys_only or not windows:
+            return float(length)
+        return sum(mean_keys(length, window) for window in windows) / len(windows)
+
+    def outer(stack: str) -> dict[str, float]:
+        layers: int = getattr(config, f"{stack}_layers")
+        return _times(layers, _layer(config, config.width, keys(stack)))
+
+    once = {"prelude": outer("prelude")}
     iteration: Mapping[str, float] = {}
     if config.is_recurrent:
         width, adapter = config.core_width, config.recurrence.adapter
         injection = {"adapter": 2.0 * width**2 if adapter in ("linear", "diagonal") else 0.0}
-        iteration = _times(config.core_layers, _layer(config, width, keys))
+        iteration = _times(config.core_layers, _layer(config, width, keys("core")))
         iteration |= {"adapter": 2.0 * width**2 if adapter == "linear" else 0.0}
         if width != config.width:
             injection["core_in"] = 2.0 * config.width * width
@@ -100,7 +109,7 @@ def forward_flops(
             readout["c_matrix"] = 2.0 * config.width**2
         if readout:
             once["core_out"] = readout
-    once["coda"] = _times(config.coda_layers, outer)
+    once["coda"] = outer("coda")
     once["head"] = {"head": 2.0 * config.width * config.vocab_size}
     return ForwardFlops(once, iteration)
 

@@ -156,7 +156,8 @@ def side_context(
     match config.positions.scheme:
         case "rotary":
             width = config.head_dim(config.width)
-            rotary = rotary_table(places, width, config.positions.rotary_base)
+            base, scaling = config.positions.rotary_base, config.positions.scaling
+            rotary = rotary_table(places, width, base, scaling)
         case "alibi":
             slopes = alibi_slopes(config.attention.num_heads)
     return LayerContext(mask, rotary, slopes, None, deterministic)

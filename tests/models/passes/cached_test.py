@@ -21,6 +21,7 @@ from cached_passes import (
 )
 
 from megatransformer_jax.checkpoints.huginn import load_huginn
+from megatransformer_jax.config.layers import RotaryScalingConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
@@ -31,10 +32,14 @@ from megatransformer_jax.types import DTypePolicy
 DEPTH = 3
 # Every value of every option that a cache could get wrong is in at least one of these.
 CONFIGS = {
-    "rotary_grouped_sandwich": tiny(attention={"num_kv_heads": 2}, norm={"placement": "sandwich"}),
-    "interleaved_multi_query_post_window": tiny(
+    "yarn_grouped_sandwich": tiny(
+        positions={"scaling": RotaryScalingConfig("yarn", 4.0, 16)},
+        attention={"num_kv_heads": 2, "qk_norm": True, "qk_norm_span": "width"},
+        norm={"placement": "sandwich"},
+    ),
+    "interleaved_multi_query_post_windows": tiny(
         positions={"rotary_convention": "interleaved"},
-        attention={"num_kv_heads": 1, "window": 5},
+        attention={"num_kv_heads": 1, "window": 5, "core_windows": (3,), "coda_windows": (0,)},
         norm={"placement": "post"},
     ),
     "alibi_window_peri_layernorm": tiny(
@@ -112,7 +117,7 @@ def test_passes_with_a_cache_equal_full_recomputation(name):
 
 
 def test_compute_in_bfloat16():
-    config = CONFIGS["rotary_grouped_sandwich"]
+    config = CONFIGS["yarn_grouped_sandwich"]
     model, params = make(config, policy=DTypePolicy(compute=jnp.dtype(jnp.bfloat16)))
     tokens = some_tokens(2, 6)
     wanted = recompute(model, params, tokens)
@@ -209,7 +214,7 @@ def test_decoding_goes_on_after_rejected_drafts_and_a_change_of_beams():
 def test_a_loop_of_passes_works_on_the_cache_in_place():
     """Nothing in the compiled program is as large as the capacity but the cache itself."""
     capacity = 1280
-    model, params = made("rotary_grouped_sandwich")
+    model, params = made("yarn_grouped_sandwich")
     config = model.config
     cache = empty_cache(config, 1, capacity=capacity, num_slots=DEPTH)
     leaves, tree = jax.tree.flatten(cache)
