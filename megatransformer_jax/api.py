@@ -72,14 +72,15 @@ def load(
     precision: str | None = None,
     param_dtype: typing.Literal["float32", "stored"] = "float32",
 ) -> Model:
-    """Reads a finished model: the workdir of a run, what `Model.save` wrote, or a Huginn folder.
+    """Reads a finished model: the workdir of a run, what `Model.save` wrote, or a folder of a known
+    format of another project (docs/checkpoints.md).
 
     Args:
       folder: its files tell which it is. Nothing in it is changed, and the run may be going on.
       step: checkpoint of a run: latest, best (by its checkpoint.best_metric), or a step's number.
       weights: of a run that averages its weights, the average, or raw for those it trains.
       precision: type of activations, 'float32', 'bfloat16' or 'auto'. None: as in training.
-      param_dtype: of a Huginn folder's parameters in memory; 'stored' is as in its files.
+      param_dtype: of another project's parameters in memory; 'stored' is as in its files.
 
     Raises:
       UserError: if the folder is neither, or something in it is missing or damaged.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from megatransformer_jax.config.generation import GENERATION_OPTIONS, GenerationConfig
+from megatransformer_jax.config.loop import FOREIGN_FORMATS
 from megatransformer_jax.config.option import (
     MAX_COUNT,
     MAX_SEED,
@@ -289,7 +290,7 @@ class Model:
         self,
         folder: str | os.PathLike[str],
         *,
-        format: typing.Literal["run", "huginn"] = "run",
+        format: str = "run",
         overwrite: bool = False,
         dtype: typing.Literal["float32", "bfloat16", "float16"] | None = None,
     ) -> pathlib.Path:
@@ -298,9 +299,10 @@ class Model:
         Args:
           folder: made if absent, with the folders above it; it must be empty.
           format: 'run' is the folder of a run of ours with parameters only, for every model with a
-            tokenizer. 'huginn' is Huginn's, for models that its format can express.
-          overwrite: replaces an older Huginn export.
-          dtype: of Huginn's weights, which rounds them. None: float32, as they are.
+            tokenizer. The others are of other projects, such as 'huginn', each for models that it
+            can express.
+          overwrite: replaces an older export of another project's format.
+          dtype: of the exported weights, which rounds them. None: as they are.
 
         Returns:
           The folder.
@@ -313,16 +315,16 @@ class Model:
           True
         """
         path = as_path("folder", folder)
-        match format:
-            case "run":
-                if overwrite or dtype is not None:
-                    name = "overwrite" if overwrite else "dtype"
-                    raise ConfigError(name, "is for format='huginn'; leave it out.")
-                save_parameters(self._loaded, path)
-            case "huginn":
-                export_model(self._loaded, path, dtype=dtype, overwrite=overwrite)
-            case _:
-                raise ConfigError("format", f"{format!r} is unknown; known: 'run', 'huginn'.")
+        if format == "run":
+            if overwrite or dtype is not None:
+                name = "overwrite" if overwrite else "dtype"
+                raise ConfigError(name, "is for formats of other projects; leave it out.")
+            save_parameters(self._loaded, path)
+        elif format in FOREIGN_FORMATS:
+            export_model(self._loaded, path, format=format, dtype=dtype, overwrite=overwrite)
+        else:
+            known = ", ".join(map(repr, ("run", *FOREIGN_FORMATS)))
+            raise ConfigError("format", f"{format!r} is unknown; known: {known}.")
         return path
 
     @property

@@ -221,7 +221,7 @@ def test_huginns_format_is_written_where_it_can_express_the_model(
         (lambda lm: lm.stream(TEXT, images=["a.png"]), "images: has str; give a list of arrays"),
         (lambda lm: lm.generate(TEXT, clips=[[0.0]]), "clips: has list; give a list of arrays"),
         (lambda lm: lm.save("x", format="gguf"), "format: 'gguf' is unknown; known: 'run', 'hu"),
-        (lambda lm: lm.save("x", dtype="bfloat16"), "dtype: is for format='huginn'"),
+        (lambda lm: lm.save("x", dtype="bfloat16"), "dtype: is for formats of other projects"),
         (lambda lm: mt.evaluate(lm), "files: is missing; new tiny, seed 0 has no validation data"),
         (lambda lm: mt.evaluate(lm, filse="a"), "filse: no such option; did you mean 'files'"),
         (lambda lm: mt.evaluate(lm, files="a.txt", depths=(0,)), "depths: .* at least 1"),

@@ -11,6 +11,7 @@ from megatransformer_jax.cli.model_options import (
     model_folder,
     model_option,
 )
+from megatransformer_jax.config.loop import FOREIGN_FORMATS
 from megatransformer_jax.config.option import ConfigError, check_options, option, rule
 
 # What commands called the folder for their result before all of them said --output.
@@ -154,6 +155,11 @@ class ExportOptions(ModelOptions):
     """What is exported, and how it is stored."""
 
     output: str | None = option(None, "Folder to make; must be given.")
+    format: str = option(
+        "huginn",
+        "Format of the folder; the model must be one that it can express.",
+        choices=FOREIGN_FORMATS,
+    )
     max_shard: str = option("5GiB", "Largest size of a file of weights.")
     dtype: str | None = option(
         None,
@@ -161,7 +167,8 @@ class ExportOptions(ModelOptions):
         choices=("float32", "bfloat16", "float16"),
     )
     rotary_table: bool = option(
-        True, "Also stores freqs_cis, which Huginn's own model class wants among the weights."
+        True,
+        "Of format huginn: also stores freqs_cis, which its model class wants among the weights.",
     )
     overwrite: bool = option(False, "Replaces an older export in the same folder.")
 
@@ -170,6 +177,16 @@ class ExportOptions(ModelOptions):
         """Must be given."""
         if self.output is None:
             raise ConfigError("output", "is missing; give the folder to make.")
+
+    @rule("rotary_table")
+    def _rotary_table_is_huginns(self) -> None:
+        """False only with format='huginn'."""
+        if self.format != "huginn" and not self.rotary_table:
+            raise ConfigError(
+                "rotary_table",
+                f"False would be ignored with format={self.format!r}, which stores no such table; "
+                "leave it out.",
+            )
 
 
 def export(parsed: Parsed) -> None:
@@ -180,13 +197,14 @@ def export(parsed: Parsed) -> None:
         check_export,
         export_model,
     )
-    from megatransformer_jax.runs.load import is_huginn_folder  # noqa: PLC0415
+    from megatransformer_jax.runs.load import foreign_format  # noqa: PLC0415
 
     output = pathlib.Path(options.output)
     check_export(output, max_shard=options.max_shard, overwrite=options.overwrite)
-    if is_huginn_folder(options.folder):
+    foreign = foreign_format(options.folder)
+    if foreign is not None and foreign.name == options.format:
         raise ConfigError(
-            "model", f"{options.folder} is a Huginn folder already; name the folder of a run."
+            "model", f"{options.folder} is a {foreign.title} folder already; name another format."
         )
     loaded = load_chosen_model(options)
     export_model(
@@ -194,6 +212,7 @@ def export(parsed: Parsed) -> None:
         output,
         max_shard=options.max_shard,
         dtype=options.dtype,
+        format=options.format,
         with_rotary_table=options.rotary_table,
         overwrite=options.overwrite,
     )
@@ -202,10 +221,10 @@ def export(parsed: Parsed) -> None:
 
 EXPORT = Command(
     name="export",
-    doc="""Writes a checkpoint of a run as a Huginn folder: config.json and safetensors.
+    doc="""Writes a checkpoint as a folder of another project's format: config.json and safetensors.
 
-Only models of Huginn's architecture can be exported; the error lists what differs. A SentencePiece
-tokenizer goes along as tokenizer.model. megatransformer generate reads the folder as a --model.""",
+Only models that the format can express are exported; the error lists what differs. A tokenizer that
+has a file goes along. megatransformer generate reads the folder as a --model.""",
     options=ExportOptions,
     run=export,
     examples=("--model=runs/mine --output=exported --step=best",),

@@ -37,7 +37,7 @@ from megatransformer_jax.config.option import (
     parse_text,
 )
 from megatransformer_jax.evaluation.lm_eval import MAX_GEN_TOKS, MegaTransformerLM
-from megatransformer_jax.runs.load import LoadedModel, is_huginn_folder
+from megatransformer_jax.runs.load import LoadedModel, foreign_format
 
 ONLINE = "--online"
 DEBUG = "--debug"
@@ -52,7 +52,7 @@ _OUTPUT = {"output": "output_path"}
 _HELP = """\
 Usage: megatransformer lm-eval [--option=VALUE ...]
 
-Runs tasks of EleutherAI's lm-eval on a megatransformer run or a Huginn folder.
+Runs tasks of EleutherAI's lm-eval on a megatransformer run or a folder of a known format.
 
 Examples:
   megatransformer lm-eval --model=runs/recurrent --depth=16 --tasks=my_task \\
@@ -194,7 +194,7 @@ def _comes_from_us(error: Exception) -> bool:
 class ModelArguments:
     """What --model_args may hold; --batch_size may be given with them as well."""
 
-    path: str = option("", "Folder of a megatransformer run or of a Huginn checkpoint.")
+    path: str = option("", "Folder of a megatransformer run, or of a checkpoint of a known format.")
     step: str = step_option()
     weights: str = weights_option()
     depth: int | None = option(
@@ -207,7 +207,7 @@ class ModelArguments:
     max_length: int | None = option(
         None,
         "Most tokens that the model reads at once. Default (None): data.sequence_length of the "
-        "run, as in training; of a Huginn folder the model's max_length.",
+        "run, as in training; of another folder the model's max_length.",
         minimum=1,
     )
     max_gen_toks: int = option(
@@ -328,13 +328,13 @@ def parse_arguments(given: Mapping[str, Any], of_lm_eval: Mapping[str, Any]) -> 
 
 
 def check_path(path: str) -> None:
-    """Checks that the folder is there and is a run or Huginn's, without reading its weights.
+    """Checks that the folder is a run or of a known format, without reading its weights.
 
     Raises:
       UserError: if it is not.
     """
     try:
-        is_huginn_folder(pathlib.Path(path).expanduser())
+        foreign_format(pathlib.Path(path).expanduser())
     except UserError as error:
         raise UserError(f"--model_args: path={error}") from error
 

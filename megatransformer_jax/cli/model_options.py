@@ -25,8 +25,8 @@ def model_option() -> Any:
     """The folder."""
     return option(
         None,
-        "Folder of the model: a megatransformer run, or a Huginn checkpoint (config.json, "
-        "*.safetensors).",
+        "Folder of the model: a megatransformer run, or a checkpoint of another project "
+        "(config.json, *.safetensors; docs/checkpoints.md lists the formats).",
     )
 
 
@@ -62,7 +62,8 @@ def param_dtype_option() -> Any:
     """Type of parameters in memory."""
     return option(
         "float32",
-        "Type of a Huginn checkpoint's parameters in memory. stored: as they are in the file.",
+        "Type of the parameters of another project's checkpoint in memory. stored: as they are in "
+        "the file.",
         choices=("float32", "stored"),
     )
 
@@ -121,15 +122,15 @@ def load_chosen_model(options: ModelOptions) -> "LoadedModel":
     Raises:
       UserError: if an option does not fit the folder, or something in it cannot be used.
     """
-    from megatransformer_jax.runs.load import is_huginn_folder, load_model  # noqa: PLC0415
+    from megatransformer_jax.runs.load import foreign_format, load_model  # noqa: PLC0415
     from megatransformer_jax.runs.workdir import use_compilation_cache  # noqa: PLC0415
 
     folder = options.folder
-    if options.param_dtype != "float32" and not is_huginn_folder(folder):
+    if options.param_dtype != "float32" and foreign_format(folder) is None:
         raise ConfigError(
             "param_dtype",
-            f"{options.param_dtype!r} is for Huginn checkpoints, and {folder} is a run of ours; "
-            "leave it out.",
+            f"{options.param_dtype!r} is for checkpoints of other projects, and {folder} is a run "
+            "of ours; leave it out.",
         )
     use_compilation_cache(options.compilation_cache_dir)
     loaded = load_model(

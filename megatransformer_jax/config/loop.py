@@ -114,6 +114,10 @@ BETTER_ENDS = (
 )
 
 
+# Checkpoint formats of other projects; `checkpoints/folders.py` has what they are.
+FOREIGN_FORMATS = ("huginn",)
+
+
 @dataclasses.dataclass(frozen=True)
 class SavingConfig:
     """What is kept and how often. A save has parameters, optimiser, step, data iterator, config."""

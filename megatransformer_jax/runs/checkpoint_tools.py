@@ -11,7 +11,13 @@ from absl import logging
 
 from megatransformer_jax.checkpoints.averaging import average_trees
 from megatransformer_jax.checkpoints.compatibility import check_model
-from megatransformer_jax.checkpoints.huginn import HuginnTokenizer, check_output_folder, save_huginn
+from megatransformer_jax.checkpoints.folders import (
+    FolderTokenizer,
+    check_output_folder,
+    format_named,
+    save_folder,
+)
+from megatransformer_jax.checkpoints.huginn import Huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager, Ranking
 from megatransformer_jax.config.build import build, save_config, to_dict
 from megatransformer_jax.config.data import DataConfig, TokenizerConfig
@@ -21,7 +27,7 @@ from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_kinds import require_transformer
-from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
+from megatransformer_jax.data.hf_tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import (
@@ -34,7 +40,7 @@ from megatransformer_jax.runs.load import (
     HUGGINGFACE_FOLDER,
     SENTENCEPIECE_FILE,
     LoadedModel,
-    is_huginn_folder,
+    foreign_format,
     load_model,
 )
 from megatransformer_jax.runs.workdir import hold_workdir, make_folder
@@ -75,8 +81,10 @@ def average_checkpoints(
         or damaged, or `output` is in use.
     """
     source = source.expanduser()
-    if is_huginn_folder(source):
-        raise UserError(f"{source} is a Huginn folder, which has one set of weights; name a run.")
+    if (foreign := foreign_format(source)) is not None:
+        raise UserError(
+            f"{source} is a {foreign.title} folder, which has one set of weights; name a run."
+        )
     if (output.expanduser() / "checkpoints").exists():
         raise ConfigError("output", f"{output} has checkpoints already; name another folder.")
     checkpoints = CheckpointManager(source / "checkpoints", None)
@@ -125,7 +133,7 @@ def save_parameters(loaded: LoadedModel, folder: pathlib.Path) -> None:
     if loaded.tokenizer is None:
         raise UserError(
             f"{loaded.description} has no tokenizer, which the folder of a run needs; save it with "
-            "format='huginn', or create it with one."
+            "another format, or create it with one."
         )
     if folder.is_dir() and any(folder.iterdir()):
         raise ConfigError(
@@ -320,7 +328,7 @@ def prune_checkpoints(
 
 
 # ------------------------------------------------------------------------------
-# A checkpoint as a Huginn folder.
+# A checkpoint as a folder of another project's format.
 
 _UNITS = {
     "B": 1,
@@ -337,35 +345,37 @@ def export_model(
     loaded: LoadedModel,
     output: pathlib.Path,
     *,
+    format: str = "huginn",
     max_shard: str = "5GiB",
     dtype: str | None = None,
     with_rotary_table: bool = True,
     overwrite: bool = False,
 ) -> None:
-    """Writes a model as a Huginn folder: config.json, safetensors, a SentencePiece tokenizer.
+    """Writes a model in another project's format: config.json, safetensors, tokenizer.
 
     Args:
       loaded: the model.
       output: the folder, made if absent.
+      format: name of the format, one of `FOREIGN_FORMATS`.
       max_shard: size of a file of weights at most, such as '5GiB'.
       dtype: stores the weights as this, which rounds them. None: float32, as they are.
-      with_rotary_table: also stores freqs_cis, which Huginn's own model class wants.
+      with_rotary_table: of format 'huginn', also stores freqs_cis, which its model class wants.
       overwrite: replaces an older export in the same folder.
 
     Raises:
-      UserError: if Huginn's format cannot express the model, or the folder cannot be used.
+      UserError: if the format cannot express the model, or the folder cannot be used.
     """
     max_shard_bytes = check_export(output, max_shard=max_shard, overwrite=overwrite)
     try:
-        save_huginn(
+        save_folder(
             output,
+            Huginn(with_rotary_table) if format == Huginn.name else format_named(format),
             loaded.config,
             loaded.params,
             max_shard_bytes=max_shard_bytes,
             dtype=dtype,
-            with_rotary_table=with_rotary_table,
             overwrite=overwrite,
-            tokenizer=_huginn_tokenizer(loaded.tokenizer),
+            tokenizer=_folder_tokenizer(loaded.tokenizer),
         )
     except OSError as error:
         raise ConfigError(
@@ -403,9 +413,10 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _huginn_tokenizer(tokenizer: Tokenizer | None) -> HuginnTokenizer:
+def _folder_tokenizer(tokenizer: Tokenizer | None) -> FolderTokenizer:
     """What a folder keeps of the tokenizer, as far as it has a file."""
-    special_ids = model = None
+    special_ids: dict[str, Any] = {}
+    files: dict[str, bytes] = {}
     if tokenizer is not None and not isinstance(tokenizer, SymbolTokenizer):
         special_ids = {
             "bos_token_id": tokenizer.bos_id,
@@ -413,11 +424,14 @@ def _huginn_tokenizer(tokenizer: Tokenizer | None) -> HuginnTokenizer:
             "pad_token_id": tokenizer.pad_id,
         }
     if isinstance(tokenizer, SentencePieceTokenizer):
-        model = tokenizer.model
+        files[SENTENCEPIECE_FILE] = tokenizer.model
+    elif isinstance(tokenizer, HuggingFaceTokenizer):
+        special_ids["eos_token_id"] = list(tokenizer.end_ids)
+        files[TOKENIZER_FILE] = tokenizer.definition.encode()
     else:
         logging.warning(
             "the run's %s has no file, so no tokenizer is exported: prompts for the exported "
             "model must be token ids.",
             type(tokenizer).__name__,
         )
-    return HuginnTokenizer(special_ids, model)
+    return FolderTokenizer(special_ids, files)

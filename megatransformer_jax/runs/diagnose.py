@@ -21,7 +21,7 @@ from megatransformer_jax.evaluation.diagnostics.kinds import (
     write_images,
     write_scalars,
 )
-from megatransformer_jax.runs.load import LoadedModel, is_huginn_folder, load_model, read_run_config
+from megatransformer_jax.runs.load import LoadedModel, foreign_format, load_model, read_run_config
 from megatransformer_jax.runs.workdir import make_folder, use_compilation_cache
 from megatransformer_jax.sharding.rules import Sharder
 
@@ -54,9 +54,10 @@ def diagnose_run(
       UserError: if the folder is not a run, or an option does not fit it.
     """
     source = source.expanduser()
-    if is_huginn_folder(source):
+    if (foreign := foreign_format(source)) is not None:
         raise ConfigError(
-            "model", f"{source} is a Huginn folder, which has no data to look at; name a run."
+            "model",
+            f"{source} is a {foreign.title} folder, which has no data to look at; name a run.",
         )
     config = _with_options(read_run_config(source), kinds, num_rows, num_steps)
     use_compilation_cache(config.compilation_cache_dir)

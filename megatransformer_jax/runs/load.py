@@ -1,4 +1,4 @@
-"""Reads a model for generation: the workdir of a run of ours, or a Huginn folder."""
+"""Reads a model for generation: the workdir of a run, or a checkpoint folder of another project."""
 
 import dataclasses
 import pathlib
@@ -8,9 +8,18 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from absl import logging
+from flax.traverse_util import flatten_dict
 
-from megatransformer_jax.checkpoints.huginn import load_huginn
+from megatransformer_jax.checkpoints.folders import (
+    CONFIG_FILE,
+    FORMATS,
+    ParamDtype,
+    format_of,
+    open_folder,
+)
+from megatransformer_jax.checkpoints.foreign import Format
 from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.checkpoints.tensor_map import Place
 from megatransformer_jax.config.build import build, read_values
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
@@ -82,21 +91,23 @@ def load_model(
     *,
     step: Step | str = "latest",
     precision: str | None = None,
-    param_dtype: Literal["float32", "stored"] = "float32",
+    param_dtype: ParamDtype = "float32",
     sharder: Sharder | None = None,
     weights: Literal["average", "raw"] = "average",
 ) -> LoadedModel:
-    """Reads the parameters of a run or of a Huginn folder; its files tell which it is.
+    """Reads the parameters of a run or of another project's folder; its files tell which it is.
 
     Of a run only the checkpoint and the tokenizer are read, never its data, and nothing in the
     workdir is changed; the run may be going on.
 
     Args:
-      path: a workdir (checkpoints/ in it), or a folder with Huginn's config.json.
+      path: a workdir (checkpoints/ in it), or a folder with config.json and safetensors of one of
+        the known formats (`checkpoints/folders.py`).
       step: which checkpoint of a run; see `parse_step` for the values.
       precision: type of activations, one of `PRECISIONS`. None: as the run was trained, and 'auto'
-        for a Huginn folder.
-      param_dtype: of a Huginn folder's parameters, see `load_huginn`. Those of runs are float32.
+        for another project's folder.
+      param_dtype: of another project's parameters, see `ForeignCheckpoint.params`. Those of runs
+        are float32.
       sharder: places the parameters on its mesh. None: on the first local device.
       weights: 'average' is what the run was judged by: the average of its weights, if it keeps one.
         'raw' is what it trains then.
@@ -110,15 +121,15 @@ def load_model(
         check_precision(precision)
     _check_choice("weights", weights, ("average", "raw"))
     _check_choice("param_dtype", param_dtype, ("float32", "stored"))
-    if is_huginn_folder(folder):
+    if (foreign := foreign_format(folder)) is not None:
         if step != "latest":
             raise UserError(
-                f"step={step!r} does not go with {folder}: a Huginn folder has one set of weights. "
-                "Leave step out."
+                f"step={step!r} does not go with {folder}: a {foreign.title} folder has one set of "
+                "weights. Leave step out."
             )
         if weights != "average":
             raise _no_average(weights, folder)
-        return _load_huginn_folder(folder, precision or "auto", param_dtype, sharder)
+        return _load_foreign(folder, precision or "auto", param_dtype, sharder)
     return _load_run(folder, step, precision, sharder, weights)
 
 
@@ -155,49 +166,48 @@ def parse_step(value: str | int) -> Step:
     raise UserError(f"step={value!r}: give latest, best, or the number of a step.")
 
 
-def is_huginn_folder(folder: pathlib.Path) -> bool:
-    """Whether the folder is Huginn's; otherwise it is the workdir of a run.
+def foreign_format(folder: pathlib.Path) -> Format | None:
+    """The format of another project's folder. None: it is the workdir of a run.
 
     Raises:
-      UserError: if it is neither, saying what was looked for.
+      UserError: if it is neither, saying what was looked for; if its architecture is unknown.
     """
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "no such folder"
         raise UserError(
-            f"{folder}: {what}. Name the workdir of a run, or a Huginn folder; paths are "
-            f"relative to {pathlib.Path.cwd()}."
+            f"{folder}: {what}. Name the workdir of a run, or a folder of a known format "
+            f"({_titles()}); paths are relative to {pathlib.Path.cwd()}."
         )
-    config_file = folder / "config.json"
+    config_file = folder / CONFIG_FILE
     values = read_values(config_file) if config_file.is_file() else {}
-    if "n_embd" in values or "architectures" in values:
-        return True
+    is_run = "model" in values and "train" in values
+    found_format = None if is_run else format_of(values, str(config_file))
+    if found_format is not None:
+        return found_format
     if (folder / "checkpoints").is_dir():
-        return False
-    if "model" in values and "train" in values:
+        return None
+    if is_run:
         raise UserError(f"{folder}: this run has no checkpoints/ yet; train it first.")
     found = ", ".join(sorted(file.name for file in folder.iterdir())[:8]) or "nothing"
     raise UserError(
-        f"{folder} is neither the workdir of a run (a folder checkpoints/ in it) nor a Huginn "
-        "folder (config.json with n_embd, next to model.safetensors or its shards). It has: "
-        f"{found}."
+        f"{folder} is neither the workdir of a run (a folder checkpoints/ in it) nor a folder of a "
+        f"known format (config.json of {_titles()}, next to model.safetensors or its shards). It "
+        f"has: {found}."
     )
 
 
-def _load_huginn_folder(
-    folder: pathlib.Path,
-    precision: str,
-    param_dtype: Literal["float32", "stored"],
-    sharder: Sharder | None,
+def _titles() -> str:
+    return ", ".join(known.title for known in FORMATS)
+
+
+def _load_foreign(
+    folder: pathlib.Path, precision: str, param_dtype: ParamDtype, sharder: Sharder | None
 ) -> LoadedModel:
-    device = jax.local_devices()[0]
-
-    def place(tensor: Any) -> Any:
-        return jax.device_put(tensor, device) if sharder is None else np.asarray(tensor)
-
-    config, params = load_huginn(folder, param_dtype=param_dtype, place=place)
+    checkpoint = open_folder(folder)
+    config = checkpoint.config
     model = _build(config, precision)
-    if sharder is not None:
-        params = _distribute(params, param_axes(model), sharder)
+    place = _placer(model, sharder)
+    params = checkpoint.params(param_dtype=param_dtype, place=place)
     tokenizer: Tokenizer | None = None
     if (folder / TOKENIZER_FILE).is_file():
         tokenizer = load_huggingface_tokenizer(folder)
@@ -213,20 +223,27 @@ def _load_huginn_folder(
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} ids, but the model only "
-            f"{config.vocab_size} (padded_vocab_size in config.json); they are not of one model."
+            f"{config.vocab_size} (the vocabulary of config.json); they are not of one model."
         )
-    return _loaded(config, model, params, tokenizer, f"Huginn model {folder}")
+    description = f"{checkpoint.format.title} model {folder}"
+    return _loaded(config, model, params, tokenizer, description)
 
 
-def _distribute(params: Any, axes: Any, sharder: Sharder) -> Any:
-    """Arrays that every process has whole, cut over the mesh of all of them."""
+def _placer(model: MegaTransformer, sharder: Sharder | None) -> Place:
+    """Puts each parameter where it belongs as soon as it is read: cut over the mesh of all
+    processes, of which each reads the whole file, or on the first local device.
+    """
+    if sharder is None:
+        device = jax.local_devices()[0]
+        return lambda path, tensor: jax.device_put(tensor, device)
+    axes = flatten_dict(param_axes(model), sep="/")
 
-    def distribute(array: np.ndarray, names: tuple[str | None, ...]) -> jax.Array:
+    def place(path: str, tensor: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(
-            array.shape, sharder.sharding(*names), lambda index: array[index]
+            tensor.shape, sharder.sharding(*axes[path]), lambda index: tensor[index]
         )
 
-    return jax.tree.map(distribute, params, axes)
+    return place
 
 
 def _load_run(

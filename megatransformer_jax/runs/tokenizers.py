@@ -33,7 +33,7 @@ from megatransformer_jax.runs.load import (
     HUGGINGFACE_FOLDER,
     SENTENCEPIECE_FILE,
     find_sentencepiece,
-    is_huginn_folder,
+    foreign_format,
 )
 
 
@@ -98,8 +98,8 @@ def inherited_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
 
 
 def _copy(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> None:
-    is_huginn = is_huginn_folder(source)
-    folder = source if is_huginn else source / HUGGINGFACE_FOLDER
+    is_foreign = foreign_format(source) is not None
+    folder = source if is_foreign else source / HUGGINGFACE_FOLDER
     if (folder / TOKENIZER_FILE).is_file():
         _check_training_options(config.data.tokenizer, {}, source)
         templates = [str(path.relative_to(folder)) for path in template_files(folder)]
@@ -109,7 +109,7 @@ def _copy(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> Non
                 content = (folder / name).read_bytes()
                 write_atomically(workdir / HUGGINGFACE_FOLDER / name, content)
     else:
-        path = _sentencepiece_of(source, is_huginn=is_huginn)
+        path = _sentencepiece_of(source, is_foreign=is_foreign)
         description = path.with_suffix(".json")
         trained_with = json.loads(description.read_text()) if description.is_file() else {}
         _check_training_options(config.data.tokenizer, trained_with, source)
@@ -117,8 +117,8 @@ def _copy(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> Non
     logging.info("the tokenizer is that of %s", source)
 
 
-def _sentencepiece_of(source: pathlib.Path, *, is_huginn: bool) -> pathlib.Path:
-    if is_huginn:
+def _sentencepiece_of(source: pathlib.Path, *, is_foreign: bool) -> pathlib.Path:
+    if is_foreign:
         if (source / SENTENCEPIECE_FILE).is_file():
             return source / SENTENCEPIECE_FILE
         raise ConfigError(

@@ -4,14 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from huginn_values import huginn_values
+from huginn_values import HUGINN, huginn_values
 
-from megatransformer_jax.checkpoints.huginn_config import (
-    HuginnFormatError,
-    config_from_huginn,
-    config_to_huginn,
-    dropped_options,
-)
+from megatransformer_jax.checkpoints.foreign import config_to, dropped_options
+from megatransformer_jax.checkpoints.tensor_map import FormatError
 from megatransformer_jax.config.build import build, merge
 
 # Options under which our models are Huginn's, and as few others as possible.
@@ -46,17 +42,17 @@ def test_the_published_config_is_the_preset():
     }  # fmt: skip
     # What is recomputed suits the machine of the preset; the format does not say it.
     preset = dataclasses.replace(build({"preset": "huginn_3_5b"}).model, remat="none")
-    config = config_from_huginn(published)
+    config = HUGINN.read_config(published)
     attention = dataclasses.replace(config.attention, head_dim=96)
     assert dataclasses.replace(config, attention=attention) == preset
-    written = config_to_huginn(preset)
+    written = config_to(HUGINN, preset)
     assert {key: published.get(key, value) for key, value in written.items()} == written
-    assert dropped_options(preset) == []
+    assert dropped_options(HUGINN, preset) == []
 
 
 def test_the_fixture_comes_back(huginn_fixture):
     values = json.loads((huginn_fixture / "config.json").read_text())
-    written = config_to_huginn(config_from_huginn(values))
+    written = config_to(HUGINN, HUGINN.read_config(values))
     assert {key: written[key] for key in values} == values
 
 
@@ -73,10 +69,10 @@ def test_the_fixture_comes_back(huginn_fixture):
 )
 def test_values_come_back(changes):
     values = huginn_values(**changes)
-    config = config_from_huginn(values)
-    written = config_to_huginn(config)
+    config = HUGINN.read_config(values)
+    written = config_to(HUGINN, config)
     assert {key: written[key] for key in values} == values
-    assert config_from_huginn(written) == config
+    assert HUGINN.read_config(written) == config
 
 
 def test_other_names_mean_the_same():
@@ -84,7 +80,7 @@ def test_other_names_mean_the_same():
     values["n_heads"] = values.pop("num_attention_heads")
     values["vocab_size"] = values.pop("padded_vocab_size")
     del values["num_key_value_heads"]
-    assert config_from_huginn(values) == config_from_huginn(huginn_values())
+    assert HUGINN.read_config(values) == HUGINN.read_config(huginn_values())
 
 
 @pytest.mark.parametrize(
@@ -111,18 +107,18 @@ def test_other_names_mean_the_same():
     ],
 )
 def test_what_we_do_not_compute_is_refused(changes, message):
-    with pytest.raises(HuginnFormatError, match=f"^folder/config.json: {message}"):
-        config_from_huginn(huginn_values(**changes), "folder/config.json")
+    with pytest.raises(FormatError, match=f"^folder/config.json: {message}"):
+        HUGINN.read_config(huginn_values(**changes), "folder/config.json")
 
 
 def test_missing_keys_are_listed():
     values = huginn_values()
     for key in ("qk_bias", "n_embd"):
         del values[key]
-    with pytest.raises(HuginnFormatError, match=r"config\.json: lacks n_embd, qk_bias; copy the"):
-        config_from_huginn(values)
-    with pytest.raises(HuginnFormatError, match="lacks n_embd, num_attention_heads, inter"):
-        config_from_huginn({})
+    with pytest.raises(FormatError, match=r"config\.json: lacks n_embd, qk_bias; copy the"):
+        HUGINN.read_config(values)
+    with pytest.raises(FormatError, match="lacks n_embd, num_attention_heads, inter"):
+        HUGINN.read_config({})
 
 
 @pytest.mark.parametrize(
@@ -175,8 +171,8 @@ def test_missing_keys_are_listed():
     ids=str,
 )
 def test_what_huginn_does_not_compute_is_listed(changes, lines):
-    with pytest.raises(HuginnFormatError, match="cannot be written as a Huginn") as error:
-        config_to_huginn(model_config(changes))
+    with pytest.raises(FormatError, match="cannot be written as a Huginn") as error:
+        config_to(HUGINN, model_config(changes))
     found = [line.strip() for line in str(error.value).splitlines() if line.startswith("  ")]
     assert len(found) == len(lines)
     assert all(line.startswith(wanted) for line, wanted in zip(found, lines, strict=True))
@@ -191,9 +187,9 @@ def test_what_only_training_read_is_dropped_by_name():
             "recurrence": {"state_init": "zero", "sampling": "fixed", "mean_steps": 8},
         }
     )
-    back = config_from_huginn(config_to_huginn(config))
+    back = HUGINN.read_config(config_to(HUGINN, config))
     assert back.recurrence.mean_steps == 8 and back.recurrence.state_init == "zero"
-    assert dropped_options(config) == [
+    assert dropped_options(HUGINN, config) == [
         "model.residual_dropout_rate=0.1",
         "model.remat='full'",
         "model.init.scheme='scaled'",

@@ -4,13 +4,14 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from huginn_values import huginn_values, small_huginn
+from flax.traverse_util import flatten_dict
+from huginn_values import HUGINN, huginn_values, small_huginn
 
-from megatransformer_jax.checkpoints.huginn_config import HuginnFormatError, config_from_huginn
-from megatransformer_jax.checkpoints.huginn_tensors import (
-    params_from_huginn,
-    params_to_huginn,
-    rotary_table,
+from megatransformer_jax.checkpoints.huginn import rotary_table
+from megatransformer_jax.checkpoints.tensor_map import (
+    FormatError,
+    iterate_tensors,
+    params_from_tensors,
     tensor_shapes,
 )
 from megatransformer_jax.models.megatransformer import build_model, init_params
@@ -19,11 +20,21 @@ from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
 
+def params_to_huginn(params, config):
+    return dict(iterate_tensors(params, HUGINN.links(config)))
+
+
+def params_from_huginn(tensors, config, place=lambda path, tensor: tensor):
+    return params_from_tensors(tensors, HUGINN.links(config), HUGINN.extras(config, tensors), place)
+
+
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 2, "qk_bias": False}], ids=str)
 def test_both_ways_give_the_same_parameters(changes):
     config, params = small_huginn(**changes)
     tensors = params_to_huginn(params, config)
-    assert {name: tensor.shape for name, tensor in tensors.items()} == tensor_shapes(config)
+    assert {name: tensor.shape for name, tensor in tensors.items()} == tensor_shapes(
+        HUGINN.links(config)
+    )
     jax.tree.map(np.testing.assert_array_equal, params_from_huginn(tensors, config), params)
 
 
@@ -46,25 +57,31 @@ def test_each_parameter_is_placed_once_and_in_its_type():
     short = jax.tree.map(lambda leaf: leaf.astype(ml_dtypes.bfloat16), params)
     placed = []
     result = params_from_huginn(
-        params_to_huginn(short, config), config, lambda tensor: placed.append(tensor) or "here"
+        params_to_huginn(short, config),
+        config,
+        lambda path, tensor: placed.append((path, tensor)) or "here",
     )
     assert set(jax.tree.leaves(result)) == {"here"}
     assert len(placed) == len(jax.tree.leaves(params))
-    assert {tensor.dtype for tensor in placed} == {np.dtype(ml_dtypes.bfloat16)}
+    flat = flatten_dict(short, sep="/")
+    assert {path: tensor.shape for path, tensor in placed} == {
+        path: leaf.shape for path, leaf in flat.items()
+    }
+    assert {tensor.dtype for _, tensor in placed} == {np.dtype(ml_dtypes.bfloat16)}
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named():
     config, params = small_huginn()
     tensors = params_to_huginn(params, config)
-    with pytest.raises(HuginnFormatError, match=r"unknown tensors extra; this config has no use"):
+    with pytest.raises(FormatError, match=r"unknown tensors extra; this config has no use"):
         params_from_huginn({**tensors, "extra": np.zeros(1)}, config)
     shorter = {name: t for name, t in tensors.items() if "ln_f" not in name}
-    with pytest.raises(HuginnFormatError, match=r"missing: transformer\.ln_f\.weight;"):
+    with pytest.raises(FormatError, match=r"missing: transformer\.ln_f\.weight;"):
         params_from_huginn(shorter, config)
-    with pytest.raises(HuginnFormatError, match=r"ln_f\.weight is \(3,\), not \(32,\)"):
+    with pytest.raises(FormatError, match=r"ln_f\.weight is \(3,\), not \(32,\)"):
         params_from_huginn({**tensors, "transformer.ln_f.weight": np.zeros(3)}, config)
-    deeper = config_from_huginn(huginn_values(n_layers_in_coda=2))
-    with pytest.raises(HuginnFormatError, match=r"missing: transformer\.coda\.1\..* and 1 more;"):
+    deeper = HUGINN.read_config(huginn_values(n_layers_in_coda=2))
+    with pytest.raises(FormatError, match=r"missing: transformer\.coda\.1\..* and 1 more;"):
         params_from_huginn(tensors, deeper)
 
 
@@ -74,7 +91,7 @@ def test_a_head_that_is_the_embedding_may_be_there():
     head = tensors["transformer.wte.weight"]
     loaded = params_from_huginn({**tensors, "lm_head.weight": head}, config)
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    with pytest.raises(HuginnFormatError, match=r"'lm_head\.weight' is not equal to"):
+    with pytest.raises(FormatError, match=r"'lm_head\.weight' is not equal to"):
         params_from_huginn({**tensors, "lm_head.weight": head + 1}, config)
 
 
@@ -95,9 +112,7 @@ def test_a_table_of_rotations_may_be_there_if_it_is_the_configs():
     for right in (table, table.astype(ml_dtypes.bfloat16)):
         loaded = params_from_huginn({**tensors, "freqs_cis": right}, config)
         jax.tree.map(np.testing.assert_array_equal, loaded, params)
-    other = rotary_table(config_from_huginn(huginn_values(rope_base=10000)))
+    other = rotary_table(HUGINN.read_config(huginn_values(rope_base=10000)))
     for wrong in (other, table[:, :-1]):
-        with pytest.raises(
-            HuginnFormatError, match=r"'freqs_cis', .* is not the table of rotation"
-        ):
+        with pytest.raises(FormatError, match=r"'freqs_cis' is .* and not the table of rotation"):
             params_from_huginn({**tensors, "freqs_cis": wrong}, config)

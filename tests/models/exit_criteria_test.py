@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatransformer_jax.checkpoints.huginn import load_huginn
+from megatransformer_jax.checkpoints.folders import load_folder
 from megatransformer_jax.config import sampling as generation_depth
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.models.core import RecurrentCore
@@ -95,7 +95,7 @@ def iterated(model: MegaTransformer, tokens, state, num_steps):
 @pytest.fixture(scope="module")
 def reference(huginn_fixture):
     expected = np.load(huginn_fixture / "expected.npz")
-    config, params = load_huginn(huginn_fixture)
+    config, params = load_folder(huginn_fixture)
     model = build_model(config, DTypePolicy(), Sharder(), "cpu")
     tokens = jnp.asarray(expected["input_ids"], jnp.int32)
     state = jnp.asarray(expected["initial_state"])

@@ -96,7 +96,7 @@ def test_a_full_disk_is_one_clear_error(run, tmp_path, monkeypatch, capsys):
     def fail(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint_tools, "save_huginn", fail)
+    monkeypatch.setattr(checkpoint_tools, "save_folder", fail)
     with pytest.raises(SystemExit):
         command("export", [f"--model={run}", f"--output={tmp_path / 'model'}"])
     assert "cannot be written (No space left on device)" in capsys.readouterr().err

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from written_run import write_run
 
-from megatransformer_jax.checkpoints.huginn import save_huginn
+from megatransformer_jax.checkpoints.folders import save_folder
+from megatransformer_jax.checkpoints.huginn import Huginn
 from megatransformer_jax.config.build import build, merge, save_config
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
@@ -66,7 +67,7 @@ def huginn_folder(tmp_path_factory):
     model = build_model(config, DTypePolicy(), Sharder(), "cpu")
     params = jax.device_get(init_params(model, jax.random.key(0)))
     folder = tmp_path_factory.mktemp("huginn") / "model"
-    save_huginn(folder, config, params)
+    save_folder(folder, Huginn(), config, params)
     return folder, config, params
 
 
@@ -242,7 +243,7 @@ def test_a_huginn_folder_is_read(huginn_folder, caplog):
 
 def test_huginn_weights_may_stay_as_short_as_they_are(huginn_folder, tmp_path):
     _, config, params = huginn_folder
-    save_huginn(tmp_path / "short", config, params, dtype="bfloat16")
+    save_folder(tmp_path / "short", Huginn(), config, params, dtype="bfloat16")
     wanted = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16), params)
     stored = load_model(tmp_path / "short", param_dtype="stored").params
     assert {leaf.dtype for leaf in jax.tree.leaves(stored)} == {jnp.dtype(jnp.bfloat16)}
@@ -275,7 +276,9 @@ def test_tokenizers_of_huginn_folders(huginn_folder, sentencepiece_run, tmp_path
 def test_a_folder_that_is_neither_says_what_was_looked_for(tmp_path, small_run):
     with pytest.raises(UserError, match="no such folder"):
         load_model(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"neither the workdir .* nor a Huginn .* has: nothing\."):
+    with pytest.raises(
+        UserError, match=r"neither the workdir .* nor a folder of a known .* has: nothing\."
+    ):
         load_model(tmp_path)
     (tmp_path / "notes.txt").touch()
     with pytest.raises(UserError, match=r"It has: notes\.txt\."):

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 
-from megatransformer_jax.checkpoints.huginn_config import config_from_huginn
+from megatransformer_jax.checkpoints.huginn import Huginn
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
+
+HUGINN = Huginn()
 
 # Changes that make a run's model one of Huginn's architecture.
 HUGINN_RUN = {
@@ -49,7 +51,7 @@ def huginn_values(**changes: Any) -> dict[str, Any]:
 
 def small_huginn(**changes: Any):
     """The architecture and parameters."""
-    config = config_from_huginn(huginn_values(**changes))
+    config = HUGINN.read_config(huginn_values(**changes))
     return config, _params(config)
 
 

@@ -10,7 +10,8 @@ from absl import logging
 from written_run import write_run
 
 from megatransformer_jax.checkpoints.compatibility import CheckpointMismatch
-from megatransformer_jax.checkpoints.huginn import save_huginn
+from megatransformer_jax.checkpoints.folders import save_folder
+from megatransformer_jax.checkpoints.huginn import Huginn
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build, merge, save_config
@@ -94,7 +95,7 @@ def test_parameters_come_from_a_huginn_folder(tmp_path, small_run):
     config = from_source(small_run, tmp_path, tmp_path / "huginn", changes)
     model, _ = build_sharded_model(config)
     params = jax.device_get(init_params(model, jax.random.key(3)))
-    save_huginn(tmp_path / "huginn", config.model, params)
+    save_folder(tmp_path / "huginn", Huginn(), config.model, params)
     state = start(config, tmp_path)
     assert_same(state.params, params)
 
