@@ -20,12 +20,8 @@ from cached_passes import (
     tiny,
 )
 
-<<<<<<< HEAD
-from megatransformer_jax.checkpoints.huginn import load_huginn
-from megatransformer_jax.config.layers import RotaryScalingConfig
-=======
 from megatransformer_jax.checkpoints.folders import load_folder
->>>>>>> 3f83cb1 (Checkpoint formats of other projects have one protocol; Huginn's is the first on it)
+from megatransformer_jax.config.layers import RotaryScalingConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
