@@ -167,7 +167,7 @@ def test_a_hugging_face_tokenizer_is_inherited(tmp_path, small_run):
     folder, workdir = tmp_path / "huginn", tmp_path / "run"
     folder.mkdir()
     tokenizer.save(str(folder / "tokenizer.json"))
-    ids = {"bos_token_id": 0, "eos_token_id": 1, "n_embd": 16, "architectures": []}
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "model_type": "huginn_raven", "architectures": []}
     (folder / "config.json").write_text(json.dumps(ids))
     changes = {"model": {"vocab_size": 64}, "data": {"tokenizer": {"kind": "sentencepiece"}}}
     config = from_source(small_run, workdir, folder, changes)
