@@ -42,6 +42,15 @@ jaxtyping.install_import_hook(
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """An option for what takes too long to be done in every run of the tests."""
+    parser.addoption(
+        "--train-all",
+        action="store_true",
+        help="tests/docs/pages_run_test.py trains by every training command of the documentation",
+    )
+
+
 def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) -> bool | None:
     """`pytest -m smoke` reads only files with such tests: others need packages of extras."""
     if config.getoption("markexpr") != "smoke" or not collection_path.name.endswith("_test.py"):

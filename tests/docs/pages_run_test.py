@@ -3,7 +3,8 @@
 A training command is carried out in a tutorial where a later step reads its run. Any other one of a
 tutorial is set up: `inspect` builds the model and traces the training step, but compiles nothing.
 Those of guides are read and checked in `documented_names_test.py`, and so are `inspect` and
-what reads a run that no tutorial makes.
+what reads a run that no tutorial makes. `pytest tests/docs/pages_run_test.py --train-all` carries
+out all of them, which takes about MINUTES minutes; do so before a release.
 """
 
 import io
@@ -40,6 +41,11 @@ GUIDES = sorted({str(path.relative_to(REPOSITORY)) for path in pages(REPOSITORY)
 COMMANDS = {
     "lm-eval": "reading lm-eval's thousands of tasks takes long; tests/cli/lm_eval_test.py runs it",
 }
+# Words of training commands that even --train-all leaves out, and why.
+ELSEWHERE = {
+    "tfds_data_dir": "needs a data set of TensorFlow Datasets; tests/data/sources reads one",
+    "distributed.enabled": "needs several processes; tests/sharding starts two",
+}
 EXAMPLES = {
     "README.md": "documented_names_test.py runs it",
     "docs/api.md": "documented_names_test.py runs them",
@@ -58,7 +64,8 @@ def done(tmp_path_factory: pytest.TempPathFactory, small_run: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", [*TUTORIALS, *GUIDES])
-def test_a_page_can_be_followed(name, done, monkeypatch):
+def test_a_page_can_be_followed(name, done, monkeypatch, request):
+    trains_all = request.config.getoption("--train-all")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     names: dict[str, Any] = {}
     page = list(steps((REPOSITORY / name).read_text()))
@@ -67,9 +74,12 @@ def test_a_page_can_be_followed(name, done, monkeypatch):
             if name not in EXAMPLES:
                 _run_example(step, names)
             continue
-        if name not in TUTORIALS and not _is_for_here(step):
+        if trains_all and step[0] in ("train", "find-lr"):
+            if any(words in " ".join(step) for words in ELSEWHERE):
+                continue
+        elif name not in TUTORIALS and not _is_for_here(step):
             continue
-        if step[0] in ("train", "find-lr") and not _is_read(step, page[number + 1 :]):
+        elif step[0] in ("train", "find-lr") and not _is_read(step, page[number + 1 :]):
             step = ["inspect", *(word for word in step[1:] if word.startswith("--config"))]
         line = " ".join(step)
         if step[0].replace("_", "-") in COMMANDS or line in done:
