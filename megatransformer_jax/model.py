@@ -29,6 +29,7 @@ from megatransformer_jax.config.option import (
     declared_values,
     unknown_key,
 )
+from megatransformer_jax.config.sampling import GATE_THRESHOLD, DepthConfig
 from megatransformer_jax.data.hf_tokenizer import require_chat_template
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MARKERS
@@ -45,6 +46,7 @@ from megatransformer_jax.generation.request import (
     encode_prompts,
     out_of_memory_is_bad_input,
 )
+from megatransformer_jax.models.gate_readout import GateReadout, make_readout
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.runs.checkpoint_tools import export_model, save_parameters
 from megatransformer_jax.runs.load import LoadedModel
@@ -97,7 +99,14 @@ class Model:
         self.description = loaded.description
 
     def __call__(
-        self, inputs: Inputs, *, depth: int | None = None, seed: int = 0, **unknown: Any
+        self,
+        inputs: Inputs,
+        *,
+        depth: int | None = None,
+        gate_readout: str = "last",
+        gate_threshold: float = GATE_THRESHOLD,
+        seed: int = 0,
+        **unknown: Any,
     ) -> Output:
         """Scores the next token at every position.
 
@@ -106,6 +115,9 @@ class Model:
         Args:
           inputs: a text or several, or ids of one input or of several. Texts get the start token.
           depth: iterations of the core. None: the mean in training.
+          gate_readout: what the output is read from: 'last', the last iteration; 'threshold' or
+            'weighted', as the exit gate says (models/gate_readout.py).
+          gate_threshold: cumulative exit probability of 'threshold'.
           seed: of the core's first states, where these are random; they differ between the inputs
             of one call, so that an input's numbers depend on its place among them.
 
@@ -117,12 +129,16 @@ class Model:
           >>> lm(["The ", "If"], depth=3).logits.shape
           (2, 3, 512)
         """
-        _reject(unknown, ("depth", "seed"))
+        _reject(unknown, ("depth", "gate_readout", "gate_threshold", "seed"))
+        given = {"gate_readout": gate_readout, "gate_threshold": gate_threshold}
+        reading = DepthConfig(**declared_values(given, GENERATION_OPTIONS))
+        reading.check_gate(self.config.exit_gate.enabled)
+        readout = make_readout(reading.gate_readout, reading.gate_threshold)
         tokens, segment_ids, lengths = self._encode(inputs)
         steps, key = jnp.int32(self._depth(depth) or 0), _key(seed)
         with out_of_memory_is_bad_input():
             output = jax.block_until_ready(
-                _forward(self.module, self.params, tokens, segment_ids, steps, key)
+                _forward(self.module, self.params, tokens, segment_ids, steps, key, readout)
             )
         return Output(output.logits, output.latent, tokens, lengths)
 
@@ -456,6 +472,7 @@ def _forward(
     segment_ids: jax.Array | None,
     depth: jax.Array,
     key: jax.Array,
+    readout: GateReadout | None = None,
 ) -> Any:
     return module.apply(
         {"params": params},
@@ -463,4 +480,5 @@ def _forward(
         segment_ids=segment_ids,
         num_steps=depth,
         rngs={"state": key},
+        readout=readout,
     )

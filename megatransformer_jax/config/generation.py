@@ -243,12 +243,14 @@ class GenerationConfig:
         if self.strategy == "parallel":
             self._require_defaults("sampling", _DEPENDS_ON_HISTORY, "set strategy='sample'")
 
-    @rule("depth.exit_criterion", "depth.warm_start")
+    @rule("depth.exit_criterion", "depth.gate_readout", "depth.warm_start")
     def _fixed_depth_for_many_tokens_at_once(self) -> None:
         """Keep the default with strategy 'speculative' or 'parallel'."""
         if self.strategy in ("speculative", "parallel"):
             self._require_defaults(
-                "depth", ("exit_criterion", "warm_start"), "set strategy='sample'"
+                "depth",
+                ("exit_criterion", "gate_readout", "warm_start"),
+                "set strategy='sample'",
             )
 
     @rule("num_samples")
@@ -401,12 +403,8 @@ def for_model(
     Raises:
       ConfigError: if an option does not fit the depth, or needs a core or a gate and there is none.
     """
-    if config.depth.exit_criterion == "learned_gate" and not has_exit_gate:
-        raise ConfigError(
-            "depth.exit_criterion",
-            "'learned_gate' needs a model with an exit gate (model.exit_gate.enabled in training), "
-            "and this one has none; choose another.",
-        )
+    with _errors_below("depth"):
+        config.depth.check_gate(has_exit_gate)
     if not makes_media:
         with _errors_below("media"):
             own = [field.name for field in dataclasses.fields(MediaGenerationConfig)]

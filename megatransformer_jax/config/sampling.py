@@ -25,6 +25,25 @@ EXIT_CRITERIA = (
 )
 
 
+# models/gate_readout.py has what they mean.
+GATE_READOUTS = ("last", "threshold", "weighted")
+GATE_THRESHOLD = 0.5
+
+
+def check_readout(readout: str, threshold: float) -> None:
+    """Checks that a threshold is read.
+
+    Raises:
+      ConfigError: if it is given, but for `gate_readout=threshold`.
+    """
+    if readout != "threshold" and threshold != GATE_THRESHOLD:
+        raise ConfigError(
+            "gate_threshold",
+            f"{threshold} would be ignored with gate_readout={readout!r}; leave it out, or set "
+            "gate_readout='threshold'.",
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class DepthConfig:
     """How often the core is iterated for each token."""
@@ -53,6 +72,21 @@ class DepthConfig:
     min_depth: int = option(
         1, "Smallest number of iterations before a token may exit.", minimum=1, maximum=MAX_COUNT
     )
+    gate_readout: str = option(
+        "last",
+        "What the output is read from once all iterations of depth are made. last: the last state. "
+        "threshold: the state of the first iteration whose cumulative exit probability, by the "
+        "model's exit gate, is at least gate_threshold. weighted: the states' mean over the exit "
+        "distribution (both Ouro's, arXiv 2510.25741). Saves no time; exit_criterion=learned_gate "
+        "does.",
+        choices=GATE_READOUTS,
+    )
+    gate_threshold: float = option(
+        GATE_THRESHOLD,
+        "Cumulative exit probability of gate_readout=threshold; Ouro's early_exit_threshold.",
+        above=0,
+        maximum=1,
+    )
     warm_start: bool = option(
         False, "A token's first state is the last state of the token before it (arXiv 2502.05171)."
     )
@@ -71,6 +105,18 @@ class DepthConfig:
                 f"choose one of {', '.join(EXIT_CRITERIA[1:])}",
             )
 
+    @rule("gate_readout", "gate_threshold")
+    def _readouts_make_all_iterations(self) -> None:
+        """gate_readout other than last needs exit_criterion='fixed'; gate_threshold keeps its
+        default unless gate_readout='threshold'."""
+        check_readout(self.gate_readout, self.gate_threshold)
+        if self.gate_readout != "last" and self.exit_criterion != "fixed":
+            raise ConfigError(
+                "gate_readout",
+                f"{self.gate_readout!r} reads a pass that makes all iterations, and "
+                f"exit_criterion={self.exit_criterion!r} ends them early; leave out either.",
+            )
+
     @rule("exit_threshold")
     def _survival_is_a_probability(self) -> None:
         """Below 1 with exit_criterion='learned_gate', where it is a probability."""
@@ -81,6 +127,21 @@ class DepthConfig:
                 f"{threshold} is not below 1, so that every token would leave at once; "
                 "learned_gate compares it with the probability of not having exited.",
             )
+
+    def check_gate(self, has_exit_gate: bool) -> None:
+        """Checks that a model has the gate that is asked.
+
+        Raises:
+          ConfigError: naming the option that needs one.
+        """
+        for name in ("exit_criterion", "gate_readout"):
+            value = getattr(self, name)
+            if value in ("learned_gate", "threshold", "weighted") and not has_exit_gate:
+                raise ConfigError(
+                    name,
+                    f"{value!r} needs a model with an exit gate (model.exit_gate.enabled in "
+                    "training), and this one has none; choose another.",
+                )
 
     @rule("min_depth")
     def _least_depth_is_not_above_depth(self) -> None:

@@ -16,6 +16,7 @@ from megatransformer_jax.config.option import (
     require_function_name,
     rule,
 )
+from megatransformer_jax.config.sampling import GATE_READOUTS, GATE_THRESHOLD, check_readout
 
 # Sources of files, by the ending of their names.
 FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -23,7 +24,16 @@ FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 MEDIA_OPTIONS = ("media_per_class", "image_features", "guidance_scale", "sampler_steps")
 SOUND_OPTIONS = ("resynthesized_clips", "vocoder")
 # Scoring has its own options for these, or scores one text per prompt.
-_LEFT_OUT = ("depth", "batch_size", "num_samples", "seed", "max_media", *MEDIA_OPTIONS)
+_LEFT_OUT = (
+    "depth",
+    "gate_readout",
+    "gate_threshold",
+    "batch_size",
+    "num_samples",
+    "seed",
+    "max_media",
+    *MEDIA_OPTIONS,
+)
 # How prompts of references are continued.
 OF_GENERATION = {
     name: declared for name, declared in GENERATION_OPTIONS.items() if name not in _LEFT_OUT
@@ -69,6 +79,18 @@ class ScoringConfig:
         "data.batch_size of the run; otherwise 8.",
         minimum=1,
         maximum=MAX_COUNT,
+    )
+    gate_readout: str = option(
+        "last",
+        "What is scored at each depth: the last iteration's output, or that which the exit gate "
+        "says, as in generation.",
+        choices=GATE_READOUTS,
+    )
+    gate_threshold: float = option(
+        GATE_THRESHOLD,
+        "Cumulative exit probability of gate_readout=threshold.",
+        above=0,
+        maximum=1,
     )
     references: str | None = option(
         None,
@@ -128,6 +150,11 @@ class ScoringConfig:
         """Only without references."""
         if self.references is not None:
             require_defaults(self, _OF_DATA, "with references", "leave references out")
+
+    @rule("gate_threshold")
+    def _threshold_is_read(self) -> None:
+        """Keeps its default unless gate_readout='threshold'."""
+        check_readout(self.gate_readout, self.gate_threshold)
 
     @rule("depths")
     def _depths_differ(self) -> None:

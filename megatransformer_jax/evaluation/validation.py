@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.losses.tokens import token_loss
+from megatransformer_jax.models.gate_readout import GateReadout
 from megatransformer_jax.types import Batch
 
 # ------------------------------------------------------------------------------
@@ -33,7 +34,9 @@ class EvalSums(NamedTuple):
 EvalStep = Callable[[Any, Batch, Any], tuple[EvalSums, Int[Array, "B T"]]]
 
 
-def make_eval_step(model: nn.Module, key: Key[Array, ""]) -> EvalStep:
+def make_eval_step(
+    model: nn.Module, key: Key[Array, ""], readout: GateReadout | None = None
+) -> EvalStep:
     """Builds (params, batch, num_steps) -> (sums, predictions); jit it once for all depths.
 
     `num_steps`, int32 [], is traced. Nothing is random: the thought state's first value comes from
@@ -42,7 +45,10 @@ def make_eval_step(model: nn.Module, key: Key[Array, ""]) -> EvalStep:
     Args:
       model: called like `MegaTransformer`.
       key: for the rng stream 'state'.
+      readout: what is scored of the iterations. None: the last one's output.
     """
+    # Not named if there is none, as other modules than ours do not know it.
+    reading: dict[str, Any] = {} if readout is None else {"readout": readout}
 
     def eval_step(params: Any, batch: Batch, num_steps: Any) -> tuple[EvalSums, Int[Array, "B T"]]:
         output: Any = model.apply(
@@ -55,6 +61,7 @@ def make_eval_step(model: nn.Module, key: Key[Array, ""]) -> EvalStep:
             deterministic=True,
             rngs={"state": key},
             media=batch.media,
+            **reading,
         )
         totals = token_loss(output.logits, batch.targets, batch.loss_mask)
         predictions = jnp.argmax(output.logits, axis=-1).astype(jnp.int32)

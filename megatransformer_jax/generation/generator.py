@@ -89,6 +89,7 @@ from megatransformer_jax.generation.strategies import (
     search_beams,
 )
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
+from megatransformer_jax.models.gate_readout import make_readout
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.nn.kv_cache import constrain_cache
 from megatransformer_jax.sharding.rules import Sharder
@@ -510,6 +511,7 @@ def depth_rule(config: GenerationConfig) -> DepthRule:
         threshold=jnp.float32(criterion.default_threshold if threshold is None else threshold),
         min_depth=jnp.int32(config.depth.min_depth),
         criterion=criterion,
+        readout=make_readout(config.depth.gate_readout, config.depth.gate_threshold),
     )
 
 

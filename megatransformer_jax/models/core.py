@@ -24,6 +24,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig, RecurrenceConfig
 from megatransformer_jax.models.exit_criteria import DepthRule
+from megatransformer_jax.models.gate_readout import (
+    GateReadout,
+    begin_reading,
+    finish_reading,
+    read_iteration,
+)
 from megatransformer_jax.nn.adapters import build_adapter
 from megatransformer_jax.nn.block import Stack, remat_policy
 from megatransformer_jax.nn.context import LayerContext
@@ -193,6 +199,39 @@ def recur(
     steps = total - backprop_depth + jnp.arange(backprop_depth)
     state, _ = jax.lax.scan(lambda s, i: (advance(core, s, i), None), state, steps, unroll=unroll)
     return state
+
+
+def recur_reading(
+    core: Pass,
+    state: Float[Array, "B T D"],
+    num_steps: Int[Array, "*draws"],
+    readout: GateReadout,
+    gate_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T"]],
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+    """Iterates as `recur` with backprop_depth=0, and reads the states as the gate says.
+
+    Args:
+      core: what its iterations are given.
+      state: the state to begin with.
+      num_steps: as of `recur`, at least 1.
+      readout: which way.
+      gate_of: logits of the exit gate from a state.
+
+    Returns:
+      The last state, and what coda and head read.
+    """
+    total = jnp.max(num_steps)
+    begin = _first_iteration(num_steps, total)
+
+    def advance(step: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        state, reading = carry
+        joined = jnp.broadcast_to(step >= begin, (*state.shape[:2], 1))
+        state = jnp.where(joined, core.iterate(state, step), state)
+        return state, read_iteration(readout, reading, state, gate_of(state), joined[..., 0])
+
+    first = (state, begin_reading(readout, state))
+    state, reading = jax.lax.fori_loop(0, total, advance, first)
+    return state, finish_reading(readout, reading, state)
 
 
 def recur_observed(

@@ -41,6 +41,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.models.gate_readout import GateReadout
 from megatransformer_jax.nn.adapters import log_continue
 
 # More than any vocabulary's largest entropy, so that no first iteration settles a token.
@@ -101,12 +102,14 @@ class DepthRule:
       threshold: of the criterion: for all or per sequence.
       min_depth: no token leaves earlier (unless its depth is less).
       criterion: when a token has settled.
+      readout: what coda and head read, if not the last state; only with the criterion 'fixed'.
     """
 
     depth: Int[Array, ""] | Int[Array, "B"]
     threshold: Float[Array, ""] | Float[Array, "B"]
     min_depth: Int[Array, ""] | Int[Array, "B"]
     criterion: ExitCriterion = struct.field(pytree_node=False)
+    readout: GateReadout | None = None
 
     @property
     def lets_tokens_differ(self) -> bool:

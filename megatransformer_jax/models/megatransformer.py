@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import jax
@@ -12,7 +13,8 @@ from flax.core import unfreeze
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.core import Pass, RecurrentCore, recur
+from megatransformer_jax.models.core import Pass, RecurrentCore, recur, recur_reading
+from megatransformer_jax.models.gate_readout import GateReadout
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.media.parts import MediaParts
 from megatransformer_jax.nn.adapters import ExitGate, identity
@@ -121,6 +123,7 @@ class MegaTransformer(nn.Module):
         deterministic: bool = True,
         media: MediaBatch | None = None,
         fills_slots: bool = False,
+        readout: GateReadout | None = None,
     ) -> ModelOutput:
         """Scores the next token at every position.
 
@@ -138,10 +141,15 @@ class MegaTransformer(nn.Module):
             `num_steps` and `state` are those of the sequences with the media in them, S for T.
           fills_slots: static; says that the media fill next to all of their slots. Otherwise the
             encoders skip the empty ones.
+          readout: what coda and head read of the iterations, as the exit gate says. None: the last
+            state. Only for inference.
 
         Returns:
           Logits of the tokens; the latent, which is the core's state after
           `recurrence.output_norm`, of the whole sequence; the conditions of media slots.
+
+        Raises:
+          ValueError: if there is a readout and no exit gate, or gradients are asked for.
         """
         config = self.config
         masks = self._split_head_mask(head_mask)
@@ -159,8 +167,8 @@ class MegaTransformer(nn.Module):
         if config.is_recurrent:
             inner = pass_context(config, positions, segment_ids, config.core_width, deterministic)
             inner = dataclasses.replace(inner, head_mask=masks[1])
-            x = self._iterate_core(x, inner, jnp.asarray(num_steps), backprop_depth, state)
-            self.sow(LAST_STATE, "state", x)
+            steps = jnp.asarray(num_steps)
+            x = self._iterate_core(x, inner, steps, backprop_depth, state, readout)
             if config.exit_gate.enabled and self.is_initializing():
                 self.run_gate(x)
         latent, x = self.run_coda(x, dataclasses.replace(outer, head_mask=masks[2]))
@@ -277,12 +285,15 @@ class MegaTransformer(nn.Module):
         Raises:
           ValueError: if the model has no exit gate.
         """
+        self._check_gate()
+        return self.exit_gate(state)
+
+    def _check_gate(self) -> None:
         if not self.config.exit_gate.enabled:
             raise ValueError(
                 "this model has no exit gate; train one with model.exit_gate.enabled=True, or "
                 "choose another exit criterion."
             )
-        return self.exit_gate(state)
 
     def run_head(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits from the coda's output."""
@@ -295,7 +306,9 @@ class MegaTransformer(nn.Module):
         num_steps: jax.Array,
         backprop_depth: int,
         state: jax.Array | None,
+        readout: GateReadout | None,
     ) -> jax.Array:
+        """What coda and head read."""
         config, core = self.config, self.enter_core(x, context)
         if state is None:
             needs_key = config.recurrence.state_init not in ("zero", "none")
@@ -305,7 +318,25 @@ class MegaTransformer(nn.Module):
         if not context.deterministic:
             core = core.replace(dropout_key=self.make_rng("dropout"))  # type: ignore[attr-defined]
         unroll = config.recurrence.unroll
-        return recur(core, state, num_steps, backprop_depth=backprop_depth, unroll=unroll)
+        if readout is None:
+            last = recur(core, state, num_steps, backprop_depth=backprop_depth, unroll=unroll)
+            read = last
+        else:
+            if backprop_depth:
+                raise ValueError(
+                    f"backprop_depth is {backprop_depth}, and a readout is for inference alone; "
+                    "leave out either."
+                )
+            last, read = recur_reading(core, state, num_steps, readout, self._gate_of())
+        self.sow(LAST_STATE, "state", last)
+        return read
+
+    def _gate_of(self) -> Callable[[jax.Array], jax.Array]:
+        """`run_gate` as a pure function, which a loop can call."""
+        self._check_gate()
+        gate = ExitGate(self.config, parent=None)
+        variables = {"params": self.exit_gate.variables["params"]}
+        return lambda state: cast(jax.Array, gate.apply(variables, state))
 
     def _injection(self, x: jax.Array) -> jax.Array:
         if self.config.recurrence.injection_norm:

@@ -19,6 +19,7 @@ from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_rules import media_places
+from megatransformer_jax.config.sampling import DepthConfig
 from megatransformer_jax.config.scoring import FILE_KINDS, ScoringConfig
 from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.pipeline import validation_batches
@@ -38,6 +39,7 @@ from megatransformer_jax.evaluation.validation import (
     make_eval_step,
     mean_scores,
 )
+from megatransformer_jax.models.gate_readout import GateReadout, make_readout
 from megatransformer_jax.runs.evaluate_media import evaluate_media
 from megatransformer_jax.runs.evaluate_text import evaluate_generation, read_references
 from megatransformer_jax.runs.load import LoadedModel
@@ -80,11 +82,19 @@ def evaluate(
             batch_size=options.batch_size or DEFAULT_BATCH_SIZE,
             progress=progress,
         )
+    reading = DepthConfig(gate_readout=options.gate_readout, gate_threshold=options.gate_threshold)
+    reading.check_gate(loaded.config.exit_gate.enabled)
     state_key = _state_key(options, loaded.run_config)
     shown: Sequence[str] = TEXT_SCORES
     tokenizer = loaded.tokenizer
     match "text" if options.files else loaded.task:
         case "media":
+            if options.gate_readout != "last":
+                raise ConfigError(
+                    "gate_readout",
+                    f"{options.gate_readout!r} is for text and problems, and this model is scored "
+                    "on media; leave it out.",
+                )
             batches = evaluation_batches(options, loaded)
             return evaluate_media(loaded, options, batches, depths, state_key, progress)
         case "reasoning":
@@ -92,7 +102,8 @@ def evaluate(
     options.reject_media("no media are made where text alone is scored")
     batches = evaluation_batches(options, loaded)
     size = None if tokenizer is None else predicted_text_size(batches, tokenizer)
-    scores = score_batches(loaded, batches, depths, state_key, progress)
+    readout = make_readout(reading.gate_readout, reading.gate_threshold)
+    scores = score_batches(loaded, batches, depths, state_key, progress, readout)
     return _report(scores, loaded.trained_depth, shown, size)
 
 
@@ -128,6 +139,7 @@ def score_batches(
     depths: Sequence[int | None],
     key: jax.Array,
     progress: Progress,
+    readout: GateReadout | None = None,
 ) -> list[Scores]:
     """Scores batches at each depth, with one compilation for all.
 
@@ -137,8 +149,9 @@ def score_batches(
       depths: iterations of the core; None: the model has none.
       key: of the core's first states.
       progress: shows how far it is.
+      readout: what is scored of the iterations. None: the last one's output.
     """
-    eval_step = jax.jit(make_eval_step(loaded.model, key))
+    eval_step = jax.jit(make_eval_step(loaded.model, key, readout))
     scores = []
     with progress:
         task = progress.add_task("scoring", total=len(batches) * len(depths))

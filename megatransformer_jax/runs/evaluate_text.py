@@ -69,7 +69,7 @@ def evaluate_generation(
     prompts = encode_prompts(
         [reference.prompt for reference in references], loaded.tokenizer, loaded.config.vocab_size
     )
-    configs = {depth: _at_depth(generation, depth, options.seed or 0) for depth in depths}
+    configs = {depth: _at_depth(generation, depth, options) for depth in depths}
 
     texts: dict[int | None, list[str]] = {}
     with progress:
@@ -113,10 +113,16 @@ def _report(scores: ScoresByDepth, trained_depth: int | None) -> Report:
     )
 
 
-def _at_depth(config: GenerationConfig, depth: int | None, seed: int) -> GenerationConfig:
-    return dataclasses.replace(
-        config, seed=seed, depth=dataclasses.replace(config.depth, depth=depth)
+def _at_depth(
+    config: GenerationConfig, depth: int | None, options: ScoringConfig
+) -> GenerationConfig:
+    changed = dataclasses.replace(
+        config.depth,
+        depth=depth,
+        gate_readout=options.gate_readout,
+        gate_threshold=options.gate_threshold,
     )
+    return dataclasses.replace(config, seed=options.seed or 0, depth=changed)
 
 
 def _write_predictions(

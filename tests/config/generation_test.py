@@ -49,6 +49,13 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         {"exit_criterion": "learned_gate", "exit_threshold": 1.0},
         "exit_threshold",
     ),
+    (
+        "_readouts_make_all_iterations",
+        DepthConfig,
+        {"exit_criterion": "kl", "gate_readout": "weighted"},
+        "gate_readout",
+    ),
+    ("_readouts_make_all_iterations", DepthConfig, {"gate_threshold": 0.1}, "gate_threshold"),
     ("_sharing_needs_slots", CacheConfig, {"sharing": "last"}, "sharing"),
     ("_anchor_needs_two_slots", CacheConfig, {"sharing": "anchor", "slots": 1}, "sharing"),
     *(
@@ -112,6 +119,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         for strategy in ("speculative", "parallel")
         for depth, path in (
             (DepthConfig(exit_criterion="kl"), "depth.exit_criterion"),
+            (DepthConfig(gate_readout="weighted"), "depth.gate_readout"),
             (DepthConfig(warm_start=True), "depth.warm_start"),
         )
     ),

@@ -125,7 +125,7 @@ def test_texts_are_generated_and_scored(run, tmp_path, capfd):
 
 
 def test_problems_have_exact_answers(tmp_path, small_run, capfd, monkeypatch):
-    def score(loaded, batches, depths, key, progress):
+    def score(loaded, batches, depths, key, progress, readout):
         tokens = sum(int(np.asarray(batch.loss_mask).sum()) for batch in batches)
         return [Scores(depth, 1.0, math.e, 0.5, 0.25, tokens) for depth in depths]
 

@@ -130,17 +130,18 @@ def cached_forward(
         x = jnp.where(new.inserted.is_medium[..., None], new.inserted.values.astype(x.dtype), x)
         x = model.sharder.constrain(x, "batch", "length", None)
     outer = reading(outer, read_entries(cache.coda, cache), positions)
-    num_steps, core_rows = jnp.zeros(new.tokens.shape, jnp.int32), None
+    state, num_steps, core_rows = x, jnp.zeros(new.tokens.shape, jnp.int32), None
     if cache.core is not None:
         inner = layer_context(config, places, mask, config.core_width)
         inner = reading(inner, read_entries(cache.core, cache), positions)
         core: Any = open_pass(model, params, x, inner)
         core = core.replace(outer=outer, cache=cache, rule=rule)
-        state = new.state
-        if state is None:
-            state = token_states(config, new.state_keys, places, core.injected)
-        result = _iterate(model, params, core, state.astype(core.injected.dtype))
-        x, core_rows, num_steps = result.state, result.rows, result.num_steps
+        first = new.state
+        if first is None:
+            first = token_states(config, new.state_keys, places, core.injected)
+        result = _iterate(model, params, core, first.astype(core.injected.dtype))
+        x, state = result.read, result.state
+        core_rows, num_steps = result.rows, result.num_steps
     hidden, coda_rows = apply_coda(model, params, x, outer, cache)
     if last_logits_only:
         hidden = last_token(hidden, is_token)[:, None]
@@ -148,7 +149,7 @@ def cached_forward(
     rows = (prelude_rows, core_rows, coda_rows)
     cache = write_rows(cache, rows, positions, num_steps, is_medium)
     cache = constrain_cache(model.sharder, cache)
-    return CachedOutput(apply_head(model, params, hidden), x, num_steps, cache)
+    return CachedOutput(apply_head(model, params, hidden), state, num_steps, cache)
 
 
 def _iterate(model: MegaTransformer, params: Any, core: Pass, state: jax.Array) -> DepthResult:

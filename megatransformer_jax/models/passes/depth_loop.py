@@ -20,6 +20,12 @@ from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.models.core import Pass
 from megatransformer_jax.models.exit_criteria import Observation
+from megatransformer_jax.models.gate_readout import (
+    Reading,
+    begin_reading,
+    finish_reading,
+    read_iteration,
+)
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for, visible_positions
 from megatransformer_jax.nn.layer_sharing import earlier_uses, stack_owners
@@ -34,11 +40,13 @@ class DepthResult:
 
     Attributes:
       state: the core's last state of each token.
+      read: what coda and head read; the same, unless the rule has a read-out.
       rows: keys and values for the cache, [slots * layers, B, K, T, H].
       num_steps: iterations that each token took; 0 for padding.
     """
 
     state: Float[Array, "B T D"]
+    read: Float[Array, "B T D"]
     rows: KeyValues
     num_steps: Int[Array, "B T"]
 
@@ -51,6 +59,7 @@ class _Carry:
     is_active: jax.Array
     num_steps: jax.Array
     memory: Any
+    reading: Reading | None
 
 
 def iterate_core(
@@ -65,7 +74,7 @@ def iterate_core(
       core: with a cache and a rule. Its context's `cached` says what is new and what is read.
       state: the first state.
       logits_of: coda and head, for criteria that need logits.
-      gate_of: the exit gate's logits, for the criterion that needs it.
+      gate_of: the exit gate's logits, for the criterion and the read-outs that need it.
     """
     cache, rule = core.cache, core.rule
     assert cache is not None and cache.core is not None and rule is not None
@@ -99,7 +108,10 @@ def iterate_core(
         is_active, memory = carry.is_active, carry.memory
         if differ:
             new_state = jnp.where(is_active[..., None], new_state, carry.state)
-        num_steps = carry.num_steps + is_active
+        num_steps, reading = carry.num_steps + is_active, carry.reading
+        if reading is not None:
+            stops = gate_of(new_state)
+            reading = read_iteration(rule.readout, reading, new_state, stops, is_active)
         if criterion.name != _FIXED:
             logits = logits_of(new_state) if criterion.needs_logits else None
             gate = gate_of(new_state) if criterion.needs_gate else None
@@ -107,7 +119,7 @@ def iterate_core(
             may_leave = carry.iteration + 1 >= _per_sequence(rule.min_depth)
             is_active &= ~(criterion.is_settled(value, rule.threshold) & may_leave)
         is_active &= carry.iteration + 1 < _per_sequence(rule.depth)
-        return _Carry(carry.iteration + 1, new_state, rows, is_active, num_steps, memory)
+        return _Carry(carry.iteration + 1, new_state, rows, is_active, num_steps, memory, reading)
 
     empty = no_rows(core, cache.core.key.shape[0], state.shape[1])
     empty = core.core.sharder.constrain(empty, None, "batch", "kv_heads", None, None)
@@ -118,10 +130,12 @@ def iterate_core(
         is_active=positions >= 0,
         num_steps=jnp.zeros(positions.shape, jnp.int32),
         memory=criterion.init(state, config.vocab_size),
+        reading=begin_reading(rule.readout, state),
     )
     carry = jax.lax.while_loop(lambda carry: jnp.any(carry.is_active), body, carry)
     rows = _fill_unused_slots(carry.rows, carry.iteration, layers)
-    return DepthResult(carry.state, rows, carry.num_steps)
+    read = finish_reading(rule.readout, carry.reading, carry.state)
+    return DepthResult(carry.state, read, rows, carry.num_steps)
 
 
 def iterate_and_sow(
