@@ -24,6 +24,7 @@ from megatransformer_jax.nn.embedding import TextEmbedding
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import axes_of, matrix, weight_init
+from megatransformer_jax.nn.quantized import is_quantized_matrix
 from megatransformer_jax.ops.interleave import Layout, interleave, place_media, take_places
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
@@ -94,7 +95,7 @@ class MegaTransformer(nn.Module):
         self.coda = Stack(config, stack_owners(config, "coda"), *parts, "coda")
         self.final_norm = Norm(config.norm)
         if config.is_recurrent:
-            self.core_params = self.param("core", self._init_core)
+            self.core_params = self._declare_core()
             if config.core_width != config.width:
                 shape, axes = (config.width, config.core_width), ("embed", "core_out")
                 self.core_in = matrix(self, "core_in", init.input, shape, axes, self.policy)
@@ -349,6 +350,15 @@ class MegaTransformer(nn.Module):
         # Linen freezes dicts that `setup` stores.
         return _gather(unfreeze(self.core_params), axes, self.policy, self.sharder)
 
+    def _declare_core(self) -> Any:
+        if self.has_variable("params", "core"):
+            stored: Any = self.get_variable("params", "core")
+            nodes = jax.tree.leaves(stored, is_leaf=is_quantized_matrix)
+            if any(map(is_quantized_matrix, nodes)):
+                # `param` would compare the arrays of quantised matrices with those of float ones.
+                return stored
+        return self.param("core", self._init_core)
+
     def core_module(self) -> RecurrentCore:
         """The module of one iteration; its parameters are the tree `core` of this module's."""
         return RecurrentCore(self.config, self.policy, self.sharder, self.platform, parent=None)
@@ -454,9 +464,11 @@ def _gather(params: Any, axes: Any, policy: DTypePolicy, sharder: Sharder) -> An
     def to_compute(weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         # Vectors (norm scales, biases, a_log, dt_bias) stay float32.
         is_matrix = any(name is not None for name in names) and weight.ndim > 1
+        # Of a quantised matrix this says what type its products have.
         return weight.astype(policy.compute) if is_matrix else weight
 
-    return sharder.gather_params(jax.tree.map(to_compute, params, axes), axes)
+    in_compute = jax.tree.map(to_compute, params, axes, is_leaf=is_quantized_matrix)
+    return sharder.gather_params(in_compute, axes)
 
 
 def _with_xla_attention(config: ModelConfig) -> ModelConfig:

@@ -16,13 +16,14 @@ from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import WeightInit, vector
 from megatransformer_jax.nn.peer import Peer
+from megatransformer_jax.nn.quantized import PRODUCT_INPUTS
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
 # Collection that blocks sow their updates into, and stacks their inputs, for `profile_admin`.
 RESIDUAL_UPDATES = "residual_updates"
 # Everything that layers sow. A loop over layers would lose it.
-SOWN_BY_LAYERS = (NEW_ROWS, RESIDUAL_UPDATES, "intermediates")
+SOWN_BY_LAYERS = (NEW_ROWS, RESIDUAL_UPDATES, PRODUCT_INPUTS, "intermediates")
 
 Module = TypeVar("Module", bound=nn.Module)
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
+from megatransformer_jax.nn.quantized import PRODUCT_INPUTS, einsum, take_rows
 from megatransformer_jax.ops.positions import sinusoidal_embedding
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -59,7 +60,7 @@ class TextEmbedding(nn.Module):
         """Embeds tokens; adds learned or sinusoidal positions after scaling."""
         # A lookup cannot use a table whose width is cut as the batch is: gather it first.
         table = self.sharder.gather_params(self.table, ("vocab", "embed"))
-        x = jnp.take(table, tokens, axis=0) * embedding_scale(self.config)
+        x = take_rows(table, tokens) * embedding_scale(self.config)
         if self.config.positions.scheme == "learned":
             x = x + jnp.take(self.position_table, positions, axis=0)
         elif self.config.positions.scheme == "sinusoidal":
@@ -70,7 +71,8 @@ class TextEmbedding(nn.Module):
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 scores of every token of the vocabulary."""
         weight = self.table if self.config.tie_embeddings else self.head
-        logits = jnp.einsum("btd,vd->btv", x, weight, preferred_element_type=jnp.float32)
+        self.sow(PRODUCT_INPUTS, "embedding" if self.config.tie_embeddings else "head", x)
+        logits = einsum("btd,vd->btv", x, weight, preferred_element_type=jnp.float32)
         if self.config.head_bias:
             logits = logits + self.bias
         if self.config.logit_softcap is not None:

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from megatransformer_jax.config.model import MlpConfig
 from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
+from megatransformer_jax.nn.quantized import PRODUCT_INPUTS, einsum
 from megatransformer_jax.types import DTypePolicy
 
 # ------------------------------------------------------------------------------
@@ -33,7 +34,8 @@ class Mlp(nn.Module):
         parts = 2 if self.config.kind == "gated" else 1
         shape, axes = (width, parts, hidden_width), ("embed", None, "mlp")
         kernel = matrix(self, "up", self.inits.input, shape, axes, self.policy)
-        hidden = jnp.einsum("btd,dpf->btpf", x, kernel)
+        self.sow(PRODUCT_INPUTS, "up", x)
+        hidden = einsum("btd,dpf->btpf", x, kernel)
         if self.config.bias:
             bias = vector(self, "up_bias", nn.initializers.zeros, shape[1:], axes[1:])
             hidden = hidden + bias.astype(hidden.dtype)
@@ -44,7 +46,8 @@ class Mlp(nn.Module):
         kernel = matrix(
             self, "down", self.inits.residual, (hidden_width, width), ("mlp", "embed"), self.policy
         )
-        output = jnp.einsum("btf,fd->btd", activated, kernel)
+        self.sow(PRODUCT_INPUTS, "down", activated)
+        output = einsum("btf,fd->btd", activated, kernel)
         if self.config.bias:
             bias = vector(self, "down_bias", nn.initializers.zeros, (width,))
             output = output + bias.astype(output.dtype)

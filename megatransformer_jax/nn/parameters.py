@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.nn.quantized import is_quantized_matrix
 from megatransformer_jax.types import DTypePolicy
 
 # ------------------------------------------------------------------------------
@@ -28,6 +29,8 @@ def matrix(
     policy: DTypePolicy,
 ) -> jax.Array:
     """A weight of `module`, stored in the policy's parameter type, returned in its compute type.
+
+    A quantised weight (nn/quantized.py) comes as it is; `multiply` and `einsum` read both.
 
     Args:
       module: the module whose compact method is running.
@@ -72,6 +75,11 @@ def _declare(
     axes: tuple[str | None, ...],
     dtype: jnp.dtype,
 ) -> jax.Array:
+    if module.has_variable("params", name):
+        stored: Any = module.get_variable("params", name)
+        if is_quantized_matrix(stored):
+            # `param` would compare the shapes of what it is stored in with `shape`.
+            return cast(jax.Array, stored)
     # Linen keeps the box with the axes to itself and returns what is in it.
     return cast(jax.Array, module.param(name, nn.with_partitioning(init, axes), shape, dtype))
 

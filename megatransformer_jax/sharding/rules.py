@@ -98,6 +98,8 @@ class Sharder:
           params: pytree of arrays.
           logical_axes: the same tree with a tuple of logical names per array.
         """
+        if self.mesh is None:
+            return params
         gathered = Sharder(self.mesh, self.rules.without("fsdp"))
         return jax.tree.map(
             lambda array, axes: gathered.constrain(array, *axes),

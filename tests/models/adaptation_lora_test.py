@@ -18,6 +18,7 @@ from megatransformer_jax.models.adaptation import init_lora, lora_axes, merge_lo
 from megatransformer_jax.models.megatransformer import build_model, init_params, param_axes
 from megatransformer_jax.nn import attention as attention_module
 from megatransformer_jax.nn import mlp as mlp_module
+from megatransformer_jax.nn import quantized as quantized_module
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -91,9 +92,9 @@ class Unmerged:
         return x @ self.kernel + LORA.alpha / LORA.rank * ((x @ self.a) @ self.b)
 
 
-def einsum(equation, x, kernel):
+def einsum(equation, x, kernel, **options):
     if not isinstance(kernel, Unmerged):
-        return jnp.einsum(equation, x, kernel)
+        return jnp.einsum(equation, x, kernel, **options)
     low = jnp.tensordot(x, kernel.a, axes=1)
     return jnp.einsum(equation, x, kernel.kernel) + LORA.alpha / LORA.rank * jnp.tensordot(
         low, kernel.b, axes=1
@@ -122,7 +123,7 @@ def unmerged_logits(model, params, lora, monkeypatch):
     numpy = types.SimpleNamespace(**{**vars(jnp), "einsum": einsum})
     for module in (attention_module, mlp_module):
         monkeypatch.setattr(module, "matrix", matrix_of(module.matrix))
-        monkeypatch.setattr(module, "jnp", numpy)
+    monkeypatch.setattr(quantized_module, "jnp", numpy)
     result = logits(model, params)
     monkeypatch.undo()
     return result
