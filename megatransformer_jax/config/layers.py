@@ -109,6 +109,44 @@ class AttentionConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
+@dataclasses.dataclass(frozen=True)
+class ValueEmbeddingConfig:
+    """Embeddings of the tokens that are added to the values of some layers' attention.
+
+    A layer with one has a table of its own, and adds 2 sigmoid(gate(x)) times the token's row to
+    its values, with a number per key/value head from the first channels of its input x. As in
+    nanochat and Parcae (arXiv 2604.12946).
+    """
+
+    layers: tuple[int, ...] = option(
+        (),
+        "Layers with value embeddings, counted from 0 through prelude, core and coda; such as "
+        "(1, 3, 5). A core layer adds the same rows in every iteration. Default (): none.",
+        minimum=0,
+    )
+    gate_channels: int = option(
+        32, "Channels of a layer's input, from the first, that its gate reads.", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("layers")
+    def _layers_are_in_order(self) -> None:
+        """Ascending, each once."""
+        if list(self.layers) != sorted(set(self.layers)):
+            raise ConfigError(
+                "layers",
+                f"{self.layers!r} is not in order; write {tuple(sorted(set(self.layers)))}.",
+            )
+
+    @rule("gate_channels")
+    def _gates_need_layers(self) -> None:
+        """Only with layers."""
+        if not self.layers:
+            require_defaults(self, ("gate_channels",), "with layers=()", "name some layers")
+
+
 _SCALING_OPTIONS = {
     "none": (),
     "linear": ("factor",),

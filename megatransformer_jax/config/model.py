@@ -9,6 +9,7 @@ from megatransformer_jax.config.layers import (
     PeerConfig,
     PositionConfig,
     SharingConfig,
+    ValueEmbeddingConfig,
 )
 from megatransformer_jax.config.option import (
     ConfigError,
@@ -172,6 +173,9 @@ class ModelConfig:
         choices=("fixed", "learned"),
     )
     attention: AttentionConfig = section(AttentionConfig, "Self-attention.")
+    value_embedding: ValueEmbeddingConfig = section(
+        ValueEmbeddingConfig, "Token embeddings in the values of attention."
+    )
     positions: PositionConfig = section(PositionConfig, "Position scheme.")
     norm: NormConfig = section(NormConfig, "Normalisation.")
     mlp: MlpConfig = section(MlpConfig, "Feed-forward layer.")
@@ -271,6 +275,36 @@ class ModelConfig:
                     "scan_layers=True cannot run in a loop; set scan_layers=False, "
                     "sharing.scheme='none', or one window for all.",
                 )
+
+    @rule("value_embedding.layers", "value_embedding.gate_channels", "sharing.scheme")
+    def _value_embeddings_have_layers(self) -> None:
+        """Value embeddings are of layers that there are, with sharing.scheme='none', and their
+        gates read at most width and core_width channels."""
+        own, layers = (
+            self.value_embedding,
+            sum(getattr(self, f"{stack}_layers") for stack in STACKS),
+        )
+        if not own.layers:
+            return
+        if own.layers[-1] >= layers:
+            raise ConfigError(
+                "value_embedding.layers",
+                f"{own.layers!r} names layer {own.layers[-1]}, but prelude, core and coda have "
+                f"{layers} layers, 0 to {layers - 1}; leave it out.",
+            )
+        if self.sharing.scheme != "none":
+            raise ConfigError(
+                "sharing.scheme",
+                f"{self.sharing.scheme!r} with value embeddings: layers that share weights share "
+                "their gates, but a table is of one layer; use 'none'.",
+            )
+        narrowest = min(self.width, self.core_width)
+        if own.gate_channels > narrowest:
+            raise ConfigError(
+                "value_embedding.gate_channels",
+                f"{own.gate_channels} is more than the {narrowest} channels of a layer's input; "
+                f"use at most {narrowest}.",
+            )
 
     @rule("recurrence")
     def _recurrence_needs_a_core(self) -> None:
@@ -381,6 +415,18 @@ class ModelConfig:
         if not own:
             return (self.attention.window,) * layers
         return tuple(own[layer % len(own)] or None for layer in range(layers))
+
+    def value_layers(self, stack: str) -> tuple[int, ...]:
+        """Places in 'prelude', 'core' or 'coda' of the layers with value embeddings."""
+        first = self.first_layer(stack)
+        layers: int = getattr(self, f"{stack}_layers")
+        chosen = self.value_embedding.layers
+        return tuple(place for place in range(layers) if first + place in chosen)
+
+    def first_layer(self, stack: str) -> int:
+        """The number of a stack's first layer, counted through prelude, core and coda."""
+        before = STACKS[: STACKS.index(stack)]
+        return sum(getattr(self, f"{name}_layers") for name in before)
 
     def _own_windows(self, stack: str) -> tuple[int, ...]:
         own: tuple[int, ...] = getattr(self.attention, f"{stack}_windows")

@@ -13,6 +13,7 @@ the end, every row's last iterations lie in the second phase; aligned at the sta
 would end before it and would train nothing.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -142,9 +143,12 @@ class Pass:
 
     def stopped(self) -> "Pass":
         """The same pass, through which no gradient reaches weights or injection."""
-        params, prepared = jax.lax.stop_gradient((self.params, self.prepared))
+        params, prepared, values = jax.lax.stop_gradient(
+            (self.params, self.prepared, self.context.value_embeddings)
+        )
+        context = dataclasses.replace(self.context, value_embeddings=values)
         stopped: Pass = self.replace(  # type: ignore[attr-defined]
-            params=params, prepared=prepared
+            params=params, prepared=prepared, context=context
         )
         return stopped
 

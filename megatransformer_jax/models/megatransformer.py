@@ -20,7 +20,7 @@ from megatransformer_jax.models.media.parts import MediaParts
 from megatransformer_jax.nn.adapters import ExitGate, identity
 from megatransformer_jax.nn.block import Stack
 from megatransformer_jax.nn.context import LayerContext
-from megatransformer_jax.nn.embedding import TextEmbedding
+from megatransformer_jax.nn.embedding import TextEmbedding, ValueEmbedding
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import axes_of, matrix, weight_init
@@ -44,12 +44,19 @@ class Entered:
       positions: place of each within its document.
       segment_ids: document of each, 0 for padding; None if there is one per row.
       layout: where text and media are. None without media.
+      value_embeddings: of the text, for `LayerContext`.
     """
 
     x: Float[Array, "B S D"]
     positions: Int[Array, "B S"]
     segment_ids: Int[Array, "B S"] | None
     layout: Layout | None
+    value_embeddings: dict[str, Float[Array, "_ B S K H"]] | None = None
+
+    def context(self, config: ModelConfig, width: int, deterministic: bool = True) -> LayerContext:
+        """What the layers of core (at its width) or coda share in a pass over these rows."""
+        context = pass_context(config, self.positions, self.segment_ids, width, deterministic)
+        return dataclasses.replace(context, value_embeddings=self.value_embeddings)
 
     @property
     def is_token(self) -> Bool[Array, "B S"]:
@@ -91,6 +98,8 @@ class MegaTransformer(nn.Module):
         init = weight_init(config, config.width)
         parts = (init, self.policy, self.sharder, self.platform, config.remat)
         self.embedding = TextEmbedding(config, init, self.policy, self.sharder)
+        if config.value_embedding.layers:
+            self.value_embedding = ValueEmbedding(config, init, self.policy, self.sharder)
         self.prelude = Stack(config, stack_owners(config, "prelude"), *parts, "prelude")
         self.coda = Stack(config, stack_owners(config, "coda"), *parts, "coda")
         self.final_norm = Norm(config.norm)
@@ -163,10 +172,9 @@ class MegaTransformer(nn.Module):
             deterministic=deterministic,
             fills_slots=fills_slots,
         )
-        x, positions, segment_ids = entered.x, entered.positions, entered.segment_ids
-        outer = pass_context(config, positions, segment_ids, config.width, deterministic)
+        x, outer = entered.x, entered.context(config, config.width, deterministic)
         if config.is_recurrent:
-            inner = pass_context(config, positions, segment_ids, config.core_width, deterministic)
+            inner = entered.context(config, config.core_width, deterministic)
             inner = dataclasses.replace(inner, head_mask=masks[1])
             steps = jnp.asarray(num_steps)
             x = self._iterate_core(x, inner, steps, backprop_depth, state, readout)
@@ -199,23 +207,26 @@ class MegaTransformer(nn.Module):
         if media is None:
             if positions is None:
                 positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+            values = self.embed_values(tokens)
             context = pass_context(config, positions, segment_ids, config.width, deterministic)
-            context = dataclasses.replace(context, head_mask=head_mask)
+            context = dataclasses.replace(context, head_mask=head_mask, value_embeddings=values)
             x = self.run_prelude(tokens, positions, context)
             if config.has_media and self.is_initializing():
                 self.media.declare()
-            return Entered(x, positions, segment_ids, None)
+            return Entered(x, positions, segment_ids, None, values)
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         layout = self.media.layout(media, segment_ids)
         text_segments = jnp.where(layout.is_medium, 0, layout.segment_ids)
         context = pass_context(config, layout.positions, text_segments, config.width, deterministic)
-        context = dataclasses.replace(context, head_mask=head_mask)
-        x = self.run_prelude(interleave(layout, tokens), layout.positions, context)
+        tokens = interleave(layout, tokens)
+        values = self.embed_values(tokens, ~layout.is_medium)
+        context = dataclasses.replace(context, head_mask=head_mask, value_embeddings=values)
+        x = self.run_prelude(tokens, layout.positions, context)
         images, clips = self.media.encode(media, deterministic, fills_slots=fills_slots)
         x = jnp.where(layout.is_medium[..., None], place_media(layout, images, clips), x)
         x = self.sharder.constrain(x, "batch", "length", None)
-        return Entered(x, layout.positions, layout.segment_ids, layout)
+        return Entered(x, layout.positions, layout.segment_ids, layout, values)
 
     def image_loss(
         self, images: Float[Array, "N H W C"], condition: Condition, key: Key[Array, ""]
@@ -254,6 +265,15 @@ class MegaTransformer(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Embedding and prelude."""
         return self.prelude(self.embedding(tokens, positions, context.deterministic), context)
+
+    def embed_values(
+        self, tokens: Int[Array, "B T"], is_text: Bool[Array, "B T"] | None = None
+    ) -> dict[str, Float[Array, "_ B T K H"]] | None:
+        """`LayerContext.value_embeddings` of tokens; zeros where there is no text. None if the
+        model has no value embeddings."""
+        if not self.config.value_embedding.layers:
+            return None
+        return self.value_embedding(tokens, is_text)
 
     def enter_core(self, x: Float[Array, "B T D"], context: LayerContext) -> Pass:
         """What the iterations need, from the prelude's output.
@@ -367,6 +387,9 @@ class MegaTransformer(nn.Module):
         state = jnp.zeros((1, 1, self.config.core_width), self.policy.compute)
         positions = jnp.zeros((1, 1), jnp.int32)
         context = pass_context(self.config, positions, None, self.config.core_width)
+        shape = (1, 1, self.config.attention.kv_heads, self.config.head_dim(state.shape[-1]))
+        rows = jnp.zeros((len(self.config.value_layers("core")), *shape), self.policy.compute)
+        context = dataclasses.replace(context, value_embeddings={"core": rows})
         config = _with_xla_attention(self.config)
         core = RecurrentCore(config, self.policy, Sharder(), self.platform, parent=None)
         return core.init(key, state, state, context, method="prepare_and_call")["params"]
@@ -424,6 +447,20 @@ def open_pass(
 ) -> Pass:
     """`MegaTransformer.enter_core`, from outside of the module."""
     return cast(Pass, model.apply({"params": params}, x, context, method="enter_core"))
+
+
+def with_values(
+    model: MegaTransformer,
+    params: Any,
+    context: LayerContext,
+    tokens: Int[Array, "B T"],
+    is_text: Bool[Array, "B T"] | None = None,
+) -> LayerContext:
+    """The context with `MegaTransformer.embed_values` of its tokens, from outside of the module."""
+    if not model.config.value_embedding.layers:
+        return context
+    values = model.apply({"params": params}, tokens, is_text, method="embed_values")
+    return dataclasses.replace(context, value_embeddings=cast(Any, values))
 
 
 def build_model(

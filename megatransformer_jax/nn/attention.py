@@ -50,6 +50,8 @@ class SelfAttention(nn.Module):
         """
         query, key, value = self._project(x)
         query, key = self._prepare(query, key, context)
+        if context.value_embedding is not None:
+            value = self._add_embedding(value, x, context.value_embedding)
         query = self.sharder.constrain(query, "batch", "length", "heads", None)
         key = self.sharder.constrain(key, "batch", None, "kv_heads", None)
         value = self.sharder.constrain(value, "batch", None, "kv_heads", None)
@@ -176,6 +178,14 @@ class SelfAttention(nn.Module):
         if config.qk_norm_scale:
             scale = vector(self, name, nn.initializers.ones, shape, axes)
         return rms_normalize(heads, scale, eps, num_axes=len(shape))
+
+    def _add_embedding(self, value: jax.Array, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """v + 2 sigmoid(gate(x)) e per key/value head; the gate starts at 1."""
+        channels = self.config.value_embedding.gate_channels
+        shape, axes = (channels, value.shape[-2]), (None, "kv_heads")
+        kernel = matrix(self, "value_gate", nn.initializers.zeros, shape, axes, self.policy)
+        gate = 2.0 * jax.nn.sigmoid((x[..., :channels] @ kernel).astype(jnp.float32))
+        return value + gate[..., None].astype(value.dtype) * rows.astype(value.dtype)
 
     def _merge(self, mixed: jax.Array, width: int) -> jax.Array:
         shape = (*mixed.shape[-2:], width)

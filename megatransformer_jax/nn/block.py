@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -100,8 +101,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     """Layers in sequence. Layer i has the weights `layer_{owners[i]}` (nn/layer_sharing.py).
 
-    `stack` is 'prelude', 'core' or 'coda', whose layers may have their own windows; other stacks
-    leave it empty.
+    `stack` is 'prelude', 'core' or 'coda', whose layers may have their own windows and value
+    embeddings; other stacks leave it empty.
     """
 
     config: ModelConfig
@@ -124,16 +125,25 @@ class Stack(nn.Module):
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
         blocks = [block_class(*parts, name=f"layer_{owner}") for owner in sorted(set(self.owners))]
         for layer, owner in enumerate(self.owners):
-            x = blocks[owner](x, self._context_of(layer, context), layer)
+            x = blocks[owner](x, self._context_of(context, layer, layer), layer)
         return x
 
-    def _context_of(self, layer: int, context: LayerContext) -> LayerContext:
-        """The context as the layer at this place of the stack sees it."""
+    def _context_of(self, context: LayerContext, layer: int | jax.Array, like: int) -> LayerContext:
+        """The context as the layer at this place of the stack sees it; `like` is a static place of
+        the same kind."""
         if not self.stack:
             return context
-        window = self.config.windows(self.stack)[layer]
-        mask = dataclasses.replace(context.mask, window=window)
-        return dataclasses.replace(context, mask=mask)
+        mask = dataclasses.replace(context.mask, window=self.config.windows(self.stack)[like])
+        rows, having = None, self.config.value_layers(self.stack)
+        if like in having:
+            if context.value_embeddings is None:
+                raise ValueError(
+                    "this pass has no value embeddings, but the model's layers want them; give its "
+                    "context those of its tokens (`MegaTransformer.embed_values`)."
+                )
+            of_stack = context.value_embeddings[self.stack]
+            rows = of_stack[jnp.sum(jnp.asarray(having) < layer)]
+        return dataclasses.replace(context, mask=mask, value_embeddings=None, value_embedding=rows)
 
     def _can_scan(self) -> bool:
         """Not to declare parameters, nor when somebody asks for what layers sow."""
@@ -151,7 +161,7 @@ class Stack(nn.Module):
             rngs = {}
             if dropout_key is not None:
                 rngs = {"dropout": jax.random.fold_in(dropout_key, layer)}
-            seen = self._context_of(like, context)
+            seen = self._context_of(context, layer, like)
             return cast(jax.Array, block.apply({"params": params}, x, seen, layer, rngs=rngs))
 
         if self.remat != "none":
@@ -162,8 +172,15 @@ class Stack(nn.Module):
                 prevent_cse=False,
                 static_argnums=(3,),
             )
-        kinds = self.config.windows(self.stack) if self.stack else ()
-        return scan_layers(apply_layer, self.variables["params"], self.owners, x, kinds)
+        return scan_layers(apply_layer, self.variables["params"], self.owners, x, self._kinds())
+
+    def _kinds(self) -> tuple[tuple[int | None, bool], ...]:
+        """What differs between the layers of a stack: window, and whether there is a value gate."""
+        if not self.stack:
+            return ()
+        having = self.config.value_layers(self.stack)
+        windows = enumerate(self.config.windows(self.stack))
+        return tuple((window, layer in having) for layer, window in windows)
 
 
 def rematerialized(

@@ -49,6 +49,9 @@ class LayerContext:
       head_mask: factor on every head's output for the layers of one stack, [L, N], or None.
       deterministic: no dropout.
       cached: set where the pass reads a cache.
+      value_embeddings: rows of the pass's tokens for the layers of each stack that have value
+        embeddings, by the stack's name (nn/embedding.py). None if the model has none.
+      value_embedding: the rows of one layer, which its stack hands to it.
     """
 
     mask: AttentionMask
@@ -57,3 +60,5 @@ class LayerContext:
     head_mask: Float[Array, "L N"] | None = None
     deterministic: bool = struct.field(pytree_node=False, default=True)
     cached: CachedPass | None = None
+    value_embeddings: dict[str, Float[Array, "_ B T K H"]] | None = None
+    value_embedding: Float[Array, "B T K H"] | None = None

@@ -4,10 +4,10 @@ import math
 
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
+from megatransformer_jax.config.model import STACKS, ModelConfig
+from megatransformer_jax.nn.parameters import WeightInit, matrix, table, vector
 from megatransformer_jax.nn.quantized import PRODUCT_INPUTS, einsum, take_rows
 from megatransformer_jax.ops.positions import sinusoidal_embedding
 from megatransformer_jax.sharding.rules import Sharder
@@ -79,6 +79,54 @@ class TextEmbedding(nn.Module):
             cap = self.config.logit_softcap
             logits = cap * jnp.tanh(logits / cap)
         return self.sharder.constrain(logits, "batch", "length", "vocab")
+
+
+class ValueEmbedding(nn.Module):
+    """What `model.value_embedding` adds to values, before the gates: a table per chosen layer.
+
+    It depends on the tokens alone, so a pass looks it up once, for all iterations.
+    """
+
+    config: ModelConfig
+    inits: WeightInit
+    policy: DTypePolicy
+    sharder: Sharder
+
+    @nn.compact
+    def __call__(
+        self, tokens: Int[Array, "B T"], is_text: Bool[Array, "B T"] | None = None
+    ) -> dict[str, Float[Array, "L B T K H"]]:
+        """Rows of the chosen layers of 'prelude', 'core' and 'coda', as far as they have any.
+
+        Args:
+          tokens: ids.
+          is_text: where there are tokens; elsewhere the rows are zeros. None: everywhere.
+        """
+        found = {}
+        for stack in STACKS:
+            first = self.config.first_layer(stack)
+            width = self.config.core_width if stack == "core" else self.config.width
+            rows = [
+                self._look_up(tokens, first + place, self.config.head_dim(width))
+                for place in self.config.value_layers(stack)
+            ]
+            if rows:
+                found[stack] = jnp.stack(rows)
+            if rows and is_text is not None:
+                found[stack] = jnp.where(is_text[..., None, None], found[stack], 0)
+        return found
+
+    def _look_up(
+        self, tokens: Int[Array, "B T"], layer: int, head_dim: int
+    ) -> Float[Array, "B T K H"]:
+        kv_heads, axes = self.config.attention.kv_heads, ("vocab", "embed")
+        shape = (self.config.vocab_size, kv_heads * head_dim)
+        name = f"layer_{layer}_embedding"
+        weight = table(self, name, self.inits.embedding, shape, axes, self.policy)
+        weight = self.sharder.gather_params(weight, axes)
+        rows = take_rows(weight, tokens).astype(self.policy.compute)
+        rows = self.sharder.constrain(rows, "batch", "length", None)
+        return rows.reshape(*tokens.shape, kv_heads, head_dim)
 
 
 # ------------------------------------------------------------------------------

@@ -50,7 +50,8 @@ VARIANTS = {
     "grouped": variant(attention={"num_heads": 4, "num_kv_heads": 2}),
     "multi_query": variant(attention={"num_heads": 4, "num_kv_heads": 1, "head_dim": 6}),
     "biases": variant(
-        attention={"qkv_bias": True, "output_bias": True, "qk_bias": True, "qk_norm": True}
+        attention={"qkv_bias": True, "output_bias": True, "qk_bias": True, "qk_norm": True},
+        value_embedding={"layers": (0, 2), "gate_channels": 5},
     ),
     "window": variant(attention={"window": 3}),
     "softcaps": variant(attention={"logit_softcap": 5.0}, logit_softcap=3.0),
@@ -79,7 +80,13 @@ VARIANTS = {
         },
     ),
     "remat": variant(remat="full"),
-    "scanned": variant(scan_layers=True, core_layers=2, coda_layers=0, remat="full"),
+    "scanned": variant(
+        scan_layers=True,
+        core_layers=4,
+        coda_layers=0,
+        remat="full",
+        value_embedding={"layers": (2, 4), "gate_channels": 5},
+    ),
     "rezero_shared": variant(
         residual="rezero",
         norm={"placement": "none"},
@@ -186,6 +193,7 @@ def test_every_parameter_has_a_gradient():
             "iteration_norm": True,
             "readout_matrix": True,
         },
+        value_embedding={"layers": (0, 1, 2), "gate_channels": 4},
         tie_embeddings=False,
         head_bias=True,
     )

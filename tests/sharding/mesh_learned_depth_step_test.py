@@ -1,4 +1,5 @@
-"""A training step with an exit gate and Jacobian regularisation, sharded, equals one device's."""
+"""A training step with an exit gate, Jacobian regularisation, value embeddings and norms over all
+heads, sharded, equals one device's."""
 
 import dataclasses
 
@@ -8,6 +9,7 @@ import optax
 from hlo import count_in_loops
 from sharded_step import example_batch, run_config
 
+from megatransformer_jax.config.layers import ValueEmbeddingConfig
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.recurrence import (
     ExitGateConfig,
@@ -27,7 +29,14 @@ OPTIMIZER = optax.sgd(0.1)
 def with_both_terms():
     config = run_config()
     model = dataclasses.replace(
-        config.model, prelude_layers=0, coda_layers=0, exit_gate=ExitGateConfig(enabled=True)
+        config.model,
+        prelude_layers=0,
+        coda_layers=0,
+        attention=dataclasses.replace(
+            config.model.attention, qk_norm=True, qk_norm_span="width", core_windows=(4,)
+        ),
+        exit_gate=ExitGateConfig(enabled=True),
+        value_embedding=ValueEmbeddingConfig((0,), 4),
     )
     train = dataclasses.replace(
         config.train,

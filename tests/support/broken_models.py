@@ -8,6 +8,7 @@ from megatransformer_jax.config.layers import (
     PositionConfig,
     RotaryScalingConfig,
     SharingConfig,
+    ValueEmbeddingConfig,
 )
 from megatransformer_jax.config.model import InitConfig, MlpConfig, ModelConfig, NormConfig
 from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConfig
@@ -148,6 +149,30 @@ BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [
             "attention": AttentionConfig(core_windows=(1, 2)),
         },
         "attention.core_windows",
+    ),
+    ("_layers_are_in_order", ValueEmbeddingConfig, {"layers": (2, 1)}, "layers"),
+    ("_gates_need_layers", ValueEmbeddingConfig, {"gate_channels": 8}, "gate_channels"),
+    (
+        "_value_embeddings_have_layers",
+        ModelConfig,
+        {"core_layers": 2, "value_embedding": ValueEmbeddingConfig((1, 4))},
+        "value_embedding.layers",
+    ),
+    (
+        "_value_embeddings_have_layers",
+        ModelConfig,
+        {
+            "core_layers": 2,
+            "sharing": SharingConfig(scheme="cycle", core_unique=1),
+            "value_embedding": ValueEmbeddingConfig((1,)),
+        },
+        "sharing.scheme",
+    ),
+    (
+        "_value_embeddings_have_layers",
+        ModelConfig,
+        {"width": 16, "value_embedding": ValueEmbeddingConfig((1,))},
+        "value_embedding.gate_channels",
     ),
     (
         "_unique_layers_are_layers",

@@ -16,6 +16,7 @@ import numpy as np
 class Token:
     """One token and all that is remembered of it."""
 
+    id: int
     position: int
     embedding: np.ndarray
     steps: int = 0
@@ -43,7 +44,7 @@ class ReferenceSequence:
     def run(self, ids, *, depth, criterion="fixed", threshold=0.0, min_depth=1):
         """One pass: logits [T, V] and iterations [T]."""
         table = self.params["embedding"]["embedding"]
-        new = [Token(len(self.tokens) + i, table[token]) for i, token in enumerate(ids)]
+        new = [Token(int(token), len(self.tokens) + i, table[token]) for i, token in enumerate(ids)]
         self.tokens += new
         entered = self._outer("prelude", {token: token.embedding for token in new})
         states = self._iterate(entered, depth, criterion, threshold, min_depth)
@@ -98,7 +99,7 @@ class ReferenceSequence:
         def recall(token, layer):
             return token.outer[name, layer]
 
-        return self._stack(self.params.get(name, {}), inputs, remember, recall)
+        return self._stack(name, self.params.get(name, {}), inputs, remember, recall)
 
     def _core(self, inputs, slot):
         def remember(token, layer, key_value):
@@ -109,10 +110,11 @@ class ReferenceSequence:
             absent = token.latest[layer] if self.reads == "latest" else None
             return token.slots.get((slot, layer), absent)
 
-        return self._stack(self.params["core"]["layers"], inputs, remember, recall)
+        return self._stack("core", self.params["core"]["layers"], inputs, remember, recall)
 
-    def _stack(self, params, inputs, remember, recall):
+    def _stack(self, name, params, inputs, remember, recall):
         """Pre-norm layers over {token: vector}."""
+        first = self.config.first_layer(name)
         x = dict(inputs)
         for layer in range(len(params)):
             weights = params[f"layer_{layer}"]
@@ -121,7 +123,13 @@ class ReferenceSequence:
                 normed = self._norm(residual, weights["attention_norm_in"]["scale"])
                 fused = np.einsum("d,dkgh->kgh", normed, weights["attention"]["qkv"])
                 queries[token] = fused[:, :-2]
-                remember(token, layer, (fused[:, -2], fused[:, -1]))
+                value = fused[:, -1]
+                if first + layer in self.config.value_embedding.layers:
+                    gate = weights["attention"]["value_gate"]
+                    table = self.params["value_embedding"][f"layer_{first + layer}_embedding"]
+                    factor = 2 / (1 + np.exp(-normed[: len(gate)] @ gate))
+                    value = value + factor[:, None] * table[token.id].reshape(value.shape)
+                remember(token, layer, (fused[:, -2], value))
             for token, query in queries.items():
                 mixed = self._attend(token, query, lambda t, n=layer: recall(t, n))
                 x[token] = x[token] + np.einsum("nh,nhd->d", mixed, weights["attention"]["output"])

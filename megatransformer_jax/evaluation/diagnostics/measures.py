@@ -17,7 +17,6 @@ from megatransformer_jax.models.core import Pass, draw_num_steps
 from megatransformer_jax.models.megatransformer import Entered, MegaTransformer, pass_context
 from megatransformer_jax.models.passes.observed import open_batch
 from megatransformer_jax.nn.block import Block
-from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.layer_sharing import earlier_uses, stack_owners
 from megatransformer_jax.nn.peer import is_statistic
 from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, masked_softmax
@@ -185,7 +184,7 @@ def observe_coda(
     model: MegaTransformer, params: Any, state: jax.Array, entered: Entered
 ) -> list[LayerOutput]:
     """The coda's layers, from the core's state or, without a core, from the prelude's output."""
-    context = _outer_context(model.config, entered)
+    context = entered.context(model.config, model.config.width)
     _, seen = _apply(model, params, state, context, method="run_coda")
     return list(_layers(seen.get("coda", {}), model.config, "coda"))
 
@@ -193,10 +192,6 @@ def observe_coda(
 def layer_names(config: ModelConfig, stack: str) -> list[str]:
     """Names of the layers of 'prelude', 'core' or 'coda', such as 'core/layer_1'."""
     return [f"{stack}/layer_{number}" for number in range(len(stack_owners(config, stack)))]
-
-
-def _outer_context(config: ModelConfig, entered: Entered) -> LayerContext:
-    return pass_context(config, entered.positions, entered.segment_ids, config.width)
 
 
 def _apply(module: nn.Module, params: Any, *arguments: Any, **options: Any) -> tuple[Any, Any]:

@@ -92,7 +92,8 @@ def forward_flops(
 
     def outer(stack: str) -> dict[str, float]:
         layers: int = getattr(config, f"{stack}_layers")
-        return _times(layers, _layer(config, config.width, keys(stack)))
+        products = _times(layers, _layer(config, config.width, keys(stack)))
+        return products | _value_gates(config, stack)
 
     once = {"prelude": outer("prelude")}
     iteration: Mapping[str, float] = {}
@@ -101,6 +102,7 @@ def forward_flops(
         injection = {"adapter": 2.0 * width**2 if adapter in ("linear", "diagonal") else 0.0}
         iteration = _times(config.core_layers, _layer(config, width, keys("core")))
         iteration |= {"adapter": 2.0 * width**2 if adapter == "linear" else 0.0}
+        iteration |= _value_gates(config, "core")
         if width != config.width:
             injection["core_in"] = 2.0 * config.width * width
         once["injection"] = injection
@@ -144,6 +146,13 @@ def _layer(config: ModelConfig, width: int, keys: float) -> dict[str, float]:
         "output": 2.0 * heads_width * width,
         **_feed_forward(config, width),
     }
+
+
+def _value_gates(config: ModelConfig, stack: str) -> dict[str, float]:
+    """Of a stack's layers with value embeddings, whose rows are looked up and cost nothing."""
+    layers = len(config.value_layers(stack))
+    channels = config.value_embedding.gate_channels
+    return {"value_gate": 2.0 * layers * channels * config.attention.kv_heads} if layers else {}
 
 
 def _feed_forward(config: ModelConfig, width: int) -> dict[str, float]:

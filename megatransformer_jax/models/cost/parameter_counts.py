@@ -16,6 +16,7 @@ ITERATED_PARTS = ("adapter", "core")
 # In the order of a forward pass. A tied head has no parameters and no entry.
 PARTS = (
     "embedding",
+    "value_embedding",
     "prelude",
     "image_prelude",
     "audio_prelude",

@@ -1,5 +1,6 @@
 """One forward pass over new tokens with a key/value cache: prefill, a chunk of it, or one token."""
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -16,6 +17,7 @@ from megatransformer_jax.models.megatransformer import (
     gather_weights,
     layer_context,
     open_pass,
+    with_values,
 )
 from megatransformer_jax.models.passes.depth_loop import (
     DepthResult,
@@ -118,6 +120,8 @@ def cached_forward(
     positions = jnp.where(is_token, positions, -1)
     mask = AttentionMask(is_causal=True, window=config.attention.window)
     outer = layer_context(config, places, mask, config.width)
+    is_text = None if is_medium is None else ~is_medium
+    outer = with_values(model, params, outer, new.tokens, is_text)
 
     def reading(context: LayerContext, rows: CachedRows, positions: jax.Array) -> LayerContext:
         cached = CachedPass(rows, positions, positions, None, None, new.is_first)
@@ -133,6 +137,7 @@ def cached_forward(
     state, num_steps, core_rows = x, jnp.zeros(new.tokens.shape, jnp.int32), None
     if cache.core is not None:
         inner = layer_context(config, places, mask, config.core_width)
+        inner = dataclasses.replace(inner, value_embeddings=outer.value_embeddings)
         inner = reading(inner, read_entries(cache.core, cache), positions)
         core: Any = open_pass(model, params, x, inner)
         core = core.replace(outer=outer, cache=cache, rule=rule)

@@ -4,6 +4,7 @@ Losses that read every iteration, the Jacobian, Admin's profile, diagnostics: al
 dropout.
 """
 
+import dataclasses
 from typing import Any, cast
 
 import jax
@@ -16,6 +17,7 @@ from megatransformer_jax.models.megatransformer import (
     MegaTransformer,
     open_pass,
     pass_context,
+    with_values,
 )
 from megatransformer_jax.nn.block import RESIDUAL_UPDATES
 from megatransformer_jax.types import Batch
@@ -56,10 +58,9 @@ def open_batch(model: MegaTransformer, params: Any, batch: Batch) -> tuple[Enter
 
 
 def _open(model: MegaTransformer, params: Any, entered: Entered) -> Pass:
-    config, places = model.config, (entered.positions, entered.segment_ids)
-    inner = pass_context(config, *places, config.core_width)
-    core: Any = open_pass(model, params, entered.x, inner)
-    return cast(Pass, core.replace(outer=pass_context(config, *places, config.width)))
+    config = model.config
+    core: Any = open_pass(model, params, entered.x, entered.context(config, config.core_width))
+    return cast(Pass, core.replace(outer=entered.context(config, config.width)))
 
 
 def _check_core(model: MegaTransformer) -> None:
@@ -180,9 +181,11 @@ def _updates(
     config = model.config
     variables = {"params": params}
     outer = pass_context(config, positions, segment_ids, config.width)
+    outer = with_values(model, params, outer, tokens)
     x, sown = _apply(model, variables, tokens, positions, outer, method="run_prelude")
     if config.is_recurrent:
         inner = pass_context(config, positions, segment_ids, config.core_width)
+        inner = dataclasses.replace(inner, value_embeddings=outer.value_embeddings)
         core = open_pass(model, params, x, inner)
         state = initial_state(config, key, core.injected)
         x, of_core = _apply(core.core, {"params": core.params}, state, core.prepared, inner)

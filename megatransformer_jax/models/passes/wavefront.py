@@ -5,6 +5,7 @@ iteration therefore cannot read "its" slot of the cache: all read one slot, wher
 last keys and values stand. Among themselves they see what each offers in the same iteration.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -14,7 +15,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.models.core import Pass
 from megatransformer_jax.models.exit_criteria import Observation, exit_criterion
-from megatransformer_jax.models.megatransformer import MegaTransformer, layer_context, open_pass
+from megatransformer_jax.models.megatransformer import (
+    MegaTransformer,
+    layer_context,
+    open_pass,
+    with_values,
+)
 from megatransformer_jax.models.passes.cached import (
     apply_coda,
     apply_head,
@@ -105,6 +111,7 @@ def refine(
     places = jnp.maximum(positions, 0)
     mask = AttentionMask(is_causal=True, window=model.config.attention.window)
     outer = layer_context(model.config, places, mask, model.config.width)
+    outer = with_values(model, params, outer, columns.tokens)
 
     def reading(context: LayerContext, rows: CachedRows) -> LayerContext:
         return with_cache(context, CachedPass(rows, positions, positions))
@@ -113,6 +120,7 @@ def refine(
     x, prelude = apply_prelude(model, params, columns.tokens, places, prelude_context, cache)
     assert cache.core is not None
     inner = layer_context(model.config, places, mask, model.config.core_width)
+    inner = dataclasses.replace(inner, value_embeddings=outer.value_embeddings)
     inner = reading(inner, read_entries(cache.core, cache, slot * core_layers(cache)))
     core = open_pass(model, params, x, inner)
     core = core.replace(cache=cache)  # type: ignore[attr-defined]

@@ -54,6 +54,7 @@ CONFIGS = {
     "sinusoidal_core_width": tiny(
         positions={"scheme": "sinusoidal"},
         recurrence={"core_width": 8, "injection_norm": True},
+        value_embedding={"layers": (0, 2, 3), "gate_channels": 3},
     ),
     "no_positions_diagonal": tiny(
         positions={"scheme": "none"},

@@ -30,8 +30,13 @@ CORE_ONLY = tiny(
     coda_layers=0,
     attention={"num_kv_heads": 2, "window": 7},
     positions={"scheme": "alibi"},
+    value_embedding={"layers": (1,), "gate_channels": 5},
 )
-WHOLE = tiny(positions={"scheme": "alibi"}, attention={"num_kv_heads": 1})
+WHOLE = tiny(
+    positions={"scheme": "alibi"},
+    attention={"num_kv_heads": 1},
+    value_embedding={"layers": (0, 2, 3), "gate_channels": 16},
+)
 # Passes of three columns: several tokens or one, padded on either side, or none at all.
 PASSES = ("xxx x.. xx. ..x xxx", "..x .xx xxx ... x..")
 SHARED_SLOTS = [

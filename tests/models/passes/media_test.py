@@ -10,6 +10,7 @@ import pytest
 from cached_passes import empty_cache, make, rule
 from tiny_media_model import CONFIG, tiny_media_batch
 
+from megatransformer_jax.config.layers import ValueEmbeddingConfig
 from megatransformer_jax.models.passes.cached import Inserted, cached_forward, token_states
 from megatransformer_jax.models.passes.media import media_sequence
 
@@ -22,6 +23,7 @@ MODEL = dataclasses.replace(
     attention=dataclasses.replace(CONFIG.attention, window=4),
     positions=dataclasses.replace(CONFIG.positions, scheme="alibi"),
     recurrence=dataclasses.replace(CONFIG.recurrence, state_init="normal"),
+    value_embedding=ValueEmbeddingConfig((0, 2, 3), 4),
 )
 KEYS = jax.random.split(jax.random.key(5), 2)
 

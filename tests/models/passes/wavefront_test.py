@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.layers import AttentionConfig, ValueEmbeddingConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
@@ -33,6 +33,7 @@ CONFIGS = {
     "window_alibi_grouped": dataclasses.replace(
         TINY,
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, window=4),
+        value_embedding=ValueEmbeddingConfig((1, 2, 3), 5),
         positions=dataclasses.replace(TINY.positions, scheme="alibi"),
     ),
     "learned_no_outer_layers": dataclasses.replace(
