@@ -166,7 +166,7 @@ _SCALING_OPTIONS = {
 class RotaryScalingConfig:
     """Slower rotations, so that a model reads longer texts than it was trained on.
 
-    As transformers computes them: `rope_type` in the folders of Llama, Qwen and others.
+    As transformers computes them for the folders of Llama, Qwen and others.
     """
 
     kind: str = option(
