@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
-from megatransformer_jax.nn.quantized import PRODUCT_INPUTS, multiply
+from megatransformer_jax.nn.quantized import multiply, record_input
 from megatransformer_jax.types import DTypePolicy
 
 # ------------------------------------------------------------------------------
@@ -57,14 +57,14 @@ class LinearAdapter(nn.Module):
 
     def prepare(self, embedding: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """W_e e."""
-        self.sow(PRODUCT_INPUTS, "embedding_kernel", embedding)
+        record_input(self, "embedding_kernel", embedding)
         return multiply(embedding, self.embedding_kernel)
 
     def __call__(
         self, state: Float[Array, "B T D"], prepared: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
         """W_s s + W_e e."""
-        self.sow(PRODUCT_INPUTS, "state_kernel", state)
+        record_input(self, "state_kernel", state)
         return multiply(state, self.state_kernel) + prepared
 
 
@@ -121,7 +121,7 @@ class DiagonalAdapter(nn.Module):
     def prepare(self, embedding: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The input dt B e, or its exact form."""
         gain = diagonal_gain(self.a_log, self.dt_bias, self.zero_order_hold)
-        self.sow(PRODUCT_INPUTS, "b_matrix", embedding)
+        record_input(self, "b_matrix", embedding)
         return multiply(embedding, self.b_matrix) * gain.astype(embedding.dtype)
 
     def __call__(

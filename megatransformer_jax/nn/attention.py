@@ -14,7 +14,7 @@ from megatransformer_jax.nn.conv import FAN_IN, ZEROS
 from megatransformer_jax.nn.kv_cache import KeyValues
 from megatransformer_jax.nn.norms import rms_normalize
 from megatransformer_jax.nn.parameters import Initializer, WeightInit, matrix, vector
-from megatransformer_jax.nn.quantized import PRODUCT_INPUTS, einsum, multiply
+from megatransformer_jax.nn.quantized import einsum, multiply, record_input
 from megatransformer_jax.ops.attention import Kernel, attention
 from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, Dropout, LogitTerms, masked_softmax
 from megatransformer_jax.ops.cached_attention import cached_attention
@@ -132,7 +132,7 @@ class SelfAttention(nn.Module):
         shape = (width, kv_heads, group + 2, head_dim)
         axes = ("embed", "kv_heads", None, None)
         kernel = matrix(self, "qkv", self.inits.input, shape, axes, self.policy)
-        self.sow(PRODUCT_INPUTS, "qkv", x)
+        record_input(self, "qkv", x)
         fused = einsum("btd,dkgh->btkgh", x, kernel)
         if config.qkv_bias:
             bias = vector(self, "qkv_bias", nn.initializers.zeros, shape[1:], axes[1:])
@@ -193,7 +193,7 @@ class SelfAttention(nn.Module):
         kernel = matrix(self, "output", self.inits.residual, shape, axes, self.policy)
         # As one axis N*H: over two, XLA on CPU transposes the kernel again in every call.
         mixed = mixed.reshape(*mixed.shape[:2], -1)
-        self.sow(PRODUCT_INPUTS, "output", mixed)
+        record_input(self, "output", mixed)
         merged = multiply(mixed, kernel.reshape(-1, width))
         if self.config.attention.output_bias:
             bias = vector(self, "output_bias", nn.initializers.zeros, (width,))

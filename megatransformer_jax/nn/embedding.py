@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.model import STACKS, ModelConfig
 from megatransformer_jax.nn.parameters import WeightInit, matrix, table, vector
-from megatransformer_jax.nn.quantized import PRODUCT_INPUTS, einsum, take_rows
+from megatransformer_jax.nn.quantized import einsum, record_input, take_rows
 from megatransformer_jax.ops.positions import sinusoidal_embedding
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -71,7 +71,7 @@ class TextEmbedding(nn.Module):
     def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Float32 scores of every token of the vocabulary."""
         weight = self.table if self.config.tie_embeddings else self.head
-        self.sow(PRODUCT_INPUTS, "embedding" if self.config.tie_embeddings else "head", x)
+        record_input(self, "embedding" if self.config.tie_embeddings else "head", x)
         logits = einsum("btd,vd->btv", x, weight, preferred_element_type=jnp.float32)
         if self.config.head_bias:
             logits = logits + self.bias

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from megatransformer_jax.config.model import MlpConfig
 from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
-from megatransformer_jax.nn.quantized import PRODUCT_INPUTS, einsum
+from megatransformer_jax.nn.quantized import einsum, record_input
 from megatransformer_jax.types import DTypePolicy
 
 # ------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ class Mlp(nn.Module):
         parts = 2 if self.config.kind == "gated" else 1
         shape, axes = (width, parts, hidden_width), ("embed", None, "mlp")
         kernel = matrix(self, "up", self.inits.input, shape, axes, self.policy)
-        self.sow(PRODUCT_INPUTS, "up", x)
+        record_input(self, "up", x)
         hidden = einsum("btd,dpf->btpf", x, kernel)
         if self.config.bias:
             bias = vector(self, "up_bias", nn.initializers.zeros, shape[1:], axes[1:])
@@ -46,7 +46,7 @@ class Mlp(nn.Module):
         kernel = matrix(
             self, "down", self.inits.residual, (hidden_width, width), ("mlp", "embed"), self.policy
         )
-        self.sow(PRODUCT_INPUTS, "down", activated)
+        record_input(self, "down", activated)
         output = einsum("btf,fd->btd", activated, kernel)
         if self.config.bias:
             bias = vector(self, "down_bias", nn.initializers.zeros, (width,))

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int, Num
 
@@ -151,6 +152,16 @@ def matrix_sides(shape: tuple[int, ...], num_inputs: int) -> tuple[int, int]:
 
 # ------------------------------------------------------------------------------
 # What layers call.
+
+
+def record_input(module: nn.Module, name: str, x: Float[Array, "*rows K"]) -> None:
+    """Sows the input of a module's matrix into `PRODUCT_INPUTS`, under the name of the matrix.
+
+    Not while parameters are declared, when every collection is collected: other libraries, as the
+    bridge to NNX, do not take two variables of one name.
+    """
+    if not module.is_initializing():
+        module.sow(PRODUCT_INPUTS, name, x)
 
 
 def multiply(x: Float[Array, "*rows K"], kernel: Any) -> Float[Array, "*rows N"]:
