@@ -117,6 +117,22 @@ class RecurrenceConfig:
                     "lower it or raise max_steps.",
                 )
 
+    @property
+    def trains_state(self) -> bool:
+        """Whether gradients reach the input through the first state, as there is no other way."""
+        return self.adapter == "none"
+
+    @rule("adapter", "backprop_depth")
+    def _gradients_reach_the_input(self) -> None:
+        """adapter='none' needs backprop_depth of at least mean_steps."""
+        if self.adapter == "none" and self.backprop_depth < self.mean_steps:
+            raise ConfigError(
+                "backprop_depth",
+                f"{self.backprop_depth} with adapter='none' lets no gradient reach the embedding "
+                f"and the prelude at mean_steps={self.mean_steps}, as they enter before the first "
+                f"iteration alone; raise it to {self.mean_steps}, or choose another adapter.",
+            )
+
     @rule("adapter", "state_init")
     def _input_reaches_the_core(self) -> None:
         """adapter='none' needs state_init='none'; other first states do not depend on the input."""

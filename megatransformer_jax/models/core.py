@@ -173,6 +173,7 @@ def recur(
     *,
     backprop_depth: int,
     unroll: int = 1,
+    trains_state: bool = False,
 ) -> Float[Array, "B T D"]:
     """Iterates the core `num_steps` times.
 
@@ -183,6 +184,8 @@ def recur(
       backprop_depth: last iterations that gradients flow through. 0: the whole loop has a traced
         count and cannot be differentiated in reverse (inference).
       unroll: iterations of the second phase that are laid out per turn of its scan.
+      trains_state: gradients flow into `state` too, where no more than `backprop_depth` iterations
+        follow it.
 
     Returns:
       The state after the last iteration; rows whose count is 0 keep theirs.
@@ -193,12 +196,14 @@ def recur(
     def advance(core: Pass, state: jax.Array, step: jax.Array) -> jax.Array:
         return jnp.where(step >= begin, core.iterate(state, step), state)
 
-    num_stopped, stopped = jnp.maximum(total - backprop_depth, 0), core
+    num_stopped, stopped, first = jnp.maximum(total - backprop_depth, 0), core, state
     if backprop_depth:
         stopped, state = core.stopped(), jax.lax.stop_gradient(state)
     state = jax.lax.fori_loop(0, num_stopped, lambda i, s: advance(stopped, s, i), state)
     if not backprop_depth:
         return state
+    if trains_state:  # Rows that have not joined yet still have it.
+        state = jnp.where(begin >= num_stopped, first, state)
     # Draws below backprop_depth make the first of these iterations negative: before every begin.
     steps = total - backprop_depth + jnp.arange(backprop_depth)
     state, _ = jax.lax.scan(lambda s, i: (advance(core, s, i), None), state, steps, unroll=unroll)
@@ -245,6 +250,7 @@ def recur_observed(
     *,
     num_steps: int,
     backprop_depth: int,
+    trains_state: bool = False,
 ) -> Any:
     """Iterates a known number of times and looks at every state.
 
@@ -257,6 +263,7 @@ def recur_observed(
       observe: state -> pytree; recomputed in the backward pass, so that its inside is not stored.
       num_steps: static, at least 1.
       backprop_depth: static; more than `num_steps` counts as `num_steps`.
+      trains_state: as of `recur`.
 
     Returns:
       The observations, stacked along a new first axis of length `num_steps`.
@@ -272,7 +279,9 @@ def recur_observed(
 
         return body
 
-    state, parts = jax.lax.stop_gradient(state), []
+    parts = []
+    if num_stopped or not trains_state:
+        state = jax.lax.stop_gradient(state)
     if num_stopped:  # Else a loop of no turns would be compiled for nothing.
         state, early = jax.lax.scan(advance(core.stopped()), state, jnp.arange(num_stopped))
         parts.append(early)

@@ -340,8 +340,14 @@ class MegaTransformer(nn.Module):
             core = core.replace(dropout_key=self.make_rng("dropout"))  # type: ignore[attr-defined]
         unroll = config.recurrence.unroll
         if readout is None:
-            last = recur(core, state, num_steps, backprop_depth=backprop_depth, unroll=unroll)
-            read = last
+            read = last = recur(
+                core,
+                state,
+                num_steps,
+                backprop_depth=backprop_depth,
+                unroll=unroll,
+                trains_state=config.recurrence.trains_state,
+            )
         else:
             if backprop_depth:
                 raise ValueError(

@@ -76,6 +76,7 @@ def gate_term(
             observe,
             num_steps=num_steps,
             backprop_depth=config.model.recurrence.backprop_depth,
+            trains_state=config.model.recurrence.trains_state,
         ),
     )
     return exit_loss(

@@ -146,6 +146,44 @@ def test_unrolling_changes_nothing(unroll):
     np.testing.assert_allclose(out, plain, rtol=1e-6)
 
 
+@pytest.mark.parametrize("num_steps", [2, 7, [1, 7, 2], [[1, 2, 9, 3]] * ROWS])
+def test_gradients_reach_the_first_state_of_rows_that_are_short_enough(num_steps):
+    params, prepared, state = inputs(5)
+    counts = jnp.asarray(num_steps)
+
+    def loss(state):
+        core = toy(params, prepared, Shifted)
+        out = recur(core, state, counts, backprop_depth=2, trains_state=True)
+        return jnp.sum(out**2)
+
+    def alone(state, count):
+        for _ in range(count):
+            state = jnp.tanh(state @ params + prepared)
+        return jnp.sum(state**2, axis=(2,))
+
+    shape = counts.shape + (1,) * (2 - counts.ndim)
+    of_each = np.broadcast_to(np.asarray(num_steps).reshape(shape), (ROWS, LENGTH))
+    gradient = jax.grad(loss)(state)
+    for count in np.unique(of_each):
+        wanted = jax.grad(lambda state, count=count: alone(state, count).sum())(state)
+        here = of_each == count
+        np.testing.assert_allclose(
+            gradient[here], wanted[here] if count <= 2 else 0, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_observed_gradients_reach_the_first_state_if_all_iterations_have_them():
+    params, prepared, state = inputs(6)
+
+    def loss(state, depth):
+        core = toy(params, prepared)
+        options = {"num_steps": 3, "backprop_depth": depth, "trains_state": True}
+        return jnp.sum(recur_observed(core, state, jnp.sum, **options))
+
+    assert np.all(jax.grad(loss)(state, 2) == 0)
+    assert np.all(jax.grad(loss)(state, 3) != 0)
+
+
 def tiny_model(**recurrence):
     config = ModelConfig(
         vocab_size=32,
@@ -182,9 +220,12 @@ def check_core_iterates(model):
     assert from_seven > 1e-6
 
 
-@pytest.mark.parametrize("adapter", ["linear", "sum", "gate", "diagonal"])
+@pytest.mark.parametrize("adapter", ["linear", "sum", "gate", "diagonal", "none"])
 def test_the_core_iterates(adapter):
-    check_core_iterates(tiny_model(adapter=adapter, state_init="normal"))
+    options = {"state_init": "normal"}
+    if adapter == "none":
+        options = {"state_init": "none", "backprop_depth": 8}
+    check_core_iterates(tiny_model(adapter=adapter, **options))
 
 
 def test_feeding_the_wrong_variable_is_noticed(monkeypatch):

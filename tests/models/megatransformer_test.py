@@ -74,6 +74,7 @@ VARIANTS = {
         recurrence={
             "adapter": "none",
             "state_init": "none",
+            "backprop_depth": 8,
             "iteration_norm": True,
             "output_norm": False,
             "head_norm": False,

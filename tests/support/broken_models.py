@@ -67,7 +67,18 @@ BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [
         {"backprop_depth": 9, "max_steps": 8},
         "backprop_depth",
     ),
-    ("_input_reaches_the_core", RecurrenceConfig, {"adapter": "none"}, "state_init"),
+    (
+        "_input_reaches_the_core",
+        RecurrenceConfig,
+        {"adapter": "none", "backprop_depth": 8},
+        "state_init",
+    ),
+    (
+        "_gradients_reach_the_input",
+        RecurrenceConfig,
+        {"adapter": "none", "state_init": "none"},
+        "backprop_depth",
+    ),
     ("_norm_needs_a_gate", ExitGateConfig, {"norm": False}, "norm"),
     (
         "_zero_order_hold_needs_diagonal",

@@ -65,7 +65,12 @@ CONFIGS = {
         prelude_layers=0,
         coda_layers=0,
         positions={"scheme": "alibi"},
-        recurrence={"adapter": "none", "state_init": "none", "head_norm": False},
+        recurrence={
+            "adapter": "none",
+            "state_init": "none",
+            "backprop_depth": 3,
+            "head_norm": False,
+        },
     ),
 }
 # Passes: a prompt, then chunks of 3; whole, padded on the left, on the right and on both sides.
