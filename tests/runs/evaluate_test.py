@@ -90,7 +90,7 @@ def test_wrong_use(run, capfd, tmp_path):
     error = fails(run, capfd, "--sequence_length=100000")
     assert error.startswith("error: --sequence_length: 100000 exceeds")
     error = fails(run, capfd, "--param_dtype=stored")
-    assert error.startswith("error: --param_dtype: 'stored' is for Huginn")
+    assert error.startswith("error: --param_dtype: 'stored' is for checkpoints")
     assert "no such checkpoint" in fails(run, capfd, "--step=5")
     assert "has one set of weights" in fails(run, capfd, "--weights=raw")
     (tmp_path / "file").touch()
