@@ -8,7 +8,6 @@ so on next to `model.safetensors.index.json`, which says what is where.
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16)
 import numpy as np
@@ -36,6 +35,9 @@ class WeightsFileError(UserError):
 class SafetensorsReader(Mapping[str, np.ndarray]):
     """The tensors of a folder; each is read from disk whenever it is asked for.
 
+    No file stays open between reads, since what was read of a mapped file counts as memory of the
+    process for as long as it is.
+
     Args:
       folder: has `model.safetensors`, or `model.safetensors.index.json` and what it names.
 
@@ -47,16 +49,15 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
     def __init__(self, folder: str | os.PathLike[str]):
         self._folder = pathlib.Path(folder)
         self._places = _locate(self._folder)
-        self._files = {name: _open(self._folder / name) for name in set(self._places.values())}
-        self._check_index()
-        self._slices = {
-            name: self._files[file].get_slice(name) for name, file in self._places.items()
+        # Shapes and types of what each file holds.
+        self._described = {
+            file: _describe(self._folder / file) for file in sorted(set(self._places.values()))
         }
+        self._check_index()
 
     def _check_index(self) -> None:
         found: dict[str, list[str]] = {}
-        for file in sorted(self._files):
-            names = self._files[file].keys()
+        for file, names in self._described.items():
             for name in names:
                 found.setdefault(name, []).append(file)
         absent = [n for n, file in self._places.items() if file not in found.get(n, [])]
@@ -75,13 +76,13 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         """Reads a tensor, in the type in which it is stored."""
-        file = self._files[self._places[name]]
+        path = self._folder / self._places[name]
         try:
-            return file.get_tensor(name)
+            with safe_open(path, framework="np") as file:
+                return file.get_tensor(name)
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise WeightsFileError(
-                f"{self._folder / self._places[name]}: tensor {name!r} cannot be read ({error}); "
-                "get the file again."
+                f"{path}: tensor {name!r} cannot be read ({error}); get the file again."
             ) from error
 
     def __contains__(self, name: object) -> bool:
@@ -95,11 +96,11 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
-        return tuple(self._slices[name].get_shape())
+        return self._described[self._places[name]][name][0]
 
     def type_name(self, name: str) -> str:
         """The type of a tensor in the format's own words ('F32', 'BF16'), without reading it."""
-        return self._slices[name].get_dtype()
+        return self._described[self._places[name]][name][1]
 
 
 def write_safetensors(
@@ -174,7 +175,7 @@ def _locate(folder: pathlib.Path) -> dict[str, str]:
             "unknown; delete the ones that are out of date."
         )
     if single.is_file():
-        return dict.fromkeys(_open(single).keys(), SINGLE_FILE)
+        return dict.fromkeys(_describe(single), SINGLE_FILE)
     if not index.is_file():
         raise WeightsFileError(
             f"{single} does not exist, nor does {INDEX_FILE} next to it; name a folder that has "
@@ -205,9 +206,14 @@ def _read_index(path: pathlib.Path) -> dict[str, str]:
     return places
 
 
-def _open(path: pathlib.Path) -> Any:
+def _describe(path: pathlib.Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type, in the format's own words, of every tensor of a file."""
     try:
-        return safe_open(path, framework="np")
+        with safe_open(path, framework="np") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {
+                name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()
+            }
     except PermissionError as error:
         raise WeightsFileError(f"{path}: must not be read; change its permissions.") from error
     except (SafetensorError, OSError) as error:
