@@ -18,8 +18,10 @@ from megatransformer_jax.checkpoints.safetensors_files import INDEX_FILE, SINGLE
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.extras import import_extra
 
-# Owner and name, as the hub allows them.
-_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+# Owner and name, as the hub allows them, perhaps with branch, tag or commit: 'org/name@v2'.
+_NAME = re.compile(
+    r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII
+)
 # Where runs are by default: such a name is a path, also where there is no run yet.
 _RUNS = "runs"
 # What a model is read from; patterns of names in the top folder.
@@ -53,8 +55,9 @@ def find_model(
     here or 'runs', is returned as it is; who reads it says that there is no such folder.
 
     Args:
-      name: a path, or owner and name on the hub.
-      revision: branch, tag or commit on the hub, and that `name` is one of the hub's.
+      name: a path, or owner and name on the hub, 'org/name' or 'org/name@revision'.
+      revision: branch, tag or commit on the hub. With it or the other form of it, `name` is one of
+        the hub's.
       endpoint: address of the hub. None: that of the library.
       cache_dir: where downloads are kept. None: where the library keeps them.
 
@@ -62,17 +65,22 @@ def find_model(
       UserError: if `revision` does not go with the name, or the model cannot be downloaded.
     """
     folder = pathlib.Path(name).expanduser()
-    is_path = folder.exists() or not _NAME.fullmatch(str(name))
-    if revision is not None and is_path:
-        what = "a folder here" if folder.exists() else "not a name on the hub, such as 'org/name'"
+    found = _NAME.fullmatch(str(name))
+    if revision is not None and (found is None or folder.exists() or found["revision"]):
+        what = "not a name on the hub, such as 'org/name'"
+        if found is not None:
+            what = "a folder here" if folder.exists() else "one with a revision"
         raise UserError(
             f"revision={revision!r} is for models of the hub, and {str(name)!r} is {what}; leave "
             "revision out, or name a model of the hub."
         )
-    is_local = folder.parent.is_dir() or folder.parts[:1] == (_RUNS,)
-    if is_path or (revision is None and is_local):
+    if found is None or folder.exists():
         return folder
-    return download_model(str(name), revision, endpoint=endpoint, cache_dir=cache_dir)
+    revision = revision or found["revision"]
+    is_local = folder.parent.is_dir() or folder.parts[:1] == (_RUNS,)
+    if revision is None and is_local:
+        return folder
+    return download_model(found["name"], revision, endpoint=endpoint, cache_dir=cache_dir)
 
 
 def download_model(

@@ -93,7 +93,7 @@ def test_a_revision_is_another_folder(
     commit = hub.add(NAME, other, "v2")
     found = find(revision="v2")
     assert list(SafetensorsReader(found)) == ["t"] and found != find()
-    assert find(revision=commit) == found
+    assert find(revision=commit) == find(f"{NAME}@v2") == found
     with pytest.raises(UserError, match=r"revision='v3': org/name has no such branch, tag or com"):
         find(revision="v3")
 
@@ -163,6 +163,8 @@ def test_a_local_folder_wins_and_paths_are_no_names(hub: Hub, find: Any) -> None
         find(revision="v1")
     with pytest.raises(UserError, match="'a/b/c' is not a name on the hub"):
         find("a/b/c", revision="v1")
+    with pytest.raises(UserError, match="'org/other@v1' is one with a revision"):
+        find("org/other@v1", revision="v1")
     # With a revision it can only be a name.
     with pytest.raises(UserError, match=r"org/other: no such folder .* has no model of this name"):
         find("org/other", revision="main")
