@@ -67,6 +67,7 @@ from megatransformer_jax.types import Batch, DTypePolicy
 def load(
     folder: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     step: int | str = "latest",
     weights: typing.Literal["average", "raw"] = "average",
     precision: str | None = None,
@@ -76,7 +77,10 @@ def load(
     format of another project (docs/checkpoints.md).
 
     Args:
-      folder: its files tell which it is. Nothing in it is changed, and the run may be going on.
+      folder: its files tell which it is. Nothing in it is changed, and the run may be going on. Or
+        the name of a model on the Hugging Face hub, 'org/name', which is downloaded into its cache
+        (extra 'hub'); a folder of that name wins.
+      revision: branch, tag or commit of a model on the hub. None: its main branch.
       step: checkpoint of a run: latest, best (by its checkpoint.best_metric), or a step's number.
       weights: of a run that averages its weights, the average, or raw for those it trains.
       precision: type of activations, 'float32', 'bfloat16' or 'auto'. None: as in training.
@@ -93,6 +97,7 @@ def load(
     return Model(
         load_model(
             as_path("folder", folder),
+            revision=revision,
             step=as_python(step),
             precision=precision,
             param_dtype=param_dtype,

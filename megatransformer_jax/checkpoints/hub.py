@@ -106,7 +106,8 @@ def download_model(
         or the hub cannot be reached and the cache does not have it.
     """
     hub = import_extra("huggingface_hub", "hub", f"{name}: no such folder; to read it from the hub")
-    where = endpoint or hub.constants.ENDPOINT
+    errors = import_extra("huggingface_hub.errors", "hub", name)
+    where = endpoint or hub.HfApi().endpoint
     try:
         found = hub.snapshot_download(
             name,
@@ -116,7 +117,7 @@ def download_model(
             cache_dir=cache_dir,
         )
     except Exception as error:  # Of the library, of its HTTP client, or of the file system.
-        raise _explained(error, hub, name, revision, where) from error
+        raise _explained(error, errors, name, revision, where) from error
     folder = pathlib.Path(found)
     if not (folder / SINGLE_FILE).is_file() and not (folder / INDEX_FILE).is_file():
         raise _without_weights(hub, name, revision, endpoint)
@@ -129,11 +130,10 @@ def _named(name: str, revision: str | None) -> str:
 
 
 def _explained(
-    error: Exception, hub: Any, name: str, revision: str | None, where: str
+    error: Exception, errors: Any, name: str, revision: str | None, where: str
 ) -> UserError:
     """What went wrong in one screen."""
     here = f"{name}: no such folder in {pathlib.Path.cwd()}"
-    errors = hub.errors
     reason = str(error).strip().partition("\n")[0]
     match error:
         case errors.GatedRepoError():

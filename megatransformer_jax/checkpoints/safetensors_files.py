@@ -57,8 +57,8 @@ class SafetensorsReader(Mapping[str, np.ndarray]):
 
     def _check_index(self) -> None:
         found: dict[str, list[str]] = {}
-        for file, names in self._described.items():
-            for name in names:
+        for file, described in self._described.items():
+            for name in described:
                 found.setdefault(name, []).append(file)
         absent = [n for n, file in self._places.items() if file not in found.get(n, [])]
         twice = [f"{n} ({' and '.join(files)})" for n, files in found.items() if len(files) > 1]

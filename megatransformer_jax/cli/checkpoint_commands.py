@@ -193,6 +193,7 @@ def export(parsed: Parsed) -> None:
     """Exports the checkpoint that the command line names."""
     options: ExportOptions = parsed.options
     assert options.output is not None  # A rule says so.
+    from megatransformer_jax.checkpoints.hub import find_model  # noqa: PLC0415
     from megatransformer_jax.runs.checkpoint_tools import (  # noqa: PLC0415
         check_export,
         export_model,
@@ -201,7 +202,7 @@ def export(parsed: Parsed) -> None:
 
     output = pathlib.Path(options.output)
     check_export(output, max_shard=options.max_shard, overwrite=options.overwrite)
-    foreign = foreign_format(options.folder)
+    foreign = foreign_format(find_model(options.folder))
     if foreign is not None and foreign.name == options.format:
         raise ConfigError(
             "model", f"{options.folder} is a {foreign.title} folder already; name another format."

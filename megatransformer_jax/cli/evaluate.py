@@ -95,7 +95,9 @@ def evaluate(parsed: Parsed) -> None:
             folder = make_folder("output", options.output)
     else:
         loaded = load_chosen_model(options)
-        folder = make_folder("output", options.output or str(options.folder / "evaluation"))
+        # A model of the hub has no folder here.
+        if options.output is not None or options.folder.is_dir():
+            folder = make_folder("output", options.output or str(options.folder / "evaluation"))
         with out_of_memory_is_bad_input():
             report = score(loaded, options.scoring, parsed.generation)
     _print(report.tables)

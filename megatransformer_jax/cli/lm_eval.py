@@ -18,6 +18,7 @@ from lm_eval.api.registry import model_registry
 from lm_eval.utils import setup_logging, simple_parse_args_string
 
 import megatransformer_jax
+from megatransformer_jax.checkpoints.hub import find_model
 from megatransformer_jax.cli.flags import described
 from megatransformer_jax.cli.model_options import (
     ModelOptions,
@@ -334,7 +335,7 @@ def check_path(path: str) -> None:
       UserError: if it is not.
     """
     try:
-        foreign_format(pathlib.Path(path).expanduser())
+        foreign_format(find_model(path))
     except UserError as error:
         raise UserError(f"--model_args: path={error}") from error
 

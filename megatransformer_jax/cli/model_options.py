@@ -25,8 +25,7 @@ def model_option() -> Any:
     """The folder."""
     return option(
         None,
-        "Folder of the model: a megatransformer run, or a checkpoint of another project "
-        "(config.json, *.safetensors; docs/checkpoints.md lists the formats).",
+        "Folder of the model: a megatransformer run.",
     )
 
 
@@ -72,7 +71,12 @@ def param_dtype_option() -> Any:
 class ModelOptions:
     """Which finished model, and as what."""
 
-    model: str | None = model_option()
+    model: str | None = option(
+        None,
+        "Folder of the model: a megatransformer run, or a checkpoint of another project "
+        "(config.json, *.safetensors; docs/checkpoints.md lists the formats). Or the name of such "
+        "a checkpoint on the Hugging Face hub: org/name, or org/name@revision.",
+    )
     step: str = step_option()
     weights: str = weights_option()
     precision: str | None = precision_option()
@@ -122,11 +126,12 @@ def load_chosen_model(options: ModelOptions) -> "LoadedModel":
     Raises:
       UserError: if an option does not fit the folder, or something in it cannot be used.
     """
+    from megatransformer_jax.checkpoints.hub import find_model  # noqa: PLC0415
     from megatransformer_jax.runs.load import foreign_format, load_model  # noqa: PLC0415
     from megatransformer_jax.runs.workdir import use_compilation_cache  # noqa: PLC0415
 
     folder = options.folder
-    if options.param_dtype != "float32" and foreign_format(folder) is None:
+    if options.param_dtype != "float32" and foreign_format(find_model(folder)) is None:
         raise ConfigError(
             "param_dtype",
             f"{options.param_dtype!r} is for checkpoints of other projects, and {folder} is a run "

@@ -98,16 +98,14 @@ class ChatTemplate:
                 f"{error}); look for a field that it expects and they lack."
             ) from error
 
-    def save(self, folder: pathlib.Path) -> None:
-        """Writes the templates where `read_chat_template` finds them; the folder must exist."""
-        default = self._default()
-        for name, text in self.texts:
-            if text is default:
-                (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8")
-            else:
-                (folder / TEMPLATE_FOLDER).mkdir(exist_ok=True)
-                path = folder / TEMPLATE_FOLDER / f"{name}.jinja"
-                path.write_text(text, encoding="utf-8")
+    def files(self) -> dict[str, str]:
+        """What a tokenizer's folder has of the templates, for `read_chat_template`: the text of
+        chat_template.jinja, or of several templates an entry of tokenizer_config.json.
+        """
+        if len(self.texts) == 1:
+            return {TEMPLATE_FILE: self.texts[0][1]}
+        named = [{"name": name, "template": text} for name, text in self.texts]
+        return {CONFIG_FILE: json.dumps({"chat_template": named})}
 
     def _default(self) -> str | None:
         if len(self.texts) == 1:

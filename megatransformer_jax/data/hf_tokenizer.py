@@ -119,22 +119,31 @@ class HuggingFaceTokenizer:
             messages, add_generation_prompt=add_generation_prompt, **options
         )
 
+    def files(self) -> dict[str, str]:
+        """Files of a folder by name: tokenizer.json, and if there is something to say in them
+        tokenizer_config.json and chat_template.jinja. Special ids are not in them.
+        """
+        described: dict[str, typing.Any] = {} if self.begins_texts else {"add_bos_token": False}
+        files = {TOKENIZER_FILE: self.definition}
+        if self.chat is not None:
+            files |= self.chat.files()
+            described |= self.chat.special_tokens
+        if described:
+            described |= json.loads(files.get(TOKEN_FILES[0], "{}"))
+            files[TOKEN_FILES[0]] = json.dumps(described, indent=2) + "\n"
+        return files
+
     def save(self, folder: pathlib.Path) -> None:
-        """Writes tokenizer.json, special ids and chat templates into a folder."""
+        """Writes its files, and special ids as generation_config.json, into a folder."""
         folder.mkdir(exist_ok=True)
-        (folder / TOKENIZER_FILE).write_text(self.definition, encoding="utf-8")
+        for name, text in self.files().items():
+            (folder / name).write_text(text, encoding="utf-8")
         ids = {
             "bos_token_id": self.bos_id,
             "eos_token_id": list(self.end_ids),
             "pad_token_id": self.pad_id,
         }
         write_json(folder / ID_FILES[0], ids)
-        described: dict[str, typing.Any] = {} if self.begins_texts else {"add_bos_token": False}
-        if self.chat is not None:
-            described |= self.chat.special_tokens
-            self.chat.save(folder)
-        if described:
-            write_json(folder / TOKEN_FILES[0], described)
 
     def digest(self) -> str:
         """SHA-256 of the definition and the special ids."""

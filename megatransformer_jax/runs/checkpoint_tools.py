@@ -27,7 +27,7 @@ from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_kinds import require_transformer
-from megatransformer_jax.data.hf_tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer
+from megatransformer_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import (
@@ -427,7 +427,7 @@ def _folder_tokenizer(tokenizer: Tokenizer | None) -> FolderTokenizer:
         files[SENTENCEPIECE_FILE] = tokenizer.model
     elif isinstance(tokenizer, HuggingFaceTokenizer):
         special_ids["eos_token_id"] = list(tokenizer.end_ids)
-        files[TOKENIZER_FILE] = tokenizer.definition.encode()
+        files |= {name: text.encode() for name, text in tokenizer.files().items()}
     else:
         logging.warning(
             "the run's %s has no file, so no tokenizer is exported: prompts for the exported "

@@ -18,6 +18,7 @@ from megatransformer_jax.checkpoints.folders import (
     open_folder,
 )
 from megatransformer_jax.checkpoints.foreign import Format
+from megatransformer_jax.checkpoints.hub import find_model
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.checkpoints.tensor_map import Place
 from megatransformer_jax.config.build import build, read_values
@@ -94,6 +95,7 @@ def load_model(
     param_dtype: ParamDtype = "float32",
     sharder: Sharder | None = None,
     weights: Literal["average", "raw"] = "average",
+    revision: str | None = None,
 ) -> LoadedModel:
     """Reads the parameters of a run or of another project's folder; its files tell which it is.
 
@@ -102,7 +104,8 @@ def load_model(
 
     Args:
       path: a workdir (checkpoints/ in it), or a folder with config.json and safetensors of one of
-        the known formats (`checkpoints/folders.py`).
+        the known formats (`checkpoints/folders.py`), or the name of such a model on the Hugging
+        Face hub, which is downloaded (`checkpoints/hub.py`).
       step: which checkpoint of a run; see `parse_step` for the values.
       precision: type of activations, one of `PRECISIONS`. None: as the run was trained, and 'auto'
         for another project's folder.
@@ -111,16 +114,17 @@ def load_model(
       sharder: places the parameters on its mesh. None: on the first local device.
       weights: 'average' is what the run was judged by: the average of its weights, if it keeps one.
         'raw' is what it trains then.
+      revision: of a model on the hub, its branch, tag or commit.
 
     Raises:
       UserError: if the folder is neither, or something in it is missing or damaged.
     """
-    folder = pathlib.Path(path).expanduser()
     step = parse_step(step)
     if precision is not None:
         check_precision(precision)
     _check_choice("weights", weights, ("average", "raw"))
     _check_choice("param_dtype", param_dtype, ("float32", "stored"))
+    folder = find_model(path, revision)
     if (foreign := foreign_format(folder)) is not None:
         if step != "latest":
             raise UserError(
@@ -129,7 +133,11 @@ def load_model(
             )
         if weights != "average":
             raise _no_average(weights, folder)
-        return _load_foreign(folder, precision or "auto", param_dtype, sharder)
+        loaded = _load_foreign(folder, precision or "auto", param_dtype, sharder)
+        if folder == pathlib.Path(path).expanduser():
+            return loaded
+        name = f"{path}" if revision is None else f"{path}@{revision}"
+        return dataclasses.replace(loaded, description=f"{foreign.title} model {name}")
     return _load_run(folder, step, precision, sharder, weights)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import logging
 
+from megatransformer_jax.checkpoints.hub import find_model
 from megatransformer_jax.config.build import load_config
 from megatransformer_jax.config.data import TokenizerConfig
 from megatransformer_jax.config.option import ConfigError
@@ -91,7 +92,7 @@ def inherited_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
     own, own_folder = workdir / SENTENCEPIECE_FILE, workdir / HUGGINGFACE_FOLDER
     if not own.is_file() and not (own_folder / TOKENIZER_FILE).is_file():
         assert config.fine_tuning.init_from is not None  # The caller has asked.
-        _copy(pathlib.Path(config.fine_tuning.init_from).expanduser(), config, workdir)
+        _copy(find_model(config.fine_tuning.init_from), config, workdir)
     if own.is_file():
         return load_sentencepiece(own)
     return load_huggingface_tokenizer(own_folder)

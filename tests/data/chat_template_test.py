@@ -167,7 +167,10 @@ def test_several_templates_by_name(tmp_path):
     with pytest.raises(UserError, match=r"template='tool_us' is neither .*did you mean 'tool_use'"):
         found.render([USER], template="tool_us")
     # What is written is read; a file of its own wins over the configuration.
-    found.save(tmp_path)
+    [(file, text)] = found.files().items()
+    assert json.loads(text) == json.loads((tmp_path / file).read_text())
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("T")
     (tmp_path / "chat_template.jinja").write_text("new")
     found = read_chat_template(tmp_path, {})
     assert found is not None and dict(found.texts) == {"default": "new", "tool_use": "T"}
