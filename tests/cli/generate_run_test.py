@@ -98,7 +98,7 @@ def test_a_session_continues_lines_and_changes_its_settings(
     [
         (["--prompt=a", "--cache_slots=3"], "error: --cache_slots: 3 exceeds depth=2"),
         (["--prompt=a", "--step=5"], "has no such checkpoint; it has the steps 4, 8"),
-        (["--prompt=a", "--param_dtype=stored"], "error: --param_dtype: 'stored' is for checkpoints"),
+        (["--prompt=a", "--param_dtype=stored"], "error: --param_dtype: 'stored' is for check"),
         (["--prompt=a", "--weights=raw"], "has one set of weights and no average"),
         (["--prompt_ids=1,999"], "999"),
         (["--prompt=" + "a" * 2000], "max_length"),
