@@ -17,6 +17,8 @@ from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.models import megatransformer
 from megatransformer_jax.models.core import Pass, RecurrentCore, recur, recur_observed
 from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.nn.context import LayerContext
+from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -48,7 +50,7 @@ def iterate(params, state, prepared, step):
 
 
 def toy(params, prepared, kind=Toy):
-    return kind(None, params, prepared, prepared, None)
+    return kind(None, params, prepared, prepared, LayerContext(AttentionMask(is_causal=True)))
 
 
 def inputs(seed=0):
