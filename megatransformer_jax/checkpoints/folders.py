@@ -18,7 +18,10 @@ import numpy as np
 from absl import logging
 
 from megatransformer_jax.checkpoints.foreign import Format, config_to, dropped_options
+from megatransformer_jax.checkpoints.gpt2 import Gpt2
 from megatransformer_jax.checkpoints.huginn import Huginn
+from megatransformer_jax.checkpoints.llama import Llama
+from megatransformer_jax.checkpoints.llama_relatives import Olmo2, Qwen2, Qwen3
 from megatransformer_jax.checkpoints.safetensors_files import (
     INDEX_FILE,
     SafetensorsReader,
@@ -38,7 +41,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError, nearest_hint
 
 # All that there are, as `FOREIGN_FORMATS` names them (config/loop.py).
-FORMATS: tuple[Format, ...] = (Huginn(),)
+FORMATS: tuple[Format, ...] = (Huginn(), Gpt2(), Llama(), Qwen2(), Qwen3(), Olmo2())
 
 CONFIG_FILE = "config.json"
 # Special ids; Huginn's config class does not accept them in config.json.

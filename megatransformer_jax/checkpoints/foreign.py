@@ -163,6 +163,8 @@ def _flat(config: ModelConfig) -> dict[str, Any]:
     resolved["attention"]["num_kv_heads"] = config.attention.kv_heads
     resolved["attention"]["head_dim"] = config.head_dim(config.width)
     resolved["recurrence"]["core_width"] = config.core_width
+    if config.attention.qk_norm_eps is None:
+        resolved["attention"]["qk_norm_eps"] = config.norm.eps
     for medium in ("image", "audio"):
         resolved[medium] = {"enabled": resolved[medium]["enabled"]}
     return flatten_config({"model": resolved})
@@ -180,9 +182,21 @@ def plain_comparable(title: str, config: ModelConfig) -> tuple[ModelConfig, list
             "exit_gate": ExitGateConfig(),
         }
     if config.sharing.scheme == "none":
+        windows = config.windows("prelude") + config.windows("coda")
         changes["prelude_layers"] = max(1, config.prelude_layers + config.coda_layers)
         changes["coda_layers"] = 0
+        changes["attention"] = dataclasses.replace(
+            config.attention, core_windows=(), coda_windows=(), **canonical_windows(windows)
+        )
     return dataclasses.replace(config, **changes), lines
+
+
+def canonical_windows(windows: Sequence[int | None]) -> dict[str, Any]:
+    """Options of attention for the windows of a plain model's layers; of two ways to say the same,
+    the shorter."""
+    if len(set(windows)) > 1:
+        return {"window": None, "prelude_windows": tuple(window or 0 for window in windows)}
+    return {"window": windows[0] if windows else None, "prelude_windows": ()}
 
 
 def plain_layers(config: ModelConfig) -> list[str]:

@@ -34,8 +34,9 @@ class NormConfig:
     placement: str = option(
         "pre",
         "pre: x + f(norm(x)). post: norm(x + f(x)). sandwich: norm(x + f(norm(x))), Huginn's. "
-        "peri: x + norm(f(norm(x))), Gemma 2's. none: x + f(x), as in ReZero.",
-        choices=("pre", "post", "sandwich", "peri", "none"),
+        "peri: x + norm(f(norm(x))), Gemma 2's. output: x + norm(f(x)), OLMo 2's. none: x + f(x), "
+        "as in ReZero.",
+        choices=("pre", "post", "sandwich", "peri", "output", "none"),
     )
     eps: float = option(1e-6, "Added to the variance.", above=0)
     bias: bool = option(False, "Adds a bias (layernorm only).")
@@ -223,14 +224,14 @@ class ModelConfig:
 
     @rule("residual", "norm.placement", "sharing.scheme")
     def _residual_fits_the_norms(self) -> None:
-        """rezero needs norm.placement 'none', 'pre' or 'peri'; admin needs 'post', and
+        """rezero needs norm.placement 'none', 'pre', 'peri' or 'output'; admin needs 'post', and
         sharing.scheme='none'."""
         placement = self.norm.placement
         if self.residual == "rezero" and placement in ("post", "sandwich"):
             raise ConfigError(
                 "norm.placement",
                 f"{placement!r} normalises the residual stream, so a layer would not start as the "
-                "identity as residual='rezero' promises; use 'none', 'pre' or 'peri'.",
+                "identity as residual='rezero' promises; use 'none', 'pre', 'peri' or 'output'.",
             )
         if self.residual == "admin" and placement != "post":
             raise ConfigError(

@@ -76,8 +76,8 @@ class Block(nn.Module):
         def norm(array: jax.Array, when: str) -> jax.Array:
             return Norm(self.config.norm, name=f"{name}_norm_{when}")(array)
 
-        update = layer(x if placement in ("post", "none") else norm(x, "in"))
-        if placement == "peri":
+        update = layer(x if placement in ("post", "output", "none") else norm(x, "in"))
+        if placement in ("peri", "output"):
             update = norm(update, "out")
         dropout = nn.Dropout(self.config.residual_dropout_rate)
         update = dropout(update, deterministic=context.deterministic)

@@ -17,6 +17,7 @@ from megatransformer_jax.checkpoints.folders import (
 from megatransformer_jax.checkpoints.safetensors_files import WeightsFileError
 from megatransformer_jax.checkpoints.tensor_map import FormatError
 from megatransformer_jax.config.loop import FOREIGN_FORMATS
+from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import UserError
 
 
@@ -28,9 +29,14 @@ def test_the_command_line_knows_every_format():
 
 
 def test_every_format_recognises_its_own_configs_alone():
-    values = [huginn_values(), huginn_values(model_type="huginn_raven")]
-    for one in values:
-        assert [format.name for format in FORMATS if format.recognises(one)] == ["huginn"]
+    for format in FORMATS:
+        config = small_huginn()[0] if format.name == "huginn" else ModelConfig(core_layers=0)
+        values = format.write_config(config)
+        assert [other for other in FORMATS if other.recognises(values)] == [format]
+        del values["model_type"]  # Then `architectures` says it.
+        assert [other for other in FORMATS if other.recognises(values)] == [format]
+    old = huginn_values()
+    assert [format.name for format in FORMATS if format.recognises(old)] == ["huginn"]
 
 
 @pytest.mark.parametrize(

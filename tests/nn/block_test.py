@@ -82,7 +82,9 @@ def rms(x, scale):
     return x / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + 1e-6) * scale
 
 
-@pytest.mark.parametrize(("residual", "placement"), [("rezero", "none"), ("admin", "post")])
+@pytest.mark.parametrize(
+    ("residual", "placement"), [("rezero", "none"), ("admin", "post"), ("plain", "output")]
+)
 def test_a_block_is_its_formula(residual, placement):
     config = config_of(residual, placement)
     _, inits, policy, *_ = parts = parts_of(config)
@@ -99,8 +101,11 @@ def test_a_block_is_its_formula(residual, placement):
 
     x = X
     for name, layer in (("attention", attend), ("mlp", feed_forward)):
-        scale, update = np.asarray(params[f"{name}_residual_scale"]), np.asarray(layer(x))
-        if residual == "rezero":
+        update = np.asarray(layer(x))
+        scale = np.asarray(params.get(f"{name}_residual_scale", 1.0))
+        if placement == "output":
+            x = np.asarray(x) + rms(update, params[f"{name}_norm_out"]["scale"])
+        elif residual == "rezero":
             x = np.asarray(x) + scale * update
         else:
             x = rms(scale * np.asarray(x) + update, params[f"{name}_norm_out"]["scale"])
