@@ -220,6 +220,9 @@ def sample_keys(prompt_keys: Key[Array, "B"], count: int) -> Key[Array, "B2"]:
 
 # What decoders write for bytes that are not a character (yet).
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+# Tokens that a stream decodes again with every new one: as many before them, and at most so many
+# (but for a character that does not end) that have come since.
+_MAX_DECODED_AGAIN = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +345,8 @@ def continuation_text(
 class TextStream:
     """Turns tokens into text piece by piece.
 
-    Text right behind the prompt's own continues it, text behind a medium starts a new one.
+    Text right behind the prompt's own continues it, text behind a medium starts a new one. A token
+    costs the same wherever it stands, as only those close before it are decoded with it.
 
     Args:
       tokenizer: of the model.
@@ -356,12 +360,14 @@ class TextStream:
         self._stops = stops
         self._before: list[int] = []
         self._new_ids: list[int] = []
+        self._held_back = ""
         self._num_shown = 0
         for token in prompt_ids:
             if self.is_marker(token):
                 self._before.clear()
             else:
                 self._before.append(int(token))
+        self._before = self._last_of(self._before)
 
     def is_marker(self, token: int) -> bool:
         """Whether the token stands around a medium, so is not text."""
@@ -386,20 +392,44 @@ class TextStream:
     def end_text(self) -> str:
         """All that is left; what comes now is another text."""
         piece = self._rest(is_last=True)
-        self._before, self._new_ids, self._num_shown = [], [], 0
+        self._before, self._new_ids = [], []
+        self._held_back, self._num_shown = "", 0
         return piece
 
     def _rest(self, is_last: bool) -> str:
         if not self._new_ids:
-            return ""
+            return self._held_back[self._num_shown :] if is_last else ""
         text = continuation_text(self._tokenizer, self._before, self._new_ids)
+        is_complete = not text.endswith(_INCOMPLETE)
+        text = whole = self._held_back + text
         text = cut_at_stop(text, self._stops)
+        is_stopped = text != whole
         if not is_last:
             text = text.rstrip(_INCOMPLETE)
             text = text[: len(text) - num_held_back(text, self._stops)]
         piece = text[self._num_shown :]
         self._num_shown += len(piece)
+        if is_complete and not is_stopped and len(self._new_ids) >= _MAX_DECODED_AGAIN:
+            self._settle(whole)
         return piece
+
+    def _settle(self, text: str) -> None:
+        """Decodes no token of this text again, except for a few before the next ones."""
+        self._before = self._last_of(self._before + self._new_ids)
+        self._new_ids = []
+        # No stop begins in what was shown, else it would have been held back.
+        self._held_back, self._num_shown = text[self._num_shown :], 0
+
+    def _last_of(self, ids: list[int]) -> list[int]:
+        """Tokens at the end that the text of the next ones can depend on.
+
+        That is whether a text begins there, so they have text of their own, and a character that
+        is not complete, which has at most four bytes.
+        """
+        num_tokens = _MAX_DECODED_AGAIN
+        while num_tokens < len(ids) and not self._tokenizer.decode(ids[-num_tokens:]).strip():
+            num_tokens *= 2
+        return ids[-num_tokens:]
 
 
 def parts_of_ids(

@@ -1,6 +1,7 @@
 """Text of new tokens, at once and piece by piece."""
 
 import io
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -86,8 +87,8 @@ def token_sequences(draw):
     if tokenizer is BYTES:
         few = [3 + byte for byte in b"ab\n" + "\u20ac\u00e9\U0001f600".encode() + b"\xff"]
         ids = st.sampled_from(few)
-    sequence = st.lists(ids, max_size=16)
-    return tokenizer, [1, *draw(st.lists(ids, max_size=4))], draw(sequence)
+    sequence = st.lists(ids, max_size=60)
+    return tokenizer, [1, *draw(st.lists(ids, max_size=40))], draw(sequence)
 
 
 @given(
@@ -114,7 +115,32 @@ def test_pieces_make_up_the_text(sequence, stops):
 
 @given(st.data())
 def test_pieces_of_sentencepiece_make_up_the_text(sentencepiece, data):
-    ids = st.lists(st.integers(3, sentencepiece.vocab_size - 1), max_size=12)
+    every = range(1, sentencepiece.vocab_size)
+    blanks = [token for token in every if sentencepiece.piece_bytes(token) == b" "]
+    some = st.sampled_from(every) | st.sampled_from(blanks)
+    ids = st.lists(some, max_size=60)
     prompt, new = [sentencepiece.bos_id, *data.draw(ids)], data.draw(ids)
     pieces = streamed(sentencepiece, prompt, new)
     assert "".join(pieces) == continuation_text(sentencepiece, prompt, new)
+
+
+class Counting(BytesTokenizer):
+    """Notes how many ids are decoded at once."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def decode(self, ids):
+        self.sizes.append(len(ids))
+        return super().decode(ids)
+
+
+def test_a_token_costs_the_same_wherever_it_stands():
+    tokenizer = Counting()
+    prompt, new = tokenizer.encode("x" * 300), tokenizer.encode("once \u20ac " * 100)
+    stream = TextStream(tokenizer, prompt, ("\nUser:",))
+    tokenizer.sizes.clear()
+    pieces = [stream.add(token, index == len(new) - 1) for index, token in enumerate(new)]
+    assert "".join(pieces) == "once \u20ac " * 100
+    # Before and with the new ones, and once more when they are settled.
+    assert max(tokenizer.sizes) < 40
+    assert len(tokenizer.sizes) < 2.2 * len(new)
