@@ -22,6 +22,7 @@ from megatransformer_jax.checkpoints.gpt2 import Gpt2
 from megatransformer_jax.checkpoints.huginn import Huginn
 from megatransformer_jax.checkpoints.llama import Llama
 from megatransformer_jax.checkpoints.llama_relatives import Olmo2, Qwen2, Qwen3
+from megatransformer_jax.checkpoints.ouro import Ouro
 from megatransformer_jax.checkpoints.safetensors_files import (
     INDEX_FILE,
     SafetensorsReader,
@@ -41,7 +42,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError, nearest_hint
 
 # All that there are, as `FOREIGN_FORMATS` names them (config/loop.py).
-FORMATS: tuple[Format, ...] = (Huginn(), Gpt2(), Llama(), Qwen2(), Qwen3(), Olmo2())
+FORMATS: tuple[Format, ...] = (Huginn(), Gpt2(), Llama(), Qwen2(), Qwen3(), Olmo2(), Ouro())
 
 CONFIG_FILE = "config.json"
 # Special ids; Huginn's config class does not accept them in config.json.
