@@ -22,6 +22,8 @@ EXTRAS = {
     ],
     # Tokenizers and chat templates of published models, and models by their names on the hub.
     "hub": ["huggingface-hub>=1,<3", "jinja2>=3.1.6,<4", "tokenizers>=0.20,<1"],
+    # Not jax2onnx, which pins orbax-checkpoint below what the base needs.
+    "export": ["onnx>=1.20,<2", "onnxruntime>=1.30,<2"],
     "huginn": ["tokenizers>=0.20,<1"],
     "parquet": ["pyarrow>=18"],
     "qlora": ["qwix>=0.1.8,<0.2"],
@@ -84,7 +86,7 @@ setup(
         "dev": [
             *(
                 line
-                for name in ("media", "parquet", "tfds", "eval", "hub", "qlora", "docs")
+                for name in ("media", "parquet", "tfds", "eval", "hub", "qlora", "export", "docs")
                 for line in EXTRAS[name]
             ),
             *TEST,

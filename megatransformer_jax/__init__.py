@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         configure,
         create,
         evaluate,
+        export_program,
         inspect,
         load,
         read_metrics,
@@ -41,7 +42,16 @@ if TYPE_CHECKING:
 
 # Where each name is.
 _PLACES = {
-    "api": ("Trainer", "configure", "create", "evaluate", "inspect", "load", "read_metrics"),
+    "api": (
+        "Trainer",
+        "configure",
+        "create",
+        "evaluate",
+        "export_program",
+        "inspect",
+        "load",
+        "read_metrics",
+    ),
     "config.generation": ("GenerationConfig",),
     "config.model": ("ModelConfig",),
     "config.option": ("UserError",),
@@ -62,6 +72,7 @@ __all__ = [  # noqa: RUF022 (as people meet them)
     "configure",
     "evaluate",
     "inspect",
+    "export_program",
     "read_metrics",
     "Model",
     "Trainer",

@@ -26,6 +26,7 @@ from megatransformer_jax.config.build import (
 )
 from megatransformer_jax.config.build import configure as resolve
 from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.exporting import ProgramConfig
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import (
@@ -221,6 +222,38 @@ def evaluate(model: Model, **options: Any) -> Report:
     generation = GenerationConfig.of(**{"strategy": "greedy", **of_generation})
     with out_of_memory_is_bad_input():
         return scoring.evaluate(model._loaded, config, generation)
+
+
+def export_program(model: Model, folder: str | os.PathLike[str], **options: Any) -> Report:
+    """Writes a model as programs that run without this package: StableHLO, or ONNX.
+
+    Args:
+      model: of text.
+      folder: absent or empty.
+      **options: those of `megatransformer export-program`: format="onnx", batch, capacity, chunk,
+        criterion=("latent_diff", "kl"), cache_slots, cache_sharing, cache_exited_reads, seed,
+        check=True.
+
+    Returns:
+      The files with their sizes; with `check` how the programs compare with the model, by depth.
+
+    Raises:
+      UserError: if an option is not known or does not fit the model, a package of the extra
+        'export' is missing, or the folder cannot be used.
+
+    Examples:
+      >>> report = mt.export_program(lm, folder / "program", capacity=64, chunk=16)
+      >>> [row["file"] for row in report.rows if row["file"].startswith("p")]
+      ['parameters.safetensors', 'prefill.stablehlo', 'program.json']
+    """
+    # Most sessions never need it.
+    from megatransformer_jax.export import folder as exporting  # noqa: PLC0415
+
+    if not isinstance(model, Model):
+        raise UserError(f"model: {model!r} is not an mt.Model; read a folder with mt.load.")
+    declared = {option.path: option for option in options_of(ProgramConfig)}
+    config = ProgramConfig(**declared_values(options, declared))
+    return exporting.export_program(model._loaded, as_path("folder", folder), config)
 
 
 def inspect(run: BaseRunConfig | Model | str | os.PathLike[str], **options: Any) -> Report:

@@ -385,6 +385,12 @@ def _evaluate() -> Command:
     return COMMAND
 
 
+def _export_program() -> Command:
+    from megatransformer_jax.cli.export_program import COMMAND  # noqa: PLC0415
+
+    return COMMAND
+
+
 def _run_lm_eval(arguments: Sequence[str]) -> None:
     """lm-eval has its own parser."""
     # Hugging Face's libraries read this when they are imported.
@@ -410,6 +416,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "average": ("Averages checkpoints.", lambda: AVERAGE),
     "prune": ("Deletes checkpoints.", lambda: PRUNE),
     "export": ("Writes a model in Huginn's format.", lambda: EXPORT),
+    "export-program": ("Writes a model as StableHLO or ONNX programs.", _export_program),
 }
 SUMMARIES = {name: summary for name, (summary, _) in COMMANDS.items()} | {
     _LM_EVAL: "Runs tasks of EleutherAI's lm-eval."

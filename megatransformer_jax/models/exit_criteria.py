@@ -82,6 +82,7 @@ class ExitCriterion:
         gate are needed and missing.
       is_settled: (value [B, T], threshold [] or [B]) -> bool [B, T]. The threshold is traced.
       needs_gate: whether `measure` reads the exit gate, which not every model has.
+      reads_logits: where `needs_logits`, whether this run does; traced. None: always.
     """
 
     name: str
@@ -91,6 +92,7 @@ class ExitCriterion:
     measure: Callable[[Memory, Observation], tuple[jax.Array, Memory]]
     is_settled: Callable[[jax.Array, jax.Array | float], jax.Array]
     needs_gate: bool = False
+    reads_logits: Bool[Array, ""] | None = dataclasses.field(default=None, compare=False)
 
 
 @struct.dataclass

@@ -26,6 +26,7 @@ LAYERS: Mapping[str, int] = {
     "evaluation": 5,
     "runs": 6,
     "model": 7,
+    "export": 7,
     "api": 8,
     "serving": 9,
     "cli": 10,

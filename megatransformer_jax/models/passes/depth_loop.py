@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.models.core import Pass
+<<<<<<< HEAD
 from megatransformer_jax.models.exit_criteria import Observation
 from megatransformer_jax.models.gate_readout import (
     Reading,
@@ -26,6 +27,9 @@ from megatransformer_jax.models.gate_readout import (
     finish_reading,
     read_iteration,
 )
+=======
+from megatransformer_jax.models.exit_criteria import ExitCriterion, Observation
+>>>>>>> 69e331d (Models as programs that run without this package: StableHLO and ONNX)
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for, visible_positions
 from megatransformer_jax.nn.layer_sharing import earlier_uses, stack_owners
@@ -113,7 +117,7 @@ def iterate_core(
             stops = gate_of(new_state)
             reading = read_iteration(rule.readout, reading, new_state, stops, is_active)
         if criterion.name != _FIXED:
-            logits = logits_of(new_state) if criterion.needs_logits else None
+            logits = _logits_for(criterion, logits_of, new_state)
             gate = gate_of(new_state) if criterion.needs_gate else None
             value, memory = criterion.measure(memory, Observation(new_state, logits, gate))
             may_leave = carry.iteration + 1 >= _per_sequence(rule.min_depth)
@@ -147,6 +151,24 @@ def iterate_and_sow(
     )
     rows = stack_rows(sown[NEW_ROWS]["layers"], stack_owners(core.core.config, "core"))
     return cast(jax.Array, new_state), rows
+
+
+def _logits_for(
+    criterion: ExitCriterion, logits_of: Callable[[jax.Array], jax.Array], state: jax.Array
+) -> jax.Array | None:
+    """What the criterion reads of the output; zeros where this run does not read it."""
+    if not criterion.needs_logits:
+        return None
+    if criterion.reads_logits is None:
+        return logits_of(state)
+    shape = jax.eval_shape(logits_of, state)
+    logits: jax.Array = jax.lax.cond(
+        criterion.reads_logits,
+        logits_of,
+        lambda state: jnp.zeros(shape.shape, shape.dtype),
+        state,
+    )
+    return logits
 
 
 def core_layers(cache: KVCache) -> int:

@@ -1,0 +1,55 @@
+"""Programs of both formats next to the model, and a check that sees a wrong weight."""
+
+import shutil
+
+import numpy as np
+import pytest
+from exported_tiny import CRITERIA, loaded, program_config, written
+from tiny_model import PLAIN
+
+from megatransformer_jax.config.exporting import ProgramConfig
+from megatransformer_jax.export import check
+from megatransformer_jax.export.folder import export_program
+from megatransformer_jax.export.program import build_programs
+
+# Within the cache's slots and beyond.
+DEPTHS = (2, 11)
+
+
+def compare(format, folder):
+    lm = loaded()
+    made = build_programs(lm.model, lm.trained_depth, program_config(format))
+    return check.check_program(folder, lm, made)
+
+
+@pytest.mark.parametrize("format", CRITERIA)
+def test_logits_iterations_and_tokens_are_those_of_the_model(format, monkeypatch):
+    monkeypatch.setattr(check, "DEPTHS", DEPTHS)
+    rows = compare(format, written(format)).rows
+    depths = {(row["criterion"], row["depth"]): row["mean_depth"] for row in rows}
+    assert [*depths] == [(name, depth) for name in CRITERIA[format] for depth in DEPTHS]
+    for row in rows:
+        assert row["passed"], row
+        assert row["same_as_generate"] == 1 and row["same_iterations"]
+        assert row["difference"] <= (0 if format == "stablehlo" else 2e-5)
+    deepest = DEPTHS[-1]
+    assert depths.get(("fixed", deepest), deepest) == deepest
+    assert all(1 < depths[name, deepest] < deepest for name in CRITERIA[format] if name != "fixed")
+
+
+def test_a_wrong_weight_is_seen(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "DEPTHS", (2,))
+    folder = shutil.copytree(written("onnx"), tmp_path / "copy")
+    weights = np.fromfile(folder / "weights.bin", np.float32)
+    weights[-16:] += 0.01
+    weights.tofile(folder / "weights.bin")
+    report = compare("onnx", folder)
+    assert not any(row["passed"] for row in report.rows)
+    assert "NO" in str(report)
+
+
+def test_a_model_without_a_core_is_exported_too(tmp_path):
+    config = ProgramConfig(format="onnx", capacity=64, chunk=16, check=True)
+    report = export_program(loaded(PLAIN), tmp_path / "plain", config)
+    (row,) = report.rows
+    assert row["passed"] and row["mean_depth"] == 0
