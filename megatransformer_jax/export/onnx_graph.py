@@ -3,9 +3,9 @@
 Why not a library: jax2onnx, the only one, pins orbax-checkpoint below what the base install needs,
 so no environment can hold both. A traced pass of ours has about 70 kinds of operations.
 
-Three things keep graphs small. What depends on constants alone is computed here. A broadcast stays
-a small value for as long as only elementwise operations read it, because ONNX broadcasts by itself.
-Nodes whose results nobody reads are dropped.
+What keeps graphs small: constants are computed here. A broadcast stays a small value for as long as
+only elementwise operations read it, because ONNX broadcasts by itself. A change of shape has a node
+only if somebody reads it in that shape. Nodes whose results nobody reads are dropped.
 """
 
 import dataclasses
@@ -38,6 +38,7 @@ class Value:
         as a constant or as something to be broadcast.
       constant: the numbers, where they are known.
       compact: a value of the same rank that broadcasts to this one.
+      view: a value with the same numbers in another shape.
     """
 
     shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class Value:
     name: str = ""
     constant: np.ndarray | None = None
     compact: "Value | None" = None
+    view: "Value | None" = None
 
     @property
     def small(self) -> "Value":
@@ -121,9 +123,11 @@ class Scope:
             if id(value) in scope._named:
                 return scope._named[id(value)][1]
             scope = scope._parent
-        if value.compact is not None:
+        source = value.compact or value.view
+        if source is not None:
+            kind, attributes = ("Expand", {}) if value.compact else ("Reshape", {"allowzero": 1})
             shape = np.asarray(value.shape, np.int64)
-            name = self.add("Expand", [value.compact, shape], value.shape, value.dtype).name
+            name = self.add(kind, [source, shape], value.shape, value.dtype, **attributes).name
         else:
             assert value.constant is not None
             name = self.names.of_constant(value.constant)
@@ -172,13 +176,14 @@ class Scope:
         return broadcast(result, value.shape)
 
     def reshape(self, value: Value, shape: Sequence[int]) -> Value:
-        """The value in another shape of the same size."""
+        """The value in another shape of the same size; no node before somebody reads it."""
+        if value.view is not None:
+            value = value.view
         if tuple(shape) == value.shape:
             return value
         if value.constant is not None:
             return constant_value(value.constant.reshape(shape))
-        target = np.asarray(shape, np.int64)
-        return self.add("Reshape", [value, target], shape, value.dtype, allowzero=1)
+        return Value(tuple(shape), value.dtype, view=value)
 
     def elementwise(self, kind: str, *values: Value, dtype: Any = None, **attributes: Any) -> Value:
         """A node on values that broadcast against each other; the result stays small if it can."""

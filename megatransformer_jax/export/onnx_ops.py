@@ -290,8 +290,10 @@ def _pad(scope: Scope, equation: Any, x: Value, fill: Value) -> Value:
 def _reduction(kind: str) -> Rule:
     def rule(scope: Scope, equation: Any, x: Value) -> Value:
         shape, _ = out_of(equation)
-        axes = _long(*equation.params["axes"])
-        return scope.add(kind, [x, axes], shape, x.dtype, keepdims=0)
+        axes = equation.params["axes"]
+        kept = [1 if axis in axes else size for axis, size in enumerate(x.shape)]
+        # Most results are broadcast along these axes again.
+        return scope.reshape(scope.add(kind, [x, _long(*axes)], kept, x.dtype, keepdims=1), shape)
 
     return rule
 
@@ -336,6 +338,9 @@ def _dot_general(scope: Scope, equation: Any, left: Value, right: Value) -> Valu
     (left_sum, right_sum), (left_batch, right_batch) = equation.params["dimension_numbers"]
     left_free = [a for a in range(len(left.shape)) if a not in (*left_sum, *left_batch)]
     right_free = [a for a in range(len(right.shape)) if a not in (*right_sum, *right_batch)]
+    is_plain = len(right.shape) == 2 and left.dtype == right.dtype == dtype and not left_batch
+    if is_plain and (*left_sum, *right_sum) == (len(left.shape) - 1, 0):
+        return scope.add("MatMul", [left, right], shape, dtype)
     batch = [left.shape[axis] for axis in left_batch]
     inner = math.prod(left.shape[axis] for axis in left_sum)
     rows = math.prod(left.shape[axis] for axis in left_free)

@@ -36,6 +36,8 @@ from megatransformer_jax.nn.kv_cache import CacheShape, KVCache, init_cache
 # What the rows of a cache are laid out for, and their keys drawn by, on every platform.
 PLATFORM = "cpu"
 KEY_IMPL = "threefry2x32"
+# Of a cache with more rows onnxruntime, whose loops are slow, reads blocks too.
+WHOLE_ROWS = 2048
 _FIXED = "fixed"
 
 Arrays = dict[str, jax.Array]
@@ -123,7 +125,13 @@ class Programs:
 
     def empty_cache(self) -> Arrays:
         """The arrays of a cache without tokens, by name."""
-        return _cache_arrays(init_cache(self.model.config, self.shape))
+        return _cache_arrays(self._new_cache())
+
+    def _new_cache(self) -> KVCache:
+        cache = init_cache(self.model.config, self.shape)
+        if self.config.format == "onnx" and self.shape.rows <= WHOLE_ROWS:
+            cache = cache.replace(block_rows=0)  # type: ignore[attr-defined]
+        return cache
 
     @functools.cached_property
     def _cache_order(self) -> tuple[str, ...]:
@@ -136,9 +144,7 @@ class Programs:
         def take(path: Any, empty: jax.Array) -> jax.Array:
             return arrays.get(_cache_name(path), empty)
 
-        cache: KVCache = jax.tree_util.tree_map_with_path(
-            take, init_cache(self.model.config, self.shape)
-        )
+        cache: KVCache = jax.tree_util.tree_map_with_path(take, self._new_cache())
         return cache
 
     def _rule(self, inputs: Arrays) -> DepthRule:

@@ -62,7 +62,7 @@ class KVCache:
       sharing: how iterations share slots, see `slot_for`.
       exited_reads: what a deeper reader gets of a token that took fewer iterations: 'latest', its
         last key and value; 'skip', nothing.
-      block_rows: rows that attention reads at a time.
+      block_rows: rows that attention reads at a time; 0: all.
       is_medium: rows that hold places of images or sound; None if there can be none.
     """
 

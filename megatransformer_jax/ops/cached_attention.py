@@ -28,7 +28,8 @@ class CachedRows:
       entry: which of them.
       positions: place of each row's token in its sequence; -1 hides the row.
       length: rows in use; later blocks are not read.
-      block_rows: rows per turn; divides S.
+      block_rows: rows per turn; divides S. 0: all in one, without a loop, used or not; for
+        runtimes whose loops are slow.
     """
 
     key: Float[Array, "E B K S H"]
@@ -87,11 +88,13 @@ def cached_attention(
         value = jnp.where((positions >= 0)[:, None, :, None], value, 0)
         return _merge(partial, jnp.where(is_visible, logits, MASKED_LOGIT), value)
 
-    def absorb_block(index: jax.Array, partial: _Partial) -> _Partial:
-        start = index * cached.block_rows
+    block_rows = cached.block_rows or cached.positions.shape[1]
+
+    def absorb_block(index: jax.Array | int, partial: _Partial) -> _Partial:
+        start = index * block_rows
         corner = (cached.entry, 0, 0, start, 0)
-        shape = (1, *cached.key.shape[1:3], cached.block_rows, width)
-        positions_shape = (batch_size, cached.block_rows)
+        shape = (1, *cached.key.shape[1:3], block_rows, width)
+        positions_shape = (batch_size, block_rows)
         return absorb(
             partial,
             jax.lax.dynamic_slice(cached.key, corner, shape)[0],
@@ -107,9 +110,13 @@ def cached_attention(
     )
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     partial = absorb(nothing, key, value, key_positions)
-    first = _first_block(query_positions, window, cached.block_rows)
-    last = -(-cached.length // cached.block_rows)
-    peak, total, mixed = jax.lax.fori_loop(first, last, absorb_block, partial)
+    if cached.block_rows:
+        first = _first_block(query_positions, window, block_rows)
+        last = -(-cached.length // block_rows)
+        partial = jax.lax.fori_loop(first, last, absorb_block, partial)
+    else:
+        partial = absorb_block(0, partial)
+    peak, total, mixed = partial
     # A query that saw nothing has only masked logits, whose exponentials are 1, not 0.
     mixed = jnp.where(peak > MASKED_LOGIT / 2, mixed / total, 0.0)
     return mixed.transpose(0, 2, 1, 3).astype(query.dtype)

@@ -67,6 +67,11 @@ def run(
             r"times a cached token",
         ),
         (
+            "exported",
+            "--width=16 --rows 1 --depths 1 --capacity=64 --rounds=1",
+            r"\| 1 \| 1 \| [\d.]+ ms",
+        ),
+        (
             "peer",
             "--experts=16 --heads=1 --top-k=1 --width=8 --batch=1 --length=8 --rounds=1",
             r"PEER / dense: \d",

@@ -19,17 +19,13 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.models.core import Pass
-<<<<<<< HEAD
-from megatransformer_jax.models.exit_criteria import Observation
+from megatransformer_jax.models.exit_criteria import ExitCriterion, Observation
 from megatransformer_jax.models.gate_readout import (
     Reading,
     begin_reading,
     finish_reading,
     read_iteration,
 )
-=======
-from megatransformer_jax.models.exit_criteria import ExitCriterion, Observation
->>>>>>> 69e331d (Models as programs that run without this package: StableHLO and ONNX)
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for, visible_positions
 from megatransformer_jax.nn.layer_sharing import earlier_uses, stack_owners

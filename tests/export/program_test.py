@@ -1,0 +1,94 @@
+"""What can be exported, as which program; the choice among criteria."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from exported_tiny import CONFIG, loaded, program_config
+from tiny_model import PLAIN, TINY, make, tiny
+
+from megatransformer_jax.config.exporting import ProgramConfig
+from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.export.program import build_programs, one_of
+from megatransformer_jax.models.exit_criteria import Observation, exit_criterion
+from megatransformer_jax.models.megatransformer import build_model
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.types import DTypePolicy
+
+
+def programs(config=CONFIG, depth=3, **options):
+    return build_programs(loaded(config).model, depth, ProgramConfig(**options))
+
+
+def test_inputs_are_what_the_model_and_its_criteria_need():
+    def names(made):
+        return [*made.inputs("step")]
+
+    of_core = ["tokens", "is_token", "depth"]
+    made = programs(TINY, criterion=("fixed",))
+    assert names(made) == of_core
+    assert made.inputs("prefill")["tokens"].shape == (1, 64) and made.config.capacity == 128
+    assert made.config.cache_slots == 32
+    assert names(programs(TINY)) == [*of_core, "threshold", "min_depth"]
+    three = program_config("onnx").criterion
+    wanted = [*of_core, "threshold", "min_depth", "criterion"]
+    assert names(programs(TINY, criterion=three)) == wanted
+    assert names(programs()) == ["tokens", "is_token", "keys", "depth", "threshold", "min_depth"]
+    plain = programs(PLAIN, None)
+    assert names(plain) == ["tokens", "is_token"]
+    # No arrays of stacks without layers.
+    assert [name for name in plain.cache if "key" in name] == [
+        "cache.prelude.key",
+        "cache.coda.key",
+    ]
+
+
+def test_one_of_is_the_criterion_that_is_chosen():
+    names = ("latent_diff", "argmax_stability", "kl")
+    rng = np.random.default_rng(0)
+    states = jnp.asarray(rng.normal(size=(4, 2, 3, 5)), jnp.float32)
+    logits = jnp.asarray(rng.normal(size=(4, 2, 3, 7)), jnp.float32)
+    for code, name in enumerate(names):
+        choice, alone = one_of(names, jnp.int32(code)), exit_criterion(name)
+        assert choice.needs_logits and bool(choice.reads_logits) == alone.needs_logits
+        memory, own = (each.init(states[0], 7) for each in (choice, alone))
+        for state, scores in zip(states[1:], logits[1:], strict=True):
+            observation = Observation(state, scores)
+            value, memory = choice.measure(memory, observation)
+            wanted, own = alone.measure(own, observation)
+            np.testing.assert_array_equal(value, wanted)
+            for threshold in (0.3, 1.0):
+                np.testing.assert_array_equal(
+                    choice.is_settled(value, threshold), alone.is_settled(wanted, threshold)
+                )
+
+
+def test_what_cannot_be_exported_is_named():
+    media = dataclasses.replace(TINY, image=ImageConfig(enabled=True))
+    with pytest.raises(ConfigError, match=r"model\.image\.enabled: is True, and a program reads"):
+        build_programs(build_model(media, DTypePolicy(), Sharder(), "cpu"), 3, ProgramConfig())
+    with pytest.raises(ConfigError, match="criterion: learned_gate reads an exit gate"):
+        programs(TINY, criterion=("learned_gate",))
+    with pytest.raises(ConfigError, match="capacity: 81 exceeds the 80 tokens"):
+        programs(TINY, capacity=81)
+    with pytest.raises(ConfigError, match="cache_slots: 4 would be ignored as the model has no"):
+        programs(PLAIN, None, cache_slots=4)
+    with pytest.raises(ConfigError, match="criterion: names one twice"):
+        ProgramConfig(criterion=("kl", "kl"))
+    half = build_model(TINY, DTypePolicy(compute=jnp.dtype("bfloat16")), Sharder(), "cpu")
+    with pytest.raises(ConfigError, match="precision: activations are bfloat16"):
+        build_programs(half, 3, ProgramConfig(format="onnx"))
+    assert build_programs(half, 3, ProgramConfig()).cache["cache.core.key"].dtype == jnp.bfloat16
+
+
+def test_logits_of_criteria_that_are_not_chosen_cost_nothing():
+    """The head stands in a branch of the loop, and outside of it."""
+    made = programs(tiny(), criterion=("latent_diff", "kl"), capacity=64)
+    _, params = make(tiny())
+    from megatransformer_jax.export.program import named  # noqa: PLC0415
+
+    traced = jax.make_jaxpr(made.call)(named(params), made.inputs("step"), made.empty_cache())
+    assert "branches" in str(traced)
