@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks.timing import Phase, alternate, by_round, call_first, environment, quartiles, spread
 from megatransformer_jax.config.exporting import ProgramConfig
-from megatransformer_jax.config.layers import AttentionConfig, MlpConfig
-from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.layers import AttentionConfig
+from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.export import loop
 from megatransformer_jax.export.folder import export_program
@@ -94,7 +94,7 @@ def step_phases(
             "export_s": time.perf_counter() - begin,
             "bytes": size,
         }
-    made = build_programs(loaded.model, loaded.trained_depth, config)
+    made = build_programs(loaded.model, loaded.params, loaded.trained_depth, config)
     params, compiled = named(loaded.params), jax.jit(made.call, donate_argnums=2)
     program = functools.partial(compiled, params)
     about = ways["stablehlo"]["about"]

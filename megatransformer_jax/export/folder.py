@@ -61,7 +61,7 @@ def export_program(loaded: LoadedModel, output: pathlib.Path, config: ProgramCon
         be used.
     """
     check_output(output)
-    programs = build_programs(loaded.model, loaded.trained_depth, config)
+    programs = build_programs(loaded.model, loaded.params, loaded.trained_depth, config)
     params = {name: np.asarray(leaf) for name, leaf in named(loaded.params).items()}
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
     folder = make_folder("output", str(output))

@@ -85,6 +85,17 @@ def _shift(direction: str) -> Rule:
     return rule
 
 
+def _arithmetic_shift(scope: Scope, equation: Any, x: Value, y: Value) -> Value:
+    """Whole numbers divided by a power of two, rounded down."""
+    if y.small.constant is None:
+        raise ConfigError("format", "onnx shifts signed numbers by constants alone; use stablehlo.")
+    power = constant_value(2 ** y.small.constant.astype(np.int32))
+    wide = scope.cast(x, _INT)
+    low = scope.elementwise("Mod", wide, power)
+    found = scope.elementwise("Div", scope.elementwise("Sub", wide, low), power)
+    return scope.cast(found, x.dtype)
+
+
 def _select(scope: Scope, equation: Any, which: Value, *cases: Value) -> Value:
     if len(cases) != 2:
         raise ConfigError("format", "onnx has no choice among several arrays here; use stablehlo.")
@@ -525,6 +536,7 @@ ARRAY_RULES: dict[str, Rule] = {
     "not": _logical("Not", "BitwiseNot"),
     "shift_left": _shift("LEFT"),
     "shift_right_logical": _shift("RIGHT"),
+    "shift_right_arithmetic": _arithmetic_shift,
     "select_n": _select,
     "convert_element_type": lambda scope, equation, x: scope.cast(x, out_of(equation)[1]),
     "bitcast_convert_type": _bitcast,

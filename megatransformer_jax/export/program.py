@@ -4,7 +4,7 @@
 tokens, keys, how deep, and every array of the cache to the logits of each row's last token, its
 iterations, and every array of the cache again. So a loop in any language can call them.
 
-    programs = build_programs(model, trained_depth, ProgramConfig(batch=2, capacity=256))
+    programs = build_programs(model, params, trained_depth, ProgramConfig(batch=2, capacity=256))
     outputs, cache = jax.jit(programs.call)(named(params), inputs, programs.empty_cache())
 
 The passes are those of generation (`models.passes.cached`), so they give its numbers. They are laid
@@ -14,7 +14,6 @@ run.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -52,11 +51,13 @@ class Programs:
       model: laid out for export.
       shape: of the cache.
       config: what was asked for, with no option left at None.
+      structure: the tree of the parameters, whose leaves `named` gives in the same order.
     """
 
     model: MegaTransformer
     shape: CacheShape
     config: ProgramConfig
+    structure: Any
 
     @property
     def columns(self) -> dict[str, int]:
@@ -73,7 +74,7 @@ class Programs:
         """A pass over the tokens of `inputs`; pure, to be traced.
 
         Args:
-          params: by name, see `named`.
+          params: by name, in the order of `named`.
           inputs: by name, see `inputs`.
           cache: by name, see `cache`.
 
@@ -86,7 +87,7 @@ class Programs:
             keys = jax.random.wrap_key_data(inputs["keys"], impl=KEY_IMPL)
         output = cached_forward(
             self.model,
-            _nested(params),
+            self._tree(params),
             NewTokens(inputs["tokens"], inputs["is_token"], state_keys=keys),
             self._cache_of(cache),
             self._rule(inputs),
@@ -147,6 +148,12 @@ class Programs:
         cache: KVCache = jax.tree_util.tree_map_with_path(take, self._new_cache())
         return cache
 
+    def _tree(self, params: Arrays) -> Any:
+        # The names of traced functions come sorted.
+        places = jax.tree.unflatten(self.structure, range(self.structure.num_leaves))
+        order = {place: name for name, place in named(places).items()}
+        return jax.tree.map(lambda place: params[order[place]], places)
+
     def _rule(self, inputs: Arrays) -> DepthRule:
         names = self.config.criterion
         criterion = exit_criterion(names[0])
@@ -161,12 +168,13 @@ class Programs:
 
 
 def build_programs(
-    model: MegaTransformer, trained_depth: int | None, config: ProgramConfig
+    model: MegaTransformer, params: Any, trained_depth: int | None, config: ProgramConfig
 ) -> Programs:
     """The programs of a model.
 
     Args:
       model: any model of text.
+      params: its parameters; only their tree is looked at.
       trained_depth: mean iterations in training; None without a core.
       config: what is asked for.
 
@@ -192,13 +200,15 @@ def build_programs(
         cache_slots=shape.num_slots,
         chunk=min(config.chunk, shape.rows),
     )
-    return Programs(off_mesh(model).copy(platform=PLATFORM), shape, config)
+    model = off_mesh(model).copy(platform=PLATFORM)
+    return Programs(model, shape, config, jax.tree.structure(params))
 
 
 def named(tree: Any) -> Arrays:
-    """A nested dict of arrays as one dict, as 'core/layers/layer_0/mlp/up/kernel'."""
+    """A tree of parameters as one dict, with names as 'core/layers/layer_0/mlp/up/kernel'."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(str(part.key) for part in path): leaf for path, leaf in leaves}
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): leaf for path, leaf in leaves}
 
 
 def one_of(names: tuple[str, ...], code: jax.Array) -> ExitCriterion:
@@ -275,14 +285,3 @@ def _cache_arrays(cache: Any) -> dict[str, Any]:
     """Arrays of a cache by name, without those of stacks that have no layers."""
     leaves = jax.tree_util.tree_leaves_with_path(cache)
     return {_cache_name(path): leaf for path, leaf in leaves if 0 not in leaf.shape}
-
-
-def _nested(params: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, leaf in params.items():
-        *folders, last = name.split("/")
-        inner = tree
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = leaf
-    return tree

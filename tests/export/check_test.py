@@ -18,7 +18,7 @@ DEPTHS = (2, 11)
 
 def compare(format, folder):
     lm = loaded()
-    made = build_programs(lm.model, lm.trained_depth, program_config(format))
+    made = build_programs(lm.model, lm.params, lm.trained_depth, program_config(format))
     return check.check_program(folder, lm, made)
 
 

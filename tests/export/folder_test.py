@@ -8,6 +8,7 @@ import pytest
 from exported_tiny import CRITERIA, OPTIONS, loaded, written
 
 from megatransformer_jax.config.exporting import ProgramConfig
+from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.export.folder import export_program
 
@@ -31,10 +32,6 @@ def test_a_fresh_process_without_the_package_continues_a_prompt(format):
         text=True,
         check=True,
     )
-    lm = loaded()
-    generator = lm.generator
-    from megatransformer_jax.config.generation import GenerationConfig  # noqa: PLC0415
-
     config = GenerationConfig.of(
         strategy="greedy",
         depth=5,
@@ -42,9 +39,14 @@ def test_a_fresh_process_without_the_package_continues_a_prompt(format):
         exit_criterion="latent_diff",
         exit_threshold=0.3,
     )
-    wanted = generator(config).generate(["ab", "xyz"])
+    lm, prompts = loaded(), ["ab", "xyz"]
+    found = lm.generator(config).generate(prompts)
+    wanted = [
+        lm.tokenizer.decode([*lm.tokenizer.encode(prompt), *each.token_ids])
+        for prompt, each in zip(prompts, found, strict=True)
+    ]
     shown = result.stdout.rsplit("\n[", 1)[0]
-    assert shown == "\n".join(each.text for each in wanted)
+    assert shown == "\n".join(wanted)
     modules = "jax" if format == "stablehlo" else "onnxruntime"
     assert result.stdout.endswith(f"modules: {modules}\n")
 

@@ -55,6 +55,10 @@ FUNCTIONS = {
     "integers": (lambda i, j: (i + j, i // j, i % j, lax.rem(i, j), lax.div(i, j), abs(i)), (I, J)),
     "words": (lambda u, w: (u + w, u * w, u ^ w, u & w, u | w, u < w, ~u), (U, W)),
     "shifts": (lambda u: (u << jnp.uint32(5), u >> jnp.uint32(9), u >> jnp.uint32(32)), (U,)),
+    "nibbles": (
+        lambda b: (b >> 4, (b << 4) >> 4, b >> 1),
+        (RNG.integers(-128, 128, (9,), np.int8),),
+    ),
     "functions": (
         lambda x: (jnp.exp(x), jnp.tanh(x), jnp.sin(x), jnp.cos(x), lax.erf(x), jnp.sign(x)),
         (X,),

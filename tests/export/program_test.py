@@ -12,7 +12,7 @@ from tiny_model import PLAIN, TINY, make, tiny
 from megatransformer_jax.config.exporting import ProgramConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.export.program import build_programs, one_of
+from megatransformer_jax.export.program import build_programs, named, one_of
 from megatransformer_jax.models.exit_criteria import Observation, exit_criterion
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
@@ -20,7 +20,8 @@ from megatransformer_jax.types import DTypePolicy
 
 
 def programs(config=CONFIG, depth=3, **options):
-    return build_programs(loaded(config).model, depth, ProgramConfig(**options))
+    lm = loaded(config)
+    return build_programs(lm.model, lm.params, depth, ProgramConfig(**options))
 
 
 def test_inputs_are_what_the_model_and_its_criteria_need():
@@ -69,7 +70,7 @@ def test_one_of_is_the_criterion_that_is_chosen():
 def test_what_cannot_be_exported_is_named():
     media = dataclasses.replace(TINY, image=ImageConfig(enabled=True))
     with pytest.raises(ConfigError, match=r"model\.image\.enabled: is True, and a program reads"):
-        build_programs(build_model(media, DTypePolicy(), Sharder(), "cpu"), 3, ProgramConfig())
+        build_programs(build_model(media, DTypePolicy(), Sharder(), "cpu"), {}, 3, ProgramConfig())
     with pytest.raises(ConfigError, match="criterion: learned_gate reads an exit gate"):
         programs(TINY, criterion=("learned_gate",))
     with pytest.raises(ConfigError, match="capacity: 81 exceeds the 80 tokens"):
@@ -80,15 +81,15 @@ def test_what_cannot_be_exported_is_named():
         ProgramConfig(criterion=("kl", "kl"))
     half = build_model(TINY, DTypePolicy(compute=jnp.dtype("bfloat16")), Sharder(), "cpu")
     with pytest.raises(ConfigError, match="precision: activations are bfloat16"):
-        build_programs(half, 3, ProgramConfig(format="onnx"))
-    assert build_programs(half, 3, ProgramConfig()).cache["cache.core.key"].dtype == jnp.bfloat16
+        build_programs(half, {}, 3, ProgramConfig(format="onnx"))
+    assert (
+        build_programs(half, {}, 3, ProgramConfig()).cache["cache.core.key"].dtype == jnp.bfloat16
+    )
 
 
 def test_logits_of_criteria_that_are_not_chosen_cost_nothing():
     """The head stands in a branch of the loop, and outside of it."""
     made = programs(tiny(), criterion=("latent_diff", "kl"), capacity=64)
     _, params = make(tiny())
-    from megatransformer_jax.export.program import named  # noqa: PLC0415
-
     traced = jax.make_jaxpr(made.call)(named(params), made.inputs("step"), made.empty_cache())
     assert "branches" in str(traced)
