@@ -3,6 +3,7 @@
 The environment must be set before JAX is imported, so this file imports it nowhere.
 """
 
+import contextlib
 import copy
 import gc
 import os
@@ -27,6 +28,13 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPOSITORY / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ["MPLBACKEND"] = "Agg"
+
+with contextlib.suppress(ImportError):  # `make smoke` does without it.
+    import hypothesis
+
+    # The same examples in every run, and none that fails because the machine is busy.
+    hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("steady")
 
 # Tracing makes millions of objects that die young; looking for cycles in them took 5% of the time.
 gc.set_threshold(50_000, 20, 20)
