@@ -86,7 +86,17 @@ def repository() -> pathlib.Path:
 @pytest.fixture(scope="session")
 def huginn_fixture() -> pathlib.Path:
     """Folder with Huginn's reference weights and outputs; skips the test if it is absent."""
-    folder = REPOSITORY.parent / "shared" / "fixtures" / "huginn_tiny"
+    return _reference_folder("huginn_tiny")
+
+
+@pytest.fixture(scope="session")
+def parcae_fixture() -> pathlib.Path:
+    """The same of Parcae."""
+    return _reference_folder("parcae_tiny")
+
+
+def _reference_folder(name: str) -> pathlib.Path:
+    folder = REPOSITORY.parent / "shared" / "fixtures" / name
     if not folder.is_dir():
         pytest.skip(f"reference data is not here: {folder}")
     return folder

@@ -23,6 +23,7 @@ from megatransformer_jax.checkpoints.huginn import Huginn
 from megatransformer_jax.checkpoints.llama import Llama
 from megatransformer_jax.checkpoints.llama_relatives import Olmo2, Qwen2, Qwen3
 from megatransformer_jax.checkpoints.ouro import Ouro
+from megatransformer_jax.checkpoints.parcae import Parcae
 from megatransformer_jax.checkpoints.safetensors_files import (
     INDEX_FILE,
     SafetensorsReader,
@@ -42,7 +43,16 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError, nearest_hint
 
 # All that there are, as `FOREIGN_FORMATS` names them (config/loop.py).
-FORMATS: tuple[Format, ...] = (Huginn(), Gpt2(), Llama(), Qwen2(), Qwen3(), Olmo2(), Ouro())
+FORMATS: tuple[Format, ...] = (
+    Huginn(),
+    Gpt2(),
+    Llama(),
+    Qwen2(),
+    Qwen3(),
+    Olmo2(),
+    Ouro(),
+    Parcae(),
+)
 
 CONFIG_FILE = "config.json"
 # Special ids; Huginn's config class does not accept them in config.json.
@@ -298,8 +308,9 @@ def save_folder(
 
     with _new_folder(folder) as unfinished:
         write_safetensors(unfinished, tensors(), max_shard_bytes)
-        # It says here in which type the model is to be made.
-        values["torch_dtype"] = types.pop() if len(types) == 1 else "float32"
+        if format.names_dtype:
+            # It says here in which type the model is to be made.
+            values["torch_dtype"] = types.pop() if len(types) == 1 else "float32"
         write_json(unfinished / CONFIG_FILE, values)
         if tokenizer is not None and tokenizer.special_ids:
             write_json(unfinished / GENERATION_FILE, tokenizer.special_ids)

@@ -40,6 +40,9 @@ class Format(abc.ABC):
     # transformers leaves it out of all names where it saved the model without its head.
     base_prefix: ClassVar[str] = ""
 
+    # Whether config.json names the type of the weights, as `torch_dtype`.
+    names_dtype: ClassVar[bool] = True
+
     @abc.abstractmethod
     def recognises(self, values: Mapping[str, Any]) -> bool:
         """Whether these values of a config.json are of this format, right or wrong."""

@@ -26,7 +26,9 @@ from megatransformer_jax.checkpoints.tensor_map import (
     attention_output,
     fused_gate,
     fused_qkv,
+    linear_adapter,
     same,
+    stacked_qk_bias,
     transposed,
 )
 from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
@@ -185,7 +187,7 @@ class Huginn(Format):
         width = config.width
         links = [
             same("embedding/embedding", _EMBEDDING, (config.vocab_size, width)),
-            _adapter(width),
+            linear_adapter("core/adapter", _ADAPTER, width),
             same("final_norm/scale", "transformer.ln_f.weight", (width,)),
         ]
         stacks = (
@@ -332,28 +334,11 @@ def _layer(ours: str, theirs: str, config: ModelConfig) -> list[Link]:
         transposed(f"{mlp}/down", f"{theirs}.mlp.proj.weight", (width, hidden)),
     ]
     if config.attention.qk_bias:
-        links.append(
-            Link(
-                (f"{attention}/query_bias", f"{attention}/key_bias"),
-                {f"{theirs}.attn.qk_bias": (2, 1, heads, head_dim)},
-                lambda both: list(both[:, 0]),
-                lambda query, key: (np.stack([query, key])[:, None],),
-            )
-        )
+        links.append(stacked_qk_bias(attention, f"{theirs}.attn.qk_bias", heads, head_dim))
     links += [
         same(f"{ours}/{a}/scale", f"{theirs}.{b}.weight", (width,)) for a, b in _NORMS.items()
     ]
     return links
-
-
-def _adapter(width: int) -> Link:
-    """One matrix for the state and the embedding, side by side."""
-    return Link(
-        ("core/adapter/state_kernel", "core/adapter/embedding_kernel"),
-        {_ADAPTER: (width, 2 * width)},
-        lambda both: [half.T for half in np.split(both, 2, axis=1)],
-        lambda state, embedding: (np.concatenate([state.T, embedding.T], axis=1),),
-    )
 
 
 def _table_complaint(table: np.ndarray, config: ModelConfig) -> str | None:

@@ -162,6 +162,26 @@ def fused_gate(ours: str, theirs: str, hidden: int, width: int) -> Link:
     )
 
 
+def stacked_qk_bias(attention: str, theirs: str, heads: int, head_dim: int) -> Link:
+    """Vectors per head for queries and keys, [2, 1, N, H] there, two of [N, H] here."""
+    return Link(
+        (f"{attention}/query_bias", f"{attention}/key_bias"),
+        {theirs: (2, 1, heads, head_dim)},
+        lambda both: list(both[:, 0]),
+        lambda query, key: (np.stack([query, key])[:, None],),
+    )
+
+
+def linear_adapter(ours: str, theirs: str, width: int) -> Link:
+    """Matrices of state and embedding side by side, [D, 2D] there, two of [D, D] here."""
+    return Link(
+        (f"{ours}/state_kernel", f"{ours}/embedding_kernel"),
+        {theirs: (width, 2 * width)},
+        lambda both: [half.T for half in np.split(both, 2, axis=1)],
+        lambda state, embedding: (np.concatenate([state.T, embedding.T], axis=1),),
+    )
+
+
 def _alone(convert: Callable[[np.ndarray], np.ndarray]) -> Convert:
     return lambda tensor: (convert(tensor),)
 

@@ -115,7 +115,7 @@ BETTER_ENDS = (
 
 
 # Checkpoint formats of other projects; `checkpoints/folders.py` has what they are.
-FOREIGN_FORMATS = ("huginn", "gpt2", "llama", "qwen2", "qwen3", "olmo2", "ouro")
+FOREIGN_FORMATS = ("huginn", "gpt2", "llama", "qwen2", "qwen3", "olmo2", "ouro", "parcae")
 
 
 @dataclasses.dataclass(frozen=True)

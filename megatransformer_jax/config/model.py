@@ -23,7 +23,17 @@ from megatransformer_jax.config.option import (
 from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConfig
 
 STACKS = ("prelude", "core", "coda")
-ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "relu_squared", "silu", "sigmoid", "tanh", "identity")
+ACTIVATIONS = (
+    "gelu",
+    "gelu_tanh",
+    "relu",
+    "relu_squared",
+    "relu_squared_half",
+    "silu",
+    "sigmoid",
+    "tanh",
+    "identity",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +74,12 @@ class MlpConfig:
         choices=("mlp", "gated", "peer"),
     )
     hidden_width: int = option(704, "Hidden width (F) of mlp and gated.", minimum=1)
-    activation: str = option("silu", "Nonlinearity (of the gate, if gated).", choices=ACTIVATIONS)
+    activation: str = option(
+        "silu",
+        "Nonlinearity (of the gate, if gated). relu_squared: relu(x)^2; relu_squared_half: half of "
+        "it (Parcae).",
+        choices=ACTIVATIONS,
+    )
     bias: bool = option(False, "Adds biases to its projections.")
     dropout_rate: float = option(0.0, "Dropout on the hidden layer.", minimum=0, below=1)
     peer: PeerConfig = section(PeerConfig, "Experts of kind='peer'.")

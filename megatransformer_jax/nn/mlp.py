@@ -75,6 +75,8 @@ def get_activation(name: str) -> Activation:
             return jax.nn.relu
         case "relu_squared":
             return lambda x: jnp.square(jax.nn.relu(x))
+        case "relu_squared_half":
+            return lambda x: 0.5 * jnp.square(jax.nn.relu(x))
         case "silu":
             return jax.nn.silu
         case "sigmoid":

@@ -19,6 +19,7 @@ REFERENCE = {
     "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
     "relu": lambda x: np.maximum(x, 0),
     "relu_squared": lambda x: np.maximum(x, 0) ** 2,
+    "relu_squared_half": lambda x: np.maximum(x, 0) ** 2 / 2,
     "silu": lambda x: x * scipy.special.expit(x),
     "sigmoid": scipy.special.expit,
     "tanh": np.tanh,
