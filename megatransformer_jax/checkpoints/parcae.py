@@ -402,12 +402,11 @@ def _check_core(known: Mapping[str, Any], where: str) -> None:
         ("num_key_value_heads", "num_attention_heads"),
     ):
         if known[key] != known[other]:
-            reason = "all layers have one shape here"
-            if key == "num_key_value_heads":
-                reason = "Parcae's core has no grouped heads, and all layers have one shape here"
+            grouped = "Parcae's core has no grouped heads, and "
             raise FormatError(
-                f"{where}: {key} is {known[key]!r}, but {other} is {known[other]!r}; {reason}, so "
-                "the two must be equal."
+                f"{where}: {key} is {known[key]!r}, but {other} is {known[other]!r}; "
+                f"{grouped if key == 'num_key_value_heads' else ''}all layers have one shape here, "
+                "so the two must be equal."
             )
     if known["n_layers_in_recurrent_block"] < 1:
         raise FormatError(f"{where}: n_layers_in_recurrent_block is 0; Parcae has a core.")
@@ -495,10 +494,8 @@ def _positions(known: Mapping[str, Any]) -> PositionConfig:
 
 
 def _init(known: Mapping[str, Any]) -> InitConfig:
-    strategy = known["init_strategy"]
-    if strategy in _TAKASE_STD:
-        return InitConfig(scheme="takase")
-    return InitConfig(scheme="scaled", std=_OTHER_STD[strategy](known["n_embd"]))
+    std = _OTHER_STD.get(known["init_strategy"])
+    return InitConfig() if std is None else InitConfig("scaled", std(known["n_embd"]))
 
 
 def _strategy(config: ModelConfig) -> str:
@@ -560,14 +557,8 @@ def _layer(ours: str, theirs: str, config: ModelConfig) -> list[Link]:
     if config.mlp.kind == "gated":
         links.append(fused_gate(f"{mlp}/up", up, hidden, width))
     else:
-        links.append(
-            Link(
-                (f"{mlp}/up",),
-                {up: (hidden, width)},
-                lambda x: (x.T[:, None],),
-                lambda x: (x[:, 0].T,),
-            )
-        )
+        theirs_up, convert = {up: (hidden, width)}, lambda x: (x.T[:, None],)
+        links.append(Link((f"{mlp}/up",), theirs_up, convert, lambda x: (x[:, 0].T,)))
     if config.attention.qk_bias:
         links.append(stacked_qk_bias(attention, f"{theirs}.attn.qk_bias", heads, head_dim))
     return links

@@ -30,10 +30,12 @@ def test_the_command_line_knows_every_format():
 
 def test_every_format_recognises_its_own_configs_alone():
     for format in FORMATS:
-        is_looped = format.name in ("huginn", "ouro")
+        is_looped = format.name in ("huginn", "ouro", "parcae")
         config = small_huginn()[0] if is_looped else ModelConfig(core_layers=0)
         values = format.write_config(config)
         assert [other for other in FORMATS if other.recognises(values)] == [format]
+        if format.name == "parcae":  # Its class says it, and is all that does.
+            continue
         del values["model_type"]  # Then `architectures` says it.
         assert [other for other in FORMATS if other.recognises(values)] == [format]
     old = huginn_values()
