@@ -14,6 +14,8 @@ from megatransformer_jax.config.exporting import ProgramConfig
 from megatransformer_jax.config.option import ConfigError, option, rule
 from megatransformer_jax.extras import import_extra
 
+# A pipe or a file has no width, and a table should not be cut there.
+_PLAIN_WIDTH = 140
 _OF_PROGRAM = tuple(field.name for field in dataclasses.fields(ProgramConfig))
 
 
@@ -52,6 +54,8 @@ def export_program(parsed: Parsed) -> None:
     config = ProgramConfig(**{name: getattr(options, name) for name in _OF_PROGRAM})
     report = write(load_chosen_model(options), output, config)
     console = Console()
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
     for table in report.tables:
         console.print(table)
     if not all(row.get("passed", True) for row in report.rows):

@@ -17,10 +17,18 @@ FORMATS = ("stablehlo", "onnx")
 # What a program has if the model says nothing smaller.
 DEFAULT_CAPACITY = 1024
 DEFAULT_SLOTS = 32
+GATE_READOUTS = GENERATION_OPTIONS["gate_readout"].check.choices
 CRITERIA = GENERATION_OPTIONS["exit_criterion"].check.choices
 SHARINGS = GENERATION_OPTIONS["cache_sharing"].check.choices
 EXITED_READS = GENERATION_OPTIONS["cache_exited_reads"].check.choices
-_OF_THE_CORE = ("criterion", "cache_slots", "cache_sharing", "cache_exited_reads", "seed")
+_OF_THE_CORE = (
+    "criterion",
+    "gate_readout",
+    "cache_slots",
+    "cache_sharing",
+    "cache_exited_reads",
+    "seed",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +57,12 @@ class ProgramConfig:
         "Exit criteria among which the program's caller chooses. With several of them, those that "
         "read logits cost time only where they are chosen.",
         choices=CRITERIA,
+    )
+    gate_readout: str = option(
+        "last",
+        "What the output is read from once all iterations are made, as of generate; needs "
+        "criterion=fixed. With threshold the caller gives gate_threshold.",
+        choices=GATE_READOUTS,
     )
     cache_slots: int | None = option(
         None,
@@ -86,6 +100,16 @@ class ProgramConfig:
         if not self.criterion or len(set(self.criterion)) < len(self.criterion):
             problem = "names one twice" if self.criterion else "is empty"
             raise ConfigError("criterion", f"{problem}; name each once: {', '.join(CRITERIA)}.")
+
+    @rule("gate_readout")
+    def _readouts_make_all_iterations(self) -> None:
+        """Keep the default unless criterion is 'fixed' alone."""
+        if self.gate_readout != "last" and self.criterion != ("fixed",):
+            raise ConfigError(
+                "gate_readout",
+                f"{self.gate_readout!r} reads a pass that makes all iterations, and criterion="
+                f"{','.join(self.criterion)} may end it early; give criterion=fixed.",
+            )
 
     def check_model_without_core(self) -> None:
         """Checks that nothing is asked of a core.

@@ -139,6 +139,7 @@ def _same_as_generate(
     config, options = programs.config, {}
     if case:
         options = {"depth": case["depth"], "exit_criterion": case["criterion"]}
+        options["gate_readout"] = config.gate_readout
         slots = config.cache_slots
         if slots is not None and slots < case["depth"]:
             options |= {"cache_slots": slots, "cache_sharing": config.cache_sharing}

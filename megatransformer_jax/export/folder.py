@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 
 from megatransformer_jax.config.exporting import ProgramConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.sampling import GATE_THRESHOLD
 from megatransformer_jax.data.hf_tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer
 from megatransformer_jax.evaluation.report import Report
@@ -130,6 +131,8 @@ def _about(programs: Programs, params: Shapes, loaded: LoadedModel) -> dict[str,
         "chunk": config.chunk,
         "max_length": programs.model.config.max_length,
         "depth": loaded.trained_depth,
+        "gate_readout": config.gate_readout,
+        "gate_threshold": GATE_THRESHOLD,
         "criteria": {name: EXIT_CRITERIA[name].default_threshold for name in config.criterion}
         if is_recurrent
         else {},

@@ -98,7 +98,8 @@ def _settings(about: Mapping[str, Any], settings: Mapping[str, Any], name: str) 
     criterion = settings.get("criterion") or next(iter(criteria), None)
     if settings.get("criterion") and criterion not in criteria:
         raise SystemExit(f"criterion {criterion}: this program has {', '.join(criteria) or 'none'}")
-    default = {"depth": about["depth"], "min_depth": 1, "threshold": criteria.get(criterion)}
+    default = {name: about[name] for name in ("depth", "gate_threshold")}
+    default |= {"min_depth": 1, "threshold": criteria.get(criterion)}
     values = default | {key: value for key, value in settings.items() if value is not None}
     values["criterion"] = [*criteria].index(criterion) if criteria else 0
     values["keys"] = about["keys"][name]
@@ -161,7 +162,8 @@ if __name__ == "__main__":
     parser.add_argument("--depth", type=int, help="most iterations")
     parser.add_argument("--min_depth", type=int)
     parser.add_argument("--criterion", help="one of program.json's")
-    parser.add_argument("--threshold", type=float)
+    parser.add_argument("--threshold", type=float, help="when a token has settled")
+    parser.add_argument("--gate_threshold", type=float, help="of gate_readout=threshold")
     given = vars(parser.parse_args())
     if bool(given["prompt"]) == bool(given["ids"]):
         parser.error("give either --prompt or --ids")

@@ -22,12 +22,14 @@ import jax.numpy as jnp
 from megatransformer_jax.config.exporting import DEFAULT_CAPACITY, DEFAULT_SLOTS, ProgramConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.sampling import GATE_THRESHOLD
 from megatransformer_jax.models.exit_criteria import (
     DepthRule,
     ExitCriterion,
     Observation,
     exit_criterion,
 )
+from megatransformer_jax.models.gate_readout import make_readout
 from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward, last_token
 from megatransformer_jax.nn.kv_cache import CacheShape, KVCache, init_cache
@@ -109,6 +111,8 @@ class Programs:
             found["depth"] = _shape((), jnp.int32)
             if self.config.criterion != (_FIXED,):
                 found |= {"threshold": _shape((), jnp.float32), "min_depth": _shape((), jnp.int32)}
+            if self.config.gate_readout == "threshold":
+                found["gate_threshold"] = _shape((), jnp.float32)
             if len(self.config.criterion) > 1:
                 found["criterion"] = _shape((), jnp.int32)
         return found
@@ -159,11 +163,16 @@ class Programs:
         criterion = exit_criterion(names[0])
         if "criterion" in inputs:
             criterion = one_of(names, inputs["criterion"])
+        # The number is one of the inputs, or none is read.
+        readout = make_readout(self.config.gate_readout, GATE_THRESHOLD)
+        if "gate_threshold" in inputs:
+            readout = readout.replace(threshold=inputs["gate_threshold"])  # type: ignore[union-attr]
         return DepthRule(
             depth=inputs.get("depth", jnp.int32(1)),
             threshold=inputs.get("threshold", jnp.float32(0)),
             min_depth=inputs.get("min_depth", jnp.int32(1)),
             criterion=criterion,
+            readout=readout,
         )
 
 
@@ -253,12 +262,15 @@ def _check(model: MegaTransformer, config: ProgramConfig) -> None:
         )
     if not of_model.is_recurrent:
         config.check_model_without_core()
-    elif "learned_gate" in config.criterion and not of_model.exit_gate.enabled:
-        raise ConfigError(
-            "criterion",
-            "learned_gate reads an exit gate, and the model has none (model.exit_gate.enabled); "
-            "name another criterion.",
-        )
+    elif not of_model.exit_gate.enabled:
+        reads_gate = "learned_gate" in config.criterion or config.gate_readout != "last"
+        if reads_gate:
+            name = "criterion" if "learned_gate" in config.criterion else "gate_readout"
+            raise ConfigError(
+                name,
+                "reads an exit gate, and the model has none (model.exit_gate.enabled); choose "
+                "another.",
+            )
     if config.capacity is not None and config.capacity > of_model.max_length:
         raise ConfigError(
             "capacity",

@@ -5,13 +5,14 @@ import shutil
 import numpy as np
 import pytest
 from exported_tiny import CRITERIA, loaded, program_config, written
-from tiny_model import PLAIN
+from tiny_model import PLAIN, tiny
 
 from megatransformer_jax.config.exporting import ProgramConfig
 from megatransformer_jax.export import check
 from megatransformer_jax.export.folder import export_program
 from megatransformer_jax.export.program import build_programs
 
+OURO = tiny(exit_gate={"enabled": True}, recurrence={"adapter": "none", "state_init": "none"})
 # Within the cache's slots and beyond.
 DEPTHS = (2, 11)
 
@@ -48,8 +49,13 @@ def test_a_wrong_weight_is_seen(tmp_path, monkeypatch):
     assert "NO" in str(report)
 
 
-def test_a_model_without_a_core_is_exported_too(tmp_path):
-    config = ProgramConfig(format="onnx", capacity=64, chunk=16, check=True)
-    report = export_program(loaded(PLAIN), tmp_path / "plain", config)
-    (row,) = report.rows
-    assert row["passed"] and row["mean_depth"] == 0
+@pytest.mark.parametrize(
+    ("model", "options", "depth"),
+    [(PLAIN, {}, 0), (OURO, {"criterion": ("fixed",), "gate_readout": "threshold"}, 3)],
+    ids=["without_a_core", "read_by_its_gate"],
+)
+def test_other_models_are_exported_too(model, options, depth, tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "DEPTHS", (3,))
+    config = ProgramConfig(format="onnx", capacity=64, chunk=16, check=True, **options)
+    (row,) = export_program(loaded(model), tmp_path / "other", config).rows
+    assert row["passed"] and row["mean_depth"] == depth, row

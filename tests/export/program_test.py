@@ -71,8 +71,12 @@ def test_what_cannot_be_exported_is_named():
     media = dataclasses.replace(TINY, image=ImageConfig(enabled=True))
     with pytest.raises(ConfigError, match=r"model\.image\.enabled: is True, and a program reads"):
         build_programs(build_model(media, DTypePolicy(), Sharder(), "cpu"), {}, 3, ProgramConfig())
-    with pytest.raises(ConfigError, match="criterion: learned_gate reads an exit gate"):
+    with pytest.raises(ConfigError, match="criterion: reads an exit gate"):
         programs(TINY, criterion=("learned_gate",))
+    with pytest.raises(ConfigError, match="gate_readout: reads an exit gate, and the model has"):
+        programs(TINY, criterion=("fixed",), gate_readout="weighted")
+    with pytest.raises(ConfigError, match="gate_readout: 'weighted' reads a pass that makes all"):
+        ProgramConfig(gate_readout="weighted")
     with pytest.raises(ConfigError, match="capacity: 81 exceeds the 80 tokens"):
         programs(TINY, capacity=81)
     with pytest.raises(ConfigError, match="cache_slots: 4 would be ignored as the model has no"):
