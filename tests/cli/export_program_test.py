@@ -40,7 +40,7 @@ def test_files_are_written_and_listed(run: Any, capsys: pytest.CaptureFixture[st
 def test_what_does_not_fit_is_one_line(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for word, problem in (
         (f"--capacity={CONFIG.max_length + 1}", "--capacity: 81 exceeds the 80 tokens"),
-        ("--criterion=klr", "did you mean 'kl'?"),
+        ("--criterion=klr", "('klr',) is not allowed; each item must be one of 'fixed'"),
         ("--format=tflite", "it must be one of 'stablehlo', 'onnx'"),
         ("--criterion=learned_gate", "--criterion: reads an exit gate, and the model has none"),
     ):

@@ -38,7 +38,7 @@ def test_what_does_not_fit_is_said(about):
         continued(about, [[1]] * 3, 1)
     with pytest.raises(SystemExit, match=r"8 \+ 57 padded and new tokens"):
         continued(about, [[1]], 58)
-    with pytest.raises(SystemExit, match="criterion cosine: this program has fixed, latent_diff"):
+    with pytest.raises(SystemExit, match="criterion cosine: this program has latent_diff, kl"):
         continued(about, [[1]], 1, criterion="cosine")
     with pytest.raises(SystemExit, match="no tokenizer; give token ids"):
         loop.open_tokenizer(written("onnx"), {"tokenizer": {"kind": "none"}})

@@ -22,7 +22,7 @@ CONFIG = tiny(
     recurrence={"state_init": "like_init"},
 )
 OPTIONS = {"batch": 2, "capacity": 64, "chunk": 8, "cache_slots": 8}
-CRITERIA = {"stablehlo": ("latent_diff",), "onnx": ("fixed", "latent_diff", "kl")}
+CRITERIA = {"stablehlo": ("latent_diff",), "onnx": ("latent_diff", "kl")}
 
 
 def loaded(config=CONFIG):
