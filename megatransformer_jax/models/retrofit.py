@@ -43,7 +43,8 @@ def plan_retrofit(source: ModelConfig, target: ModelConfig, core_start: int | No
       core_start: `fine_tuning.core_start`.
 
     Raises:
-      ConfigError: if the source has a core, or too few layers, or if layers share weights.
+      ConfigError: if the source has a core, or too few layers, if layers share weights, or if some
+        would be dropped of a source with value embeddings.
     """
     for name, config in (("that of fine_tuning.init_from", source), ("this one", target)):
         if config.sharing.scheme != "none":
@@ -81,6 +82,13 @@ def plan_retrofit(source: ModelConfig, target: ModelConfig, core_start: int | No
     kept = (range(target.prelude_layers), range(start, end), range(last, num_layers))
     used = {layer for part in kept for layer in part}
     dropped = tuple(layer for layer in range(num_layers) if layer not in used)
+    if dropped and source.value_embedding.layers:
+        raise ConfigError(
+            "fine_tuning.retrofit",
+            f"True would drop the layers {list(dropped)} of fine_tuning.init_from, whose value "
+            f"embeddings are of layers {list(source.value_embedding.layers)} by number; give the "
+            f"recurrent model all of its {num_layers} layers.",
+        )
     prelude, core, coda = map(tuple, kept)
     return RetrofitPlan(prelude, core, coda, dropped)
 

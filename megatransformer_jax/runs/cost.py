@@ -289,6 +289,7 @@ def _learned(config: RunConfig, rows: int, mesh: Mapping[str, int]) -> tuple[int
 # In the order of a layer, then what stands outside of layers.
 PRODUCTS = (
     "qkv",
+    "value_gate",
     "attention",
     "output",
     "query",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from megatransformer_jax.config.layers import AttentionConfig, SharingConfig
+from megatransformer_jax.config.layers import AttentionConfig, SharingConfig, ValueEmbeddingConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
@@ -155,6 +155,9 @@ def test_plans_that_cannot_be_are_refused():
     )
     with pytest.raises(ConfigError, match=r"this one has sharing\.scheme='cycle'"):
         plan_retrofit(deep(8), target, None)
+    numbered = dataclasses.replace(deep(8), value_embedding=ValueEmbeddingConfig((1, 7), 8))
+    with pytest.raises(ConfigError, match=r"drop the layers \[2, 3\] .* of layers \[1, 7\] by num"):
+        plan_retrofit(numbered, recurrent(2, 3, 1), None)
 
 
 def test_a_retrofitted_model_keeps_what_the_plain_one_has_learned(plain):
