@@ -10,6 +10,15 @@ from megatransformer_jax.config.option import (
     rule,
 )
 
+# Options of parameters that iterations have for themselves. They start as the identity, so a model
+# can start from one that lacks them.
+LOOP_OPTIONS = ("loop_embedding", "loop_scale", "loop_lora_rank", "loop_iterations")
+
+
+def is_loop_parameter(path: str) -> bool:
+    """Whether a parameter's path, 'core/layers/layer_0/mlp/up_loop_a', is of such options."""
+    return path.startswith("core/") and "loop_" in path.rpartition("/")[2]
+
 
 @dataclasses.dataclass(frozen=True)
 class RecurrenceConfig:
@@ -96,6 +105,27 @@ class RecurrenceConfig:
     )
     ramp_steps: int = option(0, "Optimiser steps that the ramp takes.", minimum=0)
     ramp_from: int = option(1, "Mean number of iterations at step 0 of the ramp.", minimum=1)
+    loop_embedding: bool = option(
+        False,
+        "Adds a learned vector per iteration to the core's input; it starts at zero.",
+    )
+    loop_scale: bool = option(
+        False,
+        "Multiplies what each attention and feed-forward layer of the core adds by a learned "
+        "number per iteration; it starts at 1.",
+    )
+    loop_lora_rank: int = option(
+        0,
+        "Rank of a learned low-rank update per iteration of each matrix of the core's attention "
+        "and feed-forward layers, not of PEER's (arXiv 2410.20672); it starts at zero. 0: none.",
+        minimum=0,
+    )
+    loop_iterations: int | None = option(
+        None,
+        "Iterations with their own loop_embedding, loop_scale and loop_lora_rank; later ones have "
+        "the last one's. Default (None): mean_steps.",
+        minimum=1,
+    )
     unroll: int = option(
         1,
         "Gradient iterations unrolled per loop turn. Larger values compile longer and may run "
@@ -116,6 +146,23 @@ class RecurrenceConfig:
                     f"{getattr(self, name)} exceeds max_steps={self.max_steps}; "
                     "lower it or raise max_steps.",
                 )
+
+    @property
+    def has_loop_parameters(self) -> bool:
+        """Whether iterations of the core differ in parameters."""
+        return self.loop_embedding or self.loop_scale or self.loop_lora_rank > 0
+
+    @property
+    def own_iterations(self) -> int:
+        """`loop_iterations` after resolving None."""
+        return self.mean_steps if self.loop_iterations is None else self.loop_iterations
+
+    @rule("loop_iterations")
+    def _own_iterations_have_parameters(self) -> None:
+        """Only with loop_embedding, loop_scale or loop_lora_rank."""
+        if not self.has_loop_parameters:
+            names = "loop_embedding, loop_scale or loop_lora_rank"
+            require_defaults(self, ("loop_iterations",), f"without {names}", "set one of them")
 
     @property
     def trains_state(self) -> bool:

@@ -76,8 +76,8 @@ def trace_iterations(
         jax.Array, model.apply(variables, rngs={"state": key}, method=lambda m: m.make_rng("state"))
     )
 
-    def iterate(state: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        new = core.iterate(state)
+    def iterate(state: jax.Array, iteration: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        new = core.iterate(state, iteration)
         latent, x = model.apply(variables, new, core.outer, method="run_coda")
         logits = cast(jax.Array, model.apply(variables, x, method="run_head"))
         log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), top_k)
@@ -87,7 +87,7 @@ def trace_iterations(
         residual = jnp.where(moved == 0, 0.0, moved / jnp.where(size == 0, 1.0, size))
         return new, (latent, residual, ids, log_probs)
 
-    _, found = jax.lax.scan(iterate, core.first_state(state_key), None, length=depth)
+    _, found = jax.lax.scan(iterate, core.first_state(state_key), jnp.arange(depth))
     return IterationTrace(*found)
 
 

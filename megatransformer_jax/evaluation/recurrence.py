@@ -60,13 +60,15 @@ def iteration_curves(
     entered, core = open_batch(model, params, batch)
     is_token = entered.is_token
 
-    def iterate(state: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        new_state = core.iterate(state)
+    def iterate(
+        state: jax.Array, iteration: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        new_state = core.iterate(state, iteration)
         change = new_state.astype(jnp.float32) - state.astype(jnp.float32)
         return new_state, (_length(change, is_token), _length(new_state, is_token))
 
     state = core.first_state(key)
-    _, (changes, sizes) = jax.lax.scan(iterate, state, None, length=num_steps + 1)
+    _, (changes, sizes) = jax.lax.scan(iterate, state, jnp.arange(num_steps + 1))
     num_tokens = jnp.sum(is_token, axis=1)
     weights = (num_tokens > 0) / jnp.maximum(jnp.sum(num_tokens > 0), 1)
     per_token = sizes / jnp.sqrt(jnp.maximum(num_tokens, 1))
@@ -131,13 +133,14 @@ def spectral_radius(
     is_token = entered.is_token
     state_key, vector_key = jax.random.split(key)
 
-    def iterate(state: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        new_state, product = jax.linearize(core.iterate, state)
+    def iterate(state: jax.Array, turn: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        iteration, key = turn
+        new_state, product = jax.linearize(lambda state: core.iterate(state, iteration), state)
         vector = jax.random.normal(key, state.shape).astype(state.dtype)
         return new_state, growth_rate(product, vector, is_token, power_iterations)
 
-    vector_keys = jax.random.split(vector_key, num_steps)
-    _, rates = jax.lax.scan(iterate, core.first_state(state_key), vector_keys)
+    turns = (jnp.arange(num_steps), jax.random.split(vector_key, num_steps))
+    _, rates = jax.lax.scan(iterate, core.first_state(state_key), turns)
     has_tokens = jnp.any(is_token, axis=1)
     return rates @ (has_tokens / jnp.maximum(jnp.sum(has_tokens), 1))
 

@@ -340,6 +340,7 @@ def _refine(
         wavefront.tokens[:, columns],
         wavefront.positions(state.cache)[:, columns],
         iterations[:, columns],
+        wavefront.iterations[:, columns],
         wavefront.state[:, columns],
         None if settings.warm_start else wavefront.new_column,
     )

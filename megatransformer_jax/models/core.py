@@ -37,8 +37,9 @@ from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import embedding_scale
 from megatransformer_jax.nn.kv_cache import KVCache
 from megatransformer_jax.nn.layer_sharing import stack_owners
+from megatransformer_jax.nn.loop_parameters import Loop
 from megatransformer_jax.nn.norms import Norm
-from megatransformer_jax.nn.parameters import truncated_normal, weight_init
+from megatransformer_jax.nn.parameters import truncated_normal, vector, weight_init
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -59,6 +60,10 @@ class RecurrentCore(nn.Module):
         config = self.config
         init = weight_init(config, config.core_width)
         self.adapter = build_adapter(config, init, self.policy)
+        recurrence = config.recurrence
+        if recurrence.loop_embedding:
+            shape = (recurrence.own_iterations, config.core_width)
+            self.loop_embedding = vector(self, "loop_embedding", nn.initializers.zeros, shape)
         owners = stack_owners(config, "core")
         parts = (init, self.policy, self.sharder, self.platform)
         self.layers = Stack(config, owners, *parts, stack="core")
@@ -72,8 +77,18 @@ class RecurrentCore(nn.Module):
     def __call__(
         self, state: Float[Array, "B T D"], prepared: Float[Array, "B T D"], context: LayerContext
     ) -> Float[Array, "B T D"]:
-        """The next state."""
-        state = self.layers(self.adapter(state, prepared), context)
+        """The next state.
+
+        Raises:
+          ValueError: if iterations differ in parameters and the context does not say which this is.
+        """
+        recurrence, loop = self.config.recurrence, context.loop
+        if recurrence.has_loop_parameters and loop is None:
+            raise ValueError("the core's iterations differ; give the number (see `at_iteration`)")
+        x = self.adapter(state, prepared)
+        if loop is not None and recurrence.loop_embedding:
+            x = x + loop.of(self.loop_embedding).astype(x.dtype)
+        state = self.layers(x, context)
         if self.config.recurrence.iteration_norm:
             state = self.iteration_norm(state)
         return self.sharder.constrain(state, "batch", "length", None)
@@ -83,6 +98,27 @@ class RecurrentCore(nn.Module):
     ) -> jax.Array:
         """Touches every parameter once; used to initialise them."""
         return self(state, self.prepare(injected), context)
+
+
+def at_iteration(
+    config: ModelConfig, context: LayerContext, iteration: Int[Array, "*rows"] | int
+) -> LayerContext:
+    """The context of one iteration.
+
+    Args:
+      config: the model.
+      context: for the core's layers.
+      iteration: its number, from 0: [] for all, [B] per row, [B, T] per token. Read only where
+        iterations differ in parameters.
+    """
+    recurrence = config.recurrence
+    if not recurrence.has_loop_parameters:
+        return context
+    number = jnp.asarray(iteration)
+    if number.ndim == 1:
+        number = number[:, None]
+    loop = Loop(number, recurrence.own_iterations, recurrence.loop_lora_rank, recurrence.loop_scale)
+    return dataclasses.replace(context, loop=loop)
 
 
 # ------------------------------------------------------------------------------
@@ -120,17 +156,21 @@ class Pass:
     dropout_key: Key[Array, ""] | None = None
 
     def iterate(
-        self, state: Float[Array, "B T D"], iteration: Int[Array, ""] | int = 0
+        self,
+        state: Float[Array, "B T D"],
+        iteration: Int[Array, "*rows"] | int,
+        step: Int[Array, ""] | int | None = None,
     ) -> Float[Array, "B T D"]:
         """The next state; rematerialised as `model.remat` says.
 
         Args:
           state: the core's state.
-          iteration: which one this is, from 0; only dropout depends on it.
+          iteration: which one this is, from 0, of all rows or of each row or token.
+          step: turn of the loop, which dropout depends on. None: `iteration`, which is one number.
         """
         remat = self.core.config.remat
-        step = _step if remat == "none" else jax.checkpoint(_step, policy=remat_policy(remat))
-        return step(self, state, iteration)
+        advance = _step if remat == "none" else jax.checkpoint(_step, policy=remat_policy(remat))
+        return advance(self, state, iteration, iteration if step is None else step)
 
     def first_state(self, key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
         """The state before the first iteration, see `initial_state`."""
@@ -153,12 +193,15 @@ class Pass:
         return stopped
 
 
-def _step(core: Pass, state: jax.Array, iteration: jax.Array | int) -> jax.Array:
+def _step(
+    core: Pass, state: jax.Array, iteration: jax.Array | int, step: jax.Array | int
+) -> jax.Array:
     rngs = {}
     if core.dropout_key is not None:
-        rngs = {"dropout": jax.random.fold_in(core.dropout_key, iteration)}
+        rngs = {"dropout": jax.random.fold_in(core.dropout_key, step)}
     variables = {"params": core.params}
-    new_state = core.core.apply(variables, state, core.prepared, core.context, rngs=rngs)
+    context = at_iteration(core.core.config, core.context, iteration)
+    new_state = core.core.apply(variables, state, core.prepared, context, rngs=rngs)
     return cast(jax.Array, new_state)
 
 
@@ -194,7 +237,8 @@ def recur(
     begin = _first_iteration(num_steps, total)
 
     def advance(core: Pass, state: jax.Array, step: jax.Array) -> jax.Array:
-        return jnp.where(step >= begin, core.iterate(state, step), state)
+        new_state = core.iterate(state, _own_number(step, begin), step)
+        return jnp.where(step >= begin, new_state, state)
 
     num_stopped, stopped, first = jnp.maximum(total - backprop_depth, 0), core, state
     if backprop_depth:
@@ -235,7 +279,8 @@ def recur_reading(
     def advance(step: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         state, reading = carry
         joined = jnp.broadcast_to(step >= begin, (*state.shape[:2], 1))
-        state = jnp.where(joined, core.iterate(state, step), state)
+        new_state = core.iterate(state, _own_number(step, begin), step)
+        state = jnp.where(joined, new_state, state)
         return state, read_iteration(readout, reading, state, gate_of(state), joined[..., 0])
 
     first = (state, begin_reading(readout, state))
@@ -294,6 +339,12 @@ def _first_iteration(num_steps: jax.Array, total: jax.Array) -> jax.Array:
     """The iteration in which each row or token joins, shaped to broadcast over [B, T, D]."""
     begin = total - num_steps
     return begin.reshape(begin.shape + (1,) * (3 - begin.ndim)) if begin.ndim else begin
+
+
+def _own_number(step: jax.Array, begin: jax.Array) -> jax.Array:
+    """The number of the iteration for rows that join at `begin`; 0 before."""
+    number = jnp.maximum(step - begin, 0)
+    return number[..., 0] if number.ndim else number
 
 
 # ------------------------------------------------------------------------------

@@ -13,7 +13,13 @@ from flax.core import unfreeze
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.core import Pass, RecurrentCore, recur, recur_reading
+from megatransformer_jax.models.core import (
+    Pass,
+    RecurrentCore,
+    at_iteration,
+    recur,
+    recur_reading,
+)
 from megatransformer_jax.models.gate_readout import GateReadout
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.media.parts import MediaParts
@@ -396,6 +402,7 @@ class MegaTransformer(nn.Module):
         shape = (1, 1, self.config.attention.kv_heads, self.config.head_dim(state.shape[-1]))
         rows = jnp.zeros((len(self.config.value_layers("core")), *shape), self.policy.compute)
         context = dataclasses.replace(context, value_embeddings={"core": rows})
+        context = at_iteration(self.config, context, 0)
         config = _with_xla_attention(self.config)
         core = RecurrentCore(config, self.policy, Sharder(), self.platform, parent=None)
         return core.init(key, state, state, context, method="prepare_and_call")["params"]

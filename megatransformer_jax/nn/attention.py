@@ -12,6 +12,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.conv import FAN_IN, ZEROS
 from megatransformer_jax.nn.kv_cache import KeyValues
+from megatransformer_jax.nn.loop_parameters import Loop, with_low_rank
 from megatransformer_jax.nn.norms import rms_normalize
 from megatransformer_jax.nn.parameters import Initializer, WeightInit, matrix, vector
 from megatransformer_jax.nn.quantized import einsum, multiply, record_input
@@ -48,7 +49,7 @@ class SelfAttention(nn.Module):
 
         `layer` picks the row of the context's head mask and the entry of its cache.
         """
-        query, key, value = self._project(x)
+        query, key, value = self._project(x, context.loop)
         query, key = self._prepare(query, key, context)
         if context.value_embedding is not None:
             value = self._add_embedding(value, x, context.value_embedding)
@@ -63,7 +64,7 @@ class SelfAttention(nn.Module):
             mixed = self._attend_to_cache(query, key, value, context, context.cached, layer)
         else:
             mixed = self._attend(query, key, value, context, layer)
-        return self._merge(mixed, x.shape[-1])
+        return self._merge(mixed, x.shape[-1], context.loop)
 
     def _attend(
         self,
@@ -125,7 +126,7 @@ class SelfAttention(nn.Module):
             return mixed
         return mixed * context.head_mask[layer].astype(mixed.dtype)[:, None]
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _project(self, x: jax.Array, loop: Loop | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         config = self.config.attention
         width, heads, kv_heads = x.shape[-1], config.num_heads, config.kv_heads
         head_dim, group = self.config.head_dim(width), heads // kv_heads
@@ -134,6 +135,7 @@ class SelfAttention(nn.Module):
         kernel = matrix(self, "qkv", self.inits.input, shape, axes, self.policy)
         record_input(self, "qkv", x)
         fused = einsum("btd,dkgh->btkgh", x, kernel)
+        fused = with_low_rank(self, "qkv", fused, x, axes, loop, self.policy)
         if config.qkv_bias:
             bias = vector(self, "qkv_bias", nn.initializers.zeros, shape[1:], axes[1:])
             fused = fused + bias.astype(fused.dtype)
@@ -187,7 +189,7 @@ class SelfAttention(nn.Module):
         gate = 2.0 * jax.nn.sigmoid((x[..., :channels] @ kernel).astype(jnp.float32))
         return value + gate[..., None].astype(value.dtype) * rows.astype(value.dtype)
 
-    def _merge(self, mixed: jax.Array, width: int) -> jax.Array:
+    def _merge(self, mixed: jax.Array, width: int, loop: Loop | None) -> jax.Array:
         shape = (*mixed.shape[-2:], width)
         axes = ("heads", None, "embed")
         kernel = matrix(self, "output", self.inits.residual, shape, axes, self.policy)
@@ -195,6 +197,8 @@ class SelfAttention(nn.Module):
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         record_input(self, "output", mixed)
         merged = multiply(mixed, kernel.reshape(-1, width))
+        names = ("heads", "embed")
+        merged = with_low_rank(self, "output", merged, mixed, names, loop, self.policy)
         if self.config.attention.output_bias:
             bias = vector(self, "output_bias", nn.initializers.zeros, (width,))
             merged = merged + bias.astype(merged.dtype)

@@ -13,6 +13,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.attention import SelfAttention
 from megatransformer_jax.nn.context import NEW_ROWS, LayerContext
 from megatransformer_jax.nn.layer_sharing import scan_layers
+from megatransformer_jax.nn.loop_parameters import scaled_update
 from megatransformer_jax.nn.mlp import Mlp
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import WeightInit, vector
@@ -62,7 +63,7 @@ class Block(nn.Module):
             is_token = None if segment_ids is None else segment_ids > 0
             return lambda h: peer(h, context.deterministic, is_token)
         mlp = Mlp(config, self.inits, self.policy, name="mlp")
-        return lambda h: mlp(h, context.deterministic)
+        return lambda h: mlp(h, context.deterministic, context.loop)
 
     def _add(
         self,
@@ -81,6 +82,7 @@ class Block(nn.Module):
             update = norm(update, "out")
         dropout = nn.Dropout(self.config.residual_dropout_rate)
         update = dropout(update, deterministic=context.deterministic)
+        update = scaled_update(self, f"{name}_loop_scale", update, context.loop)
         self.sow(RESIDUAL_UPDATES, f"{name}_update", update)
         x = self._join(x, update, f"{name}_residual_scale")
         return norm(x, "out") if placement in ("post", "sandwich") else x

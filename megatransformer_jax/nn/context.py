@@ -4,6 +4,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.nn.kv_cache import KeyValues
+from megatransformer_jax.nn.loop_parameters import Loop
 from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import RotaryTable
@@ -52,6 +53,7 @@ class LayerContext:
       value_embeddings: rows of the pass's tokens for the layers of each stack that have value
         embeddings, by the stack's name (nn/embedding.py). None if the model has none.
       value_embedding: the rows of one layer, which its stack hands to it.
+      loop: which iteration the core's layers run in; None where nothing depends on it.
     """
 
     mask: AttentionMask
@@ -62,3 +64,4 @@ class LayerContext:
     cached: CachedPass | None = None
     value_embeddings: dict[str, Float[Array, "_ B T K H"]] | None = None
     value_embedding: Float[Array, "B T K H"] | None = None
+    loop: Loop | None = None

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from megatransformer_jax.config.model import MlpConfig
+from megatransformer_jax.nn.loop_parameters import Loop, with_low_rank
 from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
 from megatransformer_jax.nn.quantized import einsum, record_input
 from megatransformer_jax.types import DTypePolicy
@@ -28,14 +29,17 @@ class Mlp(nn.Module):
     policy: DTypePolicy
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], deterministic: bool) -> Float[Array, "B T D"]:
-        """Transforms each position by itself."""
+    def __call__(
+        self, x: Float[Array, "B T D"], deterministic: bool, loop: Loop | None = None
+    ) -> Float[Array, "B T D"]:
+        """Transforms each position by itself; `loop` is that of the layer's context."""
         width, hidden_width = x.shape[-1], self.config.hidden_width
         parts = 2 if self.config.kind == "gated" else 1
         shape, axes = (width, parts, hidden_width), ("embed", None, "mlp")
         kernel = matrix(self, "up", self.inits.input, shape, axes, self.policy)
         record_input(self, "up", x)
         hidden = einsum("btd,dpf->btpf", x, kernel)
+        hidden = with_low_rank(self, "up", hidden, x, axes, loop, self.policy)
         if self.config.bias:
             bias = vector(self, "up_bias", nn.initializers.zeros, shape[1:], axes[1:])
             hidden = hidden + bias.astype(hidden.dtype)
@@ -43,11 +47,13 @@ class Mlp(nn.Module):
         if parts == 2:
             activated = activated * hidden[..., 1, :]
         activated = nn.Dropout(self.config.dropout_rate)(activated, deterministic=deterministic)
+        down_axes = ("mlp", "embed")
         kernel = matrix(
-            self, "down", self.inits.residual, (hidden_width, width), ("mlp", "embed"), self.policy
+            self, "down", self.inits.residual, (hidden_width, width), down_axes, self.policy
         )
         record_input(self, "down", activated)
         output = einsum("btf,fd->btd", activated, kernel)
+        output = with_low_rank(self, "down", output, activated, down_axes, loop, self.policy)
         if self.config.bias:
             bias = vector(self, "down_bias", nn.initializers.zeros, (width,))
             output = output + bias.astype(output.dtype)

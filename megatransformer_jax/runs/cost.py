@@ -296,6 +296,7 @@ PRODUCTS = (
     "keys",
     "up",
     "down",
+    "loop_lora",
     "adapter",
     "core_in",
     "core_out",

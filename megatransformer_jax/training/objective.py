@@ -378,7 +378,7 @@ def make_objective(
             share, terms = share + gate_share, terms | gate_terms
         if jacobian_weight:
             state = sown[LAST_STATE]["state"][0]
-            penalty = jacobian_term(model, params, part, state, key, place)
+            penalty = jacobian_term(model, params, part, state, num_steps, key, place)
             share = share + jacobian_weight * _warmup(config, place.step) * penalty
             terms |= {"jacobian_penalty": penalty}
         return share, ObjectiveSums(sums, terms)
@@ -412,6 +412,7 @@ def jacobian_term(
     params: Any,
     part: Batch,
     state: jax.Array,
+    num_steps: jax.Array,
     key: jax.Array,
     place: Place,
 ) -> jax.Array:
@@ -423,7 +424,7 @@ def jacobian_term(
     width = state.shape[-1]
     mask = entered.from_text(part.loss_mask)
     probe = random_signs(jax.random.fold_in(key, streams.PROBE), mask, width)
-    return squared_jacobian(core, state, probe) / (place.num_tokens * width)
+    return squared_jacobian(core, state, probe, num_steps) / (place.num_tokens * width)
 
 
 def _warmup(config: RunConfig, step: jax.Array) -> jax.Array:

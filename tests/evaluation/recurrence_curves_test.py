@@ -47,8 +47,8 @@ def python_states(model, params, batch, key):
         model, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
     )
     states = [core.first_state(key)]
-    for _ in range(STEPS + 1):
-        states.append(core.iterate(states[-1]))
+    for iteration in range(STEPS + 1):
+        states.append(core.iterate(states[-1], iteration))
     return [np.asarray(state) for state in states]
 
 

@@ -67,7 +67,7 @@ def test_each_iteration_equals_the_eigenvalues_of_its_dense_jacobian():
         positions=device_batch.positions,
         segment_ids=device_batch.segment_ids,
     )
-    jacobian = jax.jit(jax.jacobian(core.iterate))
+    jacobian = jax.jit(jax.jacobian(lambda state: core.iterate(state, 0)))
     state = core.first_state(jax.random.split(key)[0])
     for i in range(STEPS):
         dense = np.asarray(jacobian(state))
@@ -77,6 +77,6 @@ def test_each_iteration_equals_the_eigenvalues_of_its_dense_jacobian():
             block = dense[row, :count, :, row, :count].reshape(count * WIDTH, count * WIDTH)
             radii.append(np.abs(np.linalg.eigvals(block)).max())
         np.testing.assert_allclose(found[i], np.mean(radii), rtol=0.03)
-        state = core.iterate(state)
+        state = core.iterate(state, i)
     with pytest.raises(ValueError, match="power_iterations 1"):
         spectral_radius(model, params, batch, STEPS, key, 1)

@@ -54,7 +54,7 @@ def test_the_mean_is_the_squared_norm_and_gradients_are_exact():
     def ours(params, probe):
         probe = probe.reshape(state.shape)
         core = open_core(model, params, TOKENS, positions=POSITIONS, segment_ids=None)
-        return squared_jacobian(core, state, probe)
+        return squared_jacobian(core, state, probe, jnp.int32(0))
 
     def dense(params, probe):
         jacobian = dense_jacobian(model, params, state)

@@ -33,15 +33,16 @@ class Toy(Pass):
     The iteration itself enters, so that a loop which counts wrongly gives another value.
     """
 
-    def iterate(self, state, iteration=0):
-        return iterate(self.params, state, self.prepared, iteration)
+    def iterate(self, state, iteration, step=None):
+        turn = iteration if step is None else step
+        return iterate(self.params, state, self.prepared, turn)
 
 
 @struct.dataclass
 class Shifted(Pass):
     """The same in every iteration."""
 
-    def iterate(self, state, iteration=0):
+    def iterate(self, state, iteration, step=None):
         return jnp.tanh(state @ self.params + self.prepared)
 
 

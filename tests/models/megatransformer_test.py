@@ -60,7 +60,15 @@ VARIANTS = {
     "peri": variant(norm={"placement": "peri"}),
     "layernorm": variant(norm={"kind": "layernorm", "bias": True}),
     "mlp": variant(mlp={"kind": "mlp", "activation": "gelu", "bias": True}),
-    "core_width": variant(recurrence={"core_width": 24, "injection_norm": True}),
+    "core_width_loop_parameters": variant(
+        recurrence={
+            "core_width": 24,
+            "injection_norm": True,
+            "loop_embedding": True,
+            "loop_lora_rank": 2,
+            "loop_iterations": 2,
+        }
+    ),
     "diagonal_readout": variant(
         recurrence={"iteration_norm": True, "adapter": "diagonal", "readout_matrix": True}
     ),
@@ -87,6 +95,7 @@ VARIANTS = {
         coda_layers=0,
         remat="full",
         value_embedding={"layers": (2, 4), "gate_channels": 5},
+        recurrence={"loop_scale": True, "loop_lora_rank": 1},
     ),
     "rezero_shared": variant(
         residual="rezero",
@@ -193,6 +202,8 @@ def test_every_parameter_has_a_gradient():
             "injection_norm": True,
             "iteration_norm": True,
             "readout_matrix": True,
+            "loop_embedding": True,
+            "loop_scale": True,
         },
         value_embedding={"layers": (0, 1, 2), "gate_channels": 4},
         tie_embeddings=False,

@@ -68,6 +68,12 @@ BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [
         "backprop_depth",
     ),
     (
+        "_own_iterations_have_parameters",
+        RecurrenceConfig,
+        {"loop_iterations": 4},
+        "loop_iterations",
+    ),
+    (
         "_input_reaches_the_core",
         RecurrenceConfig,
         {"adapter": "none", "backprop_depth": 8},

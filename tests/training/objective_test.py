@@ -83,7 +83,7 @@ def test_the_penalty_is_added_with_its_weight_and_warms_up():
             positions=batch.positions,
             segment_ids=batch.segment_ids,
         )
-        square = squared_jacobian(core, sown["last_state"]["state"][0], probe)
+        square = squared_jacobian(core, sown["last_state"]["state"][0], probe, jnp.int32(3))
         return square / jnp.sum(probe**2)
 
     np.testing.assert_allclose(penalty, wanted(params), rtol=1e-5)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig, RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
-from megatransformer_jax.models.core import Pass, draw_num_steps
+from megatransformer_jax.models.core import Pass, at_iteration, draw_num_steps
 from megatransformer_jax.models.megatransformer import Entered, MegaTransformer, pass_context
 from megatransformer_jax.models.passes.observed import open_batch
 from megatransformer_jax.nn.block import Block
@@ -128,7 +128,7 @@ def layer_states(
 
         def iterate(carry: tuple[jax.Array, jax.Array], number: jax.Array) -> Any:
             state, output = carry
-            state, layers = observe_iteration(core, state)
+            state, layers = observe_iteration(core, state, number)
             output = jnp.where(number == min(mean_steps, num_steps) - 1, state, output)
             return (state, output), [summarize(layer.states, is_token) for layer in layers]
 
@@ -174,9 +174,12 @@ def observe_prelude(
     return entered, list(_layers(seen.get("prelude", {}), model.config, "prelude"))
 
 
-def observe_iteration(core: Pass, state: jax.Array) -> tuple[jax.Array, list[LayerOutput]]:
+def observe_iteration(
+    core: Pass, state: jax.Array, iteration: jax.Array | int
+) -> tuple[jax.Array, list[LayerOutput]]:
     """The next state [B, T, core width], and the core's layers."""
-    new_state, seen = _apply(core.core, core.params, state, core.prepared, core.context)
+    context = at_iteration(core.core.config, core.context, iteration)
+    new_state, seen = _apply(core.core, core.params, state, core.prepared, context)
     return new_state, list(_layers(seen["layers"], core.core.config, "core"))
 
 
@@ -310,9 +313,9 @@ def _core_layers(
     found: dict[str, LayerOutput] = {}
     done = 0
     for number in sorted({1, mean_steps}):
-        count = jnp.int32(number - 1 - done)
-        state = jax.lax.fori_loop(0, count, lambda _, state: core.iterate(state), state)
-        state, layers = observe_iteration(core, state)
+        first, last = jnp.int32(done), jnp.int32(number - 1)
+        state = jax.lax.fori_loop(first, last, lambda i, state: core.iterate(state, i), state)
+        state, layers = observe_iteration(core, state, last)
         found |= {
             f"{name}/iteration_{number}": layer for name, layer in zip(names, layers, strict=True)
         }

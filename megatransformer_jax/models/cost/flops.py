@@ -102,6 +102,8 @@ def forward_flops(
         injection = {"adapter": 2.0 * width**2 if adapter in ("linear", "diagonal") else 0.0}
         iteration = _times(config.core_layers, _layer(config, width, keys("core")))
         iteration |= {"adapter": 2.0 * width**2 if adapter == "linear" else 0.0}
+        if config.recurrence.loop_lora_rank:
+            iteration["loop_lora"] = config.core_layers * _low_rank(config, width)
         iteration |= _value_gates(config, "core")
         if width != config.width:
             injection["core_in"] = 2.0 * config.width * width
@@ -153,6 +155,18 @@ def _value_gates(config: ModelConfig, stack: str) -> dict[str, float]:
     layers = len(config.value_layers(stack))
     channels = config.value_embedding.gate_channels
     return {"value_gate": 2.0 * layers * channels * config.attention.kv_heads} if layers else {}
+
+
+def _low_rank(config: ModelConfig, width: int) -> float:
+    """Of one core layer's updates, where all tokens are at the same iteration."""
+    attention, head_dim = config.attention, config.head_dim(width)
+    heads_width = attention.num_heads * head_dim
+    sides = [width + heads_width + 2 * attention.kv_heads * head_dim, heads_width + width]
+    if config.mlp.kind != "peer":
+        branches = 2 if config.mlp.kind == "gated" else 1
+        hidden_width = config.mlp.hidden_width
+        sides += [width + branches * hidden_width, hidden_width + width]
+    return 2.0 * config.recurrence.loop_lora_rank * sum(sides)
 
 
 def _feed_forward(config: ModelConfig, width: int) -> dict[str, float]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 
+from megatransformer_jax.config.recurrence import is_loop_parameter
+
 # Part of the model -> kind of layer -> number of parameters.
 ParameterCounts = dict[str, dict[str, int]]
 
@@ -23,6 +25,7 @@ PARTS = (
     "injection_norm",
     "core_in",
     *ITERATED_PARTS,
+    "loop_parameters",
     "core_out",
     "c_matrix",
     "exit_gate",
@@ -109,6 +112,8 @@ def _layer(names: list[str]) -> str:
 
 
 def _part(names: list[str]) -> str:
+    if is_loop_parameter("/".join(names)):
+        return "loop_parameters"
     if names[0] == "core":
         return "adapter" if names[1] == "adapter" else "core"
     if names[0] == "media":

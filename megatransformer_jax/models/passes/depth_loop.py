@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from megatransformer_jax.models.core import Pass
+from megatransformer_jax.models.core import Pass, at_iteration
 from megatransformer_jax.models.exit_criteria import ExitCriterion, Observation
 from megatransformer_jax.models.gate_readout import (
     Reading,
@@ -80,8 +80,7 @@ def iterate_core(
     assert cache is not None and cache.core is not None and rule is not None
     assert core.context.cached is not None
     positions = core.context.cached.query_positions
-    differ, criterion, config = rule.lets_tokens_differ, rule.criterion, core.core.config
-    layers = core_layers(cache)
+    differ, criterion, layers = rule.lets_tokens_differ, rule.criterion, core_layers(cache)
 
     def context_at(carry: _Carry, slot: Any) -> LayerContext:
         visible, frozen = positions, None
@@ -103,7 +102,8 @@ def iterate_core(
 
     def body(carry: _Carry) -> _Carry:
         slot = slot_for(carry.iteration, cache.num_slots, cache.sharing)
-        new_state, new_rows = iterate_and_sow(core, carry.state, context_at(carry, slot))
+        context = context_at(carry, slot)
+        new_state, new_rows = iterate_and_sow(core, carry.state, context, carry.iteration)
         rows = _put_slot(carry.rows, new_rows, slot * layers)
         is_active, memory = carry.is_active, carry.memory
         if differ:
@@ -129,7 +129,7 @@ def iterate_core(
         rows=KeyValues(empty, empty),
         is_active=positions >= 0,
         num_steps=jnp.zeros(positions.shape, jnp.int32),
-        memory=criterion.init(state, config.vocab_size),
+        memory=criterion.init(state, core.core.config.vocab_size),
         reading=begin_reading(rule.readout, state),
     )
     carry = jax.lax.while_loop(lambda carry: jnp.any(carry.is_active), body, carry)
@@ -139,9 +139,13 @@ def iterate_core(
 
 
 def iterate_and_sow(
-    core: Pass, state: Float[Array, "B T D"], context: LayerContext
+    core: Pass,
+    state: Float[Array, "B T D"],
+    context: LayerContext,
+    iteration: Int[Array, ""] | Int[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], KeyValues]:
     """One iteration in another context: the next state, and the core's new rows for the cache."""
+    context = at_iteration(core.core.config, context, iteration)
     new_state, sown = core.core.apply(
         {"params": core.params}, state, core.prepared, context, mutable=[NEW_ROWS]
     )

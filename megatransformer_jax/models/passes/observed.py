@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from megatransformer_jax.models.core import Pass, initial_state
+from megatransformer_jax.models.core import Pass, at_iteration, initial_state
 from megatransformer_jax.models.megatransformer import (
     Entered,
     MegaTransformer,
@@ -87,7 +87,10 @@ def random_signs(
 
 
 def squared_jacobian(
-    core: Pass, state: Float[Array, "B T D"], probe: Float[Array, "B T D"]
+    core: Pass,
+    state: Float[Array, "B T D"],
+    probe: Float[Array, "B T D"],
+    iteration: Int[Array, "*draws"],
 ) -> Float[Array, ""]:
     """|J^T v|^2, J being the derivative by `state` of the iteration that follows it.
 
@@ -99,12 +102,13 @@ def squared_jacobian(
         second derivative.
       state: the core's raw state.
       probe: v; the sum over positions where it is 0 leaves their rows of J out.
+      iteration: number of the iteration that follows, from 0: the iterations that made the state.
     """
     module = core.core
     injected, state = jax.lax.stop_gradient((core.injected, state))
     prepared = module.apply({"params": core.params}, injected, method="prepare")
     core = core.replace(prepared=prepared)  # type: ignore[attr-defined]
-    _, pullback = jax.vjp(core.iterate, state)
+    _, pullback = jax.vjp(lambda state: core.iterate(state, iteration), state)
     probe = module.sharder.constrain(probe.astype(state.dtype), "batch", "length", None)
     (product,) = pullback(probe)
     return jnp.sum(jnp.square(product.astype(jnp.float32)))
@@ -188,6 +192,7 @@ def _updates(
         inner = dataclasses.replace(inner, value_embeddings=outer.value_embeddings)
         core = open_pass(model, params, x, inner)
         state = initial_state(config, key, core.injected)
+        inner = at_iteration(config, core.context, 0)
         x, of_core = _apply(core.core, {"params": core.params}, state, core.prepared, inner)
         sown |= {"core": of_core["layers"]}
     _, of_coda = _apply(model, variables, x, outer, method="run_coda")

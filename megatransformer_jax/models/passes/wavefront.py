@@ -71,6 +71,7 @@ class Columns:
       positions: consecutive in each sequence, from the first that is not in the cache; -1 for
         columns without one.
       iterations: of each position in this round; those with fewer wait for the others.
+      done: of each position before this round.
       state: before the round.
       new_column: of each sequence, the position that begins and gets its first state from
         `recurrence.state_init`; a number outside for none. None: none in any sequence.
@@ -79,6 +80,7 @@ class Columns:
     tokens: Int[Array, "B W"]
     positions: Int[Array, "B W"]
     iterations: Int[Array, "B W"]
+    done: Int[Array, "B W"]
     state: Float[Array, "B W D"]
     new_column: Int[Array, "B"] | None = None
 
@@ -127,7 +129,7 @@ def refine(
     state = columns.state.astype(core.injected.dtype)
     if columns.new_column is not None:
         state = _begin(core, columns.new_column, state, places, state_keys)
-    new_state, core_rows = _iterate(core, state, columns.iterations)
+    new_state, core_rows = _iterate(core, state, columns)
     outer = reading(outer, read_entries(cache.coda, cache))
     hidden, coda = apply_coda(model, params, new_state, outer, cache)
     change, _ = _CHANGE.measure(state.astype(jnp.float32), Observation(new_state))
@@ -154,16 +156,18 @@ def _begin(
     return jnp.where(is_new[..., None], first, state)
 
 
-def _iterate(core: Pass, state: jax.Array, iterations: jax.Array) -> tuple[jax.Array, KeyValues]:
+def _iterate(core: Pass, state: jax.Array, columns: Columns) -> tuple[jax.Array, KeyValues]:
     """The states after their iterations, and the keys and values of the last ones."""
     assert core.cache is not None
+    iterations = columns.iterations
 
     def iterate(index: jax.Array, carry: tuple[jax.Array, KeyValues]) -> Any:
         state, rows = carry
         is_active = index < iterations
         cached: Any = core.context.cached
         cached = cached.replace(is_active=is_active, frozen=rows)
-        new_state, rows = iterate_and_sow(core, state, with_cache(core.context, cached))
+        context, number = with_cache(core.context, cached), columns.done + index
+        new_state, rows = iterate_and_sow(core, state, context, number)
         return jnp.where(is_active[..., None], new_state, state), rows
 
     # A position without an iteration is none, and seen by nobody.

@@ -23,6 +23,7 @@ from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.fine_tuning import EXIT_GATE
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.recurrence import LOOP_OPTIONS, is_loop_parameter
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.data.batches import Pipeline
@@ -232,6 +233,8 @@ def _check_model(source: LoadedModel, config: RunConfig) -> None:
         free.append("model.max_length")
     if config.model.exit_gate.enabled:
         free.append("model.exit_gate.enabled")
+    if not source.config.recurrence.has_loop_parameters:
+        free += [f"model.recurrence.{name}" for name in LOOP_OPTIONS]
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     if config.fine_tuning.retrofit:
         names = [name for name in names if name not in _NEW_IN_RETROFIT]
@@ -276,7 +279,9 @@ def _shown(layers: tuple[int, ...]) -> str:
 def _adopt(fresh: Any, params: Any) -> Any:
     """The source's parameters; fresh ones for the parts that only this run's model has."""
     new, old = flatten_dict(fresh, sep="/"), flatten_dict(params, sep="/")
-    added = {path: new[path] for path in new if path.startswith(_FRESH_PARTS)}
+    added = {
+        path: new[path] for path in new if path.startswith(_FRESH_PARTS) or is_loop_parameter(path)
+    }
     return unflatten_dict(added | old, sep="/")
 
 

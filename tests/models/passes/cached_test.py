@@ -53,7 +53,14 @@ CONFIGS = {
     ),
     "sinusoidal_core_width": tiny(
         positions={"scheme": "sinusoidal"},
-        recurrence={"core_width": 8, "injection_norm": True},
+        recurrence={
+            "core_width": 8,
+            "injection_norm": True,
+            "loop_embedding": True,
+            "loop_scale": True,
+            "loop_lora_rank": 2,
+            "loop_iterations": 2,
+        },
         value_embedding={"layers": (0, 2, 3), "gate_channels": 3},
     ),
     "no_positions_diagonal": tiny(

@@ -45,7 +45,15 @@ CONFIGS = {
     "other_core_width": dataclasses.replace(
         TINY,
         core_layers=1,
-        recurrence=dataclasses.replace(TINY.recurrence, core_width=8, iteration_norm=True),
+        recurrence=dataclasses.replace(
+            TINY.recurrence,
+            core_width=8,
+            iteration_norm=True,
+            loop_embedding=True,
+            loop_scale=True,
+            loop_lora_rank=2,
+            loop_iterations=4,
+        ),
     ),
 }
 B, PREFIX, W = 2, 5, 4
@@ -78,9 +86,19 @@ def ordinary(model, params, tokens, is_token, cache, depth, is_first=False):
 
 @functools.partial(jax.jit, static_argnums=0)
 def compiled_refine(
-    model, params, tokens, positions, iterations, state, cache, new_column=None, state_keys=None
+    model,
+    params,
+    tokens,
+    positions,
+    iterations,
+    state,
+    cache,
+    new_column=None,
+    state_keys=None,
+    done=None,
 ):
-    columns = Columns(tokens, positions, iterations, state, new_column)
+    done = jnp.zeros_like(iterations) if done is None else done
+    columns = Columns(tokens, positions, iterations, done, state, new_column)
     return refine(model, params, columns, cache, jnp.int32(0), state_keys)
 
 
@@ -125,13 +143,14 @@ def test_a_round_of_full_depth_equals_a_pass(name):
 
 def test_rounds_add_up():
     """Two iterations and then three are five; `change` is from round to round."""
-    model, params = make("rotary")
-    cache = prefix("rotary", 3)
+    model, params = make("other_core_width")
+    cache = prefix("other_core_width", 3)
     tokens, positions = wave(cache)
     run = functools.partial(compiled_refine, model, params, tokens, positions)
     states = [first_states(model, positions)]
-    for count in (2, 3):
-        out, logits = run(jnp.full((B, W), count), states[-1], cache)
+    for done, count in ((0, 2), (2, 3)):
+        counts, before = jnp.full((B, W), count), jnp.full((B, W), done)
+        out, logits = run(counts, states[-1], cache, done=before)
         change = np.linalg.norm(out.state - states[-1], axis=-1)
         change /= np.linalg.norm(out.state, axis=-1)
         np.testing.assert_allclose(out.change, change, rtol=1e-4)

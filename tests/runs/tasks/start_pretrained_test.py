@@ -187,6 +187,19 @@ def test_what_only_the_new_model_has_is_fresh():
     }
     both = {"core": {"kernel": 2}, "exit_gate": {"weight": 3}}
     assert _adopt(fresh, both) == both
+    looped = {"core": {"kernel": 0, "loop_embedding": 4}}
+    assert _adopt(looped, {"core": {"kernel": 2}}) == {"core": {"kernel": 2, "loop_embedding": 4}}
+
+
+def test_a_model_without_parameters_of_iterations_can_be_given_some(source, tmp_path, small_run):
+    own = {"loop_scale": True, "loop_lora_rank": 2, "loop_iterations": 2}
+    options = {"model": {"recurrence": own}}
+    state = start(from_source(small_run, tmp_path, source[0], options), tmp_path)
+    block = state.params["core"]["layers"]["layer_0"]
+    np.testing.assert_array_equal(block["mlp_loop_scale"], np.ones(2))
+    old = source[1][8]["core"]["layers"]["layer_0"]["mlp"]
+    assert_same(block["mlp"]["up"], old["up"])
+    assert np.all(np.asarray(block["mlp"]["up_loop_b"]) == 0)
 
 
 def test_a_run_with_lora_is_read_and_exported_merged(source, tmp_path, small_run):

@@ -1,0 +1,98 @@
+"""Parameters of the core that each iteration has for itself; all of them start as the identity.
+
+The core's weights are the same in every iteration. What may differ is small: a vector that is added
+to the core's input (`RecurrentCore`), a number that each attention and feed-forward layer's update
+is multiplied by, and a low-rank update of each of their matrices (Relaxed Recursive Transformers,
+arXiv 2410.20672). Iteration i has row i of these tables; iterations beyond the last row have the
+last one.
+
+A layer's context says in which iteration it runs. Usually that is one number for the whole pass.
+Where rows or tokens are at different iterations (draws per row, the parallel sampler) it is an
+array; then the low-rank updates of all iterations are computed, and each token keeps its own.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+from jaxtyping import Array, Float, Int, Shaped
+
+from megatransformer_jax.nn.parameters import matrix, vector
+from megatransformer_jax.types import DTypePolicy
+
+
+@struct.dataclass
+class Loop:
+    """Where in the loop a layer of the core runs, and what depends on it.
+
+    Attributes:
+      iteration: number of the iteration, from 0: of all tokens, or per row or token.
+      count: iterations with parameters of their own.
+      lora_rank: of the low-rank updates; 0 for none.
+      has_scale: updates of layers are multiplied by a learned number.
+    """
+
+    iteration: Int[Array, ""] | Int[Array, "#B #T"]
+    count: int = struct.field(pytree_node=False)
+    lora_rank: int = struct.field(pytree_node=False)
+    has_scale: bool = struct.field(pytree_node=False)
+
+    @property
+    def row(self) -> Int[Array, "*rows"]:
+        """The row of the tables that is read."""
+        return jnp.minimum(self.iteration, self.count - 1)
+
+    def of(self, table: Shaped[Array, "I *rest"]) -> Shaped[Array, "*rows_and_rest"]:
+        """The row itself, or one per row or token."""
+        return jnp.take(table, self.row, axis=0)
+
+
+def scaled_update(
+    module: nn.Module, name: str, update: Float[Array, "B T D"], loop: Loop | None
+) -> Float[Array, "B T D"]:
+    """A layer's update times the iteration's number, where the model has such; it starts at 1."""
+    if loop is None or not loop.has_scale:
+        return update
+    scale = loop.of(vector(module, name, nn.initializers.ones, (loop.count,)))
+    return scale[..., None].astype(update.dtype) * update
+
+
+def with_low_rank(
+    module: nn.Module,
+    name: str,
+    product: Float[Array, "B T *outputs"],
+    x: Float[Array, "B T K"],
+    axes: tuple[str | None, ...],
+    loop: Loop | None,
+    policy: DTypePolicy,
+) -> Float[Array, "B T *outputs"]:
+    """The product of x with the shared matrix plus x A_i B_i, where the model has such.
+
+    A is normal with variance 1 / K, so that x A has the scale of x; B starts at zero.
+
+    Args:
+      module: of the layer.
+      name: of the matrix; the parameters are `{name}_loop_a` [I, K, r] and `{name}_loop_b`.
+      product: with the shared matrix.
+      x: the matrix's input.
+      axes: logical names of the matrix's axes, the input's first.
+      loop: from the context.
+      policy: types.
+    """
+    if loop is None or not loop.lora_rank:
+        return product
+    outputs = product.shape[2:]
+    shape, rank = (loop.count, x.shape[-1], loop.lora_rank), loop.lora_rank
+    a_init = nn.initializers.normal(1 / math.sqrt(x.shape[-1]))
+    a = matrix(module, f"{name}_loop_a", a_init, shape, (None, axes[0], None), policy)
+    zeros, b_shape = nn.initializers.zeros, (loop.count, rank, *outputs)
+    # Small, so whole on every fsdp device; nor is it a matrix by the names of its axes.
+    b_axes = (None, None, *("core_out" if axis == "embed" else axis for axis in axes[1:]))
+    b = matrix(module, f"{name}_loop_b", zeros, b_shape, b_axes, policy)
+    if loop.iteration.ndim == 0:
+        return product + jnp.tensordot(x @ loop.of(a), loop.of(b), axes=1)
+    own = jax.nn.one_hot(loop.row, loop.count, dtype=x.dtype)
+    hidden = jnp.einsum("btk,ikr->btir", x, a) * own[..., None]
+    return product + jnp.tensordot(hidden, b, axes=2)
