@@ -26,6 +26,7 @@ _TEXT = {
     "model.width": 16,
     "model.vocab_size": 400,
     "model.attention.num_heads": 2,
+    "model.attention.num_kv_heads": 1,
     "model.mlp.hidden_width": 16,
     "model.recurrence.mean_steps": 2,
     "model.recurrence.backprop_depth": 1,
@@ -63,9 +64,9 @@ def smallest(words: list[str]) -> list[str]:
     # JAX has been imported, and has eight devices.
     own = [word for word in own if not word.startswith("--config.environment=")]
     if name == "train":
-        sizes = _REASONING if any("reasoning" in word for word in own) else _TEXT
-        is_of_a_file = any(word.startswith("--config=") and "." in word[9:] for word in own)
-        return [name, *([] if is_of_a_file else _flags(sizes)), *own, *_flags(_SHORT)]
+        is_of_text = not any("vocoder" in word or "image_vae" in word for word in own)
+        short = _SHORT if is_of_text else {k: v for k, v in _SHORT.items() if "evaluation" not in k}
+        return [name, *_flags(_sizes(own)), *own, *_flags(short)]
     line = " ".join(words)
     if "--references" in line:
         return words
@@ -74,6 +75,14 @@ def smallest(words: list[str]) -> list[str]:
         *own,
         *(word for start, last in _LAST.items() if line.startswith(start) for word in last),
     ]
+
+
+def _sizes(own: list[str]) -> dict[str, Any]:
+    """Of a training command's model; those of files, and those with media, keep theirs."""
+    experiments = [word[9:] for word in own if word.startswith("--config=")]
+    if any("reasoning" in name for name in experiments):
+        return _REASONING
+    return {} if any("recurrent" not in name or "." in name for name in experiments) else _TEXT
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
@@ -104,7 +113,8 @@ def prepare(folder: pathlib.Path, pages: list[pathlib.Path], small_run: Any) -> 
     for number in range(8):
         _picture(folder / "my_images" / f"{number}.png", number)
         (folder / "my_images" / f"{number}.txt").write_text("three", encoding="utf-8")
-    _picture(folder / "my" / "three.png", 3)
+    for number, name in enumerate(("my/three", "a", "b", "c"), start=3):
+        _picture(folder / f"{name}.png", number)
     with wave.open(str(folder / "my" / "seven.wav"), "wb") as file:
         file.setparams((1, 2, VALUES["audio"]["mel"]["sample_rate_hz"], 0, "NONE", ""))
         file.writeframes(np.zeros(256, np.int16).tobytes())

@@ -366,6 +366,7 @@ def latent_state(
         return init_state(model, optimizer, key, adjust, fine_tuning=config.fine_tuning)
 
     key = jax.random.key(config.train.seed)
-    state = jax.jit(initialise, out_shardings=shardings)(key, vae_params)
+    # From the host: they are on one device, and the state may be on several.
+    state = jax.jit(initialise, out_shardings=shardings)(key, jax.device_get(vae_params))
     logging.info("images are drawn as latents of the autoencoder in %s", path)
     return state

@@ -53,7 +53,8 @@ CONFIG = RunConfig(
 def parts():
     model = build_model(CONFIG.model, DTypePolicy(), Sharder(), "cpu")
     optimizer = build_optimizer(CONFIG.optimizer, CONFIG.train.steps, None)
-    everywhere = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh = jax.make_mesh((jax.device_count(),), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     abstract = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
     return model, optimizer, abstract, jax.tree.map(lambda _: everywhere, abstract)
 
@@ -62,6 +63,7 @@ def test_the_autoencoder_is_that_of_the_run(parts, monkeypatch):
     model, optimizer, abstract, shardings = parts
     shapes = abstract.params["media"]["image_decoder"]["image_vae"]
     trained = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.25, np.float32), shapes)
+    trained = jax.device_put(trained, jax.devices()[0])
     run = ImageVaeRunConfig(height=8, width=8, channels=1, model=VAE)
     monkeypatch.setattr(image_vae_start, "load_image_vae", lambda path: (run, trained))
     state = image_vae_start.latent_state(CONFIG, model, optimizer, shardings)
