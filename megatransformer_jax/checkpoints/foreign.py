@@ -22,6 +22,7 @@ from megatransformer_jax.checkpoints.compatibility import (
 from megatransformer_jax.checkpoints.safetensors_files import SafetensorsReader
 from megatransformer_jax.checkpoints.tensor_map import Check, FormatError, Link, Prefixed
 from megatransformer_jax.config.build import to_dict
+from megatransformer_jax.config.layers import ValueEmbeddingConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConfig
@@ -42,6 +43,8 @@ class Format(abc.ABC):
 
     # Whether config.json names the type of the weights, as `torch_dtype`.
     names_dtype: ClassVar[bool] = True
+    # Whether it can express `model.value_embedding`.
+    has_value_embeddings: ClassVar[bool] = False
 
     @abc.abstractmethod
     def recognises(self, values: Mapping[str, Any]) -> bool:
@@ -114,9 +117,15 @@ def config_to(format: Format, config: ModelConfig) -> dict[str, Any]:
     Raises:
       FormatError: listing every option that the format cannot express.
     """
-    comparable, lines = format.comparable(config)
+    lines = []
+    if config.value_embedding.layers and not format.has_value_embeddings:
+        # First, because they are of layers by number, and `comparable` may change the numbers.
+        layers = list(config.value_embedding.layers)
+        lines.append(f"model.value_embedding.layers: {layers!r}, {format.title}'s is []")
+        config = dataclasses.replace(config, value_embedding=ValueEmbeddingConfig())
+    comparable, others = format.comparable(config)
     values = format.write_config(comparable)
-    lines = lines + _differences(format, comparable, values)
+    lines += others + _differences(format, comparable, values)
     if lines:
         raise FormatError(
             f"this model cannot be written as a {format.title}, whose architecture is another:\n"

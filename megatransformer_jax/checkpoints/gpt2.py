@@ -102,7 +102,7 @@ class Gpt2(Format):
             "n_layer": config.prelude_layers,
             "n_head": config.attention.num_heads,
             "n_inner": config.mlp.hidden_width,
-            "activation_function": names[config.mlp.activation],
+            "activation_function": names.get(config.mlp.activation, "relu2"),
             "layer_norm_epsilon": config.norm.eps,
             "tie_word_embeddings": config.tie_embeddings,
             "embd_pdrop": config.embedding_dropout_rate,

@@ -190,7 +190,7 @@ class Llama(Format):
             "num_hidden_layers": config.prelude_layers,
             "num_attention_heads": attention.num_heads,
             "num_key_value_heads": attention.kv_heads,
-            "hidden_act": names[config.mlp.activation],
+            "hidden_act": names.get(config.mlp.activation, "relu2"),
             "max_position_embeddings": config.max_length,
             "rms_norm_eps": config.norm.eps,
             "tie_word_embeddings": config.tie_embeddings,

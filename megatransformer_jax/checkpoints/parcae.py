@@ -144,6 +144,7 @@ class Parcae(Format):
 
     name = "parcae"
     title = "Parcae"
+    has_value_embeddings = True
     names_dtype = False  # Upstream's config class takes no keys but its own.
 
     def recognises(self, values: Mapping[str, Any]) -> bool:

@@ -12,7 +12,12 @@ import pytest
 from cached_passes import empty_cache, in_passes, rule
 from safetensors.numpy import load_file, save_file
 
-from megatransformer_jax.checkpoints.folders import load_folder, open_folder, save_folder
+from megatransformer_jax.checkpoints.folders import (
+    format_named,
+    load_folder,
+    open_folder,
+    save_folder,
+)
 from megatransformer_jax.checkpoints.parcae import PICKLES, Parcae
 from megatransformer_jax.checkpoints.tensor_map import FormatError, iterate_tensors
 from megatransformer_jax.losses.tokens import token_loss
@@ -250,6 +255,8 @@ def test_what_the_format_cannot_express_is_named(tmp_path):
         "model.value_embedding.layers: [1, 3], Parcae's is [4]",
     ):
         assert line in str(error.value)
+    with pytest.raises(FormatError, match=r"value_embedding.layers: \[1, 3\], Llama's is \[\]"):
+        save_folder(tmp_path / "out", format_named("llama"), config, params)
 
 
 def test_a_table_of_rotations_is_compared_with_the_config(tmp_path):
