@@ -19,6 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.nn.adapters import diagonal_gain
@@ -32,6 +33,44 @@ class RetrofitPlan:
     core: tuple[int, ...]
     coda: tuple[int, ...]
     dropped: tuple[int, ...]
+
+
+def retrofit_options(source: ModelConfig) -> dict[str, Any]:
+    """Options of a recurrent model that keeps all layers of a plain one, the rest being its.
+
+    A quarter of the layers are the prelude, a quarter the coda, and at least one each.
+
+    Args:
+      source: the plain model.
+
+    Returns:
+      prelude_layers, core_layers and coda_layers, and 'attention' with the windows of the layers.
+
+    Raises:
+      ConfigError: if the source has a core already, or fewer than three layers.
+    """
+    if source.is_recurrent:
+        raise _has_a_core(source)
+    windows = _layer_windows(source)
+    if len(windows) < 3:
+        raise ConfigError(
+            "fine_tuning.retrofit",
+            f"True needs a plain model of at least 3 layers, for prelude, core and coda, but that "
+            f"of fine_tuning.init_from has {len(windows)}; choose a deeper one.",
+        )
+    outer = max(1, len(windows) // 4)
+    parts = {
+        "prelude": windows[:outer],
+        "core": windows[outer:-outer],
+        "coda": windows[-outer:],
+    }
+    attention = to_dict(source.attention)
+    for stack, of_layers in parts.items():
+        is_uniform = len(set(windows)) == 1
+        attention[f"{stack}_windows"] = [] if is_uniform else [size or 0 for size in of_layers]
+    attention["window"] = windows[0] if len(set(windows)) == 1 else None
+    layers = {f"{stack}_layers": len(of_layers) for stack, of_layers in parts.items()}
+    return {**layers, "attention": attention}
 
 
 def plan_retrofit(source: ModelConfig, target: ModelConfig, core_start: int | None) -> RetrofitPlan:
@@ -54,11 +93,7 @@ def plan_retrofit(source: ModelConfig, target: ModelConfig, core_start: int | No
                 f"sharing.scheme={config.sharing.scheme!r}; use models with scheme='none'.",
             )
     if source.is_recurrent:
-        raise ConfigError(
-            "fine_tuning.retrofit",
-            f"True needs a plain model, but that of fine_tuning.init_from has core_layers="
-            f"{source.core_layers}; set retrofit=False to go on training it.",
-        )
+        raise _has_a_core(source)
     num_layers = source.prelude_layers + source.coda_layers
     last = num_layers - target.coda_layers
     start = last - target.core_layers if core_start is None else core_start
@@ -90,7 +125,36 @@ def plan_retrofit(source: ModelConfig, target: ModelConfig, core_start: int | No
             f"recurrent model all of its {num_layers} layers.",
         )
     prelude, core, coda = map(tuple, kept)
-    return RetrofitPlan(prelude, core, coda, dropped)
+    plan = RetrofitPlan(prelude, core, coda, dropped)
+    _check_windows(source, target, plan)
+    return plan
+
+
+def _has_a_core(source: ModelConfig) -> ConfigError:
+    return ConfigError(
+        "fine_tuning.retrofit",
+        f"True needs a plain model, but that of fine_tuning.init_from has core_layers="
+        f"{source.core_layers}; set retrofit=False to go on training it.",
+    )
+
+
+def _layer_windows(source: ModelConfig) -> tuple[int | None, ...]:
+    """The sliding window of each layer of a plain model; None: no limit."""
+    return source.windows("prelude") + source.windows("coda")
+
+
+def _check_windows(source: ModelConfig, target: ModelConfig, plan: RetrofitPlan) -> None:
+    """Every layer must see as far as it did in the plain model."""
+    of_layers = _layer_windows(source)
+    for stack, layers in (("prelude", plan.prelude), ("core", plan.core), ("coda", plan.coda)):
+        wanted = tuple(of_layers[layer] for layer in layers)
+        if target.windows(stack) != wanted:
+            written = tuple(size or 0 for size in wanted)
+            raise ConfigError(
+                f"model.attention.{stack}_windows",
+                f"with {target.windows(stack)!r} the layers {layers} would see otherwise than in "
+                f"fine_tuning.init_from; set it to {written!r} (0 is no limit).",
+            )
 
 
 def retrofit_params(

@@ -141,6 +141,18 @@ def load_model(
     return _load_run(folder, step, precision, sharder, weights)
 
 
+def read_model_config(path: str | pathlib.Path) -> ModelConfig:
+    """The architecture of what `load_model` reads, without its weights.
+
+    Raises:
+      UserError: if there is no such model, or its configuration cannot be used.
+    """
+    folder = find_model(path)
+    if foreign_format(folder) is None:
+        return read_run_config(folder).model
+    return open_folder(folder).config
+
+
 def check_precision(precision: str) -> None:
     """Checks a type of activations by its name.
 

@@ -9,7 +9,8 @@ from megatransformer_jax.config.build import configure, experiment_folder, exper
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
 
-NAMES = experiment_names()
+# All but the one whose argument is a model.
+NAMES = tuple(name for name in experiment_names() if name != "retrofit")
 
 
 def parse(reference: str) -> RunConfig:

@@ -7,13 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from megatransformer_jax.config.build import construct, to_dict
+from megatransformer_jax.config.build import plain as plain_values
 from megatransformer_jax.config.layers import AttentionConfig, SharingConfig, ValueEmbeddingConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.megatransformer import build_model, init_params
-from megatransformer_jax.models.retrofit import plan_retrofit, retrofit_params
+from megatransformer_jax.models.retrofit import (
+    plan_retrofit,
+    retrofit_options,
+    retrofit_params,
+)
 from megatransformer_jax.nn.adapters import build_adapter
 from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.sharding.rules import Sharder
@@ -181,3 +187,33 @@ def test_a_retrofitted_model_keeps_what_the_plain_one_has_learned(plain):
     recurrent_loss = jax.jit(lambda params: loss(model, params, 3))
     fresh = recurrent_loss(init_params(model, jax.random.key(1)))
     assert recurrent_loss(ours) < fresh - 0.3
+
+
+def test_options_of_a_recurrent_model_keep_all_layers() -> None:
+    options = retrofit_options(deep(6))
+    assert {name: options[f"{name}_layers"] for name in ("prelude", "core", "coda")} == {
+        "prelude": 1,
+        "core": 4,
+        "coda": 1,
+    }
+    target = construct(ModelConfig, plain_values(to_dict(deep(6)) | options))
+    assert plan_retrofit(deep(6), target, None).dropped == ()
+    assert target.attention == PLAIN.attention
+    with pytest.raises(ConfigError, match=r"at least 3 layers, .* has 2; choose a deeper one"):
+        retrofit_options(dataclasses.replace(PLAIN, prelude_layers=2, coda_layers=0))
+    with pytest.raises(ConfigError, match="core_layers=1; set retrofit=False"):
+        retrofit_options(recurrent())
+
+
+def test_every_layer_keeps_its_window() -> None:
+    windows = AttentionConfig(num_heads=2, prelude_windows=(4, 0), coda_windows=(3,))
+    source = dataclasses.replace(deep(6), attention=windows)
+    options = retrofit_options(source)
+    target = construct(ModelConfig, plain_values(to_dict(source) | options))
+    found = [target.windows(stack) for stack in ("prelude", "core", "coda")]
+    assert found == [(4,), (None, 4, None, 3), (3,)]
+    assert plan_retrofit(source, target, None).dropped == ()
+    attention = dataclasses.replace(target.attention, prelude_windows=(2,))
+    other = dataclasses.replace(target, attention=attention)
+    with pytest.raises(ConfigError, match=r"prelude_windows: with \(2,\) .* set it to \(4,\)"):
+        plan_retrofit(source, other, None)

@@ -21,7 +21,7 @@ from megatransformer_jax.checkpoints.compatibility import (
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.fine_tuning import EXIT_GATE
-from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.model import STACKS, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import LOOP_OPTIONS, is_loop_parameter
 from megatransformer_jax.config.run import RunConfig
@@ -237,6 +237,8 @@ def _check_model(source: LoadedModel, config: RunConfig) -> None:
         free += [f"model.recurrence.{name}" for name in LOOP_OPTIONS]
     names = [field.name for field in dataclasses.fields(ModelConfig)]
     if config.fine_tuning.retrofit:
+        # Compared layer by layer in `plan_retrofit`.
+        free += ["model.attention.window", *(f"model.attention.{s}_windows" for s in STACKS)]
         names = [name for name in names if name not in _NEW_IN_RETROFIT]
     sections = [f"model.{name}" for name in names]
     lines = config_differences(_resolved(source.config), _resolved(config.model), sections, free)
