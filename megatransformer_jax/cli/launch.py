@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 
 from megatransformer_jax.cli.flags import Command, help_page, named_as_written, parse
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.runs.workdir import LineFormatter, quiet_libraries
 
@@ -97,12 +97,13 @@ def set_environment(config: BaseRunConfig) -> None:
     """Puts `config.environment` into the process environment.
 
     Raises:
-      RuntimeError: if JAX has been imported already, which would not see it.
+      ConfigError: if JAX has been imported already, which would not see it.
     """
     if config.environment and "jax" in sys.modules:
-        raise RuntimeError(
-            "JAX is already imported, so config.environment would have no effect; import JAX "
-            "inside the command's function."
+        raise ConfigError(
+            "environment",
+            f"{config.environment!r} would have no effect, because JAX is already imported (the "
+            "experiment 'retrofit' reads a model with it); set the variables in the shell instead.",
         )
     os.environ.update(dict(pair.split("=", 1) for pair in config.environment))
 

@@ -53,8 +53,8 @@ class FineTuningConfig:
     init_from: str | None = option(
         None,
         "Source of the parameters if the workdir has no checkpoint yet: the workdir of a run, or "
-        "a checkpoint of another project. The optimiser starts from scratch. Default (None): "
-        "random initialisation.",
+        "a checkpoint of another project, which may be its name on the Hugging Face hub. The "
+        "optimiser starts from scratch. Default (None): random initialisation.",
     )
     init_step: str = option(
         "latest", "Which checkpoint of init_from: latest, best, or the number of a step."

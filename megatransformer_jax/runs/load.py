@@ -148,9 +148,11 @@ def read_model_config(path: str | pathlib.Path) -> ModelConfig:
       UserError: if there is no such model, or its configuration cannot be used.
     """
     folder = find_model(path)
-    if foreign_format(folder) is None:
+    format = foreign_format(folder)
+    if format is None:
         return read_run_config(folder).model
-    return open_folder(folder).config
+    file = folder / CONFIG_FILE
+    return format.read_config(read_values(file), str(file))
 
 
 def check_precision(precision: str) -> None:

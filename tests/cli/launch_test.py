@@ -14,7 +14,7 @@ from megatransformer_jax.cli import launch
 from megatransformer_jax.cli.commands import COMMANDS, SUMMARIES, find_command, main
 from megatransformer_jax.cli.flags import Command, help_page
 from megatransformer_jax.config.build import build
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.extras import import_function
 
 PROGRAM = '''"""Shows what a command sees."""
@@ -154,9 +154,9 @@ def test_help_shows_examples_options_of_the_command_and_where_to_read_more(
     assert len(done.stdout.splitlines()) < 55
 
 
-def test_an_environment_that_would_come_too_late_is_a_mistake_of_the_programmer() -> None:
+def test_an_environment_that_would_come_too_late_is_an_error() -> None:
     assert jax.__name__ in sys.modules
-    with pytest.raises(RuntimeError, match="already imported"):
+    with pytest.raises(ConfigError, match="already imported"):
         launch.set_environment(build({"environment": ["A=1"]}))
     assert "A" not in os.environ
 

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib
 import io
+import json
 import re
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from markdown_pages import commands, pages, python_blocks
 
 import megatransformer_jax as mt
+from megatransformer_jax.checkpoints.folders import format_named
+from megatransformer_jax.checkpoints.foreign import config_to
 from megatransformer_jax.cli import flags, lm_eval
 from megatransformer_jax.cli.commands import find_command
-from megatransformer_jax.config.build import build, save_config
+from megatransformer_jax.config.build import build, configure, save_config
 from megatransformer_jax.config.option import UserError, options_of, sections_of
 from megatransformer_jax.config.run_kinds import AllOptions
 
@@ -42,6 +45,10 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
     (tmp_path / "experiments").symlink_to(repository / "experiments")
     (tmp_path / "runs" / "recurrent").mkdir(parents=True)
     save_config(build({}), tmp_path / "runs" / "recurrent" / "config.json")
+    # The plain model that becomes a recurrent one.
+    (tmp_path / "my" / "llama").mkdir(parents=True)
+    values = config_to(format_named("llama"), configure("modern_small", {}).model)
+    (tmp_path / "my" / "llama" / "config.json").write_text(json.dumps(values))
     tutorial = (repository / "docs" / "tutorials" / "own_text.md").read_text()
     (tmp_path / "my_run.py").write_text(python_blocks(tutorial)[0])
     monkeypatch.chdir(tmp_path)
