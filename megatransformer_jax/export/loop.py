@@ -66,6 +66,9 @@ def generate(
     """
     rows, chunk = about["batch"], about["chunk"]
     columns = -(-max(map(len, prompts)) // chunk) * chunk
+    longest = max(map(len, prompts)) + count - 1
+    if longest > about["max_length"]:
+        raise SystemExit(f"{longest} tokens; the model reads at most {about['max_length']}")
     if len(prompts) > rows or columns + count - 1 > about["capacity"]:
         raise SystemExit(
             f"{len(prompts)} prompts, and {columns} + {count - 1} padded and new tokens; this "

@@ -127,7 +127,7 @@ def _model(
         for entry, value in (("location", WEIGHTS_FILE), ("offset", first), ("length", size)):
             tensor.external_data.add(key=entry, value=str(value))
         graph.initializer.append(tensor)
-    graph.initializer.extend(scope.names.initializers)
+    graph.initializer.extend(each for each in scope.names.initializers if each.name in used)
     return helper.make_model(
         graph,
         opset_imports=[helper.make_opsetid("", OPSET)],

@@ -38,6 +38,8 @@ def test_what_does_not_fit_is_said(about):
         continued(about, [[1]] * 3, 1)
     with pytest.raises(SystemExit, match=r"8 \+ 57 padded and new tokens"):
         continued(about, [[1]], 58)
+    with pytest.raises(SystemExit, match="81 tokens; the model reads at most 80"):
+        continued(about, [[1] * 8], 74)
     with pytest.raises(SystemExit, match="criterion cosine: this program has latent_diff, kl"):
         continued(about, [[1]], 1, criterion="cosine")
     with pytest.raises(SystemExit, match="no tokenizer; give token ids"):
