@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 JAX_VERSIONS = ">=0.10,<0.13"
+QWIX = "qwix>=0.1.8,<0.2"
 
 # What an option or a command needs besides; megatransformer_jax/extras.py says so where it lacks.
 EXTRAS = {
@@ -26,7 +27,8 @@ EXTRAS = {
     "export": ["onnx>=1.20,<2", "onnxruntime>=1.30,<2"],
     "huginn": ["tokenizers>=0.20,<1"],
     "parquet": ["pyarrow>=18"],
-    "qlora": ["qwix>=0.1.8,<0.2"],
+    "qlora": [QWIX],
+    "quantization": [QWIX],
     "tfds": ["tensorflow-datasets>=4.9.9,<5"],
     "wandb": ["wandb>=0.18"],
     "tpu": [f"jax[tpu]{JAX_VERSIONS}"],

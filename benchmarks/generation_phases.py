@@ -44,9 +44,14 @@ class Work:
 
 
 class GenerationPhases:
-    """The model, and phases of it."""
+    """The model, and phases of it.
 
-    def __init__(self, arguments: argparse.Namespace):
+    Args:
+      arguments: prompt, new, depth, precision and capacities.
+      config: another model than that of `benchmarks.generate`, for the same depth.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, config: ModelConfig | None = None):
         self.prompt, self.new, self.depth = arguments.prompt, arguments.new, arguments.depth
         self.length = self.prompt + self.new
         self.policy = DTypePolicy.from_precision(arguments.precision, jax.default_backend())
@@ -58,7 +63,9 @@ class GenerationPhases:
             state_init="zero",
         )
         longest = max(arguments.capacities)
-        self.config = ModelConfig(vocab_size=4096, max_length=longest, recurrence=recurrence)
+        self.config = config or ModelConfig(
+            vocab_size=4096, max_length=longest, recurrence=recurrence
+        )
         self.model: MegaTransformer = build_model(
             self.config, self.policy, Sharder(), jax.default_backend()
         )
@@ -79,9 +86,7 @@ class GenerationPhases:
 
     def decode(self, rows: int, capacity: int) -> Phase:
         """Adds the new tokens to prompts that have been read; each round begins with a copy."""
-        end_ids, history = jnp.zeros((0,), jnp.int32), self._history(rows, capacity)
-        ending = Ending(end_ids, jnp.int32(self.length))
-        settings = DecodeSettings(self.rule, (), ending, self._keys(rows))
+        settings, history = self._settings(rows), self._history(rows, capacity)
         begin = self.prefill(rows, capacity)
 
         @functools.cache
@@ -93,6 +98,16 @@ class GenerationPhases:
 
         name = f"decode {self.new}, {rows} rows, capacity {capacity}"
         return Phase(name, lambda: jax.tree.map(jnp.copy, first()), run, self._check)
+
+    def decode_temporaries(self, rows: int, capacity: int) -> int:
+        """Bytes of memory that the compiled decode loop needs besides what it is given."""
+        settings, history = self._settings(rows), self._history(rows, capacity)
+        begin = self.prefill(rows, capacity)
+        state = start(settings, begin.run(begin.prepare()), history)
+        count = jnp.int32(self.new)
+        compiled = decode.lower(self.model, self.params, settings, state, count).compile()
+        memory: Any = compiled.memory_analysis()
+        return int(memory.temp_size_in_bytes)
 
     def uncached(self) -> Phase:
         """One token without a cache: one pass over prompt and new tokens."""
@@ -135,6 +150,10 @@ class GenerationPhases:
     def _tokens(self, rows: int, length: int) -> np.ndarray:
         shape = (rows, length)
         return np.random.default_rng(0).integers(0, self.config.vocab_size, shape, np.int32)
+
+    def _settings(self, rows: int) -> DecodeSettings:
+        ending = Ending(jnp.zeros((0,), jnp.int32), jnp.int32(self.length))
+        return DecodeSettings(self.rule, (), ending, self._keys(rows))
 
     def _history(self, rows: int, capacity: int) -> Any:
         return history_of_prompts(self._tokens(rows, self.prompt).tolist(), capacity, 0)

@@ -27,9 +27,12 @@ from megatransformer_jax.config.option import (
     as_python,
     as_whole,
     declared_values,
+    options_of,
     unknown_key,
 )
+from megatransformer_jax.config.quantization import QuantizationConfig
 from megatransformer_jax.config.sampling import GATE_THRESHOLD, DepthConfig
+from megatransformer_jax.config.scoring import ScoringConfig
 from megatransformer_jax.data.hf_tokenizer import require_chat_template
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MARKERS
@@ -40,6 +43,7 @@ from megatransformer_jax.evaluation.lens import (
     make_trace,
     trace_iterations,
 )
+from megatransformer_jax.evaluation.report import Report
 from megatransformer_jax.generation.media_prompt import media_tokenizer, prompt_of_text
 from megatransformer_jax.generation.request import (
     StreamedToken,
@@ -48,8 +52,10 @@ from megatransformer_jax.generation.request import (
 )
 from megatransformer_jax.models.gate_readout import GateReadout, make_readout
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.nn.quantized import is_quantized_matrix
 from megatransformer_jax.runs.checkpoint_tools import export_model, save_parameters
 from megatransformer_jax.runs.load import LoadedModel
+from megatransformer_jax.runs.quantize import compare_models, quantize_model, save_quantized
 
 # A text, texts, ids of one input, or ids of several.
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
@@ -302,6 +308,49 @@ class Model:
             )
         return make_trace(found, tokens, lengths, self.tokenizer)
 
+    def quantize(self, **options: Any) -> "Model":
+        """The model with matrices of 8 or 4 bits, for inference; this one stays as it is.
+
+        Args:
+          **options: those of `megatransformer quantize` that say how: weights="int4", group,
+            activations, method="gptq", include, calibration_batches, calibration_files, seed.
+
+        Raises:
+          UserError: if an option is not known or does not fit the model, data cannot be read, or
+            the extra 'quantization' is missing.
+
+        Examples:
+          >>> small = lm.quantize(weights="int4")  # doctest: +SKIP
+          >>> small.save("runs/int4")  # doctest: +SKIP
+        """
+        declared = {option.path: option for option in options_of(QuantizationConfig)}
+        config = QuantizationConfig(**declared_values(options, declared))
+        with out_of_memory_is_bad_input():
+            return Model(quantize_model(self._loaded, config))
+
+    def divergence(self, other: "Model", **options: Any) -> Report:
+        """How far another model of the same architecture is from this one, by depth.
+
+        Args:
+          other: this model, quantised for example.
+          **options: of `mt.evaluate`, on what they are compared: depths, files, num_batches,
+            sequence_length, batch_size, seed.
+
+        Raises:
+          UserError: if the architectures differ, an option does not fit, or data cannot be read.
+
+        Examples:
+          >>> report = lm.divergence(lm, depths=(1, 4), num_batches=1)
+          >>> [row["kl"] for row in report.rows]
+          [0.0, 0.0]
+        """
+        if not isinstance(other, Model):
+            raise UserError(f"other: {other!r} is not an mt.Model; give one such as lm.quantize().")
+        declared = {option.path: option for option in options_of(ScoringConfig)}
+        config = ScoringConfig(**declared_values(options, declared))
+        with out_of_memory_is_bad_input():
+            return compare_models(self._loaded, other._loaded, config)
+
     def save(
         self,
         folder: str | os.PathLike[str],
@@ -315,8 +364,8 @@ class Model:
         Args:
           folder: made if absent, with the folders above it; it must be empty.
           format: 'run' is the folder of a run of ours with parameters only, for every model with a
-            tokenizer. The others are of other projects, such as 'huginn', each for models that it
-            can express.
+            tokenizer; of a quantised model what `megatransformer quantize` writes. The others are
+            of other projects, such as 'huginn', each for models that it can express.
           overwrite: replaces an older export of another project's format.
           dtype: of the exported weights, which rounds them. None: as they are.
 
@@ -335,7 +384,10 @@ class Model:
             if overwrite or dtype is not None:
                 name = "overwrite" if overwrite else "dtype"
                 raise ConfigError(name, "is for formats of other projects; leave it out.")
-            save_parameters(self._loaded, path)
+            if self._loaded.quantization is None:
+                save_parameters(self._loaded, path)
+            else:
+                save_quantized(self._loaded, path)
         elif format in FOREIGN_FORMATS:
             export_model(self._loaded, path, format=format, dtype=dtype, overwrite=overwrite)
         else:
@@ -346,7 +398,8 @@ class Model:
     @property
     def num_parameters(self) -> int:
         """Numbers in `params`."""
-        return sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        leaves = jax.tree.leaves(self.params, is_leaf=is_quantized_matrix)
+        return sum(leaf.size for leaf in leaves)
 
     def __repr__(self) -> str:
         depth = "no core" if self.trained_depth is None else f"trained depth {self.trained_depth}"

@@ -385,6 +385,12 @@ def _evaluate() -> Command:
     return COMMAND
 
 
+def _quantize() -> Command:
+    from megatransformer_jax.cli.quantize import COMMAND  # noqa: PLC0415
+
+    return COMMAND
+
+
 def _export_program() -> Command:
     from megatransformer_jax.cli.export_program import COMMAND  # noqa: PLC0415
 
@@ -415,6 +421,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "compare": ("Compares finished runs by depth.", lambda: COMPARE),
     "average": ("Averages checkpoints.", lambda: AVERAGE),
     "prune": ("Deletes checkpoints.", lambda: PRUNE),
+    "quantize": ("Rounds the weights of a model to 8 or 4 bits.", _quantize),
     "export": ("Writes a model in Huginn's format.", lambda: EXPORT),
     "export-program": ("Writes a model as StableHLO or ONNX programs.", _export_program),
 }

@@ -19,6 +19,7 @@ from lm_eval.utils import setup_logging, simple_parse_args_string
 
 import megatransformer_jax
 from megatransformer_jax.checkpoints.hub import find_model
+from megatransformer_jax.checkpoints.quantized import is_quantized_folder
 from megatransformer_jax.cli.flags import described
 from megatransformer_jax.cli.model_options import (
     ModelOptions,
@@ -335,7 +336,9 @@ def check_path(path: str) -> None:
       UserError: if it is not.
     """
     try:
-        foreign_format(find_model(path))
+        folder = find_model(path)
+        if not is_quantized_folder(folder):
+            foreign_format(folder)
     except UserError as error:
         raise UserError(f"--model_args: path={error}") from error
 

@@ -511,7 +511,7 @@ def gather_weights(model: MegaTransformer, params: Any) -> Any:
 
 
 def _gather(params: Any, axes: Any, policy: DTypePolicy, sharder: Sharder) -> Any:
-    def to_compute(weight: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+    def to_compute(weight: Any, names: tuple[str | None, ...]) -> Any:
         # Vectors (norm scales, biases, a_log, dt_bias) stay float32.
         is_matrix = any(name is not None for name in names) and weight.ndim > 1
         # Of a quantised matrix this says what type its products have.

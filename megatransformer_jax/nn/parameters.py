@@ -27,7 +27,7 @@ def matrix(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     policy: DTypePolicy,
-) -> jax.Array:
+) -> Any:
     """A weight of `module`, stored in the policy's parameter type, returned in its compute type.
 
     A quantised weight (nn/quantized.py) comes as it is; `multiply` and `einsum` read both.
@@ -50,7 +50,7 @@ def table(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     policy: DTypePolicy,
-) -> jax.Array:
+) -> Any:
     """As `matrix`, but returned as stored: who looks up a few rows casts these alone."""
     return _declare(module, name, init, shape, axes, policy.param)
 
@@ -64,7 +64,7 @@ def vector(
 ) -> jax.Array:
     """A float32 scale or bias of `module`; without `axes` every device has all of it."""
     axes = (None,) * len(shape) if axes is None else axes
-    return _declare(module, name, init, shape, axes, jnp.dtype(jnp.float32))
+    return cast(jax.Array, _declare(module, name, init, shape, axes, jnp.dtype(jnp.float32)))
 
 
 def _declare(
@@ -74,14 +74,14 @@ def _declare(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
     dtype: jnp.dtype,
-) -> jax.Array:
+) -> Any:
     if module.has_variable("params", name):
         stored: Any = module.get_variable("params", name)
         if is_quantized_matrix(stored):
             # `param` would compare the shapes of what it is stored in with `shape`.
-            return cast(jax.Array, stored)
+            return stored
     # Linen keeps the box with the axes to itself and returns what is in it.
-    return cast(jax.Array, module.param(name, nn.with_partitioning(init, axes), shape, dtype))
+    return module.param(name, nn.with_partitioning(init, axes), shape, dtype)
 
 
 def axes_of(boxed: Any) -> Any:

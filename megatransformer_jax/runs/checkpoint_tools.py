@@ -139,9 +139,9 @@ def save_parameters(loaded: LoadedModel, folder: pathlib.Path) -> None:
         raise ConfigError(
             "folder", f"{folder} is not empty; name another folder, or delete it first."
         )
-    config = _plain(_run_of(loaded), folder)
+    config = _plain(describing_run(loaded), folder)
     folder = make_folder("folder", str(folder))
-    digest = _write_tokenizer(loaded.tokenizer, folder)
+    digest = write_tokenizer(loaded.tokenizer, folder)
     run = {
         "config": to_dict(config),
         "vocabulary": digest,
@@ -155,7 +155,7 @@ def save_parameters(loaded: LoadedModel, folder: pathlib.Path) -> None:
     save_config(config, folder / "config.json")
 
 
-def _run_of(loaded: LoadedModel) -> RunConfig:
+def describing_run(loaded: LoadedModel) -> RunConfig:
     """The run that a model belongs to, or one that describes it."""
     if loaded.run_config is not None:
         return dataclasses.replace(loaded.run_config, model=loaded.config)
@@ -165,10 +165,10 @@ def _run_of(loaded: LoadedModel) -> RunConfig:
     return RunConfig(model=loaded.config, data=data)
 
 
-def _write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> str:
+def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> str:
     """Puts the tokenizer where `load_model` looks for it; returns what identifies it."""
     if isinstance(tokenizer, MediaTokenizer):
-        _write_tokenizer(tokenizer.base, folder)
+        write_tokenizer(tokenizer.base, folder)
         return tokenizer.digest()
     if isinstance(tokenizer, SentencePieceTokenizer):
         write_atomically(folder / SENTENCEPIECE_FILE, tokenizer.model)
@@ -365,6 +365,11 @@ def export_model(
     Raises:
       UserError: if the format cannot express the model, or the folder cannot be used.
     """
+    if loaded.quantization is not None:
+        raise UserError(
+            f"{loaded.description} is quantised, and other formats have float weights; export "
+            f"{loaded.quantized_from}."
+        )
     max_shard_bytes = check_export(output, max_shard=max_shard, overwrite=overwrite)
     try:
         save_folder(

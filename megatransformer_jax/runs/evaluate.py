@@ -72,7 +72,7 @@ def evaluate(
         # Bad input is known before the model runs.
         read_references(options.references, needs_prompts=True)
     progress = progress or make_progress()
-    depths = _depths(options, loaded)
+    depths = evaluation_depths(options, loaded)
     if options.references is not None:
         return evaluate_generation(
             loaded,
@@ -84,7 +84,7 @@ def evaluate(
         )
     reading = DepthConfig(gate_readout=options.gate_readout, gate_threshold=options.gate_threshold)
     reading.check_gate(loaded.config.exit_gate.enabled)
-    state_key = _state_key(options, loaded.run_config)
+    key = state_key(options, loaded.run_config)
     shown: Sequence[str] = TEXT_SCORES
     tokenizer = loaded.tokenizer
     match "text" if options.files else loaded.task:
@@ -96,18 +96,23 @@ def evaluate(
                     "on media; leave it out.",
                 )
             batches = evaluation_batches(options, loaded)
-            return evaluate_media(loaded, options, batches, depths, state_key, progress)
+            return evaluate_media(loaded, options, batches, depths, key, progress)
         case "reasoning":
             shown, tokenizer = PROBLEM_SCORES, None
     options.reject_media("no media are made where text alone is scored")
     batches = evaluation_batches(options, loaded)
     size = None if tokenizer is None else predicted_text_size(batches, tokenizer)
     readout = make_readout(reading.gate_readout, reading.gate_threshold)
-    scores = score_batches(loaded, batches, depths, state_key, progress, readout)
+    scores = score_batches(loaded, batches, depths, key, progress, readout)
     return _report(scores, loaded.trained_depth, shown, size)
 
 
-def _depths(options: ScoringConfig, loaded: LoadedModel) -> tuple[int | None, ...]:
+def evaluation_depths(options: ScoringConfig, loaded: LoadedModel) -> tuple[int | None, ...]:
+    """The depths that are scored.
+
+    Raises:
+      ConfigError: if depths are given for a model without a core.
+    """
     mean = loaded.trained_depth
     if mean is None:
         if options.depths:
@@ -166,7 +171,8 @@ def score_batches(
     return scores
 
 
-def _state_key(options: ScoringConfig, run: RunConfig | None) -> jax.Array:
+def state_key(options: ScoringConfig, run: RunConfig | None) -> jax.Array:
+    """The key of the core's first states: that of the options, else that of validation."""
     if options.seed is not None:
         return jax.random.key(options.seed)
     if run is None:

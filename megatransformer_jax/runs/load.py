@@ -6,6 +6,7 @@ import typing
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax.traverse_util import flatten_dict
@@ -20,11 +21,18 @@ from megatransformer_jax.checkpoints.folders import (
 from megatransformer_jax.checkpoints.foreign import Format
 from megatransformer_jax.checkpoints.hub import find_model
 from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.checkpoints.quantized import (
+    is_quantized_folder,
+    read_about,
+    read_quantized,
+    refuse_quantized,
+)
 from megatransformer_jax.checkpoints.tensor_map import Place
 from megatransformer_jax.config.build import build, read_values
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError, nearest_hint
+from megatransformer_jax.config.quantization import QuantizationConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.config.run_kinds import require_transformer
@@ -36,7 +44,12 @@ from megatransformer_jax.data.pipeline import data_tokenizer
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, Tokenizer, load_sentencepiece
 from megatransformer_jax.generation.generator import Generator
-from megatransformer_jax.models.megatransformer import MegaTransformer, build_model, param_axes
+from megatransformer_jax.models.megatransformer import (
+    MegaTransformer,
+    abstract_params,
+    build_model,
+    param_axes,
+)
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import (
     evaluates_an_average,
@@ -67,6 +80,8 @@ class LoadedModel:
       trained_depth: mean iterations in training, None without a core.
       description: what was loaded, for people.
       run_config: of the run that the model comes from; None: it comes from no run of ours.
+      quantization: how its matrices are quantised. None: they are not.
+      quantized_from: what was quantised, for people. None: it is not quantised.
     """
 
     config: ModelConfig
@@ -76,6 +91,8 @@ class LoadedModel:
     trained_depth: int | None
     description: str
     run_config: RunConfig | None = None
+    quantization: QuantizationConfig | None = None
+    quantized_from: str | None = None
 
     @property
     def task(self) -> str:
@@ -125,6 +142,17 @@ def load_model(
     _check_choice("weights", weights, ("average", "raw"))
     _check_choice("param_dtype", param_dtype, ("float32", "stored"))
     folder = find_model(path, revision)
+    if is_quantized_folder(folder):
+        for name, value, default in (
+            ("step", step, "latest"),
+            ("weights", weights, "average"),
+            ("param_dtype", param_dtype, "float32"),
+        ):
+            if value != default:
+                raise ConfigError(
+                    name, f"{value!r} does not go with {folder}, a quantised model; leave it out."
+                )
+        return _load_quantized(folder, precision)
     if (foreign := foreign_format(folder)) is not None:
         if step != "latest":
             raise UserError(
@@ -192,8 +220,10 @@ def foreign_format(folder: pathlib.Path) -> Format | None:
     """The format of another project's folder. None: it is the workdir of a run.
 
     Raises:
-      UserError: if it is neither, saying what was looked for; if its architecture is unknown.
+      UserError: if it is neither, saying what was looked for; if its architecture is unknown; if
+        it is a quantised model.
     """
+    refuse_quantized(folder)
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "no such folder"
         raise UserError(
@@ -294,6 +324,24 @@ def _load_run(
         # What the run was last told, such as which depths to score.
         config = read_run_config(folder)
     return dataclasses.replace(loaded, run_config=config)
+
+
+def _load_quantized(folder: pathlib.Path, precision: str | None) -> LoadedModel:
+    about = read_about(folder)
+    config = read_config(about.run, folder, RunConfig)
+    tokenizer = None
+    if about.vocabulary is not None:
+        tokenizer = _run_tokenizer(config, folder, about.vocabulary)
+    of_run = config.train.precision if about.is_of_run else "auto"
+    model = _build(config.model, precision or of_run)
+    shapes = flatten_dict(jax.tree.map(jnp.shape, abstract_params(model)), sep="/")
+    params = read_quantized(folder, shapes)
+    return dataclasses.replace(
+        _loaded(model.config, model, params, tokenizer, f"quantised model {folder}"),
+        run_config=config if about.is_of_run else None,
+        quantization=about.config,
+        quantized_from=about.source,
+    )
 
 
 def _no_average(weights: str, folder: pathlib.Path) -> UserError:

@@ -53,9 +53,9 @@ def test_files_are_read_with_its_tokenizer(loaded, tmp_path):
 
 
 def test_depths_surround_the_trained_mean(loaded):
-    assert evaluate._depths(ScoringConfig(), loaded) == (4, 8, 16, 32)
+    assert evaluate.evaluation_depths(ScoringConfig(), loaded) == (4, 8, 16, 32)
     options = ScoringConfig(depths=(5, 1))
-    assert evaluate._depths(options, loaded) == (5, 1)
+    assert evaluate.evaluation_depths(options, loaded) == (5, 1)
 
 
 def test_data_is_needed(loaded):

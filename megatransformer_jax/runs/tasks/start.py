@@ -1,6 +1,7 @@
 """Where a run starts: afresh, from another model, or from the newest checkpoint of its workdir."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from megatransformer_jax.checkpoints.compatibility import (
     resume_warnings,
 )
 from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.checkpoints.quantized import refuse_quantized
 from megatransformer_jax.config.build import to_dict
 from megatransformer_jax.config.fine_tuning import EXIT_GATE
 from megatransformer_jax.config.model import STACKS, ModelConfig
@@ -65,6 +67,7 @@ def check_workdir(config: BaseRunConfig, checkpoints: CheckpointManager) -> None
       CheckpointMismatch: listing what differs, or if the data has changed.
       ConfigError: if the run has already gone further than `train.steps`.
     """
+    refuse_quantized(checkpoints.directory.parent)
     step = checkpoints.latest_step()
     if step is None:
         return
@@ -193,6 +196,7 @@ def pretrained_state(
     """
     options = config.fine_tuning
     assert options.init_from is not None  # The caller has asked.
+    refuse_quantized(pathlib.Path(options.init_from).expanduser())
     source = load_model(options.init_from, step=options.init_step, sharder=sharder)
     _check_tokenizer(source, tokenizer)
     _check_model(source, config)
