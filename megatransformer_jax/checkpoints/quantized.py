@@ -21,7 +21,7 @@ from megatransformer_jax.checkpoints.safetensors_files import (
     shortened,
     write_safetensors,
 )
-from megatransformer_jax.config.build import construct, read_values, to_dict
+from megatransformer_jax.config.build import construct, plain, read_values, to_dict
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.quantization import QuantizationConfig
 from megatransformer_jax.files import write_json
@@ -111,7 +111,7 @@ def read_about(folder: pathlib.Path) -> QuantizedFolder:
     """
     values = _values(folder)
     try:
-        config: QuantizationConfig = construct(QuantizationConfig, values["quantization"])
+        config: QuantizationConfig = construct(QuantizationConfig, plain(values["quantization"]))
         return QuantizedFolder(
             config=config,
             source=values["source"],

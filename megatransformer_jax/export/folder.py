@@ -62,6 +62,11 @@ def export_program(loaded: LoadedModel, output: pathlib.Path, config: ProgramCon
         be used.
     """
     check_output(output)
+    if loaded.quantization is not None:
+        raise UserError(
+            f"{loaded.description} is quantised, and programs have float weights; export "
+            f"{loaded.quantized_from}."
+        )
     programs = build_programs(loaded.model, loaded.params, loaded.trained_depth, config)
     params = {name: np.asarray(leaf) for name, leaf in named(loaded.params).items()}
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}

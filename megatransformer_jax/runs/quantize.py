@@ -103,10 +103,10 @@ def _calibration_batches(loaded: LoadedModel, config: QuantizationConfig) -> Seq
       UserError: if there are none, or they cannot be read.
     """
     if config.calibration_files:
-        options = ScoringConfig(
-            files=config.calibration_files, num_batches=config.calibration_batches
-        )
         try:
+            options = ScoringConfig(
+                files=config.calibration_files, num_batches=config.calibration_batches
+            )
             return evaluation_batches(options, loaded)
         except ConfigError as error:
             if error.path == "files":

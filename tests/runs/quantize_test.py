@@ -22,10 +22,10 @@ def run(small_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("quantize") / "run"
     changes = {
         "model": {"width": 32, "mlp": {"hidden_width": 64}},
-        "train": {"steps": 60},
+        "train": {"steps": 40},
         "optimizer": {"learning_rate": 0.01},
-        "checkpoint": {"every_steps": 60},
-        "evaluation": {"every_steps": 60},
+        "checkpoint": {"every_steps": 40},
+        "evaluation": {"every_steps": 40},
     }
     with mt.Trainer(build(small_run(folder, changes)), workdir=folder) as trainer:
         trainer.run()
@@ -97,11 +97,13 @@ def test_a_quantised_model_saves_itself(lm, tmp_path):
         small.save(tmp_path / "huginn", format="huginn")
     with pytest.raises(UserError, match="is quantised already"):
         again.quantize()
+    with pytest.raises(UserError, match="is quantised, and programs have float weights"):
+        mt.export_program(small, tmp_path / "program")
 
 
 def test_training_averaging_and_the_like_refuse_it(run, folder, tmp_path):
     config = mt.configure(run / "config.json", fine_tuning={"init_from": str(folder)})
-    refused = r"is a quantised model\. It can be .* name what it was made from: run .*, step 60"
+    refused = r"is a quantised model\. It can be .* name what it was made from: run .*, step 40"
     with pytest.raises(UserError, match=refused):
         mt.Trainer(config, workdir=tmp_path / "more").step()
     copy = tmp_path / "copy"
