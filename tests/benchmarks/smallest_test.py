@@ -72,6 +72,11 @@ def run(
             r"\| 1 \| 1 \| [\d.]+ ms",
         ),
         (
+            "quantization",
+            "--width=64 --rows=2 --prompt=4 --new=2 --depth=1 --rounds=1",
+            r"\| int4 x int8, groups of 64 \| [\d.]+ ms",
+        ),
+        (
             "peer",
             "--experts=16 --heads=1 --top-k=1 --width=8 --batch=1 --length=8 --rounds=1",
             r"PEER / dense: \d",

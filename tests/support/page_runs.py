@@ -55,6 +55,7 @@ _LAST = {
     "evaluate": ["--num_batches=1"],
     "evaluate --model=runs/image": ["--media_per_class=1"],
     "diagnose": ["--num_steps=2"],
+    "quantize": ["--num_batches=1"],
 }
 
 

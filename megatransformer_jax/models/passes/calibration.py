@@ -16,8 +16,8 @@ from flax import struct
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Bool, Float, Key
 
-from megatransformer_jax.models.core import Pass, draw_num_steps
-from megatransformer_jax.models.megatransformer import MegaTransformer, open_pass, pass_context
+from megatransformer_jax.models.core import Pass, at_iteration, draw_num_steps
+from megatransformer_jax.models.megatransformer import MegaTransformer, open_pass
 from megatransformer_jax.nn.quantized import PRODUCT_INPUTS
 from megatransformer_jax.types import Batch
 
@@ -53,27 +53,26 @@ def input_moments(
     Args:
       model: the model.
       params: its parameters.
-      batch: tokens, positions and segments are read; padding does not count.
+      batch: of text; tokens, positions and segments are read; padding does not count.
       key: for depths and first states.
       paths: of the matrices.
 
     Raises:
       ValueError: if no layer says what it multiplies a matrix by.
     """
-    config, places = model.config, (batch.positions, batch.segment_ids)
-    is_token = batch.segment_ids > 0
-    outer = pass_context(config, *places, config.width)
+    config, is_token = model.config, batch.segment_ids > 0
     variables = {"params": params}
-    found: dict[str, Moments] = {}
-    x, sown = _apply(model, variables, batch.tokens, batch.positions, outer, method="run_prelude")
-    found |= _moments(sown, "", is_token, paths)
+    places = (batch.positions, batch.segment_ids)
+    entered, sown = _apply(model, variables, batch.tokens, *places, method="enter")
+    found = _moments(sown, "", is_token, paths)
+    x = entered.x
     if config.is_recurrent:
-        inner = pass_context(config, *places, config.core_width)
-        core = open_pass(model, params, x, inner)
+        core = open_pass(model, params, x, entered.context(config, config.core_width))
         _, sown = _apply(core.core, {"params": core.params}, core.injected, method="prepare")
         found |= _moments(sown, "core/", is_token, paths)
         x, of_iterations = _over_iterations(core, key, is_token, paths)
         found |= of_iterations
+    outer = entered.context(config, config.width)
     (_, hidden), sown = _apply(model, variables, x, outer, method="run_coda")
     found |= _moments(sown, "", is_token, paths)
     _, sown = _apply(model, variables, hidden, method="run_head")
@@ -100,12 +99,13 @@ def _over_iterations(
     total = jnp.max(num_steps)
     # As in `recur`: all end together.
     begin = total - num_steps
-    begin = begin.reshape(begin.shape + (1,) * (2 - begin.ndim))
+    begin = begin[:, None] if begin.ndim == 1 else begin
 
     def iterate(state: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Moments]]:
-        new_state, sown = _apply(
-            core.core, {"params": core.params}, state, core.prepared, core.context
-        )
+        # Rows that join later begin with the first of their own iterations.
+        number = jnp.maximum(step - begin, 0)
+        context = at_iteration(core.core.config, core.context, number)
+        new_state, sown = _apply(core.core, {"params": core.params}, state, core.prepared, context)
         has_joined = jnp.broadcast_to(step >= begin, is_token.shape)
         state = jnp.where(has_joined[..., None], new_state, state)
         return state, _moments(sown, "core/", is_token & has_joined, paths)
