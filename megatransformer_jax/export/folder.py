@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from megatransformer_jax.config.exporting import ProgramConfig
-from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.sampling import GATE_THRESHOLD
 from megatransformer_jax.data.hf_tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer

@@ -77,9 +77,9 @@ def test_every_iteration_counts_as_often_as_training_makes_it(model, params, bat
         model, params, batch.tokens, positions=batch.positions, segment_ids=batch.segment_ids
     )
     state, states = jnp.zeros_like(core.injected), []
-    for _ in range(recurrence.max_steps):
+    for iteration in range(recurrence.max_steps):
         states.append(np.asarray(state))
-        state = core.iterate(state)
+        state = core.iterate(state, iteration)
     # The adapter multiplies the state itself. A row begins from the first state whenever it joins.
     is_token = np.asarray(batch.segment_ids) > 0
     seen = [states[i][row][is_token[row]] for row in range(3) for i in range(steps[row])]
