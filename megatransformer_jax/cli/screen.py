@@ -285,7 +285,7 @@ def continue_prompts(
       UserError: if a prompt or the file cannot be used.
     """
     if _streams(parsed, prompts):
-        screen.prompt(_shown(prompts[0], tokenizer))
+        _show_prompt(prompts[0], tokenizer, parsed, screen)
         stream(generator, prompts[0], tokenizer is not None, screen, stopwatch)
         return
     stopwatch.start()
@@ -303,7 +303,7 @@ def continue_prompts(
                 f"prompt {index // num_samples + 1}, text {index % num_samples + 1}: "
                 f"{completion.finish_reason}, score {completion.score:.2f}"
             )
-        screen.prompt(_shown(prompt, tokenizer))
+        _show_prompt(prompt, tokenizer, parsed, screen)
         _show(completion, tokenizer, screen, names[index])
     screen.legend()
     steps = [count for completion in completions for count in completion.depths]
@@ -414,6 +414,14 @@ def _show(
 def _name(medium: GeneratedMedium) -> str:
     """What is shown of a medium that is not kept."""
     return "[image]" if isinstance(medium, GeneratedImage) else "[sound]"
+
+
+def _show_prompt(
+    prompt: ShownPrompt, tokenizer: Tokenizer | None, parsed: Parsed, screen: Screen
+) -> None:
+    """What is continued. An answer in a chat stands alone."""
+    if not parsed.options.chat:
+        screen.prompt(_shown(prompt, tokenizer))
 
 
 def _shown(prompt: ShownPrompt, tokenizer: Tokenizer | None) -> str:

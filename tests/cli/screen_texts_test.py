@@ -4,6 +4,7 @@ import io
 import json
 import pathlib
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -18,13 +19,15 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 
 
-def run(*words: str, has_tokenizer: bool = True, depth: int | None = None) -> str:
+def run(
+    *words: str, has_tokenizer: bool = True, depth: int | None = None, prompts: Any = None
+) -> str:
     """What stdout has."""
     parsed = parse(COMMAND, ["--model=a", *words])
     file = io.StringIO()
     generator = SmallGenerator(parsed.generation)
     tokenizer = BytesTokenizer() if has_tokenizer else None
-    prompts = read_prompts(parsed.options)
+    prompts = read_prompts(parsed.options) if prompts is None else prompts
     screen = Screen(Console(file=file), depth)
     continue_prompts(generator, tokenizer, prompts, parsed, screen, Stopwatch())
     return file.getvalue()
@@ -68,6 +71,12 @@ def test_ids_are_shown_as_text_or_as_they_are() -> None:
     assert run(f"--prompt_ids={ids}") == "abba\n"
     assert run("--prompt_ids=7,8", has_tokenizer=False) == "7 8 8 7\n"
     assert run("--prompt_ids=7,8", "--num_samples=2", has_tokenizer=False).count("7 8 8 7\n") == 2
+
+
+def test_an_answer_in_a_chat_stands_alone() -> None:
+    ids = [BytesTokenizer().encode("ab")]
+    assert run("--prompt=ab", "--chat", prompts=ids) == "ba\n"
+    assert run("--prompt=ab", "--chat", "--num_samples=2", prompts=ids).count("\nba\n") == 2
 
 
 def test_json_lines_have_everything(tmp_path: pathlib.Path) -> None:
