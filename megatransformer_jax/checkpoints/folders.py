@@ -36,6 +36,7 @@ from megatransformer_jax.checkpoints.tensor_map import (
     Prefixed,
     iterate_tensors,
     params_from_tensors,
+    tensor_shapes,
 )
 from megatransformer_jax.config.build import read_values
 from megatransformer_jax.config.loop import FOREIGN_FORMATS
@@ -165,16 +166,21 @@ class ForeignCheckpoint:
           WeightsFileError: for damaged files.
           FormatError: for missing, unknown or contradictory tensors.
         """
-        _check_types(self.tensors, self.folder)
+        links = self.format.links(self.config)
+        types = {
+            name: _type_name(self.tensors, name)
+            for name in tensor_shapes(links)
+            if name in self.tensors
+        }
+        _check_types(types, self.folder)
         if param_dtype == "float32":
-            _log_conversion(self.tensors, self.folder)
+            _log_conversion(types, self.folder)
 
         def convert_and_place(path: str, tensor: np.ndarray) -> Any:
             if param_dtype == "float32":
                 tensor = np.asarray(tensor, np.float32)
             return place(path, tensor)
 
-        links = self.format.links(self.config)
         extras = self.format.extras(self.config, self.tensors)
         try:
             return params_from_tensors(self.tensors, links, extras, convert_and_place)
@@ -214,12 +220,12 @@ def load_folder(
     return checkpoint.config, checkpoint.params(param_dtype=param_dtype, place=place)
 
 
-def _check_types(tensors: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
-    for name in tensors:
-        if _type_name(tensors, name) not in _FLOAT_TYPES:
+def _check_types(types: Mapping[str, str], folder: pathlib.Path) -> None:
+    for name, type_name in types.items():
+        if type_name not in _FLOAT_TYPES:
             raise FormatError(
-                f"{folder}: tensor {name!r} is of type {_type_name(tensors, name)}; weights must "
-                f"be one of {', '.join(_FLOAT_TYPES)}. Get weights that are not quantised."
+                f"{folder}: tensor {name!r} is of type {type_name}; weights must be one of "
+                f"{', '.join(_FLOAT_TYPES)}. Get weights that are not quantised."
             )
 
 
@@ -231,8 +237,8 @@ def _type_name(tensors: Mapping[str, np.ndarray], name: str) -> str:
     return types.get(found, found)
 
 
-def _log_conversion(tensors: Mapping[str, np.ndarray], folder: pathlib.Path) -> None:
-    stored = [_FLOAT_TYPES[_type_name(tensors, name)] for name in tensors]
+def _log_conversion(types: Mapping[str, str], folder: pathlib.Path) -> None:
+    stored = [_FLOAT_TYPES[type_name] for type_name in types.values()]
     for short in sorted(set(stored) - {"float32"}):
         logging.info(
             "%s: %d of %d tensors are stored as %s and converted to float32, which is exact",
@@ -291,7 +297,7 @@ def save_folder(
       UserError: if the folder is in use, or the type or the size of shards cannot be.
     """
     folder = pathlib.Path(folder).absolute()
-    values = config_to(format, config)
+    values = _expressed(format, config)
     if max_shard_bytes < 1:
         raise UserError(f"max_shard_bytes is {max_shard_bytes}; it must be at least 1.")
     if dtype is not None and dtype not in WEIGHT_TYPES:
@@ -320,6 +326,24 @@ def save_folder(
         logging.info(
             "%s's config.json has no place for %s; left out", format.title, ", ".join(dropped)
         )
+
+
+def _expressed(format: Format, config: ModelConfig) -> dict[str, Any]:
+    """`config_to`, whose error also names the formats that can express the model."""
+    try:
+        return config_to(format, config)
+    except FormatError as error:
+        others = [other.name for other in FORMATS if _can_express(other, config)]
+        hint = f"Formats that can express it: {', '.join(others)}." if others else "No format can."
+        raise FormatError(f"{error} {hint}") from error
+
+
+def _can_express(format: Format, config: ModelConfig) -> bool:
+    try:
+        config_to(format, config)
+    except FormatError:
+        return False
+    return True
 
 
 def check_output_folder(folder: pathlib.Path, *, overwrite: bool) -> None:

@@ -262,7 +262,7 @@ def checked_values(
     Args:
       values: of config.json.
       required: keys that must be there, and their types.
-      defaults: of the other keys their types, and their values where they are absent.
+      defaults: of the other keys their types, and their values where they are absent or null.
       where: the file.
 
     Raises:
@@ -274,8 +274,9 @@ def checked_values(
             f"{where}: lacks {', '.join(missing)}; copy the file that came with the weights."
         )
     kinds: dict[str, Kind] = {**required, **{key: kind for key, (kind, _) in defaults.items()}}
-    known = {key: values[key] if key in required else values.get(key, defaults[key][1])
-             for key in kinds}  # fmt: skip
+    # A key with a default may be null, which stands for it.
+    given = {key: values[key] for key in kinds if key in required or values.get(key) is not None}
+    known = {key: given[key] if key in given else defaults[key][1] for key in kinds}
     for key, kind in kinds.items():
         if not is_a(known[key], kind):
             names = [one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,))]

@@ -74,6 +74,9 @@ def test_options_reach_the_files(run, tmp_path, caplog):
         (["--max_shard=1gib"], "the units are B, KB, MB, GB, KiB, MiB, GiB"),
         (["--output={run}"], "is not empty"),
         (["--model={run}/absent"], "no such folder"),
+        (["--format=lama"], "--format: 'lama' is not allowed; did you mean 'llama'?"),
+        (["--format=llama"], "model.core_layers: 1, Llama has no core"),
+        (["--format=llama", "--no-rotary_table"], "--rotary_table: False would be ignored with"),
     ],
 )
 def test_bad_options_are_one_line_and_exit_code_2(run, tmp_path, capsys, arguments, message):
