@@ -123,9 +123,14 @@ def config_to(format: Format, config: ModelConfig) -> dict[str, Any]:
         layers = list(config.value_embedding.layers)
         lines.append(f"model.value_embedding.layers: {layers!r}, {format.title}'s is []")
         config = dataclasses.replace(config, value_embedding=ValueEmbeddingConfig())
-    comparable, others = format.comparable(config)
-    values = format.write_config(comparable)
-    lines += others + _differences(format, comparable, values)
+    values: dict[str, Any] = {}
+    try:
+        comparable, others = format.comparable(config)
+        values = format.write_config(comparable)
+    except ConfigError as error:  # An option goes with layers that the format does not have.
+        lines.append(f"model.{error}")
+    else:
+        lines += others + _differences(format, comparable, values)
     if lines:
         raise FormatError(
             f"this model cannot be written as a {format.title}, whose architecture is another:\n"

@@ -19,7 +19,7 @@ from megatransformer_jax.checkpoints.foreign import (
     plain_layers,
     tied_head_complaint,
 )
-from megatransformer_jax.checkpoints.llama import ACTIVATIONS
+from megatransformer_jax.checkpoints.llama import ACTIVATIONS, activation_name
 from megatransformer_jax.checkpoints.tensor_map import (
     Check,
     FormatError,
@@ -37,6 +37,7 @@ ARCHITECTURE = "GPT2LMHeadModel"
 
 _EMBEDDING = "transformer.wte.weight"
 _HEAD = "lm_head.weight"
+_DEFAULT_ACTIVATION = "gelu_new"
 _REQUIRED: dict[str, Kind] = {
     "vocab_size": int,
     "n_positions": int,
@@ -46,7 +47,7 @@ _REQUIRED: dict[str, Kind] = {
 }
 _DEFAULTS: dict[str, tuple[Kind, Any]] = {
     "n_inner": ((int, types.NoneType), None),
-    "activation_function": (str, "gelu_new"),
+    "activation_function": (str, _DEFAULT_ACTIVATION),
     "layer_norm_epsilon": (float, 1e-5),
     "tie_word_embeddings": (bool, True),
     "embd_pdrop": (float, 0.1),
@@ -90,8 +91,6 @@ class Gpt2(Format):
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         """See `Format.write_config`."""
-        # In reverse, so that the first name that transformers has for one of ours stays.
-        names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
         return {
             "architectures": [ARCHITECTURE],
             "model_type": MODEL_TYPE,
@@ -102,7 +101,7 @@ class Gpt2(Format):
             "n_layer": config.prelude_layers,
             "n_head": config.attention.num_heads,
             "n_inner": config.mlp.hidden_width,
-            "activation_function": names.get(config.mlp.activation, "relu2"),
+            "activation_function": activation_name(config.mlp.activation, _DEFAULT_ACTIVATION),
             "layer_norm_epsilon": config.norm.eps,
             "tie_word_embeddings": config.tie_embeddings,
             "embd_pdrop": config.embedding_dropout_rate,

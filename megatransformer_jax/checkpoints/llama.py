@@ -58,6 +58,7 @@ ACTIVATIONS = {
     "linear": "identity",
 }
 
+_DEFAULT_ACTIVATION = "silu"
 _REQUIRED: dict[str, Kind] = {
     "vocab_size": int,
     "hidden_size": int,
@@ -71,7 +72,7 @@ _DICT_OR_NONE = (dict, types.NoneType)
 _DEFAULTS: dict[str, tuple[Kind, Any]] = {
     "num_key_value_heads": (_INT_OR_NONE, None),
     "head_dim": (_INT_OR_NONE, None),
-    "hidden_act": (str, "silu"),
+    "hidden_act": (str, _DEFAULT_ACTIVATION),
     "rms_norm_eps": (float, 1e-6),
     "tie_word_embeddings": (bool, False),
     "attention_bias": (bool, False),
@@ -180,7 +181,6 @@ class Llama(Format):
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         """See `Format.write_config`."""
         attention, base = config.attention, config.positions.rotary_base
-        names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
         values: dict[str, Any] = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -190,7 +190,7 @@ class Llama(Format):
             "num_hidden_layers": config.prelude_layers,
             "num_attention_heads": attention.num_heads,
             "num_key_value_heads": attention.kv_heads,
-            "hidden_act": names.get(config.mlp.activation, "relu2"),
+            "hidden_act": activation_name(config.mlp.activation, _DEFAULT_ACTIVATION),
             "max_position_embeddings": config.max_length,
             "rms_norm_eps": config.norm.eps,
             "tie_word_embeddings": config.tie_embeddings,
@@ -301,6 +301,12 @@ class Llama(Format):
                 "correct one of them."
             )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def activation_name(ours: str, default: str) -> str:
+    """transformers' name of an activation, or the default if it has none; comparing the configs
+    then says so."""
+    return next((theirs for theirs, name in ACTIVATIONS.items() if name == ours), default)
 
 
 def _qk_norms(ours: str, theirs: str, config: ModelConfig) -> list[Link]:

@@ -263,7 +263,19 @@ def test_windows_of_prelude_and_coda_are_those_of_one_stack():
     ("changes", "message"),
     [
         ({"core_layers": 1}, r"model\.core_layers: 1, Llama has no core"),
+        (
+            {"core_layers": 1, "value_embedding": {"layers": (2,), "gate_channels": 8}},
+            r"model\.value_embedding\.layers: \[2\], Llama's is \[\]",
+        ),
+        (
+            {"value_embedding": {"layers": (1,), "gate_channels": 8}},
+            r"model\.value_embedding\.layers: \[1\], Llama's is \[\]",
+        ),
         ({"norm": {"placement": "peri"}}, r"model\.norm\.placement: 'peri', Llama's is 'pre'"),
+        (
+            {"mlp": {"activation": "relu_squared_half"}},
+            r"model\.mlp\.activation: 'relu_squared_half', Llama's is 'silu'",
+        ),
         ({"scale_embeddings": True}, r"model\.scale_embeddings: True, Llama's is False"),
         ({"positions": {"scheme": "alibi"}}, r"model\.positions\.scheme: 'alibi', Llama's is"),
         ({"attention": {"output_bias": True}}, r"model\.attention\.output_bias: True, Llama's is"),
