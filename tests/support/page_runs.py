@@ -56,6 +56,7 @@ _LAST = {
     "evaluate --model=runs/image": ["--media_per_class=1"],
     "diagnose": ["--num_steps=2"],
     "quantize": ["--num_batches=1"],
+    "export-program": ["--capacity=64", "--chunk=16", "--check=False"],
 }
 
 
