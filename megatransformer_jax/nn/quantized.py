@@ -316,7 +316,7 @@ def block_inputs(inputs: int, group: int) -> int:
 
     Examples:
       >>> block_inputs(1024, 1024), block_inputs(1024, 64), block_inputs(128, 64)
-      (256, 256, 64)
+      (256, 256, 32)
       >>> block_inputs(352, 352), block_inputs(352, 64)
       (88, 64)
     """
