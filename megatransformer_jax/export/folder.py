@@ -21,7 +21,7 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from megatransformer_jax.config.exporting import ProgramConfig
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.sampling import GATE_THRESHOLD
 from megatransformer_jax.data.hf_tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer
@@ -62,11 +62,6 @@ def export_program(loaded: LoadedModel, output: pathlib.Path, config: ProgramCon
         be used.
     """
     check_output(output)
-    if loaded.quantization is not None:
-        raise UserError(
-            f"{loaded.description} is quantised, and programs have float weights; export "
-            f"{loaded.quantized_from}."
-        )
     programs = build_programs(loaded.model, loaded.params, loaded.trained_depth, config)
     params = {name: np.asarray(leaf) for name, leaf in named(loaded.params).items()}
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import megatransformer_jax as mt
 from megatransformer_jax.cli.commands import main
@@ -97,8 +98,9 @@ def test_a_quantised_model_saves_itself(lm, tmp_path):
         small.save(tmp_path / "huginn", format="huginn")
     with pytest.raises(UserError, match="is quantised already"):
         again.quantize()
-    with pytest.raises(UserError, match="is quantised, and programs have float weights"):
-        mt.export_program(small, tmp_path / "program")
+    mt.export_program(small, tmp_path / "program", chunk=8)
+    stored = load_file(tmp_path / "program" / "parameters.safetensors")
+    assert {array.dtype.name for array in stored.values()} == {"float32", "int8"}
 
 
 def test_training_averaging_and_the_like_refuse_it(run, folder, tmp_path):
