@@ -63,6 +63,7 @@ setup(
     entry_points={"console_scripts": ["megatransformer = megatransformer_jax.cli.commands:main"]},
     install_requires=[
         "absl-py>=2.1",
+        "flatbuffers>=24.3",  # jax.export writes and reads its artifacts with it.
         "flax>=0.12,<0.13",
         "gin-config>=0.5,<0.6",
         "grain>=0.2.18,<0.3",

@@ -33,6 +33,14 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
         raise
 
 
+def make_readable(path: str | os.PathLike[str]) -> None:
+    """Gives a finished file the mode of other files.
+
+    Libraries that write through a temporary file, as safetensors does, leave it private.
+    """
+    os.chmod(path, _MODE)
+
+
 def write_json(path: str | os.PathLike[str], values: Any) -> None:
     """Writes values as indented JSON. Numbers that are not finite become NaN and Infinity.
 

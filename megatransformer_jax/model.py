@@ -33,6 +33,7 @@ from megatransformer_jax.config.option import (
 from megatransformer_jax.config.quantization import QuantizationConfig
 from megatransformer_jax.config.sampling import GATE_THRESHOLD, DepthConfig
 from megatransformer_jax.config.scoring import ScoringConfig
+from megatransformer_jax.data.chat_template import checked_variables
 from megatransformer_jax.data.hf_tokenizer import require_chat_template
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
 from megatransformer_jax.data.media_tokenizer import MARKERS
@@ -217,9 +218,8 @@ class Model:
             cannot be used.
         """
         template = require_chat_template(self.tokenizer)
-        text = template.render(
-            messages, tools=tools, add_generation_prompt=True, **(template_options or {})
-        )
+        given = checked_variables("template_options", template_options or {})
+        text = template.render(messages, tools=tools, add_generation_prompt=True, **given)
         return self.generate(typing.cast(Tokenizer, self.tokenizer).encode(text), config, **options)
 
     def stream(

@@ -133,11 +133,16 @@ def config_to(format: Format, config: ModelConfig) -> dict[str, Any]:
         lines += others + _differences(format, comparable, values)
     if lines:
         raise FormatError(
-            f"this model cannot be written as a {format.title}, whose architecture is another:\n"
+            f"this model cannot be written as {_with_article(format.title)}, whose architecture is "
+            "another:\n"
             + "\n".join(f"  {line}" for line in lines)
             + "\nOnly a model trained with these values can be exported."
         )
     return values
+
+
+def _with_article(title: str) -> str:
+    return f"{'an' if title[0] in 'AEIOU' else 'a'} {title}"
 
 
 def dropped_options(format: Format, config: ModelConfig) -> list[str]:

@@ -342,6 +342,13 @@ def _frequency_complaint(table: np.ndarray, config: ModelConfig) -> str | None:
 # Rotary positions. transformers 4 has rope_theta and rope_scaling, 5 puts both in rope_parameters.
 
 
+# What a scaling has no default for.
+_SCALING_NUMBERS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
 def _read_positions(known: Mapping[str, Any], where: str) -> PositionConfig:
     scaling = dict(known["rope_parameters"] or known["rope_scaling"] or {})
     base = scaling.get("rope_theta", known["rope_theta"])
@@ -368,6 +375,12 @@ def _read_scaling(
     kind: str, values: Mapping[str, Any], length: int, where: str
 ) -> RotaryScalingConfig:
     original = values.get("original_max_position_embeddings") or length
+    missing = [key for key in _SCALING_NUMBERS.get(kind, ()) if values.get(key) is None]
+    if missing:
+        raise FormatError(
+            f"{where}: the rotary scaling {kind!r} lacks {', '.join(missing)}; copy the file that "
+            "came with the weights."
+        )
     factor = values.get("factor")
     if factor is None and kind == "yarn":
         factor = length / original
@@ -380,7 +393,7 @@ def _read_scaling(
         case "llama3":
             options["original_length"] = original
             for key in ("low_freq_factor", "high_freq_factor"):
-                options[key] = float(values.get(key) or getattr(RotaryScalingConfig(), key))
+                options[key] = float(values[key])
         case "yarn":
             options["original_length"] = original
             options["beta_fast"] = float(values.get("beta_fast") or 32.0)

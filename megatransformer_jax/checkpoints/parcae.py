@@ -22,7 +22,7 @@ from megatransformer_jax.checkpoints.foreign import (
     tied_head_complaint,
 )
 from megatransformer_jax.checkpoints.huginn import HEAD, ROTARY_TABLE
-from megatransformer_jax.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE
+from megatransformer_jax.checkpoints.safetensors_files import INDEX_FILE, PICKLES, SINGLE_FILE
 from megatransformer_jax.checkpoints.tensor_map import (
     Check,
     FormatError,
@@ -47,7 +47,6 @@ from megatransformer_jax.config.recurrence import RecurrenceConfig
 
 CLASS_NAME = "ParcaeConfig"
 # What upstream saves weights as, besides safetensors, which it does not write.
-PICKLES = ("pytorch_model.bin", "model.pt")
 
 # What must be in the file, and its type.
 _KEYS: dict[str, Any] = {

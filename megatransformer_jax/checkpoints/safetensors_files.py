@@ -16,11 +16,14 @@ from safetensors.numpy import save_file
 
 from megatransformer_jax.config.build import read_values
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.files import write_json
+from megatransformer_jax.files import make_readable, write_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARD_FILE = "model-{number:05d}-of-{count:05d}.safetensors"
+
+# Names that weights have if they are pickles of PyTorch.
+PICKLES = ("pytorch_model.bin", "model.pt")
 
 # Readers of PyTorch weights refuse a file that does not say so.
 _METADATA = {"format": "pt"}
@@ -125,6 +128,7 @@ def write_safetensors(
     total = 0
     for number, shard in enumerate(_shards(tensors, max_shard_bytes), 1):
         save_file(shard, _unfinished(folder, number), metadata=_METADATA)
+        make_readable(_unfinished(folder, number))
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) == 1:
@@ -177,6 +181,13 @@ def _locate(folder: pathlib.Path) -> dict[str, str]:
     if single.is_file():
         return dict.fromkeys(_describe(single), SINGLE_FILE)
     if not index.is_file():
+        pickles = [name for name in PICKLES if (folder / name).is_file()]
+        if pickles:
+            raise WeightsFileError(
+                f"{folder} has its weights as a pickle only ({pickles[0]}), which can run code "
+                "when it is read. Convert it where you trust it: transformers writes safetensors, "
+                "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+            )
         raise WeightsFileError(
             f"{single} does not exist, nor does {INDEX_FILE} next to it; name a folder that has "
             "the weights as safetensors."

@@ -422,7 +422,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "average": ("Averages checkpoints.", lambda: AVERAGE),
     "prune": ("Deletes checkpoints.", lambda: PRUNE),
     "quantize": ("Rounds the weights of a model to 8 or 4 bits.", _quantize),
-    "export": ("Writes a model in Huginn's format.", lambda: EXPORT),
+    "export": ("Writes a model in another project's format.", lambda: EXPORT),
     "export-program": ("Writes a model as StableHLO or ONNX programs.", _export_program),
 }
 SUMMARIES = {name: summary for name, (summary, _) in COMMANDS.items()} | {

@@ -17,6 +17,7 @@ from typing import Any
 
 from megatransformer_jax.config.build import read_text, read_values
 from megatransformer_jax.config.option import UserError, nearest_hint
+from megatransformer_jax.config.sampling import check_encodable
 from megatransformer_jax.extras import import_extra
 
 TEMPLATE_FILE = "chat_template.jinja"
@@ -86,7 +87,7 @@ class ChatTemplate:
         errors = import_extra("jinja2.exceptions", "hub", "chat templates")
         compiled = _compile(text, self.name)
         try:
-            return compiled.render(rendered)
+            written = compiled.render(rendered)
         except errors.TemplateError as error:
             raise UserError(
                 f"{self.name}: the chat template refuses these messages "
@@ -97,6 +98,8 @@ class ChatTemplate:
                 f"{self.name}: the chat template failed on these messages ({type(error).__name__}: "
                 f"{error}); look for a field that it expects and they lack."
             ) from error
+        check_encodable("messages", (written,))
+        return str(written)
 
     def files(self) -> dict[str, str]:
         """What a tokenizer's folder has of the templates, for `read_chat_template`: the text of
@@ -195,6 +198,27 @@ def _checked_list(messages: Any) -> Sequence[Any]:
     if not messages:
         raise UserError("messages are empty; give at least one.")
     return messages
+
+
+def checked_variables(name: str, given: Any) -> Mapping[str, Any]:
+    """What a template reads besides messages, tools and the answer's beginning.
+
+    Args:
+      name: of the argument, for messages.
+      given: what a caller gave.
+
+    Raises:
+      UserError: if it is no dict with names, or names what has an argument of its own.
+    """
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
+        raise UserError(
+            f"{name}: {given!r} is not a dict of names; give one such as "
+            "{'enable_thinking': False}."
+        )
+    own = sorted({"messages", "tools", "add_generation_prompt"} & given.keys())
+    if own:
+        raise UserError(f"{name}: has {own[0]!r}, which is set already; leave it out.")
+    return given
 
 
 def _checked_message(message: Any) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from megatransformer_jax.export import loop
 from megatransformer_jax.export.check import check_program
 from megatransformer_jax.export.onnx_file import write_onnx
 from megatransformer_jax.export.program import Programs, Shapes, build_programs, named
-from megatransformer_jax.files import write_atomically, write_json
+from megatransformer_jax.files import make_readable, write_atomically, write_json
 from megatransformer_jax.generation.endings import end_ids_of
 from megatransformer_jax.generation.request import prompt_keys, sample_keys
 from megatransformer_jax.models.exit_criteria import EXIT_CRITERIA
@@ -71,6 +71,7 @@ def export_program(loaded: LoadedModel, output: pathlib.Path, config: ProgramCon
     else:
         of_format = _write_stablehlo(programs, shapes, folder)
         save_file(params, folder / of_format["parameters"])
+        make_readable(folder / of_format["parameters"])
     tokenizer = _write_tokenizer(loaded.tokenizer, folder)
     source = pathlib.Path(loop.__file__).read_text(encoding="utf-8")
     write_atomically(folder / LOOP_FILE, source)

@@ -74,6 +74,9 @@ def generate(
             f"{len(prompts)} prompts, and {columns} + {count - 1} padded and new tokens; this "
             f"program takes at most {rows} and {about['capacity']}"
         )
+    size = about["programs"]["prefill"]["outputs"][0]["shape"][-1]
+    if unknown := [token for ids in prompts for token in ids if not 0 <= token < size]:
+        raise SystemExit(f"token id {unknown[0]}: this program has 0 to {size - 1}")
     tokens = np.zeros((rows, columns), np.int32)
     is_token = np.zeros((rows, columns), bool)
     for row, ids in enumerate(prompts):
@@ -101,6 +104,9 @@ def _settings(about: Mapping[str, Any], settings: Mapping[str, Any], name: str) 
     criterion = settings.get("criterion") or next(iter(criteria), None)
     if settings.get("criterion") and criterion not in criteria:
         raise SystemExit(f"criterion {criterion}: this program has {', '.join(criteria) or 'none'}")
+    for key in ("depth", "min_depth"):
+        if not 1 <= (settings.get(key) or 1) < 2**31 or settings.get(key) == 0:
+            raise SystemExit(f"{key} {settings[key]}: give a whole number from 1 to 2^31 - 1")
     default = {name: about[name] for name in ("depth", "gate_threshold")}
     default |= {"min_depth": 1, "threshold": criteria.get(criterion)}
     values = default | {key: value for key, value in settings.items() if value is not None}
@@ -134,10 +140,17 @@ def open_tokenizer(
     raise SystemExit("this folder has no tokenizer; give token ids, --ids=1,2,3")
 
 
+def _parse_ids(row: str) -> list[int]:
+    try:
+        return [int(token) for token in row.split(",")]
+    except ValueError:
+        raise SystemExit(f"ids {row!r}: give whole numbers with commas, such as 1,2,3") from None
+
+
 def main(texts: Sequence[str], rows: Sequence[str], count: int, **settings: Any) -> None:
     """Continues texts, or rows of ids such as '1,2,3', and prints them."""
     about, programs = open_folder(HERE)
-    prompts = [[int(token) for token in row.split(",")] for row in rows]
+    prompts = [_parse_ids(row) for row in rows]
     decode: Callable[[list[int]], str] = str
     if texts:
         encode, decode = open_tokenizer(HERE, about)
@@ -170,4 +183,6 @@ if __name__ == "__main__":
     given = vars(parser.parse_args())
     if bool(given["prompt"]) == bool(given["ids"]):
         parser.error("give either --prompt or --ids")
+    if given["max_new_tokens"] < 1:
+        parser.error("--max_new_tokens: give at least 1")
     main(given.pop("prompt"), given.pop("ids"), given.pop("max_new_tokens"), **given)

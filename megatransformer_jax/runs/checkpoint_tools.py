@@ -433,7 +433,7 @@ def _folder_tokenizer(tokenizer: Tokenizer | None) -> FolderTokenizer:
     elif isinstance(tokenizer, HuggingFaceTokenizer):
         special_ids["eos_token_id"] = list(tokenizer.end_ids)
         files |= {name: text.encode() for name, text in tokenizer.files().items()}
-    else:
+    elif tokenizer is not None:
         logging.warning(
             "the run's %s has no file, so no tokenizer is exported: prompts for the exported "
             "model must be token ids.",

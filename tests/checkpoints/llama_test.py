@@ -190,6 +190,8 @@ def test_the_base_model_alone_and_its_old_tables_are_read(folder, tmp_path):
         ({"num_key_value_heads": 3}, "these values make no model: num_kv_heads: 3 does not divide"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope_type is 'longrope'; known: default"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5, not"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "scaling 'linear' lacks factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "lacks low_freq_factor, hi"),
         ({"rope_parameters": {"rope_theta": "1e4"}}, "rope_theta is '1e4'; it must be a number"),
         ({"quantization_config": {"bits": 4}}, "quantization_config is .* full precision"),
         ({"intermediate_size": 41}, r"mlp\.gate_proj\.weight is \(40, 24\), not \(41, 24\)"),

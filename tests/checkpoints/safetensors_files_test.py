@@ -55,6 +55,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path, max_bytes):
 def test_small_weights_are_one_file(tmp_path):
     write_safetensors(tmp_path, some_tensors().items(), 10**6)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == 0o644  # As other files.
 
 
 def test_shards_have_the_names_and_the_index_that_others_read(sharded):
@@ -159,6 +160,12 @@ def test_a_damaged_folder_is_one_clear_error(sharded, damage, message):
     with pytest.raises(ValueError, match=message) as error:
         SafetensorsReader(sharded)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_folder_of_pickles_is_not_read(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(WeightsFileError, match=r"as a pickle only \(pytorch_model\.bin\).*save_p"):
+        SafetensorsReader(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"no weights at all", b"\0" * 64])

@@ -7,7 +7,11 @@ import sys
 import pytest
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.data.chat_template import ChatTemplate, read_chat_template
+from megatransformer_jax.data.chat_template import (
+    ChatTemplate,
+    checked_variables,
+    read_chat_template,
+)
 
 pytest.importorskip("jinja2")
 
@@ -140,6 +144,7 @@ class Tape:
         (["Hello"], "the message 'Hello' is not a dict with a role"),
         ([{"content": "Hello"}], "is not a dict with a role"),
         ([{"role": "user", "content": Tape("x")}], r"Tape\(text='x'\) is Tape; templates take"),
+        ([{"role": "user", "content": "\ud800"}], "which is not text; write it in UTF-8"),
     ],
 )
 def test_bad_messages_are_named(messages, message):
@@ -154,6 +159,19 @@ def test_bad_templates_are_named():
         ChatTemplate((("default", "{{ messages + 1 }}"),)).render([USER])
     with pytest.raises(UserError, match="tools are 1; give a list of dicts"):
         ChatTemplate((("default", CHATML),)).render([USER], tools=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "template_options: 3 is not a dict of names"),
+        ({3: 1}, "is not a dict of names"),
+        ({"messages": []}, "template_options: has 'messages', which is set already"),
+    ],
+)
+def test_what_a_template_reads_besides_has_names_of_its_own(given, message):
+    with pytest.raises(UserError, match=message):
+        checked_variables("template_options", given)
 
 
 def test_several_templates_by_name(tmp_path):

@@ -42,6 +42,13 @@ def test_what_does_not_fit_is_said(about):
         continued(about, [[1] * 8], 74)
     with pytest.raises(SystemExit, match="criterion cosine: this program has latent_diff, kl"):
         continued(about, [[1]], 1, criterion="cosine")
+    for token in (-1, 10**6):
+        with pytest.raises(SystemExit, match=f"token id {token}: this program has 0 to "):
+            continued(about, [[1, token]], 1)
+    with pytest.raises(SystemExit, match="depth 0: give a whole number from 1"):
+        continued(about, [[1]], 1, depth=0)
+    with pytest.raises(SystemExit, match="ids '1,a': give whole numbers"):
+        loop.main([], ["1,a"], 1)
     with pytest.raises(SystemExit, match="no tokenizer; give token ids"):
         loop.open_tokenizer(written("onnx"), {"tokenizer": {"kind": "none"}})
 
