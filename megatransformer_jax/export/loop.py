@@ -149,8 +149,8 @@ def _parse_ids(row: str) -> list[int]:
 
 def main(texts: Sequence[str], rows: Sequence[str], count: int, **settings: Any) -> None:
     """Continues texts, or rows of ids such as '1,2,3', and prints them."""
-    about, programs = open_folder(HERE)
     prompts = [_parse_ids(row) for row in rows]
+    about, programs = open_folder(HERE)
     decode: Callable[[list[int]], str] = str
     if texts:
         encode, decode = open_tokenizer(HERE, about)
