@@ -69,8 +69,9 @@ def refuse_quantized(folder: pathlib.Path) -> None:
     if is_quantized_folder(folder):
         source = read_values(folder / QUANTIZATION_FILE).get("source")
         raise UserError(
-            f"{folder} is a quantised model. It can be loaded, evaluated and generate, but not be "
-            f"trained, averaged, diagnosed or exported; name what it was made from: {source}."
+            f"{folder} is a quantised model. It can be evaluated, used to generate and exported "
+            "as programs, but not trained, averaged, diagnosed or written in a format of another "
+            f"project; name what it was made from: {source}."
         )
 
 
