@@ -50,6 +50,7 @@ ELSEWHERE = {
 EXAMPLES = {
     "README.md": "documented_names_test.py runs it",
     "docs/api.md": "documented_names_test.py runs them",
+    "docs/quantization.md": "tests/runs/quantize_test.py quantises, compares and saves",
 }
 FILES = {"def get_config(": "my_run.py", "def features(": "my_features.py"}
 
