@@ -206,7 +206,14 @@ def open_folder(folder: str | os.PathLike[str]) -> ForeignCheckpoint:
             f"{path}: names no architecture (model_type); copy the file that came with the weights."
         )
     config = format.read_config(values, str(path))
-    return ForeignCheckpoint(folder, format, config, format.open_tensors(folder))
+    tensors = format.open_tensors(folder)
+    layers = config.prelude_layers + config.core_layers + config.coda_layers
+    if layers > len(tensors):  # Else a wrong number would take all of the memory.
+        raise FormatError(
+            f"{path}: asks for {layers} layers, but the weights have only {len(tensors)} tensors; "
+            "correct the number of layers there, or use the weights of the same model."
+        )
+    return ForeignCheckpoint(folder, format, config, tensors)
 
 
 def load_folder(

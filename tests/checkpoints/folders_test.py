@@ -83,3 +83,14 @@ def test_parameters_are_given_to_place_by_their_paths(tmp_path):
     np.testing.assert_array_equal(placed["core/layers/layer_1/mlp/down"], down)
     values = json.loads((tmp_path / "model" / "config.json").read_text())
     assert values["model_type"] == "huginn_raven"
+
+
+def test_more_layers_than_tensors(tmp_path):
+    """Found before anything is made for each of them."""
+    config, params = small_huginn()
+    save_folder(tmp_path / "model", HUGINN, config, params)
+    path = tmp_path / "model" / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"n_layers_in_coda": 10**9, "n_layers": 10**9 + 2}))
+    with pytest.raises(FormatError, match=r"asks for 100000000\d layers, but the weights have only"):
+        open_folder(path.parent)
