@@ -92,7 +92,5 @@ def test_more_layers_than_tensors(tmp_path):
     path = tmp_path / "model" / "config.json"
     values = json.loads(path.read_text())
     path.write_text(json.dumps(values | {"n_layers_in_coda": 10**9, "n_layers": 10**9 + 2}))
-    with pytest.raises(
-        FormatError, match=r"asks for 10{8}\d layers, but the weights"
-    ):
+    with pytest.raises(FormatError, match=r"asks for 10{8}\d layers, but the weights"):
         open_folder(path.parent)
