@@ -22,6 +22,7 @@ from megatransformer_jax.extras import import_extra
 _NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?", re.ASCII
 )
+_ADDRESS = re.compile(r"https?://[^/]+/([^/]+/[^/?#]+).*")
 # Where runs are by default: such a name is a path, also where there is no run yet.
 _RUNS = "runs"
 # What a model is read from; patterns of names in the top folder.
@@ -73,6 +74,11 @@ def find_model(
         raise UserError(
             f"revision={revision!r} is for models of the hub, and {str(name)!r} is {what}; leave "
             "revision out, or name a model of the hub."
+        )
+    if address := _ADDRESS.fullmatch(str(name)):
+        raise UserError(
+            f"{str(name)!r} is an address; name the model of the hub as {address[1]!r}, and a "
+            "branch, tag or commit of it as its revision."
         )
     if found is None or folder.exists():
         return folder

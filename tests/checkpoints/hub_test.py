@@ -170,6 +170,15 @@ def test_a_local_folder_wins_and_paths_are_no_names(hub: Hub, find: Any) -> None
         find("org/other", revision="main")
 
 
+def test_an_address_is_told_from_a_name(hub: Hub, find: Any) -> None:
+    for address in (f"{hub.endpoint}/org/name", "https://hub.example/org/name/tree/main"):
+        with pytest.raises(
+            UserError, match="is an address; name the model of the hub as 'org/name'"
+        ):
+            find(address)
+    assert not hub.requests
+
+
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"org/name: no such folder; .*jax\[hub\]"):

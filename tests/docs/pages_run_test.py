@@ -45,6 +45,7 @@ COMMANDS = {
 ELSEWHERE = {
     "tfds_data_dir": "needs a data set of TensorFlow Datasets; tests/data/sources reads one",
     "distributed.enabled": "needs several processes; tests/sharding starts two",
+    "retrofit:my/llama": "needs a model of others; the page makes one of its own, and retrofits it",
     "back_translation=": "needs two models that translate; tests/data runs the module",
 }
 EXAMPLES = {

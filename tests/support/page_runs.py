@@ -84,7 +84,10 @@ def _sizes(own: list[str]) -> dict[str, Any]:
     experiments = [word[9:] for word in own if word.startswith("--config=")]
     if any("reasoning" in name for name in experiments):
         return _REASONING
-    return {} if any("recurrent" not in name or "." in name for name in experiments) else _TEXT
+    if any("recurrent" not in name or "." in name for name in experiments):
+        return {}
+    is_plain = "--config.preset=modern_small" in own
+    return {k: v for k, v in _TEXT.items() if not (is_plain and k.startswith("model.recurrence"))}
 
 
 def _flags(values: dict[str, Any]) -> list[str]:
