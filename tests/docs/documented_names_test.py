@@ -45,10 +45,11 @@ def test_commands_are_accepted(repository, tmp_path, monkeypatch):
     (tmp_path / "experiments").symlink_to(repository / "experiments")
     (tmp_path / "runs" / "recurrent").mkdir(parents=True)
     save_config(build({}), tmp_path / "runs" / "recurrent" / "config.json")
-    # The plain model that becomes a recurrent one.
-    (tmp_path / "my" / "llama").mkdir(parents=True)
+    # The plain models that become recurrent ones.
     values = config_to(format_named("llama"), configure("modern_small", {}).model)
-    (tmp_path / "my" / "llama" / "config.json").write_text(json.dumps(values))
+    for name in ("llama", "small_llama"):
+        (tmp_path / "my" / name).mkdir(parents=True)
+        (tmp_path / "my" / name / "config.json").write_text(json.dumps(values))
     tutorial = (repository / "docs" / "tutorials" / "own_text.md").read_text()
     (tmp_path / "my_run.py").write_text(python_blocks(tutorial)[0])
     monkeypatch.chdir(tmp_path)
