@@ -111,7 +111,7 @@ def test_the_jacobian_is_that_of_one_more_iteration_over_all_places(made):
     def both(params):
         _, state = whole_pass((model, params), DEPTH)
         dense = jax.jacfwd(lambda state: whole_pass((model, params), 1, state)[1])(state)
-        term = jacobian_term(model, params, BATCH, state, KEY, place)
+        term = jacobian_term(model, params, BATCH, state, jnp.int32(DEPTH), KEY, place)
         key = jax.random.fold_in(KEY, streams.PROBE)
         probe = random_signs(key, jnp.asarray(mask), CONFIG.width)
         return term, jnp.einsum("bsd,bsdcte->cte", probe, dense), jnp.sum(probe**2)
