@@ -1,7 +1,6 @@
 """Models of a hub: downloaded once, resumed after a break, safetensors alone, errors in a line."""
 
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -110,16 +109,15 @@ def test_a_broken_download_goes_on_where_it_stopped(
 
 
 def test_after_a_break_only_the_missing_files_are_downloaded(
-    hub: Hub, model: pathlib.Path, find: Any, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, model: pathlib.Path, find: Any
 ) -> None:
     whole = (model / SHARD).read_bytes()
-    monkeypatch.setattr(Handler, "_send_file", _refuse(SHARD))
-    with pytest.raises(UserError, match=r"org/name cannot be downloaded .* run the same again"):
-        find()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handler, "_send_file", _refuse(SHARD))
+        with pytest.raises(UserError, match=r"org/name cannot be downloaded .* run the same again"):
+            find()
     done = set(hub.downloads()) - {SHARD}
     assert len(done) >= 3
-    monkeypatch.undo()
-    os.chdir(model.parent / "here")
     hub.requests.clear()
     folder = find()
     assert same(folder) and (folder / SHARD).read_bytes() == whole
