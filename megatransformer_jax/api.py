@@ -38,6 +38,7 @@ from megatransformer_jax.config.option import (
     as_tuple,
     as_whole,
     declared_values,
+    from_options,
     options_of,
 )
 from megatransformer_jax.config.run_base import BaseRunConfig
@@ -251,8 +252,7 @@ def export_program(model: Model, folder: str | os.PathLike[str], **options: Any)
 
     if not isinstance(model, Model):
         raise UserError(f"model: {model!r} is not an mt.Model; read a folder with mt.load.")
-    declared = {option.path: option for option in options_of(ProgramConfig)}
-    config = ProgramConfig(**declared_values(options, declared))
+    config = from_options(ProgramConfig, options)
     return exporting.export_program(model._loaded, as_path("folder", folder), config)
 
 

@@ -27,7 +27,7 @@ from megatransformer_jax.config.option import (
     as_python,
     as_whole,
     declared_values,
-    options_of,
+    from_options,
     unknown_key,
 )
 from megatransformer_jax.config.quantization import QuantizationConfig
@@ -323,8 +323,7 @@ class Model:
           >>> small = lm.quantize(weights="int4")  # doctest: +SKIP
           >>> small.save("runs/int4")  # doctest: +SKIP
         """
-        declared = {option.path: option for option in options_of(QuantizationConfig)}
-        config = QuantizationConfig(**declared_values(options, declared))
+        config = from_options(QuantizationConfig, options)
         with out_of_memory_is_bad_input():
             return Model(quantize_model(self._loaded, config))
 
@@ -346,8 +345,7 @@ class Model:
         """
         if not isinstance(other, Model):
             raise UserError(f"other: {other!r} is not an mt.Model; give one such as lm.quantize().")
-        declared = {option.path: option for option in options_of(ScoringConfig)}
-        config = ScoringConfig(**declared_values(options, declared))
+        config = from_options(ScoringConfig, options)
         with out_of_memory_is_bad_input():
             return compare_models(self._loaded, other._loaded, config)
 

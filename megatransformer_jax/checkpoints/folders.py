@@ -1,6 +1,6 @@
 """Checkpoint folders of other projects: config.json and weights, recognised, read and written.
 
-`FORMATS` names the known formats. Each is a class in a module of its own; what all of them share is
+`FORMATS` names the known formats. Each is a class in its own module; what all of them share is
 in `foreign.py` (configs) and `tensor_map.py` (tensors).
 """
 

@@ -1,6 +1,6 @@
 """What a checkpoint format of another project is: its config.json and its tensors, both ways.
 
-A format is a subclass of `Format` in a module of its own, named in `checkpoints/folders.py`. It
+A format is a subclass of `Format` in its own module, named in `checkpoints/folders.py`. It
 translates config.json in both directions and declares its tensors as links (`tensor_map.py`); what
 it cannot express, and what to say then, follows from these.
 """
@@ -230,9 +230,22 @@ def plain_layers(config: ModelConfig) -> list[str]:
     ]
 
 
-def tied_head_complaint(head: np.ndarray, embedding: np.ndarray, complaint: str) -> str | None:
-    """For `Format.extras`: the complaint if a head that must be the embedding is another."""
-    return None if np.array_equal(head, embedding) else complaint
+def tied_head(tensors: Mapping[str, np.ndarray], embedding: str, key: str, fix: str) -> Check:
+    """For `Format.extras`: a head must be the embedding.
+
+    Args:
+      tensors: of the checkpoint.
+      embedding: name of the embedding among them.
+      key: of config.json, which says that they are the same.
+      fix: what to do if they are not.
+    """
+
+    def check(head: np.ndarray) -> str | None:
+        if np.array_equal(head, tensors[embedding]):
+            return None
+        return f"is not equal to {embedding!r}, although {key} is true in config.json; {fix}"
+
+    return check
 
 
 # ------------------------------------------------------------------------------

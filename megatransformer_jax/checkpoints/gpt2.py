@@ -17,9 +17,14 @@ from megatransformer_jax.checkpoints.foreign import (
     is_of_model_type,
     plain_comparable,
     plain_layers,
-    tied_head_complaint,
+    tied_head,
 )
-from megatransformer_jax.checkpoints.llama import ACTIVATIONS, activation_name
+from megatransformer_jax.checkpoints.llama import (
+    ACTIVATIONS,
+    TIED_HEAD,
+    activation_name,
+    check_activation,
+)
 from megatransformer_jax.checkpoints.tensor_map import (
     Check,
     FormatError,
@@ -79,11 +84,7 @@ class Gpt2(Format):
         """See `Format.read_config`."""
         check_fixed(values, _FIXED, where, f"only models like {ARCHITECTURE}'s are supported")
         known = checked_values(values, _REQUIRED, _DEFAULTS, where)
-        if known["activation_function"] not in ACTIVATIONS:
-            raise FormatError(
-                f"{where}: activation_function is {known['activation_function']!r}; known: "
-                f"{', '.join(ACTIVATIONS)}."
-            )
+        check_activation("activation_function", known, where)
         try:
             return _build(known)
         except ConfigError as error:
@@ -138,12 +139,7 @@ class Gpt2(Format):
             checks[f"transformer.h.{layer}.attn.bias"] = _mask_complaint
             checks[f"transformer.h.{layer}.attn.masked_bias"] = lambda value: None
         if config.tie_embeddings:
-            checks[_HEAD] = lambda head: tied_head_complaint(
-                head,
-                tensors[_EMBEDDING],
-                f"is not equal to {_EMBEDDING!r}, although tie_word_embeddings is true in "
-                "config.json; if the model has a head of its own, set it to false there.",
-            )
+            checks[_HEAD] = tied_head(tensors, _EMBEDDING, *TIED_HEAD)
         return checks
 
 

@@ -17,7 +17,7 @@ from megatransformer_jax.checkpoints.foreign import (
     checked_values,
     is_a,
     is_of_model_type,
-    tied_head_complaint,
+    tied_head,
 )
 from megatransformer_jax.checkpoints.tensor_map import (
     Check,
@@ -203,11 +203,8 @@ class Huginn(Format):
     def extras(self, config: ModelConfig, tensors: Mapping[str, np.ndarray]) -> Mapping[str, Check]:
         """See `Format.extras`."""
         return {
-            HEAD: lambda head: tied_head_complaint(
-                head,
-                tensors[_EMBEDDING],
-                f"is not equal to {_EMBEDDING!r}, although tie_embeddings is true in config.json; "
-                "a head of its own is not supported.",
+            HEAD: tied_head(
+                tensors, _EMBEDDING, "tie_embeddings", "another head is not supported."
             ),
             ROTARY_TABLE: lambda table: _table_complaint(table, config),
         }

@@ -20,7 +20,7 @@ from megatransformer_jax.checkpoints.foreign import (
     is_of_model_type,
     plain_comparable,
     plain_layers,
-    tied_head_complaint,
+    tied_head,
 )
 from megatransformer_jax.checkpoints.tensor_map import (
     Check,
@@ -43,6 +43,12 @@ from megatransformer_jax.config.option import ConfigError
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+
+# For `tied_head`: the key of transformers, and the way out.
+TIED_HEAD = (
+    "tie_word_embeddings",
+    "if the model has its own head, set it to false there.",
+)
 
 # Names that transformers has for activations; ours to the one that is written comes first.
 ACTIVATIONS = {
@@ -134,10 +140,7 @@ class Llama(Format):
             for key, (kind, default) in _DEFAULTS.items()
         }
         known = checked_values(values, _REQUIRED, defaults, where)
-        if known["hidden_act"] not in ACTIVATIONS:
-            raise FormatError(
-                f"{where}: hidden_act is {known['hidden_act']!r}; known: {', '.join(ACTIVATIONS)}."
-            )
+        check_activation("hidden_act", known, where)
         try:
             return self._build(known, where)
         except ConfigError as error:
@@ -274,12 +277,7 @@ class Llama(Format):
             for layer in range(config.prelude_layers)
         }
         if config.tie_embeddings:
-            checks[HEAD] = lambda head: tied_head_complaint(
-                head,
-                tensors[EMBEDDING],
-                f"is not equal to {EMBEDDING!r}, although tie_word_embeddings is true in "
-                "config.json; if the model has a head of its own, set it to false there.",
-            )
+            checks[HEAD] = tied_head(tensors, EMBEDDING, *TIED_HEAD)
         return checks
 
     def _windows(self, known: Mapping[str, Any], where: str) -> tuple[int | None, ...]:
@@ -301,6 +299,16 @@ class Llama(Format):
                 "correct one of them."
             )
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def check_activation(key: str, known: Mapping[str, Any], where: str) -> None:
+    """Checks that the activation of config.json is one of ours.
+
+    Raises:
+      FormatError: otherwise.
+    """
+    if known[key] not in ACTIVATIONS:
+        raise FormatError(f"{where}: {key} is {known[key]!r}; known: {', '.join(ACTIVATIONS)}.")
 
 
 def activation_name(ours: str, default: str) -> str:

@@ -19,7 +19,7 @@ from megatransformer_jax.checkpoints.foreign import (
     check_fixed,
     checked_values,
     is_a,
-    tied_head_complaint,
+    tied_head,
 )
 from megatransformer_jax.checkpoints.huginn import HEAD, ROTARY_TABLE
 from megatransformer_jax.checkpoints.safetensors_files import INDEX_FILE, PICKLES, SINGLE_FILE
@@ -244,11 +244,8 @@ class Parcae(Format):
         layers without value embeddings, and value embeddings of layers without a gate."""
         checks: dict[str, Check] = {ROTARY_TABLE: lambda table: _table_complaint(table, config)}
         if config.tie_embeddings:
-            checks[HEAD] = lambda head: tied_head_complaint(
-                head,
-                tensors[_EMBEDDING],
-                f"is not equal to {_EMBEDDING!r}, although tie_embeddings is true in config.json; "
-                "set it to false there.",
+            checks[HEAD] = tied_head(
+                tensors, _EMBEDDING, "tie_embeddings", "set it to false there."
             )
         gated, embedded = _value_layers(_numbers(config))
         names = [theirs for _, _, theirs in _layers(config)]

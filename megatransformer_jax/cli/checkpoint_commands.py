@@ -7,9 +7,11 @@ from megatransformer_jax.cli.flags import Command, Parsed
 from megatransformer_jax.cli.model_options import (
     OLD_MODEL_NAMES,
     ModelOptions,
+    check_output_is_named,
     load_chosen_model,
     model_folder,
     model_option,
+    output_option,
 )
 from megatransformer_jax.config.loop import FOREIGN_FORMATS
 from megatransformer_jax.config.option import ConfigError, check_options, option, rule
@@ -23,7 +25,7 @@ class AverageOptions:
     """Which checkpoints are averaged, and where the mean goes."""
 
     model: str | None = model_option()
-    output: str | None = option(None, "Folder to make; must be given.")
+    output: str | None = output_option()
     last: int | None = option(None, "Averages this many of the newest checkpoints.", minimum=1)
     best: int | None = option(None, "Averages this many of the best checkpoints.", minimum=1)
     steps: tuple[int, ...] = option(
@@ -39,8 +41,7 @@ class AverageOptions:
     @rule("output")
     def _output_is_named(self) -> None:
         """Must be given."""
-        if self.output is None:
-            raise ConfigError("output", "is missing; give the folder to make.")
+        check_output_is_named(self.output)
 
     @rule("last", "best", "steps")
     def _one_way_to_choose(self) -> None:
@@ -154,7 +155,7 @@ The newest checkpoint is always kept. What is not given is as the run was config
 class ExportOptions(ModelOptions):
     """What is exported, and how it is stored."""
 
-    output: str | None = option(None, "Folder to make; must be given.")
+    output: str | None = output_option()
     format: str = option(
         "huginn",
         "Format of the folder; the model must be one that it can express.",
@@ -175,8 +176,7 @@ class ExportOptions(ModelOptions):
     @rule("output")
     def _output_is_named(self) -> None:
         """Must be given."""
-        if self.output is None:
-            raise ConfigError("output", "is missing; give the folder to make.")
+        check_output_is_named(self.output)
 
     @rule("rotary_table")
     def _rotary_table_is_huginns(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from megatransformer_jax.cli.checkpoint_commands import AVERAGE, EXPORT, OLD_OUTPUT, PRUNE
 from megatransformer_jax.cli.flags import PROGRAM, Command, Parsed
-from megatransformer_jax.cli.launch import errors_in_one_line, run_command
+from megatransformer_jax.cli.launch import PLAIN_WIDTH, errors_in_one_line, run_command
 from megatransformer_jax.cli.model_options import (
     OLD_MODEL_NAMES,
     model_folder,
@@ -29,9 +29,6 @@ from megatransformer_jax.config.option import (
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.extras import import_extra
 from megatransformer_jax.sharding.devices import DEVICE_NAMES
-
-# A pipe or a file has no width, and a table should not be cut there.
-PLAIN_WIDTH = 140
 
 
 def main(name: str | None = None, arguments: Sequence[str] | None = None) -> None:

@@ -13,13 +13,12 @@ from megatransformer_jax.cli.model_options import (
     ModelOptions,
     load_chosen_model,
 )
-from megatransformer_jax.config.option import ConfigError, option, require_defaults, rule
+from megatransformer_jax.config.option import ConfigError, option, part_of, require_defaults, rule
 from megatransformer_jax.config.scoring import OF_GENERATION, ScoringConfig, check_generation
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_OF_SCORING = tuple(field.name for field in dataclasses.fields(ScoringConfig))
 _OF_MODEL = ("step", "weights", "depths", "batch_size", "precision", "param_dtype", "seed")
 
 
@@ -65,7 +64,7 @@ class EvaluateOptions(ScoringConfig, ModelOptions):
     @property
     def scoring(self) -> ScoringConfig:
         """On what the model is scored, and how."""
-        return ScoringConfig(**{name: getattr(self, name) for name in _OF_SCORING})
+        return part_of(self, ScoringConfig)
 
 
 def _check_generation(options: EvaluateOptions, given: Mapping[str, Any]) -> None:

@@ -5,31 +5,30 @@ import pathlib
 import sys
 
 from megatransformer_jax.cli.flags import Command, Parsed
+from megatransformer_jax.cli.launch import PLAIN_WIDTH
 from megatransformer_jax.cli.model_options import (
     OLD_MODEL_NAMES,
     ModelOptions,
+    check_output_is_named,
     load_chosen_model,
+    output_option,
 )
 from megatransformer_jax.config.exporting import ProgramConfig
-from megatransformer_jax.config.option import ConfigError, option, rule
+from megatransformer_jax.config.option import part_of, rule
 from megatransformer_jax.extras import import_extra
-
-# A pipe or a file has no width, and a table should not be cut there.
-_PLAIN_WIDTH = 140
-_OF_PROGRAM = tuple(field.name for field in dataclasses.fields(ProgramConfig))
+from megatransformer_jax.runs.workdir import check_empty
 
 
 @dataclasses.dataclass(frozen=True)
 class ExportProgramOptions(ProgramConfig, ModelOptions):
     """Which model becomes which program, and where it goes."""
 
-    output: str | None = option(None, "Folder to make; must be given.")
+    output: str | None = output_option()
 
     @rule("output")
     def _output_is_named(self) -> None:
         """Must be given."""
-        if self.output is None:
-            raise ConfigError("output", "is missing; give the folder to make.")
+        check_output_is_named(self.output)
 
 
 def export_program(parsed: Parsed) -> None:
@@ -45,17 +44,16 @@ def export_program(parsed: Parsed) -> None:
     # These import JAX, which takes long.
     from rich.console import Console  # noqa: PLC0415
 
-    from megatransformer_jax.export.folder import check_output  # noqa: PLC0415
     from megatransformer_jax.export.folder import export_program as write  # noqa: PLC0415
 
-    check_output(output)
+    check_empty("output", output)
     if options.format == "onnx":
         import_extra("onnx", "export", "format='onnx'")
-    config = ProgramConfig(**{name: getattr(options, name) for name in _OF_PROGRAM})
+    config = part_of(options, ProgramConfig)
     report = write(load_chosen_model(options), output, config)
     console = Console()
     if not console.is_terminal:
-        console.width = _PLAIN_WIDTH
+        console.width = PLAIN_WIDTH
     for table in report.tables:
         console.print(table)
     if not all(row.get("passed", True) for row in report.rows):

@@ -16,6 +16,9 @@ from megatransformer_jax.runs.workdir import LineFormatter, quiet_libraries
 BAD_INPUT = 2
 INTERRUPTED = 130  # As a shell reports a program that Ctrl-C has ended.
 
+# A pipe or a file has no width, and a table should not be cut there.
+PLAIN_WIDTH = 140
+
 
 def run_command(command: Command, arguments: Sequence[str]) -> None:
     """Does what a command line asks for.

@@ -29,6 +29,21 @@ def model_option() -> Any:
     )
 
 
+def output_option() -> Any:
+    """Where a command writes; `check_output_is_named` goes with it."""
+    return option(None, "Folder to make; must be given.")
+
+
+def check_output_is_named(output: str | None) -> None:
+    """Checks that `output_option` is given.
+
+    Raises:
+      ConfigError: otherwise.
+    """
+    if output is None:
+        raise ConfigError("output", "is missing; give the folder to make.")
+
+
 def step_option() -> Any:
     """Which checkpoint of a run."""
     return option(

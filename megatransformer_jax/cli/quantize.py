@@ -4,18 +4,25 @@ import dataclasses
 import pathlib
 
 from megatransformer_jax.cli.flags import Command, Parsed
-from megatransformer_jax.cli.model_options import model_folder, model_option, step_option
+from megatransformer_jax.cli.model_options import (
+    check_output_is_named,
+    model_folder,
+    model_option,
+    output_option,
+    step_option,
+)
 from megatransformer_jax.config.option import (
     MAX_COUNT,
     ConfigError,
     compilation_cache_option,
     option,
+    part_of,
     rule,
 )
 from megatransformer_jax.config.quantization import QuantizationConfig
 from megatransformer_jax.config.scoring import ScoringConfig
+from megatransformer_jax.runs.workdir import check_empty, use_compilation_cache
 
-_OF_QUANTIZATION = tuple(field.name for field in dataclasses.fields(QuantizationConfig))
 _OF_REPORT = ("depths", "files", "num_batches")
 
 
@@ -25,7 +32,7 @@ class QuantizeOptions(QuantizationConfig):
 
     model: str | None = model_option()
     step: str = step_option()
-    output: str | None = option(None, "Folder to make; must be given.")
+    output: str | None = output_option()
     depths: tuple[int, ...] = option(
         (),
         "Depths of the report. Default (empty): evaluation.final_depths of the run; for other "
@@ -49,13 +56,12 @@ class QuantizeOptions(QuantizationConfig):
     @rule("output")
     def _output_is_named(self) -> None:
         """Must be given."""
-        if self.output is None:
-            raise ConfigError("output", "is missing; give the folder to make.")
+        check_output_is_named(self.output)
 
     @property
     def quantization(self) -> QuantizationConfig:
         """How the model is quantised."""
-        return QuantizationConfig(**{name: getattr(self, name) for name in _OF_QUANTIZATION})
+        return part_of(self, QuantizationConfig)
 
     @property
     def scoring(self) -> ScoringConfig:
@@ -80,17 +86,15 @@ def quantize(parsed: Parsed) -> None:
     )
     from megatransformer_jax.runs.load import load_model  # noqa: PLC0415
     from megatransformer_jax.runs.quantize import (  # noqa: PLC0415
-        check_quantized_output,
         compare_models,
         quantize_model,
         save_quantized,
         size_table,
         sizes,
     )
-    from megatransformer_jax.runs.workdir import use_compilation_cache  # noqa: PLC0415
 
     output, scoring = pathlib.Path(options.output).expanduser(), options.scoring
-    check_quantized_output(output)
+    check_empty("output", output)
     use_compilation_cache(options.compilation_cache_dir)
     loaded = load_model(folder, step=options.step)
     has_data = bool(scoring.files) or loaded.run_config is not None

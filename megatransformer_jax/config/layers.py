@@ -113,7 +113,7 @@ class AttentionConfig:
 class ValueEmbeddingConfig:
     """Embeddings of the tokens that are added to the values of some layers' attention.
 
-    A layer with one has a table of its own, and adds 2 sigmoid(gate(x)) times the token's row to
+    Each such layer has its own table, and adds 2 sigmoid(gate(x)) times the token's row to
     its values, with a number per key/value head from the first channels of its input x. As in
     nanochat and Parcae (arXiv 2604.12946).
     """

@@ -18,6 +18,8 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+C = typing.TypeVar("C")
+
 # Seeds have 32 bits: jax.random.key drops higher ones without an error.
 MAX_SEED = 2**32 - 1
 # Counts that compiled code gets as int32.
@@ -466,6 +468,22 @@ def declared_values(values: Mapping[str, Any], declared: Mapping[str, Option]) -
             raise unknown_key(name, declared)
         converted[name] = as_tuple(value, declared[name].declared)
     return converted
+
+
+def from_options(config: type[C], values: Mapping[str, Any]) -> C:
+    """A configuration from a function's keyword arguments.
+
+    Raises:
+      ConfigError: as `declared_values`, or for a value that a rule refuses.
+    """
+    declared = {option.path: option for option in options_of(config)}
+    return config(**declared_values(values, declared))
+
+
+def part_of(options: Any, config: type[C]) -> C:
+    """The options of a command that are those of a configuration."""
+    names = (option.path for option in options_of(config))
+    return config(**{name: getattr(options, name) for name in names})
 
 
 def as_python(value: Any) -> Any:

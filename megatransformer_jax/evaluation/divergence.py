@@ -18,9 +18,13 @@ from jaxtyping import Array, Float, Int, Key
 from rich.table import Table
 
 from megatransformer_jax.evaluation.report import Report
-from megatransformer_jax.evaluation.validation import EvalSums, depth_argument, mean_scores
+from megatransformer_jax.evaluation.validation import (
+    EvalSums,
+    depth_argument,
+    mean_scores,
+    score_sums,
+)
 from megatransformer_jax.files import write_json
-from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.exit_criteria import Observation, exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.observed import open_batch
@@ -127,7 +131,7 @@ def _compare(
         size = jnp.linalg.norm(latent)
         of_latents = jnp.linalg.norm(our_latent - latent) / size * jnp.sum(counts)
     kl = jnp.sum(jnp.where(counts, jnp.sum(terms, axis=-1), 0.0))
-    return _sums(logits, batch), _sums(ours, batch), kl, of_latents
+    return score_sums(logits, batch)[0], score_sums(ours, batch)[0], kl, of_latents
 
 
 def _outputs(
@@ -143,20 +147,6 @@ def _outputs(
         media=batch.media,
     )
     return output.logits.astype(jnp.float32), output.latent.astype(jnp.float32)
-
-
-def _sums(logits: jax.Array, batch: Batch) -> EvalSums:
-    totals = token_loss(logits, batch.targets, batch.loss_mask)
-    counts = batch.loss_mask > 0
-    is_right = (jnp.argmax(logits, axis=-1) == batch.targets) | ~counts
-    has_tokens = jnp.any(counts, axis=-1)
-    return EvalSums(
-        totals.cross_entropy,
-        totals.tokens,
-        totals.correct,
-        jnp.sum(jnp.all(is_right, axis=-1) & has_tokens, dtype=jnp.float32),
-        jnp.sum(has_tokens, dtype=jnp.float32),
-    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

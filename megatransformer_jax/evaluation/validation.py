@@ -63,21 +63,26 @@ def make_eval_step(
             media=batch.media,
             **reading,
         )
-        totals = token_loss(output.logits, batch.targets, batch.loss_mask)
-        predictions = jnp.argmax(output.logits, axis=-1).astype(jnp.int32)
-        counts = batch.loss_mask > 0
-        has_tokens = jnp.any(counts, axis=-1)
-        is_exact = jnp.all((predictions == batch.targets) | ~counts, axis=-1) & has_tokens
-        sums = EvalSums(
-            cross_entropy=totals.cross_entropy,
-            tokens=totals.tokens,
-            correct=totals.correct,
-            exact_rows=jnp.sum(is_exact, dtype=jnp.float32),
-            rows=jnp.sum(has_tokens, dtype=jnp.float32),
-        )
-        return sums, predictions
+        return score_sums(output.logits, batch)
 
     return eval_step
+
+
+def score_sums(logits: Float[Array, "B T V"], batch: Batch) -> tuple[EvalSums, Int[Array, "B T"]]:
+    """What the scores of a batch add up to, and the most likely tokens."""
+    totals = token_loss(logits, batch.targets, batch.loss_mask)
+    predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    counts = batch.loss_mask > 0
+    has_tokens = jnp.any(counts, axis=-1)
+    is_exact = jnp.all((predictions == batch.targets) | ~counts, axis=-1) & has_tokens
+    sums = EvalSums(
+        cross_entropy=totals.cross_entropy,
+        tokens=totals.tokens,
+        correct=totals.correct,
+        exact_rows=jnp.sum(is_exact, dtype=jnp.float32),
+        rows=jnp.sum(has_tokens, dtype=jnp.float32),
+    )
+    return sums, predictions
 
 
 # ------------------------------------------------------------------------------

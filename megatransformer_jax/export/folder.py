@@ -21,7 +21,6 @@ from rich.table import Table
 from safetensors.numpy import save_file
 
 from megatransformer_jax.config.exporting import ProgramConfig
-from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.sampling import GATE_THRESHOLD
 from megatransformer_jax.data.hf_tokenizer import TOKENIZER_FILE, HuggingFaceTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer, Tokenizer
@@ -35,7 +34,7 @@ from megatransformer_jax.generation.endings import end_ids_of
 from megatransformer_jax.generation.request import prompt_keys, sample_keys
 from megatransformer_jax.models.exit_criteria import EXIT_CRITERIA
 from megatransformer_jax.runs.load import LoadedModel
-from megatransformer_jax.runs.workdir import make_folder
+from megatransformer_jax.runs.workdir import check_empty, make_folder
 
 ABOUT_FILE = "program.json"
 LOOP_FILE = "generate.py"
@@ -61,7 +60,7 @@ def export_program(loaded: LoadedModel, output: pathlib.Path, config: ProgramCon
       UserError: if the model cannot be exported, an option does not fit it, or the folder cannot
         be used.
     """
-    check_output(output)
+    check_empty("output", output)
     programs = build_programs(loaded.model, loaded.params, loaded.trained_depth, config)
     params = {name: np.asarray(leaf) for name, leaf in named(loaded.params).items()}
     shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in params.items()}
@@ -79,18 +78,6 @@ def export_program(loaded: LoadedModel, output: pathlib.Path, config: ProgramCon
     # Last, so that a folder with it is whole.
     write_json(folder / ABOUT_FILE, about)
     return check_program(folder, loaded, programs) if config.check else _files(folder)
-
-
-def check_output(output: pathlib.Path) -> None:
-    """Checks that a folder can be made, or is empty.
-
-    Raises:
-      ConfigError: otherwise.
-    """
-    if output.is_file() or (output.is_dir() and any(output.iterdir())):
-        raise ConfigError(
-            "output", f"{output} is not an empty folder; name another, or delete it first."
-        )
 
 
 def _write_stablehlo(programs: Programs, params: Shapes, folder: pathlib.Path) -> dict[str, Any]:

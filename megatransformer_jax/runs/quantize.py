@@ -39,7 +39,7 @@ from megatransformer_jax.runs.evaluate import (
     state_key,
 )
 from megatransformer_jax.runs.load import LoadedModel
-from megatransformer_jax.runs.workdir import make_folder
+from megatransformer_jax.runs.workdir import check_empty, make_folder
 from megatransformer_jax.types import Batch
 
 # ------------------------------------------------------------------------------
@@ -224,18 +224,6 @@ def size_table(size: Sizes) -> Table:
 # The folder.
 
 
-def check_quantized_output(folder: pathlib.Path) -> None:
-    """Checks, before anything is computed, that a model can be written there.
-
-    Raises:
-      ConfigError: if the folder is not empty.
-    """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ConfigError(
-            "output", f"{folder} is not an empty folder; name another, or delete it first."
-        )
-
-
 def save_quantized(
     loaded: LoadedModel, folder: pathlib.Path, report: Sequence[dict[str, Any]] = ()
 ) -> None:
@@ -249,7 +237,7 @@ def save_quantized(
     Raises:
       UserError: if the folder cannot be used.
     """
-    check_quantized_output(folder)
+    check_empty("output", folder)
     assert loaded.quantization is not None and loaded.quantized_from is not None
     run: RunConfig = describing_run(loaded)
     path = make_folder("output", str(folder))

@@ -31,6 +31,18 @@ def make_workdir(path: str) -> pathlib.Path:
     return make_folder("workdir", path)
 
 
+def check_empty(option: str, folder: pathlib.Path) -> None:
+    """Checks, before anything is computed, that a folder is absent or empty.
+
+    Raises:
+      ConfigError: otherwise.
+    """
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise ConfigError(
+            option, f"{folder} is not an empty folder; name another, or delete it first."
+        )
+
+
 def make_folder(option: str, path: str) -> pathlib.Path:
     """The folder that an option names, made if absent, as an absolute path.
 

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from foreign_gradients import check_truncated_gradients
 from huginn_values import HUGINN, huginn_values, small_huginn
 from safetensors.numpy import load_file, save_file
 
 from megatransformer_jax.checkpoints.folders import FolderTokenizer, load_folder, save_folder
 from megatransformer_jax.checkpoints.huginn import Huginn
 from megatransformer_jax.checkpoints.safetensors_files import SafetensorsReader, WeightsFileError
-from megatransformer_jax.checkpoints.tensor_map import FormatError, iterate_tensors
+from megatransformer_jax.checkpoints.tensor_map import FormatError
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.losses.tokens import token_loss
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -51,29 +51,7 @@ def test_logits_and_latents_agree(forward, reference, num_steps):
 
 def test_loss_and_every_gradient_agree_under_truncated_backprop(reference):
     model, params, expected = reference
-    tokens, labels = (jnp.asarray(expected[n], jnp.int32) for n in ("input_ids", "labels"))
-
-    def loss(params):
-        output = model.apply(
-            {"params": params},
-            tokens,
-            num_steps=jnp.int32(8),
-            backprop_depth=4,
-            state=jnp.asarray(expected["initial_state"]),
-        )
-        sums = token_loss(output.logits, labels, jnp.ones(labels.shape))
-        return sums.cross_entropy / sums.tokens
-
-    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    np.testing.assert_allclose(value, expected["loss_n4_k4"], rtol=1e-6)
-    ours = dict(iterate_tensors(jax.device_get(gradients), HUGINN.links(model.config)))
-    prefix = "grad_n4_k4/"
-    wanted = {name.removeprefix(prefix) for name in expected.files if name.startswith(prefix)}
-    assert set(ours) == wanted
-    for name in wanted:
-        theirs = expected[prefix + name]
-        error = np.linalg.norm(ours[name] - theirs) / np.linalg.norm(theirs)
-        assert error < 1e-4, (name, error)
+    check_truncated_gradients(model, params, expected, HUGINN, loss_rtol=1e-6)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5 * 2**30, 300_000])

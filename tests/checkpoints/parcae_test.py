@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cached_passes import empty_cache, in_passes, rule
+from foreign_gradients import check_truncated_gradients
 from safetensors.numpy import load_file, save_file
 
 from megatransformer_jax.checkpoints.folders import (
@@ -19,8 +20,7 @@ from megatransformer_jax.checkpoints.folders import (
     save_folder,
 )
 from megatransformer_jax.checkpoints.parcae import PICKLES, Parcae
-from megatransformer_jax.checkpoints.tensor_map import FormatError, iterate_tensors
-from megatransformer_jax.losses.tokens import token_loss
+from megatransformer_jax.checkpoints.tensor_map import FormatError
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -106,29 +106,7 @@ def test_logits_agree(loaded, expected):
 
 def test_loss_and_every_gradient_agree_under_truncated_backprop(loaded, expected):
     model, params = loaded
-    tokens, labels = (jnp.asarray(expected[n], jnp.int32) for n in ("input_ids", "labels"))
-
-    def loss(params):
-        output = model.apply(
-            {"params": params},
-            tokens,
-            num_steps=jnp.int32(8),
-            backprop_depth=4,
-            state=jnp.asarray(expected["initial_state"]),
-        )
-        sums = token_loss(output.logits, labels, jnp.ones(labels.shape))
-        return sums.cross_entropy / sums.tokens
-
-    value, gradients = jax.jit(jax.value_and_grad(loss))(params)
-    np.testing.assert_allclose(value, expected["loss_n4_k4"], rtol=2e-6)
-    ours = dict(iterate_tensors(jax.device_get(gradients), PARCAE.links(model.config)))
-    prefix = "grad_n4_k4/"
-    wanted = {name.removeprefix(prefix) for name in expected if name.startswith(prefix)}
-    assert set(ours) == wanted
-    for name in wanted:
-        theirs = expected[prefix + name]
-        error = np.linalg.norm(ours[name] - theirs) / np.linalg.norm(theirs)
-        assert error < 1e-4, (name, error)
+    check_truncated_gradients(model, params, expected, PARCAE, loss_rtol=2e-6)
 
 
 def test_import_then_export_gives_the_same_bytes(folder, tmp_path):
