@@ -27,6 +27,7 @@ EXTRAS = {
     "export": ["onnx>=1.20,<2", "onnxruntime>=1.30,<2"],
     "huginn": ["tokenizers>=0.20,<1"],
     "parquet": ["pyarrow>=18"],
+    "serve": ["prometheus-client>=0.21,<1", "starlette>=1.6,<2", "uvicorn>=0.40,<1"],
     "qlora": [QWIX],
     "quantization": [QWIX],
     "tfds": ["tensorflow-datasets>=4.9.9,<5"],
@@ -41,6 +42,7 @@ EXTRAS = {
     ],
 }
 
+IN_DEV = ("media", "parquet", "tfds", "eval", "hub", "qlora", "export", "serve", "docs")
 TEST = ["beartype>=0.19", "pytest>=8", "pytest-xdist>=3"]
 
 setup(
@@ -87,19 +89,18 @@ setup(
         "test": TEST,
         # Everything but accelerators and services, and what checks the code.
         "dev": [
-            *(
-                line
-                for name in ("media", "parquet", "tfds", "eval", "hub", "qlora", "export", "docs")
-                for line in EXTRAS[name]
-            ),
+            *(line for name in IN_DEV for line in EXTRAS[name]),
             *TEST,
             "hypothesis>=6.100",
             "ipykernel>=6",
             "mypy>=1.14",
             "nbclient>=0.10",
             "nbformat>=5",
+            "openai>=3,<4",
+            "playwright>=1.50,<2",
             "pre-commit>=4",
             "ruff>=0.9",
+            "schemathesis>=4.30,<5",
             "tensorboard>=2.18",
             "torch>=2.13,<2.14",
             "transformers>=5.23,<6",
