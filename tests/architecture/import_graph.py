@@ -27,7 +27,6 @@ LAYERS: Mapping[str, int] = {
     "runs": 6,
     "model": 7,
     "export": 7,
-    "serving": 7,
     "api": 8,
     "serving": 9,
     "cli": 10,
