@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from megatransformer_jax.generation.history import History
+from megatransformer_jax.generation.history import NO_TOKEN, History
 from megatransformer_jax.generation.processors.processor import (
     Chain,
     apply_chain,
@@ -36,7 +36,7 @@ def choose(
     logits: Float[Array, "B V"],
     row_keys: Key[Array, "B"],
     *,
-    is_drawn: bool,
+    is_drawn: bool | jax.Array,
 ) -> Choice:
     """Draws, or takes the likeliest, of what the chain leaves.
 
@@ -47,16 +47,22 @@ def choose(
         not influence each other and a text can be continued as if it had not been interrupted.
       logits: of the model.
       row_keys: one per row.
-      is_drawn: static.
+      is_drawn: static, or bool [B] if it differs between rows. Rows that are not drawn must then
+        have a temperature of 0 in the chain.
     """
     scores = apply_chain(chain, chain_states, history, logits)
-    if is_drawn:
+
+    def draw() -> jax.Array:
         keys = jax.vmap(jax.random.fold_in)(row_keys, history.lengths)
         # A draw by the Gumbel trick, as `jax.random.categorical`, with a faster argmax.
         noise = jax.vmap(lambda key: jax.random.gumbel(key, scores.shape[1:]))(keys)
-        tokens = argmax(scores + noise)
+        return argmax(scores + noise)
+
+    if isinstance(is_drawn, bool):
+        tokens = draw() if is_drawn else argmax(scores)
     else:
-        tokens = argmax(scores)
+        # Noise for a whole vocabulary takes time, and changes no row with a single token left.
+        tokens = jax.lax.cond(jnp.any(is_drawn), draw, lambda: argmax(scores))
     return Choice(tokens, token_log_probs(logits, tokens), is_exhausted(scores))
 
 
@@ -64,3 +70,45 @@ def token_log_probs(logits: Float[Array, "B V"], tokens: Int[Array, "B"]) -> Flo
     """Log-probability of one token per row."""
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=1)[:, 0]
     return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+def top_log_probs(
+    logits: Float[Array, "B V"], wanted: Int[Array, "B"], num_top: int
+) -> tuple[Int[Array, "B {num_top}"], Float[Array, "B {num_top}"]]:
+    """The likeliest tokens of each row and their log-probabilities, likeliest first.
+
+    Of equally likely tokens the one with the lowest id comes first. The cost grows with the most
+    that any row wants, which may be none; XLA's top-k on CPU sorts the whole row.
+
+    Args:
+      logits: of the model.
+      wanted: tokens that each row wants, at most `num_top`.
+      num_top: static.
+
+    Returns:
+      Ids and log-probabilities; what lies behind the most that any row wants is NO_TOKEN and 0.
+    """
+    batch_size, num_tokens = logits.shape
+    total = jax.nn.logsumexp(logits, axis=-1)
+    ids = jnp.arange(num_tokens, dtype=jnp.int32)
+
+    def add_next(place: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        last_logit, last_id, top_ids, top = carry
+        is_after = (logits < last_logit[:, None]) | (
+            (logits == last_logit[:, None]) & (ids > last_id[:, None])
+        )
+        left = jnp.where(is_after, logits, -jnp.inf)
+        highest = jnp.max(left, axis=-1)
+        is_next = is_after & (left == highest[:, None])
+        next_id = jnp.min(jnp.where(is_next, ids, num_tokens - 1), axis=-1)
+        top_ids = top_ids.at[:, place].set(next_id)
+        return highest, next_id, top_ids, top.at[:, place].set(highest - total)
+
+    start = (
+        jnp.full(batch_size, jnp.inf, logits.dtype),
+        jnp.full(batch_size, NO_TOKEN, jnp.int32),
+        jnp.full((batch_size, num_top), NO_TOKEN, jnp.int32),
+        jnp.zeros((batch_size, num_top), logits.dtype),
+    )
+    most = jnp.minimum(jnp.max(wanted), min(num_top, num_tokens))
+    return jax.lax.fori_loop(0, most, add_next, start)[2:]

@@ -7,7 +7,7 @@ import numpy as np
 from megatransformer_jax.generation.history import history_of_prompts
 from megatransformer_jax.generation.processors.cuts import Temperature, TopK
 from megatransformer_jax.generation.processors.processor import AllowedTokens, init_chain
-from megatransformer_jax.generation.token_choice import choose, token_log_probs
+from megatransformer_jax.generation.token_choice import choose, token_log_probs, top_log_probs
 
 V = 12
 compiled_choose = jax.jit(choose, static_argnames="is_drawn")
@@ -74,6 +74,34 @@ def test_rows_without_any_token_left_are_told():
     for is_drawn in (False, True):
         choice = choose_from(some_logits(2), chain, is_drawn=is_drawn)
         assert choice.is_exhausted.tolist() == [False, True]
+
+
+def test_some_rows_are_drawn_and_others_not():
+    logits, keys = some_logits(8), jax.random.split(jax.random.key(1), 8)
+    is_drawn = jnp.arange(8) % 2 == 0
+    chain = (Temperature(jnp.where(is_drawn, 1.0, 0.0)),)
+    drawn = choose_from(logits, chain, keys=keys, is_drawn=True)
+    likeliest = choose_from(logits, keys=keys)
+    history = history_of_prompts([[1, 2]] * 8, 8, 0)
+    for wanted in (is_drawn, jnp.zeros(8, bool)):
+        mixed = jax.jit(choose)(chain, ((),), history, logits, keys, is_drawn=wanted)
+        expected = np.where(wanted, drawn.tokens, likeliest.tokens)
+        is_compared = np.asarray(wanted | ~is_drawn)
+        np.testing.assert_array_equal(mixed.tokens[is_compared], expected[is_compared])
+    assert np.any(drawn.tokens != likeliest.tokens)
+
+
+def test_the_likeliest_tokens_come_in_order():
+    logits = jnp.round(some_logits(5))  # with ties
+    top = jax.jit(top_log_probs, static_argnums=2)
+    expected, expected_ids = jax.lax.top_k(jax.nn.log_softmax(logits), 4)
+    ids, log_probs = top(logits, jnp.array([0, 4, 1, 2, 0]), 4)
+    np.testing.assert_array_equal(ids, expected_ids)
+    np.testing.assert_allclose(log_probs, expected, atol=1e-6)
+    ids, log_probs = top(logits, jnp.array([0, 2, 1, 2, 0]), 4)
+    np.testing.assert_array_equal(ids[:, :2], expected_ids[:, :2])
+    assert (ids[:, 2:] == -1).all()
+    assert (log_probs[:, 2:] == 0).all()
 
 
 def test_log_probabilities_of_tokens():

@@ -130,20 +130,46 @@ class NoRepeatNgram(Stateless):
 
 @flax.struct.dataclass
 class MinNewTokens(Stateless):
-    """Bans the end token until a number of tokens has been generated.
+    """Bans the end tokens until a number of tokens has been generated.
 
     Attributes:
       count: int32 [] or [B]; 0 is off.
-      eos_id: int32 [], the end token.
+      end_ids: int32 [], [E] or [B, E], the end tokens; ids outside the vocabulary are none.
     """
 
     count: Number
-    eos_id: Number
+    end_ids: Number
 
     def __call__(
         self, state: State, history: History, logits: Float[Array, "B V"]
     ) -> Float[Array, "B V"]:
-        """The scores, without the end token where it is too early."""
+        """The scores, without the end tokens where it is too early."""
         is_early = history.num_generated[:, None] < per_row(self.count)
-        is_end = jnp.arange(logits.shape[1]) == self.eos_id
+        end_ids = jnp.atleast_1d(self.end_ids)[..., None, :]
+        is_end = jnp.any(jnp.arange(logits.shape[1])[:, None] == end_ids, axis=-1)
         return jnp.where(is_early & is_end, BANNED, logits)
+
+
+# ------------------------------------------------------------------------------
+# Adds to the scores of some tokens, as `logit_bias` in OpenAI's API.
+
+
+@flax.struct.dataclass
+class LogitBias(Stateless):
+    """Adds a number to the scores of a few tokens of each row.
+
+    Attributes:
+      ids: int32 [B, K], the tokens, each once; ids outside the vocabulary are none.
+      bias: float32 [B, K].
+    """
+
+    ids: Number
+    bias: Number
+
+    def __call__(
+        self, state: State, history: History, logits: Float[Array, "B V"]
+    ) -> Float[Array, "B V"]:
+        """The changed scores."""
+        # A negative index would count from the end.
+        ids = jnp.where(self.ids < 0, logits.shape[1], self.ids)
+        return logits.at[jnp.arange(logits.shape[0])[:, None], ids].add(self.bias, mode="drop")

@@ -1,5 +1,6 @@
 """What holds for every processor: state, batch rows, off, exhausted rows, no recompilation."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 from example_rows import CAPACITY, KINDS, NUM_ROWS, VOCAB_SIZE, random_history, random_logits
 
+from megatransformer_jax.config.sampling import SamplingConfig
 from megatransformer_jax.generation.endings import PieceTable, text_automaton
-from megatransformer_jax.generation.history import History
+from megatransformer_jax.generation.history import NO_TOKEN, History
 from megatransformer_jax.generation.processors.cuts import MinP, Temperature, TopK, TopP, Typical
 from megatransformer_jax.generation.processors.penalties import (
     CountPenalty,
+    LogitBias,
     MinNewTokens,
     NoRepeatNgram,
     RepetitionPenalty,
@@ -26,6 +29,12 @@ from megatransformer_jax.generation.processors.processor import (
     is_exhausted,
     update_chain,
 )
+from megatransformer_jax.generation.processors.row_chain import (
+    RowChain,
+    RowSizes,
+    neutral_rows,
+    row_numbers,
+)
 from megatransformer_jax.generation.processors.words import BannedTexts, forced_words
 
 EOS = 2
@@ -35,6 +44,28 @@ def texts(text: str) -> BannedTexts:
     """One letter per token."""
     letters = np.arange(ord("a"), ord("a") + VOCAB_SIZE, dtype=np.uint8)[:, None]
     return BannedTexts(text_automaton([[text]], PieceTable(letters, np.ones(VOCAB_SIZE, np.int32))))
+
+
+def bias(number: jax.Array, whole: jax.Array) -> LogitBias:
+    ids = jnp.broadcast_to(whole, NUM_ROWS)[:, None] + jnp.array([0, 5, VOCAB_SIZE])
+    return LogitBias(ids.at[:, 1].set(-1), jnp.broadcast_to(number, NUM_ROWS)[:, None] * ids)
+
+
+def rows(number: jax.Array, whole: jax.Array) -> RowChain:
+    """All numbers of each row other than neutral."""
+    one = row_numbers(
+        SamplingConfig(), is_drawn=True, sizes=RowSizes(1, 2), logit_bias={3: 1.0}, end_ids=(EOS,)
+    )
+    numbers = jax.tree.map(lambda leaf: jnp.stack([jnp.asarray(leaf)] * NUM_ROWS), one)
+    number, whole = (jnp.broadcast_to(given, NUM_ROWS) for given in (number, whole))
+    kept = ("bias_ids", "bias", "end_ids")
+    counts = ("top_k", "no_repeat_ngram", "min_new_tokens")
+    changes = {
+        field.name: whole if field.name in counts else number
+        for field in dataclasses.fields(numbers)
+        if field.name not in kept
+    }
+    return RowChain(numbers.replace(**changes), jnp.arange(VOCAB_SIZE) != 1, VOCAB_SIZE)
 
 
 # From two numbers, which every processor of a type takes without compiling again.
@@ -51,6 +82,8 @@ MAKERS: dict[str, Callable[[jax.Array, jax.Array], Processor]] = {
     "MinNewTokens": lambda number, whole: MinNewTokens(whole, jnp.int32(EOS)),
     "BannedTexts": lambda number, whole: texts("abc"[: 1 + int(whole.max()) % 3]),
     "ForcedWords": lambda number, whole: forced_words([[[4, int(whole.max())]]], 9, EOS),
+    "LogitBias": bias,
+    "RowChain": rows,
 }
 PER_ROW = (jnp.linspace(0.2, 0.9, NUM_ROWS), jnp.arange(1, NUM_ROWS + 1) % 4 + 1)
 every_processor = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
@@ -143,6 +176,12 @@ def test_an_exhausted_row_is_not_nan(make):
         assert is_exhausted(scores).all()
 
 
+def neutral() -> RowChain:
+    """Rows that draw from the model's own distribution."""
+    numbers = neutral_rows(NUM_ROWS, RowSizes(1, 1)).replace(temperature=jnp.ones(NUM_ROWS))
+    return RowChain(numbers, jnp.ones(VOCAB_SIZE, bool), VOCAB_SIZE)
+
+
 # Made in each test: JAX on a loaded CPU was seen to lose the value of a number that was made when
 # the module was imported.
 OFF = {
@@ -156,6 +195,8 @@ OFF = {
     "counts": lambda: CountPenalty(jnp.float32(0), jnp.float32(0), VOCAB_SIZE),
     "ngram": lambda: NoRepeatNgram(jnp.int32(0), 4),
     "min_new": lambda: MinNewTokens(jnp.int32(0), jnp.int32(EOS)),
+    "bias": lambda: LogitBias(jnp.full((NUM_ROWS, 2), NO_TOKEN), jnp.ones((NUM_ROWS, 2))),
+    "rows": neutral,
 }
 
 
