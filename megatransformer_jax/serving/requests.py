@@ -91,11 +91,13 @@ class Finished:
       reason: 'end_of_text', 'stop', 'length', 'exhausted', 'cancelled' or 'deadline'.
       text: what was still held back.
       end_token: the end token that ended it, if one did; it counts as generated, but is not text.
+      end_depth: iterations of the core that led to the end token; 0 without one, or without a core.
     """
 
     reason: str
     text: str = ""
     end_token: Scored | None = None
+    end_depth: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

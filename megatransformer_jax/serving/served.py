@@ -1,0 +1,223 @@
+"""What is served: facts about the model that requests are checked against, and whether it fits.
+
+`settle` fills in what `ServingConfig` leaves to the model, and checks the memory of the cache
+before anything is compiled.
+"""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from megatransformer_jax.config.generation import GenerationConfig, for_model
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.sampling import CacheConfig
+from megatransformer_jax.config.serving import (
+    CRITERIA,
+    DEFAULT_CAPACITY,
+    DEFAULT_SLOTS,
+    DEPTH_FACTOR,
+    ServingConfig,
+)
+from megatransformer_jax.data.media_tokenizer import MediaTokenizer
+from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.generation.endings import end_ids_of
+from megatransformer_jax.model import Model
+from megatransformer_jax.models.cost.memory import cache_bytes_per_token
+from megatransformer_jax.nn.kv_cache import rows_to_blocks
+
+# Of the memory that is free, as much may be the cache: programs need some as well.
+MEMORY_SHARE = 0.9
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """What requests and answers need to know of a model.
+
+    Attributes:
+      name: in requests and answers.
+      tokenizer: None: prompts and answers are ids.
+      vocab_size: ids that prompts may have are below this.
+      capacity: tokens of a text, prompt included, at most.
+      trained_depth: mean iterations in training. None: no core.
+      has_exit_gate: whether it learned when to stop.
+      makes_media: whether it has parts for images or sound; texts alone are served.
+      num_parameters: numbers in it.
+      created: when it was loaded, in seconds since 1970.
+    """
+
+    name: str
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    capacity: int
+    trained_depth: int | None
+    has_exit_gate: bool = False
+    makes_media: bool = False
+    num_parameters: int = 0
+    created: int = 0
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return tuple(end_ids_of(self.tokenizer))
+
+
+def served_model(lm: Model, config: ServingConfig, created: int) -> ServedModel:
+    """The facts of a model; `config` is settled."""
+    assert config.capacity is not None and config.name is not None
+    tokenizer = lm.tokenizer
+    # Markers of media are not text, and a model may have more rows than its tokenizer has ids.
+    of_text = tokenizer.base if isinstance(tokenizer, MediaTokenizer) else tokenizer
+    size = lm.config.vocab_size
+    return ServedModel(
+        name=config.name,
+        tokenizer=tokenizer,
+        vocab_size=size if of_text is None else min(size, of_text.vocab_size),
+        capacity=min(config.capacity, lm.config.max_length),
+        trained_depth=lm.trained_depth,
+        has_exit_gate=lm.config.exit_gate.enabled,
+        makes_media=isinstance(tokenizer, MediaTokenizer),
+        num_parameters=lm.num_parameters,
+        created=created,
+    )
+
+
+def settle(
+    config: ServingConfig,
+    lm: Model,
+    *,
+    default_name: str = "megatransformer",
+    free_bytes: int | None = None,
+) -> ServingConfig:
+    """The same options with a number for each that is left to the model.
+
+    Args:
+      config: as the user gave it.
+      lm: what is served.
+      default_name: of the model, if the options name none; such as that of its folder.
+      free_bytes: memory for the cache. None: what the device, or this machine, has free.
+
+    Raises:
+      ConfigError: if an option does not fit the model, or the cache does not fit the memory.
+    """
+    capacity = config.capacity or min(DEFAULT_CAPACITY, lm.config.max_length)
+    if config.max_tokens is not None and config.max_tokens >= capacity:
+        raise ConfigError(
+            "max_tokens", f"{config.max_tokens} leaves no room for a prompt in {capacity} tokens."
+        )
+    capacity = rows_to_blocks(capacity, lm.module.platform)
+    settled = dataclasses.replace(config, name=config.name or default_name, capacity=capacity)
+    settled = _settle_core(settled, lm)
+    if free_bytes is None:
+        free_bytes = free_memory(jax.local_devices()[0])
+    check_memory(settled, lm, free_bytes)
+    return settled
+
+
+def _settle_core(config: ServingConfig, lm: Model) -> ServingConfig:
+    trained = lm.trained_depth
+    if trained is None:
+        config.check_model_without_core()
+        return dataclasses.replace(config, criteria=("fixed",), max_depth=1, cache_slots=1)
+    has_gate = lm.config.exit_gate.enabled
+    for criterion in config.criteria:
+        if criterion == "learned_gate" and not has_gate:
+            for_model(
+                GenerationConfig.of(exit_criterion=criterion), trained, has_exit_gate=has_gate
+            )
+    known = tuple(name for name in CRITERIA if has_gate or name != "learned_gate")
+    slots = config.cache_slots or max(DEFAULT_SLOTS, trained)
+    depth = config.max_depth or max(slots, DEPTH_FACTOR * trained)
+    if config.cache_slots is None:
+        slots = min(slots, depth)
+    if depth < trained:
+        raise ConfigError(
+            "max_depth",
+            f"{depth} is below the trained mean depth {trained}, which requests without a depth "
+            "have; raise it.",
+        )
+    return dataclasses.replace(
+        config, criteria=config.criteria or known, max_depth=depth, cache_slots=slots
+    )
+
+
+def cache_config(config: ServingConfig) -> CacheConfig:
+    """The same cache for `Generator`; `config` is settled."""
+    return CacheConfig(
+        slots=config.cache_slots,
+        sharing=config.cache_sharing,
+        exited_reads=config.cache_exited_reads,
+    )
+
+
+def check_memory(config: ServingConfig, lm: Model, free_bytes: int) -> None:
+    """Checks that the cache fits, before it is asked for.
+
+    Args:
+      config: settled.
+      lm: what is served.
+      free_bytes: memory of one device that the cache may take.
+
+    Raises:
+      ConfigError: if it does not; says how far to lower rows, capacity or slots.
+    """
+    rows, capacity, slots = config.rows, config.capacity or 0, config.cache_slots or 1
+
+    def needed(rows: int, capacity: int, slots: int) -> int:
+        per_token = cache_bytes_per_token(lm.config, slots, lm.module.policy.compute)
+        return rows * capacity * per_token
+
+    total = needed(rows, capacity, slots)
+    if total <= free_bytes:
+        return
+    fits = {
+        "rows": (rows, lambda number: needed(number, capacity, slots)),
+        "capacity": (capacity, lambda number: needed(rows, number, slots)),
+        "cache_slots": (slots, lambda number: needed(rows, capacity, number)),
+    }
+    fixes = []
+    for name, (most, cost) in fits.items():
+        largest = _largest(most, cost, free_bytes)
+        if largest:
+            fixes.append(f"{name} to {largest}")
+    raise ConfigError(
+        "rows",
+        f"the cache of {rows} rows x {capacity} tokens x {slots} slots takes {total / GIB:.1f} "
+        f"GiB, and {free_bytes / GIB:.1f} GiB are free for it; lower "
+        f"{' or '.join(fixes) or 'rows, capacity and cache_slots'}.",
+    )
+
+
+def _largest(most: int, cost: Callable[[int], int], free_bytes: int) -> int:
+    """The largest number up to `most` whose cost is free; 0 if there is none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle) <= free_bytes else (low, middle - 1)
+    return low
+
+
+def free_memory(device: Any) -> int:
+    """Bytes of a device that a cache may take, once the parameters are there.
+
+    A device that does not tell (a CPU) has the machine's memory that is free.
+    """
+    statistics = device.memory_stats()
+    if statistics and "bytes_limit" in statistics:
+        free = statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    else:
+        free = _free_of_the_machine()
+    return int(MEMORY_SHARE * free)
+
+
+def _free_of_the_machine() -> int:
+    with contextlib.suppress(OSError):  # Linux knows what files take that programs may have.
+        for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
