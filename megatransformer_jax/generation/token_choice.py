@@ -77,8 +77,8 @@ def top_log_probs(
 ) -> tuple[Int[Array, "B {num_top}"], Float[Array, "B {num_top}"]]:
     """The likeliest tokens of each row and their log-probabilities, likeliest first.
 
-    Of equally likely tokens the one with the lowest id comes first. The cost grows with the most
-    that any row wants, which may be none; XLA's top-k on CPU sorts the whole row.
+    Of equally likely tokens the one with the lowest id comes first. Nothing is computed if no row
+    wants any.
 
     Args:
       logits: of the model.
@@ -86,29 +86,21 @@ def top_log_probs(
       num_top: static.
 
     Returns:
-      Ids and log-probabilities; what lies behind the most that any row wants is NO_TOKEN and 0.
+      Ids and log-probabilities, as many for every row; NO_TOKEN and 0 if no row wants any.
     """
-    batch_size, num_tokens = logits.shape
-    total = jax.nn.logsumexp(logits, axis=-1)
-    ids = jnp.arange(num_tokens, dtype=jnp.int32)
+    shape, count = (logits.shape[0], num_top), min(num_top, logits.shape[1])
 
-    def add_next(place: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        last_logit, last_id, top_ids, top = carry
-        is_after = (logits < last_logit[:, None]) | (
-            (logits == last_logit[:, None]) & (ids > last_id[:, None])
+    def search() -> tuple[jax.Array, jax.Array]:
+        top, ids = jax.lax.top_k(logits, count)
+        log_probs = top - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        behind = ((0, 0), (0, num_top - count))
+        return (
+            jnp.pad(ids.astype(jnp.int32), behind, constant_values=NO_TOKEN),
+            jnp.pad(log_probs, behind),
         )
-        left = jnp.where(is_after, logits, -jnp.inf)
-        highest = jnp.max(left, axis=-1)
-        is_next = is_after & (left == highest[:, None])
-        next_id = jnp.min(jnp.where(is_next, ids, num_tokens - 1), axis=-1)
-        top_ids = top_ids.at[:, place].set(next_id)
-        return highest, next_id, top_ids, top.at[:, place].set(highest - total)
 
-    start = (
-        jnp.full(batch_size, jnp.inf, logits.dtype),
-        jnp.full(batch_size, NO_TOKEN, jnp.int32),
-        jnp.full((batch_size, num_top), NO_TOKEN, jnp.int32),
-        jnp.zeros((batch_size, num_top), logits.dtype),
-    )
-    most = jnp.minimum(jnp.max(wanted), min(num_top, num_tokens))
-    return jax.lax.fori_loop(0, most, add_next, start)[2:]
+    def skip() -> tuple[jax.Array, jax.Array]:
+        return jnp.full(shape, NO_TOKEN, jnp.int32), jnp.zeros(shape, logits.dtype)
+
+    found: tuple[jax.Array, jax.Array] = jax.lax.cond(jnp.any(wanted > 0), search, skip)
+    return found
