@@ -115,12 +115,8 @@ def text_automaton(groups: Sequence[Sequence[str]], pieces: PieceTable) -> TextA
       UserError: if a text is empty, contains U+FFFD (which stands for bytes that are not text), or
         all together are too long.
     """
-    for text in (text for group in groups for text in group):
-        if not text or _REPLACEMENT in text:
-            raise UserError(
-                f"{text!r} cannot be looked for in generated text; give at least one character, "
-                "and not U+FFFD."
-            )
+    for group in groups:
+        _check_texts(group)
     steps = np.zeros((0, 256), np.int32)
     is_end = np.zeros(0, bool)
     root_of: dict[tuple[str, ...], int] = {}
@@ -130,13 +126,26 @@ def text_automaton(groups: Sequence[Sequence[str]], pieces: PieceTable) -> TextA
             new_steps, new_ends = _byte_automaton([text.encode("utf-8") for text in group])
             steps = np.concatenate([steps, new_steps + len(steps)])
             is_end = np.concatenate([is_end, new_ends])
-    if len(steps) > MAX_TEXT_BYTES:
-        raise UserError(
-            f"the texts to look for have {len(steps)} bytes, more than {MAX_TEXT_BYTES}; give "
-            "fewer or shorter ones."
-        )
+    _check_size(len(steps))
     roots = jnp.asarray([root_of[tuple(group)] for group in groups], jnp.int32)
     return TextAutomaton(jnp.asarray(_token_transitions(steps, is_end, pieces)), roots)
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    for text in texts:
+        if not text or _REPLACEMENT in text:
+            raise UserError(
+                f"{text!r} cannot be looked for in generated text; give at least one character, "
+                "and not U+FFFD."
+            )
+
+
+def _check_size(num_states: int) -> None:
+    if num_states > MAX_TEXT_BYTES:
+        raise UserError(
+            f"the texts to look for have {num_states} bytes, more than {MAX_TEXT_BYTES}; give "
+            "fewer or shorter ones."
+        )
 
 
 def _byte_automaton(texts: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -275,6 +284,51 @@ def stop_strings(stops: Sequence[str], pieces: PieceTable) -> TextAutomaton:
       UserError: see `text_automaton`.
     """
     return text_automaton([stops], pieces)
+
+
+class StopFinder:
+    """Finds the same stops token by token on the host, for one text whose tokens come one by one.
+
+    It needs no table with a column per token, so every text may have stops of its own.
+
+    Args:
+      stops: the texts; none finds nothing.
+      tokenizer: of the model.
+
+    Raises:
+      UserError: see `text_automaton`.
+    """
+
+    def __init__(self, stops: Sequence[str], tokenizer: Tokenizer | None):
+        _check_texts(stops)
+        if stops and tokenizer is None:
+            raise UserError("stop texts need a tokenizer, and this model has none.")
+        self._tokenizer = tokenizer if stops else None
+        self._steps, self._is_end = _byte_automaton([stop.encode("utf-8") for stop in stops])
+        _check_size(len(self._steps))
+        self._state = 0
+
+    def add(self, token: int) -> bool:
+        """Whether a stop is complete inside this new token or at its end."""
+        if self._tokenizer is None:
+            return False
+        is_found = False
+        for byte in self._tokenizer.piece_bytes(token):
+            self._state = int(self._steps[self._state, byte])
+            is_found |= bool(self._is_end[self._state])
+        return is_found
+
+    def reason(self, token: int, reason: int) -> int:
+        """Why a text ends with this new token, stops included; RUNNING if it goes on.
+
+        Args:
+          token: the new one; without meaning if the reason is EXHAUSTED.
+          reason: as the loop gives it, which knows of no stop. As in `Ending`, an end token comes
+            before a stop, and a stop before the length.
+        """
+        if reason in (END_OF_TEXT, EXHAUSTED):
+            return reason
+        return STOP if self.add(token) else reason
 
 
 def cut_at_stop(text: str, stops: Sequence[str]) -> str:

@@ -20,6 +20,7 @@ from megatransformer_jax.data.tokenizer import (
 from megatransformer_jax.generation.endings import (
     MIN_STATES,
     PieceTable,
+    StopFinder,
     TextAutomaton,
     piece_table,
     text_automaton,
@@ -93,6 +94,8 @@ def test_it_finds_what_a_search_in_the_text_finds(
     anything = anything.filter(lambda text: not set("\ufffd\u2581") & set(text))
     stops = data.draw(st.lists(substrings | anything, max_size=4))
     found = hits(text_automaton([stops], tables[name]), ids)
+    finder = StopFinder(stops, tokenizer)
+    assert [finder.add(token) for token in ids] == found
     for count in range(1, len(ids) + 1):
         is_there = any(stop in tokenizer.decode(ids[:count]) for stop in stops)
         assert any(found[:count]) == is_there

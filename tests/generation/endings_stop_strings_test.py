@@ -1,12 +1,21 @@
 """Stops are found in the loop and cut off the text; streaming shows no part of one."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.generation.endings import (
+    END_OF_TEXT,
+    EXHAUSTED,
+    LENGTH,
+    RUNNING,
+    STOP,
+    Ending,
+    StopFinder,
     cut_at_stop,
     num_held_back,
     piece_table,
@@ -70,3 +79,49 @@ def test_rows_stop_in_their_own_token():
         found.append(is_stopped.tolist())
     assert [row for row, _ in found].index(True) == 3
     assert [row for _, row in found] == [False] * 8 + [True]
+
+
+TABLE = piece_table(BYTES, BYTES.vocab_size)
+LETTERS = BYTES.encode("ab\n")
+update = jax.jit(lambda ending, *args: ending.update(*args))
+
+
+@given(st.lists(st.sampled_from([*LETTERS, BYTES.eos_id]), min_size=1, max_size=6), stop_lists)
+def test_the_host_ends_a_text_where_the_loop_does(tokens: list[int], stops: list[str]):
+    automaton = stop_strings(stops, TABLE)
+    on_device = Ending(jnp.array([BYTES.eos_id]), jnp.int32(5), automaton)
+    without_stops = Ending(jnp.array([BYTES.eos_id]), jnp.int32(5))
+    finder = StopFinder(stops, BYTES)
+    state, bare = on_device.init(1), without_stops.init(1)
+    for count, token in enumerate(tokens, 1):
+        given = (jnp.array([token]), jnp.array([count]))
+        state, bare = update(on_device, state, *given), update(without_stops, bare, *given)
+        reason = finder.reason(token, int(bare.reason[0]))
+        assert reason == state.reason[0]
+        if reason != RUNNING:
+            return
+
+
+def test_reasons_in_their_order():
+    def reason(token: int, code: int) -> int:
+        return StopFinder(("\n",), BYTES).reason(token, code)
+
+    a, _, newline = LETTERS
+    assert reason(newline, END_OF_TEXT) == END_OF_TEXT
+    assert reason(newline, EXHAUSTED) == EXHAUSTED
+    assert reason(newline, LENGTH) == STOP
+    assert reason(a, LENGTH) == LENGTH
+    assert StopFinder((), None).reason(a, RUNNING) == RUNNING
+
+
+@pytest.mark.parametrize(
+    ("stops", "tokenizer", "message"),
+    [
+        (("",), BYTES, "'' cannot be looked for"),
+        (("a",), None, "stop texts need a tokenizer"),
+        (("a" * 5000,), BYTES, "have 5001 bytes, more than 4096"),
+    ],
+)
+def test_what_cannot_be_found_is_an_error(stops, tokenizer, message):
+    with pytest.raises(UserError, match=message):
+        StopFinder(stops, tokenizer)
