@@ -1,4 +1,8 @@
-"""The model's view after every iteration: latents, residuals and next tokens (a logit lens)."""
+"""The model's view after every iteration: latents, residuals and next tokens (a logit lens).
+
+`trace_iterations` looks at all tokens of whole texts, `trace_token` at one token behind a cache,
+with the values that exit criteria compare with their thresholds.
+"""
 
 import dataclasses
 import functools
@@ -19,8 +23,16 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, as_whole
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.report import new_figure, tables_as_html, tables_as_text
+from megatransformer_jax.models.exit_criteria import (
+    EXIT_CRITERIA,
+    DepthRule,
+    ExitCriterion,
+    Observation,
+)
 from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.models.passes.observed import open_core
+from megatransformer_jax.nn.kv_cache import KVCache
 
 
 @struct.dataclass
@@ -120,6 +132,141 @@ def check_trace_size(model: ModelConfig, shape: tuple[int, ...], depth: int, top
             f"{4 * numbers / 2**30:.1f} GiB, more than a quarter of this machine's "
             f"{memory / 2**30:.1f} GiB; trace fewer iterations or shorter inputs.",
         )
+
+
+# ------------------------------------------------------------------------------
+# One token behind a cache, with what every exit criterion makes of its iterations.
+
+
+@struct.dataclass
+class TokenTrace:
+    """What the iterations over one token led to; entry i - 1 is iteration i.
+
+    Entries beyond the depth that was asked for mean nothing.
+
+    Attributes:
+      top_ids: the likeliest next tokens if the core stopped there, likeliest first.
+      top_log_probs: their log-probabilities.
+      next_log_probs: log-probabilities of one token of interest.
+      entropies: of the next token's distribution, nats.
+      values: of each exit criterion by its name, see models/exit_criteria.py.
+    """
+
+    top_ids: Int[Array, "n k"]
+    top_log_probs: Float[Array, "n k"]
+    next_log_probs: Float[Array, "n"]
+    entropies: Float[Array, "n"]
+    values: dict[str, Float[Array, "n"]]
+
+
+def traced_criteria(has_exit_gate: bool) -> tuple[str, ...]:
+    """The criteria whose values a trace has: all that measure something in such a model."""
+    return tuple(
+        name
+        for name, criterion in EXIT_CRITERIA.items()
+        if name != "fixed" and (has_exit_gate or not criterion.needs_gate)
+    )
+
+
+def trace_token(
+    model: MegaTransformer,
+    params: Any,
+    new: NewTokens,
+    cache: KVCache,
+    depth: Int[Array, ""],
+    next_token: Int[Array, ""],
+    *,
+    num_iterations: int,
+    top_k: int,
+) -> TokenTrace:
+    """Iterates over one token that sees a cache, and writes nothing. Pure; depth is data.
+
+    The token has the numbers that decoding with this cache gives it: all of its iterations up to
+    the one at which a criterion would end them.
+
+    Args:
+      model: with a core, laid out for one row.
+      params: its parameters.
+      new: the token, [1, 1].
+      cache: of one row, with the tokens before.
+      depth: iterations, at most `num_iterations`.
+      next_token: whose log-probabilities are wanted besides.
+      num_iterations: n, static.
+      top_k: k, static.
+    """
+    names = traced_criteria(model.config.exit_gate.enabled)
+    watching = _watching(names, next_token, num_iterations, top_k)
+    rule = DepthRule(depth, jnp.float32(0), jnp.int32(1), watching)
+    output = cached_forward(model, params, new, cache, rule, last_logits_only=True)
+    found = jax.tree.map(lambda array: array[0, 0], output.memory.found)
+    return TokenTrace(**found)
+
+
+@struct.dataclass
+class _Watched:
+    """The memory of `_watching`: that of every criterion, and what was found so far.
+
+    Attributes:
+      number: iterations so far.
+      kept: by the criteria.
+      found: the fields of a `TokenTrace`, of each token.
+    """
+
+    number: Int[Array, "B T"]
+    kept: tuple[Any, ...]
+    found: dict[str, Any]
+
+
+def _watching(
+    names: tuple[str, ...], next_token: jax.Array, num_iterations: int, top_k: int
+) -> ExitCriterion:
+    """A criterion that settles no token, and keeps what the named ones measure of it."""
+    members = [EXIT_CRITERIA[name] for name in names]
+
+    def init(state: jax.Array, vocab_size: int) -> _Watched:
+        shape = (*state.shape[:2], num_iterations)
+        numbers = jnp.zeros(shape, jnp.float32)
+        found = {
+            "top_ids": jnp.zeros((*shape, top_k), jnp.int32),
+            "top_log_probs": jnp.zeros((*shape, top_k), jnp.float32),
+            "next_log_probs": numbers,
+            "entropies": numbers,
+            "values": dict.fromkeys(names, numbers),
+        }
+        kept = tuple(member.init(state, vocab_size) for member in members)
+        return _Watched(jnp.zeros(shape[:2], jnp.int32), kept, found)
+
+    def measure(memory: _Watched, observation: Observation) -> tuple[jax.Array, _Watched]:
+        pairs = [
+            member.measure(kept, observation)
+            for member, kept in zip(members, memory.kept, strict=True)
+        ]
+        assert observation.logits is not None
+        log_probs = jax.nn.log_softmax(observation.logits.astype(jnp.float32))
+        top_log_probs, top_ids = jax.lax.top_k(log_probs, top_k)
+        finite = jnp.where(jnp.isneginf(log_probs), 0.0, log_probs)
+        new = {
+            "top_ids": top_ids,
+            "top_log_probs": top_log_probs,
+            "next_log_probs": log_probs[..., next_token],
+            "entropies": -jnp.sum(jnp.exp(log_probs) * finite, axis=-1),
+            "values": {name: value for name, (value, _) in zip(names, pairs, strict=True)},
+        }
+        place = memory.number[0, 0]
+        found = jax.tree.map(lambda old, new: old.at[:, :, place].set(new), memory.found, new)
+        kept = tuple(kept for _, kept in pairs)
+        never = jnp.full(memory.number.shape, jnp.inf)
+        return never, _Watched(memory.number + 1, kept, found)
+
+    return ExitCriterion(
+        name="watching",
+        needs_logits=True,
+        default_threshold=0.0,
+        init=init,
+        measure=measure,
+        is_settled=lambda value, threshold: value < 0,
+        needs_gate=any(member.needs_gate for member in members),
+    )
 
 
 # ------------------------------------------------------------------------------

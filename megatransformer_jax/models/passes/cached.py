@@ -79,12 +79,14 @@ class CachedOutput:
       state: the core's raw state, [B, T, core width]; the prelude's output without a core.
       num_steps: iterations that each token took; 0 for padding.
       cache: with the new tokens.
+      memory: what the rule's criterion keeps of the last iteration; None without a core.
     """
 
     logits: Float[Array, "B T2 V"]
     state: Float[Array, "B T D"]
     num_steps: Int[Array, "B T"]
     cache: KVCache
+    memory: Any = None
 
 
 def cached_forward(
@@ -135,6 +137,7 @@ def cached_forward(
         x = model.sharder.constrain(x, "batch", "length", None)
     outer = reading(outer, read_entries(cache.coda, cache), positions)
     state, num_steps, core_rows = x, jnp.zeros(new.tokens.shape, jnp.int32), None
+    memory = None
     if cache.core is not None:
         inner = layer_context(config, places, mask, config.core_width)
         inner = dataclasses.replace(inner, value_embeddings=outer.value_embeddings)
@@ -146,7 +149,7 @@ def cached_forward(
             first = token_states(config, new.state_keys, places, core.injected)
         result = _iterate(model, params, core, first.astype(core.injected.dtype))
         x, state = result.read, result.state
-        core_rows, num_steps = result.rows, result.num_steps
+        core_rows, num_steps, memory = result.rows, result.num_steps, result.memory
     hidden, coda_rows = apply_coda(model, params, x, outer, cache)
     if last_logits_only:
         hidden = last_token(hidden, is_token)[:, None]
@@ -154,7 +157,7 @@ def cached_forward(
     rows = (prelude_rows, core_rows, coda_rows)
     cache = write_rows(cache, rows, positions, num_steps, is_medium)
     cache = constrain_cache(model.sharder, cache)
-    return CachedOutput(apply_head(model, params, hidden), state, num_steps, cache)
+    return CachedOutput(apply_head(model, params, hidden), state, num_steps, cache, memory)
 
 
 def _iterate(model: MegaTransformer, params: Any, core: Pass, state: jax.Array) -> DepthResult:

@@ -43,12 +43,14 @@ class DepthResult:
       read: what coda and head read; the same, unless the rule has a read-out.
       rows: keys and values for the cache, [slots * layers, B, K, T, H].
       num_steps: iterations that each token took; 0 for padding.
+      memory: what the rule's criterion keeps of the last iteration.
     """
 
     state: Float[Array, "B T D"]
     read: Float[Array, "B T D"]
     rows: KeyValues
     num_steps: Int[Array, "B T"]
+    memory: Any = None
 
 
 @struct.dataclass
@@ -135,7 +137,7 @@ def iterate_core(
     carry = jax.lax.while_loop(lambda carry: jnp.any(carry.is_active), body, carry)
     rows = _fill_unused_slots(carry.rows, carry.iteration, layers)
     read = finish_reading(rule.readout, carry.reading, carry.state)
-    return DepthResult(carry.state, read, rows, carry.num_steps)
+    return DepthResult(carry.state, read, rows, carry.num_steps, carry.memory)
 
 
 def iterate_and_sow(

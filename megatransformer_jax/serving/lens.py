@@ -1,0 +1,376 @@
+"""How one token of a text came about, iteration by iteration: what POST /lens answers.
+
+The text before the token is read into a cache for one text, in chunks, by the depth rule of the
+request that made it. Then one pass looks at every iteration over the token. Both are programs that
+are compiled once. The cache stays, so the next token of the same text costs one short pass.
+"""
+
+import asyncio
+import dataclasses
+import functools
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from megatransformer_jax.config.generation import GENERATION_OPTIONS
+from megatransformer_jax.config.option import (
+    MAX_COUNT,
+    MAX_SEED,
+    ConfigError,
+    UserError,
+    as_whole,
+    declared_values,
+    unknown_key,
+)
+from megatransformer_jax.config.sampling import DepthConfig
+from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.evaluation.lens import TokenTrace, trace_token, traced_criteria
+from megatransformer_jax.export.program import one_of
+from megatransformer_jax.generation.placement import empty_cache, for_rows
+from megatransformer_jax.generation.request import prompt_keys
+from megatransformer_jax.models.exit_criteria import EXIT_CRITERIA, DepthRule
+from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.passes.cached import NewTokens, cached_forward, token_states
+from megatransformer_jax.nn.kv_cache import CacheShape, KVCache
+
+# Next tokens per iteration, and most iterations: at least so many, or so many times the trained.
+NUM_TOP = 5
+MAX_DEPTH = 64
+DEPTH_FACTOR = 4
+# Tokens per pass of the text before.
+CHUNK = 64
+# Criteria that settle a token by a value that is not below their threshold.
+_AT_LEAST = ("argmax_stability",)
+_FIELDS = (
+    *("model", "ids", "position", "prompt_tokens", "seed", "sample"),
+    *("depth", "min_depth", "exit_criterion", "exit_threshold"),
+)
+
+# Runs a function where the device may be used, and waits for it.
+Run = Callable[[Callable[[], Any]], Awaitable[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class LensRequest:
+    """Which token, and how the text was made.
+
+    Attributes:
+      ids: the text.
+      position: the token that is read; what is looked at is what comes after it.
+      prompt_tokens: how many of the ids were the prompt; first states that are drawn depend on it.
+      depth: iterations that are looked at.
+      rule: of the tokens before: most iterations, fewest, and when they leave.
+      threshold: of its criterion.
+      seed: of the request that made the text.
+      sample: number of the text among those of its prompt.
+    """
+
+    ids: tuple[int, ...]
+    position: int
+    prompt_tokens: int
+    depth: int
+    rule: DepthConfig
+    threshold: float
+    seed: int
+    sample: int
+
+    @property
+    def kept_for(self) -> tuple[Any, ...]:
+        """What the cache depends on besides the ids."""
+        return (self.rule, self.threshold, self.depth, self.prompt_tokens, self.seed, self.sample)
+
+
+class Lens:
+    """Looks at tokens of one model; one thread at a time may call `step`.
+
+    Args:
+      model: with a core.
+      params: its parameters.
+      tokenizer: to show tokens as text. None: they are shown as ids.
+      trained_depth: mean iterations in training.
+      shape: the cache of the texts that are looked at: its capacity, slots and what exited tokens
+        offer. For other numbers of rows than 1, those of one are taken.
+
+    Raises:
+      UserError: if the model has no core, or reads more than text.
+    """
+
+    def __init__(
+        self,
+        model: MegaTransformer,
+        params: Any,
+        tokenizer: Tokenizer | None,
+        trained_depth: int | None,
+        shape: CacheShape,
+    ):
+        if not model.config.is_recurrent:
+            raise UserError("this model has no recurrent core, so there are no iterations to show.")
+        self._model = for_rows(model, 1)
+        self._params = params
+        self._tokenizer = tokenizer
+        self._trained_depth = trained_depth or 1
+        self._capacity = min(shape.capacity, model.config.max_length)
+        # The last chunk of a text may be padded.
+        self._shape = dataclasses.replace(shape, batch_size=1, capacity=self._capacity + CHUNK)
+        self._names = ("fixed", *traced_criteria(model.config.exit_gate.enabled))
+        self._programs: tuple[Any, Any] | None = None
+        self._cache: Any = None
+        self._known: tuple[tuple[Any, ...], tuple[int, ...]] = ((), ())
+        self._lock = asyncio.Lock()
+
+    @property
+    def max_depth(self) -> int:
+        """Most iterations that can be looked at."""
+        return max(MAX_DEPTH, DEPTH_FACTOR * self._trained_depth)
+
+    def compile(self) -> None:
+        """Makes all programs and runs them; afterwards nothing is compiled."""
+        model, size = self._model, min(NUM_TOP, self._model.config.vocab_size)
+        read = functools.partial(_read, model, self._names)
+        look = functools.partial(_look, model, self.max_depth, size)
+        self._programs = (jax.jit(read, donate_argnums=1), jax.jit(look))
+        # A chunk, and the token after it.
+        request = self.request({"ids": [0, 0], "depth": 1})
+        while self.step(request) is None:
+            pass
+        self._known = ((), ())
+
+    def request(self, body: Mapping[str, Any]) -> LensRequest:
+        """Checks what a client asks for.
+
+        Args:
+          body: `ids`, the text; `position` of the token after which is looked, from 0 (default: the
+            last); `depth`, iterations to look at (default: the mean in training);
+            `exit_criterion`, `exit_threshold`, `min_depth`, `seed`, `sample`, `prompt_tokens` as in
+            the request and the answer that the text is from.
+
+        Raises:
+          ConfigError: naming the field and what is allowed.
+        """
+        for name in body:
+            if name not in _FIELDS:
+                raise unknown_key(name, _FIELDS)
+        ids = self._ids(body.get("ids"))
+        position = body.get("position")
+        prompt_tokens = body.get("prompt_tokens")
+        last = len(ids) - 1
+        names = ("depth", "min_depth", "exit_criterion", "exit_threshold")
+        given = {name: body[name] for name in names if body.get(name) is not None}
+        rule = DepthConfig(**declared_values(given, GENERATION_OPTIONS))
+        rule.check_gate(self._model.config.exit_gate.enabled)
+        depth = self._trained_depth if rule.depth is None else rule.depth
+        threshold = rule.exit_threshold
+        if threshold is None:
+            threshold = EXIT_CRITERIA[rule.exit_criterion].default_threshold
+        return LensRequest(
+            ids=ids,
+            position=last if position is None else as_whole("position", position, 0, last),
+            prompt_tokens=len(ids)
+            if prompt_tokens is None
+            else as_whole("prompt_tokens", prompt_tokens, 1, len(ids)),
+            depth=as_whole("depth", depth, 1, self.max_depth),
+            rule=rule,
+            threshold=threshold,
+            seed=as_whole("seed", body.get("seed") or 0, 0, MAX_SEED),
+            sample=as_whole("sample", body.get("sample") or 0, 0, MAX_COUNT),
+        )
+
+    async def answer(self, request: LensRequest, run: Run) -> dict[str, Any]:
+        """What POST /lens answers; one request at a time, as there is one cache.
+
+        Args:
+          request: checked.
+          run: has a function called where the device may be used, and awaits its result.
+        """
+        async with self._lock:
+            while (found := await run(functools.partial(self.step, request))) is None:
+                pass
+        answer: dict[str, Any] = found
+        return answer
+
+    def step(self, request: LensRequest) -> dict[str, Any] | None:
+        """Does one launch's work for a request: reads a chunk of its text (None), or looks.
+
+        Calls for one request must not be mixed with those for another.
+        """
+        assert self._programs is not None, "compile first"
+        read, look = self._programs
+        keys = (self._keys(request.seed, request.sample), np.int32(request.prompt_tokens))
+        before = request.ids[: request.position]
+        known = self._num_known(request)
+        if known < len(before):
+            start = known - known % CHUNK
+            part = before[start : start + CHUNK]
+            tokens = np.zeros((1, CHUNK), np.int32)
+            tokens[0, : len(part)] = part
+            rule = self._rule_numbers(request.rule, request.threshold, request.depth)
+            # Whatever happens, the donated cache is not read again.
+            cache, self._cache, self._known = self._cache, None, ((), ())
+            if cache is None:  # The first time, or a launch has failed.
+                cache = empty_cache(self._model.sharder, self._model.config, self._shape)
+            numbers = (np.int32(start), np.int32(len(part)))
+            self._cache = read(self._params, cache, tokens, *numbers, keys, rule)
+            self._known = (request.kept_for, before[: start + len(part)])
+            return None
+        following = request.ids[request.position + 1 : request.position + 2]
+        token, position = np.int32(request.ids[request.position]), np.int32(request.position)
+        target, depth = np.int32(following[0] if following else 0), np.int32(request.depth)
+        found = look(self._params, self._cache, token, position, target, keys, depth)
+        return self._shown(request, jax.device_get(dict(vars(found))))
+
+    def _num_known(self, request: LensRequest) -> int:
+        """Tokens before the one that is looked at whose rows are in the cache already."""
+        kept_for, ids = self._known
+        if kept_for != request.kept_for:
+            return 0
+        before = request.ids[: request.position]
+        pairs = zip(ids, before, strict=False)
+        same = next((i for i, (ours, theirs) in enumerate(pairs) if ours != theirs), None)
+        return min(len(ids), len(before)) if same is None else same
+
+    def _ids(self, given: Any) -> tuple[int, ...]:
+        size = self._model.config.vocab_size
+        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+            raise ConfigError("ids", f"{given!r} is not a list of token ids; give at least one.")
+        if len(given) > self._capacity:
+            raise ConfigError(
+                "ids", f"has {len(given)} tokens; at most {self._capacity} can be looked at."
+            )
+        return tuple(as_whole("ids", token, 0, size - 1) for token in given)
+
+    def _keys(self, seed: int, sample: int) -> tuple[jax.Array, jax.Array] | None:
+        """Of first states in the prompt, and behind it; None if they are not drawn."""
+        if self._model.config.recurrence.state_init in ("zero", "none"):
+            return None
+        prompt = prompt_keys(seed, [0])
+        return prompt, _sample_key(prompt, np.int32(sample))
+
+    def _rule_numbers(self, rule: DepthConfig, threshold: float, depth: int) -> tuple[Any, ...]:
+        code = self._names.index(rule.exit_criterion)
+        return (np.int32(depth), np.float32(threshold), np.int32(rule.min_depth), np.int32(code))
+
+    def _shown(self, request: LensRequest, found: Mapping[str, Any]) -> dict[str, Any]:
+        depth, rule = request.depth, request.rule
+        following = request.ids[request.position + 1 : request.position + 2]
+        values = {name: _plain(array[:depth]) for name, array in found["values"].items()}
+        answer: dict[str, Any] = {
+            "object": "lens",
+            "position": request.position,
+            "token": self._token(request.ids[request.position]),
+            "depth": depth,
+            "exit_depth": _exit_depth(rule, request.threshold, depth, found["values"]),
+            "entropies": _plain(found["entropies"][:depth]),
+            "values": values,
+            "criteria": {
+                name: {
+                    "default_threshold": EXIT_CRITERIA[name].default_threshold,
+                    "settles": "at_least" if name in _AT_LEAST else "below",
+                }
+                for name in values
+            },
+            "top": [
+                [
+                    {**self._token(token), "log_prob": log_prob}
+                    for token, log_prob in zip(ids, _plain(log_probs), strict=True)
+                ]
+                for ids, log_probs in zip(
+                    found["top_ids"][:depth].tolist(), found["top_log_probs"][:depth], strict=True
+                )
+            ],
+            "next": None,
+        }
+        if following:
+            log_probs = _plain(found["next_log_probs"][:depth])
+            answer["next"] = {**self._token(following[0]), "log_probs": log_probs}
+        return answer
+
+    def _token(self, token: int) -> dict[str, Any]:
+        text = ""
+        if self._tokenizer is not None and token < self._tokenizer.vocab_size:
+            text = self._tokenizer.piece_bytes(token).decode("utf-8", "replace")
+        return {"id": token, "text": text or f"<{token}>"}
+
+
+def _exit_depth(rule: DepthConfig, threshold: float, depth: int, values: Mapping[str, Any]) -> int:
+    """Iterations after which the rule ends the token."""
+    if rule.exit_criterion == "fixed":
+        return depth
+    reached, limit = values[rule.exit_criterion][:depth], np.float32(threshold)
+    settled = reached >= limit if rule.exit_criterion in _AT_LEAST else reached < limit
+    settled[: rule.min_depth - 1] = False
+    return int(np.argmax(settled)) + 1 if settled.any() else depth
+
+
+def _plain(numbers: Any) -> list[float | None]:
+    """For JSON, which has neither infinities nor what is not a number."""
+    return [float(value) if math.isfinite(value) else None for value in numbers.tolist()]
+
+
+@jax.jit
+def _sample_key(prompt: jax.Array, sample: jax.Array) -> jax.Array:
+    """The entry `sample` of `sample_keys`, whose number of samples is static."""
+    return jax.vmap(jax.random.fold_in, (0, None))(prompt, sample)
+
+
+def _first_states(model: MegaTransformer, keys: Any, places: jax.Array) -> jax.Array | None:
+    """First states of tokens [1, T], which are drawn by other keys behind the prompt."""
+    drawn_by, num_prompt = keys
+    if drawn_by is None:
+        return None
+    config = model.config
+    like = jnp.zeros((*places.shape, config.core_width), model.policy.compute)
+    prompt, behind = (token_states(config, key, places, like) for key in drawn_by)
+    return jnp.where((places < num_prompt)[..., None], prompt, behind)
+
+
+def _cut(cache: KVCache, tokens: jax.Array) -> Any:
+    """The cache as it was before its later tokens came."""
+    return cache.replace(  # type: ignore[attr-defined]
+        positions=jnp.where(cache.positions < tokens, cache.positions, -1),
+        next_position=jnp.broadcast_to(tokens, cache.next_position.shape),
+    )
+
+
+def _read(
+    model: MegaTransformer,
+    names: tuple[str, ...],
+    params: Any,
+    cache: KVCache,
+    tokens: jax.Array,
+    start: jax.Array,
+    count: jax.Array,
+    keys: Any,
+    rule_numbers: tuple[Any, ...],
+) -> KVCache:
+    """The cache of the first `start` tokens, a multiple of a chunk, with `count` more."""
+    depth, threshold, min_depth, code = rule_numbers
+    rule = DepthRule(depth, threshold, min_depth, one_of(names, code))
+    columns = jnp.arange(tokens.shape[1])[None]
+    state = _first_states(model, keys, start + columns)
+    new = NewTokens(tokens, columns < count, state=state)
+    # Rows hold the tokens in their order without gaps, as only the last chunk is padded.
+    cache = _cut(cache, start).replace(length=start)
+    return cached_forward(model, params, new, cache, rule, last_logits_only=True).cache
+
+
+def _look(
+    model: MegaTransformer,
+    num_iterations: int,
+    top_k: int,
+    params: Any,
+    cache: KVCache,
+    token: jax.Array,
+    position: jax.Array,
+    next_token: jax.Array,
+    keys: Any,
+    depth: jax.Array,
+) -> TokenTrace:
+    state = _first_states(model, keys, position[None, None])
+    new = NewTokens(token[None, None], jnp.ones((1, 1), bool), state=state)
+    sizes = {"num_iterations": num_iterations, "top_k": top_k}
+    before = _cut(cache, position)
+    return trace_token(model, params, new, before, depth, next_token, **sizes)
