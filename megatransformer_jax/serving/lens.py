@@ -131,7 +131,7 @@ class Lens:
         """Makes all programs and runs them; afterwards nothing is compiled."""
         model, size = self._model, min(NUM_TOP, self._model.config.vocab_size)
         read = functools.partial(_read, model, self._names)
-        look = functools.partial(_look, model, self.max_depth, size)
+        look = functools.partial(_look, model, (self.max_depth, size))
         self._programs = (jax.jit(read, donate_argnums=1), jax.jit(look))
         # A chunk, and the token after it.
         request = self.request({"ids": [0, 0], "depth": 1})
@@ -199,6 +199,8 @@ class Lens:
         """
         assert self._programs is not None, "compile first"
         read, look = self._programs
+        if self._cache is None:  # The first time, or a launch has failed.
+            self._cache = empty_cache(self._model.sharder, self._model.config, self._shape)
         keys = (self._keys(request.seed, request.sample), np.int32(request.prompt_tokens))
         before = request.ids[: request.position]
         known = self._num_known(request)
@@ -210,16 +212,14 @@ class Lens:
             rule = self._rule_numbers(request.rule, request.threshold, request.depth)
             # Whatever happens, the donated cache is not read again.
             cache, self._cache, self._known = self._cache, None, ((), ())
-            if cache is None:  # The first time, or a launch has failed.
-                cache = empty_cache(self._model.sharder, self._model.config, self._shape)
-            numbers = (np.int32(start), np.int32(len(part)))
-            self._cache = read(self._params, cache, tokens, *numbers, keys, rule)
+            chunk = (tokens, np.int32(start), np.int32(len(part)))
+            self._cache = read(self._params, cache, chunk, keys, rule)
             self._known = (request.kept_for, before[: start + len(part)])
             return None
         following = request.ids[request.position + 1 : request.position + 2]
         token, position = np.int32(request.ids[request.position]), np.int32(request.position)
         target, depth = np.int32(following[0] if following else 0), np.int32(request.depth)
-        found = look(self._params, self._cache, token, position, target, keys, depth)
+        found = look(self._params, self._cache, (token, position, target), keys, depth)
         return self._shown(request, jax.device_get(dict(vars(found))))
 
     def _num_known(self, request: LensRequest) -> int:
@@ -340,13 +340,12 @@ def _read(
     names: tuple[str, ...],
     params: Any,
     cache: KVCache,
-    tokens: jax.Array,
-    start: jax.Array,
-    count: jax.Array,
+    chunk: tuple[jax.Array, jax.Array, jax.Array],
     keys: Any,
     rule_numbers: tuple[Any, ...],
 ) -> KVCache:
     """The cache of the first `start` tokens, a multiple of a chunk, with `count` more."""
+    tokens, start, count = chunk
     depth, threshold, min_depth, code = rule_numbers
     rule = DepthRule(depth, threshold, min_depth, one_of(names, code))
     columns = jnp.arange(tokens.shape[1])[None]
@@ -359,18 +358,23 @@ def _read(
 
 def _look(
     model: MegaTransformer,
-    num_iterations: int,
-    top_k: int,
+    sizes: tuple[int, int],
     params: Any,
     cache: KVCache,
-    token: jax.Array,
-    position: jax.Array,
-    next_token: jax.Array,
+    place: tuple[jax.Array, jax.Array, jax.Array],
     keys: Any,
     depth: jax.Array,
 ) -> TokenTrace:
+    (num_iterations, top_k), (token, position, next_token) = sizes, place
     state = _first_states(model, keys, position[None, None])
     new = NewTokens(token[None, None], jnp.ones((1, 1), bool), state=state)
-    sizes = {"num_iterations": num_iterations, "top_k": top_k}
-    before = _cut(cache, position)
-    return trace_token(model, params, new, before, depth, next_token, **sizes)
+    return trace_token(
+        model,
+        params,
+        new,
+        _cut(cache, position),
+        depth,
+        next_token,
+        num_iterations=num_iterations,
+        top_k=top_k,
+    )
