@@ -325,12 +325,31 @@ def _without_port(header: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class RequestConfig:
-    """What both kinds of requests may say."""
+class ModelNameConfig:
+    """What every request may say."""
 
     model: str | None = option(
         None, "Name of the model, as /v1/models tells it. Default (null): the one that is served."
     )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizeRequestConfig(ModelNameConfig):
+    """What a request to /tokenize may say besides its text."""
+
+    add_special_tokens: bool = option(
+        True, "The text gets the start token in front, as prompts do."
+    )
+    return_token_strs: bool = option(False, "The answer has the tokens as texts, too.")
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestConfig(ModelNameConfig):
+    """What requests for texts may say."""
+
     n: int = option(1, "Texts per prompt.", minimum=1, maximum=MAX_COUNT)
     stream: bool = option(
         False, "Sends tokens as they come, as server-sent events that end with [DONE]."
@@ -347,9 +366,6 @@ class RequestConfig:
     user: str | None = option(
         None, "A name for whom the request is made. It changes nothing in the answer."
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
 
 
 @dataclasses.dataclass(frozen=True)

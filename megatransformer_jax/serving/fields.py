@@ -1,34 +1,66 @@
 """Bodies of requests, checked, as jobs for the engine. Pure: no HTTP, no device.
 
 A field is one of three: an option of generation, whose checks and messages are those of
-`GenerationConfig`; one of `config.serving`'s request options; or one of `SPECIAL_FIELDS`, whose
-values are texts, lists and objects of OpenAI's. `null` is the same as leaving a field out.
+`GenerationConfig`; one of `config.serving`'s request options; or one of `SPECIAL_COMPLETION` or
+`SPECIAL_CHAT`, which hold texts, lists and objects. `null` is the same as leaving a field out.
 """
 
 import dataclasses
+import re
 import secrets
-import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatransformer_jax.config.generation import (
+    GENERATION_OPTIONS,
+    GenerationConfig,
+    for_model,
+)
 from megatransformer_jax.config.option import (
     MAX_SEED,
+    ConfigError,
+    options_of,
 )
+from megatransformer_jax.config.sampling import check_encodable
 from megatransformer_jax.config.serving import (
+    DEFAULT_MAX_TOKENS,
+    MAX_LOGIT_BIAS,
+    MAX_STOPS,
     ChatRequestConfig,
     CompletionRequestConfig,
     RequestConfig,
     ServingConfig,
+    check_end_ids,
+    check_min_tokens,
+)
+from megatransformer_jax.generation.endings import MAX_TEXT_BYTES
+from megatransformer_jax.serving.bodies import (
+    as_declared,
+    check_names,
+    is_number,
+    is_whole,
+    kind_of,
+    named,
+    read_options,
+    unknown_field,
+)
+from megatransformer_jax.serving.errors import RequestError
+from megatransformer_jax.serving.prompts import (
+    check_model,
+    check_token,
+    read_messages,
+    read_prompts,
 )
 from megatransformer_jax.serving.requests import Job
 from megatransformer_jax.serving.served import ServedModel
 
-R = typing.TypeVar("R", bound=RequestConfig)
-
-# Objects and lists within each other, more than any request needs and fewer than Python's stack.
-MAX_NESTING = 64
-# Largest number that JSON's readers agree on.
-_MAX_INTEGER = 2**63 - 1
+_TOKEN = re.compile("0|[1-9][0-9]{0,9}")
+# As OpenAI's.
+MAX_BIAS = 100
+STREAM_OPTIONS = ("include_usage", "include_obfuscation")
+# Texts, lists and objects, whose schemas stand in `openapi`.
+SPECIAL_COMPLETION = ("prompt", "logit_bias", "stream_options")
+SPECIAL_CHAT = ("messages", "logit_bias", "stream_options", "chat_template_kwargs")
 # Options of generation that are fields, by the same names.
 GENERATION_FIELDS = (
     "temperature",
@@ -83,12 +115,6 @@ UNSUPPORTED_CHAT: Mapping[str, tuple[Any, ...]] = {
     "metadata": ({},),
     "web_search_options": (),
 }
-# What a message may have besides its role and content; templates read it.
-MESSAGE_FIELDS = ("name", "reasoning_content", "tool_calls", "tool_call_id")
-# What OpenAI's own answers have in a message, with nothing in it.
-_EMPTY_MESSAGE_FIELDS = ("refusal", "annotations", "audio", "function_call", "tool_calls")
-# Arguments of rendering that are not a request's to choose: a template is a program.
-_NOT_FOR_TEMPLATES = ("messages", "tools", "documents", "template", "add_generation_prompt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +148,277 @@ def fresh_seed() -> int:
     return secrets.randbelow(MAX_SEED + 1)
 
 
-def read_body(raw: bytes) -> dict[str, Any]:
-    """The object that a body holds.
+def field_names(kind: type[RequestConfig]) -> tuple[str, ...]:
+    """The fields of a request that have a meaning, by the class of its options."""
+    special = SPECIAL_CHAT if kind is ChatRequestConfig else SPECIAL_COMPLETION
+    own = tuple(option.path for option in options_of(kind))
+    return (*special, *own, *GENERATION_FIELDS)
 
-    Raises:
-      RequestError: if it is not one JSON object in UTF-8, names a key twice, holds a number that
-        is not finite or is beyond 64 bits, or is nested too deeply.
+
+# ------------------------------------------------------------------------------
+# Both kinds of requests.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wish:
+    """What the two kinds come to.
+
+    Attributes:
+      prompts: ids.
+      texts: the prompts as texts.
+      most: new tokens per text, if the request says so.
+      default: if it does not. None: as many as there is room for.
+      name: of the field that says so.
+      num_top: likeliest tokens at each place.
+      scores_prompt: whether the prompt's tokens are scored.
     """
-    raise NotImplementedError
+
+    prompts: list[list[int]]
+    texts: list[str]
+    most: int | None
+    default: int | None
+    name: str
+    num_top: int = 0
+    scores_prompt: bool = False
+
+
+def _request(
+    body: Mapping[str, Any],
+    options: CompletionRequestConfig | ChatRequestConfig,
+    wish: _Wish,
+    model: ServedModel,
+    config: ServingConfig,
+    new_seed: Callable[[], int],
+) -> Request:
+    _check_limits(options, len(wish.prompts), wish.num_top, config)
+    generation = _generation(body, model, config, new_seed)
+    if generation.strategy == "greedy" and options.n > 1:
+        raise ConfigError(
+            "n",
+            f"{options.n} texts would be the same, as no token is drawn at temperature 0; raise "
+            "that, or leave n at 1.",
+        )
+    end_ids = () if options.ignore_eos else model.end_ids
+    check_end_ids(options.stop_token_ids, end_ids)
+    for token in options.stop_token_ids:
+        check_token(token, "stop_token_ids", model)
+    bias = _logit_bias(body.get("logit_bias"), model)
+    jobs = []
+    for ids in wish.prompts:
+        count = _new_tokens(len(ids), wish, model, config)
+        check_min_tokens(options.min_tokens, count)
+        job = Job(
+            ids=tuple(ids),
+            config=dataclasses.replace(generation, max_new_tokens=max(count, 1)),
+            logit_bias=bias,
+            min_new_tokens=options.min_tokens,
+            ends=not options.ignore_eos,
+            stop_ids=options.stop_token_ids,
+            num_top=min(wish.num_top, model.vocab_size),
+            scores_prompt=wish.scores_prompt,
+            only_scores=count == 0,
+        )
+        jobs += [dataclasses.replace(job, sample=sample) for sample in range(options.n)]
+    return Request(
+        jobs=tuple(jobs),
+        prompts=tuple(map(tuple, wish.prompts)),
+        prompt_texts=tuple(wish.texts),
+        options=options,
+        model=model.name,
+        include_usage=_include_usage(body.get("stream_options"), options.stream),
+    )
+
+
+def _check_limits(
+    options: RequestConfig, num_prompts: int, num_top: int, config: ServingConfig
+) -> None:
+    """Checks against what the server allows."""
+    most = config.rows + config.queue
+    for name, value, limit in (
+        ("n", options.n, config.max_n),
+        ("prompt", num_prompts, config.max_prompts),
+        (
+            "top_logprobs" if isinstance(options, ChatRequestConfig) else "logprobs",
+            num_top,
+            config.max_logprobs,
+        ),
+    ):
+        if value > limit:
+            what = " prompts" if name == "prompt" else ""
+            raise ConfigError(
+                name, f"{value}{what} exceeds {limit}, the most that this server allows; lower it."
+            )
+    if num_prompts * options.n > most:
+        raise ConfigError(
+            "n" if options.n > 1 else "prompt",
+            f"{num_prompts} x {options.n} texts exceed the {most} that this server can hold; send "
+            "several requests.",
+        )
+
+
+def _generation(
+    body: Mapping[str, Any],
+    model: ServedModel,
+    config: ServingConfig,
+    new_seed: Callable[[], int],
+) -> GenerationConfig:
+    """What the options of generation among the fields come to, for the model that is served."""
+    given = {
+        name: as_declared(body[name], GENERATION_OPTIONS[name].declared)
+        for name in GENERATION_FIELDS
+        if body.get(name) is not None
+    }
+    if "stop" in given:
+        given["stop"] = _stops(body["stop"], model)
+    for name, words in NEUTRAL.items():
+        if is_number(given.get(name)) and given[name] in words:
+            del given[name]
+    if is_whole(given.get("top_k")) and given["top_k"] >= model.vocab_size:
+        del given["top_k"]
+    is_greedy = is_number(given.get("temperature")) and given["temperature"] == 0
+    if is_greedy:
+        del given["temperature"]
+    for name, (least, most) in BOUNDS.items():
+        if is_number(given.get(name)) and not least <= given[name] <= most:
+            zero = "0, or " if name == "temperature" else ""
+            raise ConfigError(
+                name, f"{given[name]} is not allowed; it must be {zero}{least:g} to {most:g}."
+            )
+    given.setdefault("seed", new_seed())
+    if model.makes_media:
+        given["max_media"] = 0
+    checked = GenerationConfig.of(strategy="sample", **given)
+    if is_greedy:
+        if "typical_p" in given:
+            raise ConfigError(
+                "typical_p", "would be ignored at temperature 0; raise that, or leave it out."
+            )
+        kept = {name: value for name, value in given.items() if name not in _KEEP_THE_LIKELIEST}
+        checked = GenerationConfig.of(strategy="greedy", **kept)
+    checked = for_model(
+        checked,
+        model.trained_depth,
+        has_exit_gate=model.has_exit_gate,
+        makes_media=model.makes_media,
+    )
+    _check_depth(checked, config)
+    return checked
+
+
+def _check_depth(generation: GenerationConfig, config: ServingConfig) -> None:
+    depth = generation.depth
+    if None not in (depth.depth, config.max_depth) and depth.depth > config.max_depth:  # type: ignore[operator]
+        raise ConfigError(
+            "depth",
+            f"{depth.depth} exceeds {config.max_depth}, the most that this server allows; lower "
+            "it.",
+        )
+    criteria = ("fixed", *(name for name in config.criteria if name != "fixed"))
+    if depth.exit_criterion not in criteria:
+        raise ConfigError(
+            "exit_criterion",
+            f"{depth.exit_criterion!r} is not among those that this server was started with: "
+            f"{', '.join(criteria)}.",
+        )
+
+
+def _stops(value: Any, model: ServedModel) -> tuple[str, ...]:
+    stops = (value,) if isinstance(value, str) else value
+    if not isinstance(stops, list | tuple) or not all(isinstance(text, str) for text in stops):
+        raise ConfigError("stop", f"is {kind_of(value)}; give a text, or a list of texts.")
+    if len(stops) > MAX_STOPS:
+        raise ConfigError("stop", f"has {len(stops)} texts; at most {MAX_STOPS} are allowed.")
+    if stops and model.tokenizer is None:
+        raise RequestError(
+            "stop: this model has no tokenizer, so no text; use stop_token_ids.",
+            param="stop",
+            code="no_tokenizer",
+        )
+    check_encodable("stop", stops)
+    num_bytes = sum(len(text.encode()) for text in stops)
+    if num_bytes >= MAX_TEXT_BYTES:
+        raise ConfigError(
+            "stop", f"has {num_bytes} bytes; it must have less than {MAX_TEXT_BYTES}."
+        )
+    if any("\N{REPLACEMENT CHARACTER}" in text for text in stops):
+        raise ConfigError("stop", "has U+FFFD, which stands for bytes that are not text.")
+    return tuple(stops)
+
+
+def _new_tokens(length: int, wish: _Wish, model: ServedModel, config: ServingConfig) -> int:
+    """New tokens that a text may have behind a prompt of `length`; 0: it is only scored."""
+    room = model.capacity - length
+    limit = model.capacity if config.max_tokens is None else config.max_tokens
+    if wish.most is not None and wish.most > limit:
+        raise ConfigError(
+            wish.name, f"{wish.most} exceeds {limit}, the most that this server allows; lower it."
+        )
+    least = 1 if wish.most is None else wish.most
+    if room < least:
+        asked = "" if wish.most is None else f", and {wish.name}={wish.most} asks for more"
+        raise RequestError(
+            f"A text may have {model.capacity} tokens, prompt included. This prompt has {length}"
+            f"{asked}; shorten it or lower {wish.name}.",
+            param="messages" if wish.name == "max_completion_tokens" else "prompt",
+            code="context_length_exceeded",
+        )
+    if wish.most is not None:
+        return wish.most
+    return min(room, limit, room if wish.default is None else wish.default)
+
+
+def _logit_bias(value: Any, model: ServedModel) -> dict[int, float]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(
+            "logit_bias", f'is {kind_of(value)}; give an object such as {{"50": -100}}.'
+        )
+    if len(value) > MAX_LOGIT_BIAS:
+        raise ConfigError(
+            "logit_bias", f"has {len(value)} tokens; at most {MAX_LOGIT_BIAS} are allowed."
+        )
+    bias = {}
+    for key, number in value.items():
+        if not _TOKEN.fullmatch(key):
+            raise ConfigError("logit_bias", f"{key!r} is not the id of a token, such as '50'.")
+        check_token(int(key), "logit_bias", model)
+        if not is_number(number) or not -MAX_BIAS <= number <= MAX_BIAS:
+            raise ConfigError(
+                "logit_bias",
+                f"{number!r} of token {key} is not allowed; it must be a number from -{MAX_BIAS} "
+                f"to {MAX_BIAS}.",
+            )
+        bias[int(key)] = float(number)
+    return bias
+
+
+def _include_usage(value: Any, streams: bool) -> bool:
+    if value is None:
+        return False
+    if not isinstance(value, dict):
+        raise ConfigError(
+            "stream_options",
+            f'is {kind_of(value)}; give {{"include_usage": true}}, or leave it out.',
+        )
+    if not streams:
+        raise ConfigError("stream_options", "is for streams only; set stream=true or leave it out.")
+    for name, item in value.items():
+        if name not in STREAM_OPTIONS:
+            raise unknown_field(name, STREAM_OPTIONS, "stream_options")
+        if item is not None and not isinstance(item, bool):
+            raise ConfigError("stream_options", f"{name} is {kind_of(item)}; give true or false.")
+    if value.get("include_obfuscation"):
+        raise RequestError(
+            "stream_options: include_obfuscation=true cannot be met; leave it out.",
+            param="stream_options",
+            code="unsupported_value",
+        )
+    return bool(value.get("include_usage"))
+
+
+# ------------------------------------------------------------------------------
+# Completions.
 
 
 def completion_request(
@@ -149,7 +438,21 @@ def completion_request(
     Raises:
       RequestError: if a field is not known or cannot be met, or its value cannot be used.
     """
-    raise NotImplementedError
+    check_names(body, field_names(CompletionRequestConfig), UNSUPPORTED_COMPLETION)
+    with named("prompt"):
+        options = read_options(body, CompletionRequestConfig)
+        check_model(options.model, model)
+        prompts, texts = read_prompts(body.get("prompt"), model, config)
+        wish = _Wish(
+            prompts,
+            texts,
+            most=None if body.get("max_tokens") is None else options.max_tokens,
+            default=DEFAULT_MAX_TOKENS,
+            name="max_tokens",
+            num_top=options.logprobs or 0,
+            scores_prompt=options.echo and options.logprobs is not None,
+        )
+        return _request(body, options, wish, model, config, new_seed)
 
 
 def chat_request(
@@ -159,22 +462,18 @@ def chat_request(
     new_seed: Callable[[], int] = fresh_seed,
 ) -> Request:
     """A request to /v1/chat/completions; arguments and errors as of `completion_request`."""
-    raise NotImplementedError
-
-
-def tokenize(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
-    """The answer of /tokenize: {"tokens", "count", "max_model_len", "token_strs"}.
-
-    Raises:
-      RequestError: as `completion_request`.
-    """
-    raise NotImplementedError
-
-
-def detokenize(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
-    """The answer of /detokenize: {"prompt"}.
-
-    Raises:
-      RequestError: as `completion_request`.
-    """
-    raise NotImplementedError
+    check_names(body, field_names(ChatRequestConfig), UNSUPPORTED_CHAT)
+    with named("messages"):
+        options = read_options(body, ChatRequestConfig)
+        check_model(options.model, model)
+        ids, text = read_messages(body, model)
+        most = options.max_completion_tokens or options.max_tokens
+        wish = _Wish(
+            [ids],
+            [text],
+            most=most,
+            default=None,
+            name="max_tokens" if options.max_tokens else "max_completion_tokens",
+            num_top=options.top_logprobs or 0,
+        )
+        return _request(body, options, wish, model, config, new_seed)

@@ -8,13 +8,13 @@ import contextlib
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from megatransformer_jax.config.generation import GenerationConfig, for_model
-from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.sampling import CacheConfig
 from megatransformer_jax.config.serving import (
     CRITERIA,
@@ -29,6 +29,7 @@ from megatransformer_jax.generation.endings import end_ids_of
 from megatransformer_jax.model import Model
 from megatransformer_jax.models.cost.memory import cache_bytes_per_token
 from megatransformer_jax.nn.kv_cache import rows_to_blocks
+from megatransformer_jax.serving.errors import RequestError
 
 # Of the memory that is free, as much may be the cache: programs need some as well.
 MEMORY_SHARE = 0.9
@@ -65,6 +66,47 @@ class ServedModel:
     def end_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
         return tuple(end_ids_of(self.tokenizer))
+
+    def require_tokenizer(self, param: str) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+          RequestError: about the field `param`, if there is none.
+        """
+        if self.tokenizer is None:
+            raise RequestError(
+                f"{param}: this model has no tokenizer, so no text; use token ids.",
+                param=param,
+                code="no_tokenizer",
+            )
+        return self.tokenizer
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; empty without a tokenizer."""
+        return "" if self.tokenizer is None else self.tokenizer.decode(ids)
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token adds to the text, in UTF-8; a piece may be a part of a character."""
+        if self.tokenizer is None:
+            return b""
+        try:
+            return self.tokenizer.piece_bytes(token)
+        except UserError:  # A decoder whose single pieces are not known.
+            return self.tokenizer.decode([token]).encode()
+
+    def token_text(self, token: int) -> str:
+        r"""A token as a text of its own, different from that of every other token.
+
+        Bytes that are not a whole character are written 'bytes:\xe2\x82', and tokens that add
+        nothing to the text 'token_id:2'.
+        """
+        piece = self.token_bytes(token)
+        if not piece:
+            return f"token_id:{token}"
+        try:
+            return piece.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
 
 
 def served_model(lm: Model, config: ServingConfig, created: int) -> ServedModel:
