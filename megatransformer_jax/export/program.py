@@ -23,12 +23,7 @@ from megatransformer_jax.config.exporting import DEFAULT_CAPACITY, DEFAULT_SLOTS
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.sampling import GATE_THRESHOLD
-from megatransformer_jax.models.exit_criteria import (
-    DepthRule,
-    ExitCriterion,
-    Observation,
-    exit_criterion,
-)
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion, one_of
 from megatransformer_jax.models.gate_readout import make_readout
 from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward, last_token
@@ -218,38 +213,6 @@ def named(tree: Any) -> Arrays:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     name = functools.partial(jax.tree_util.keystr, simple=True, separator="/")
     return {name(path): leaf for path, leaf in leaves}
-
-
-def one_of(names: tuple[str, ...], code: jax.Array) -> ExitCriterion:
-    """The criterion that `code`, an index into `names`, chooses; the threshold is its own."""
-    members = [exit_criterion(name) for name in names]
-
-    def measure(memory: Any, observation: Observation) -> tuple[jax.Array, Any]:
-        pairs = [
-            member.measure(kept, observation) for member, kept in zip(members, memory, strict=True)
-        ]
-        return _chosen([value for value, _ in pairs], code), tuple(kept for _, kept in pairs)
-
-    reads_logits = jnp.asarray([member.needs_logits for member in members])[code]
-    return ExitCriterion(
-        name="one_of",
-        needs_logits=any(member.needs_logits for member in members),
-        default_threshold=0.0,
-        init=lambda state, size: tuple(member.init(state, size) for member in members),
-        measure=measure,
-        is_settled=lambda value, threshold: _chosen(
-            [member.is_settled(value, threshold) for member in members], code
-        ),
-        needs_gate=any(member.needs_gate for member in members),
-        reads_logits=reads_logits,
-    )
-
-
-def _chosen(values: list[jax.Array], code: jax.Array) -> jax.Array:
-    chosen = values[0]
-    for number, value in enumerate(values[1:], 1):
-        chosen = jnp.where(code == number, value, chosen)
-    return chosen
 
 
 def _check(model: MegaTransformer, config: ProgramConfig) -> None:

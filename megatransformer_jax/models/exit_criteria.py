@@ -294,3 +294,45 @@ EXIT_CRITERIA = {
         ExitCriterion("learned_gate", False, 0.5, _surely_there, _survival, _is_below, True),
     )
 }
+
+
+# ------------------------------------------------------------------------------
+# Several criteria in one.
+
+
+def one_of(names: tuple[str, ...], code: Int[Array, ""] | Int[Array, "B"]) -> ExitCriterion:
+    """The criterion that `code`, an index into `names`, chooses; thresholds are its own.
+
+    Args:
+      names: of the criteria that can be chosen.
+      code: traced; of all rows or per row.
+    """
+    members = [exit_criterion(name) for name in names]
+
+    def measure(memory: Any, observation: Observation) -> tuple[jax.Array, Any]:
+        pairs = [
+            member.measure(kept, observation) for member, kept in zip(members, memory, strict=True)
+        ]
+        return _chosen([value for value, _ in pairs], code), tuple(kept for _, kept in pairs)
+
+    reads_logits = jnp.asarray([member.needs_logits for member in members])[code]
+    return ExitCriterion(
+        name="one_of",
+        needs_logits=any(member.needs_logits for member in members),
+        default_threshold=0.0,
+        init=lambda state, size: tuple(member.init(state, size) for member in members),
+        measure=measure,
+        is_settled=lambda value, threshold: _chosen(
+            [member.is_settled(value, threshold) for member in members], code
+        ),
+        needs_gate=any(member.needs_gate for member in members),
+        reads_logits=jnp.any(reads_logits) if jnp.ndim(code) else reads_logits,
+    )
+
+
+def _chosen(values: list[jax.Array], code: jax.Array) -> jax.Array:
+    chosen = values[0]
+    for number, value in enumerate(values[1:], 1):
+        is_chosen = code == number
+        chosen = jnp.where(is_chosen[:, None] if jnp.ndim(code) else is_chosen, value, chosen)
+    return chosen

@@ -80,7 +80,7 @@ def _put(old: Any, new: Any, starts: jax.Array, sharder: Sharder) -> Any:
     put = _put_here
     if sharder.mesh is not None:
         # Each device writes its own sequences; the compiler would bring all of them together.
-        specs = [_spec(array, sharder) for array in arrays]
+        specs = [entries_spec(array, sharder) for array in arrays]
         put = jax.shard_map(
             _put_here,
             mesh=sharder.mesh,
@@ -91,7 +91,8 @@ def _put(old: Any, new: Any, starts: jax.Array, sharder: Sharder) -> Any:
     return jax.tree.unflatten(tree, put(arrays, rows, starts))
 
 
-def _spec(array: jax.Array, sharder: Sharder) -> jax.sharding.PartitionSpec:
+def entries_spec(array: jax.Array, sharder: Sharder) -> jax.sharding.PartitionSpec:
+    """How arrays [E, B, K, S, H] or [B, S] of a cache are cut."""
     if array.ndim == 5:
         return sharder.rules.spec(None, "batch", "kv_heads", None, None)
     return sharder.rules.spec("batch", None)

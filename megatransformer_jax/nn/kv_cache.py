@@ -64,6 +64,7 @@ class KVCache:
         last key and value; 'skip', nothing.
       block_rows: rows that attention reads at a time; 0: all.
       is_medium: rows that hold places of images or sound; None if there can be none.
+      sequence: of a view, the one sequence that a batch of one reads. None: all, as usual.
     """
 
     prelude: KeyValues
@@ -78,6 +79,7 @@ class KVCache:
     exited_reads: str = struct.field(pytree_node=False)
     block_rows: int = struct.field(pytree_node=False)
     is_medium: Bool[Array, "B S"] | None = None
+    sequence: Int[Array, ""] | None = None
 
     @property
     def capacity(self) -> int:
@@ -85,8 +87,10 @@ class KVCache:
         return self.positions.shape[1]
 
 
-def slot_for(iteration: Int[Array, ""] | int, num_slots: int, sharing: str) -> Int[Array, ""] | int:
+def slot_for(iteration: Any, num_slots: int, sharing: str) -> Any:
     """The slot that an iteration (0, 1, ...) writes and reads; all are taken in order first.
+
+    Of one iteration or of several, int32 [...].
 
     modulo: iteration mod R, as Huginn. last: the first R - 1 iterations have slots of their own and
     all later ones share the last. anchor: the first half of the slots belongs to the first
@@ -238,11 +242,16 @@ def write_rows(
     return written
 
 
-def visible_positions(cache: KVCache, slot: Int[Array, ""] | int) -> Int[Array, "B S"]:
-    """Positions of the rows that a reader of this core slot may see; -1 for the others."""
+def visible_positions(
+    cache: KVCache, slot: Int[Array, ""] | Int[Array, "B"] | int
+) -> Int[Array, "B S"]:
+    """Positions of the rows that a reader of this core slot may see; -1 for the others.
+
+    The slot is one for all sequences, or one for each.
+    """
     if cache.exited_reads == "latest":
         return cache.positions
-    return jnp.where(cache.num_steps > slot, cache.positions, -1)
+    return jnp.where(cache.num_steps > jnp.asarray(slot)[..., None], cache.positions, -1)
 
 
 def take_sequences(cache: KVCache, sequences: Int[Array, "B2"]) -> KVCache:

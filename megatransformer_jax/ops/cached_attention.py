@@ -5,7 +5,7 @@ number of turns is traced, and their softmax is merged on the way (online softma
 as flash attention does). Positions decide who sees whom, see `nn.kv_cache`.
 """
 
-import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,19 +25,21 @@ class CachedRows:
     Attributes:
       key: all entries.
       value: all entries.
-      entry: which of them.
+      entry: which of them: one for all sequences, or one for each.
       positions: place of each row's token in its sequence; -1 hides the row.
       length: rows in use; later blocks are not read.
       block_rows: rows per turn; divides S. 0: all in one, without a loop, used or not; for
         runtimes whose loops are slow.
+      sequence: the one that is read, by a batch of one; `entry` is one number then. None: all.
     """
 
     key: Float[Array, "E B K S H"]
     value: Float[Array, "E B K S H"]
-    entry: Int[Array, ""] | int
+    entry: Int[Array, ""] | Int[Array, "B"] | int
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
     block_rows: int = struct.field(pytree_node=False)
+    sequence: Int[Array, ""] | None = None
 
 
 def cached_attention(
@@ -92,14 +94,13 @@ def cached_attention(
 
     def absorb_block(index: jax.Array | int, partial: _Partial) -> _Partial:
         start = index * block_rows
-        corner = (cached.entry, 0, 0, start, 0)
-        shape = (1, *cached.key.shape[1:3], block_rows, width)
+        first = 0 if cached.sequence is None else cached.sequence
         positions_shape = (batch_size, block_rows)
         return absorb(
             partial,
-            jax.lax.dynamic_slice(cached.key, corner, shape)[0],
-            jax.lax.dynamic_slice(cached.value, corner, shape)[0],
-            jax.lax.dynamic_slice(cached.positions, (0, start), positions_shape),
+            _block(cached.key, cached, start, batch_size, block_rows),
+            _block(cached.value, cached, start, batch_size, block_rows),
+            jax.lax.dynamic_slice(cached.positions, (first, start), positions_shape),
         )
 
     shape = (batch_size, num_heads, num_rows)
@@ -120,6 +121,23 @@ def cached_attention(
     # A query that saw nothing has only masked logits, whose exponentials are 1, not 0.
     mixed = jnp.where(peak > MASKED_LOGIT / 2, mixed / total, 0.0)
     return mixed.transpose(0, 2, 1, 3).astype(query.dtype)
+
+
+def _block(
+    array: jax.Array, cached: CachedRows, start: Any, batch_size: int, block_rows: int
+) -> jax.Array:
+    """Keys or values [B, K, block_rows, H] of the sequences that read."""
+    _, _, heads, _, width = array.shape
+    first = 0 if cached.sequence is None else cached.sequence
+    if jnp.ndim(cached.entry) == 0:
+        corner = (cached.entry, first, 0, start, 0)
+        shape = (1, batch_size, heads, block_rows, width)
+        return jax.lax.dynamic_slice(array, corner, shape)[0]
+
+    def of_sequence(rows: jax.Array, entry: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(rows, (entry, 0, start, 0), (1, heads, block_rows, width))[0]
+
+    return jax.vmap(of_sequence, in_axes=(1, 0))(array, jnp.asarray(cached.entry))
 
 
 def _merge(partial: _Partial, logits: jax.Array, value: jax.Array) -> _Partial:
@@ -144,7 +162,7 @@ def _grouped_product(equation: str, left: jax.Array, right: jax.Array) -> jax.Ar
     return product.reshape(batch_size, num_heads, num_rows, -1)
 
 
-def _first_block(query_positions: jax.Array, window: int | None, block_rows: int) -> typing.Any:
+def _first_block(query_positions: jax.Array, window: int | None, block_rows: int) -> Any:
     """The first block that a window reaches. A token's row is never below its position."""
     if window is None:
         return 0

@@ -1,10 +1,9 @@
-"""What can be exported, as which program; the choice among criteria."""
+"""What can be exported, as which program."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from exported_tiny import CONFIG, loaded, program_config
 from tiny_model import PLAIN, TINY, make, tiny
@@ -12,8 +11,7 @@ from tiny_model import PLAIN, TINY, make, tiny
 from megatransformer_jax.config.exporting import ProgramConfig
 from megatransformer_jax.config.image import ImageConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.export.program import build_programs, named, one_of
-from megatransformer_jax.models.exit_criteria import Observation, exit_criterion
+from megatransformer_jax.export.program import build_programs, named
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -45,26 +43,6 @@ def test_inputs_are_what_the_model_and_its_criteria_need():
         "cache.prelude.key",
         "cache.coda.key",
     ]
-
-
-def test_one_of_is_the_criterion_that_is_chosen():
-    names = ("latent_diff", "argmax_stability", "kl")
-    rng = np.random.default_rng(0)
-    states = jnp.asarray(rng.normal(size=(4, 2, 3, 5)), jnp.float32)
-    logits = jnp.asarray(rng.normal(size=(4, 2, 3, 7)), jnp.float32)
-    for code, name in enumerate(names):
-        choice, alone = one_of(names, jnp.int32(code)), exit_criterion(name)
-        assert choice.needs_logits and bool(choice.reads_logits) == alone.needs_logits
-        memory, own = (each.init(states[0], 7) for each in (choice, alone))
-        for state, scores in zip(states[1:], logits[1:], strict=True):
-            observation = Observation(state, scores)
-            value, memory = choice.measure(memory, observation)
-            wanted, own = alone.measure(own, observation)
-            np.testing.assert_array_equal(value, wanted)
-            for threshold in (0.3, 1.0):
-                np.testing.assert_array_equal(
-                    choice.is_settled(value, threshold), alone.is_settled(wanted, threshold)
-                )
 
 
 def test_what_cannot_be_exported_is_named():

@@ -20,6 +20,7 @@ from megatransformer_jax.models.exit_criteria import (
     MIN_P,
     Observation,
     exit_criterion,
+    one_of,
 )
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
 from megatransformer_jax.nn.context import LayerContext
@@ -421,3 +422,45 @@ def test_unknown_names_list_the_known():
     with pytest.raises(UserError, match=r"'entropy'; choose one of fixed, latent_diff, .*kl") as e:
         exit_criterion("entropy")
     assert all(name in str(e.value) for name in NAMES)
+
+
+def test_one_of_is_the_criterion_that_is_chosen():
+    names = ("latent_diff", "argmax_stability", "kl")
+    rng = np.random.default_rng(0)
+    states = jnp.asarray(rng.normal(size=(4, 2, 3, 5)), jnp.float32)
+    logits = jnp.asarray(rng.normal(size=(4, 2, 3, 7)), jnp.float32)
+    for code, name in enumerate(names):
+        choice, alone = one_of(names, jnp.int32(code)), exit_criterion(name)
+        assert choice.needs_logits and bool(choice.reads_logits) == alone.needs_logits
+        memory, own = (each.init(states[0], 7) for each in (choice, alone))
+        for state, scores in zip(states[1:], logits[1:], strict=True):
+            observation = Observation(state, scores)
+            value, memory = choice.measure(memory, observation)
+            wanted, own = alone.measure(own, observation)
+            np.testing.assert_array_equal(value, wanted)
+            for threshold in (0.3, 1.0):
+                np.testing.assert_array_equal(
+                    choice.is_settled(value, threshold), alone.is_settled(wanted, threshold)
+                )
+
+
+def test_rows_choose_among_criteria_for_themselves():
+    names = ("fixed", "latent_diff", "kl")
+    rng = np.random.default_rng(1)
+    states = jnp.asarray(rng.normal(size=(3, 3, 2, 5)), jnp.float32)
+    logits = jnp.asarray(rng.normal(size=(3, 3, 2, 7)), jnp.float32)
+    code, threshold = jnp.asarray([2, 0, 1]), jnp.float32([0.5, 9.0, 1.5])
+    choice = one_of(names, code)
+    memory = choice.init(states[0], 7)
+    own = [exit_criterion(names[index]).init(states[0], 7) for index in code]
+    for state, scores in zip(states[1:], logits[1:], strict=True):
+        observation = Observation(state, scores)
+        value, memory = choice.measure(memory, observation)
+        settled = choice.is_settled(value, threshold)
+        for row, index in enumerate(code):
+            alone = exit_criterion(names[index])
+            wanted, own[row] = alone.measure(own[row], observation)
+            np.testing.assert_array_equal(value[row], wanted[row])
+            np.testing.assert_array_equal(settled[row], alone.is_settled(wanted, threshold)[row])
+    assert bool(choice.reads_logits)
+    assert not bool(one_of(names, jnp.asarray([0, 1, 1])).reads_logits)

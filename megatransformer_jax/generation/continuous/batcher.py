@@ -16,174 +16,53 @@ the other rows stay in the middle of theirs. What a row gives does not depend on
         host = events.fetch()              # waits for the device
 """
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.models.exit_criteria import EXIT_CRITERIA
+from megatransformer_jax.generation.continuous import programs
+from megatransformer_jax.generation.continuous.lanes import (
+    BatchShape,
+    Events,
+    PromptScores,
+    RowText,
+    row_settings,
+)
+from megatransformer_jax.generation.placement import for_rows, replicate
+from megatransformer_jax.generation.processors.processor import allowed_tokens
 from megatransformer_jax.models.megatransformer import MegaTransformer
 
-
-@dataclasses.dataclass(frozen=True)
-class BatchShape:
-    """What is compiled in; hashable, so static in jit.
-
-    Attributes:
-      rows: texts at once (B). On a mesh, a multiple of the ways of its batch axes cuts them.
-      capacity: most tokens of a text, its prompt's and the new ones together; rounded up to whole
-        blocks of the cache.
-      num_slots: cache slots of each core layer (R).
-      chunk: prompt tokens per pass.
-      criteria: exit criteria that rows may name, 'fixed' among them or not: it always can be.
-      num_top: most likeliest tokens that come with each new one.
-      num_bias: most tokens of a row's `logit_bias`.
-      num_ends: most end tokens of a row.
-      sharing: how iterations share slots, as `CacheConfig.sharing`.
-      exited_reads: as `CacheConfig.exited_reads`.
-
-    Raises:
-      UserError: a number below 1, or a criterion that there is not.
-    """
-
-    rows: int
-    capacity: int
-    num_slots: int
-    chunk: int = 64
-    criteria: tuple[str, ...] = ("fixed", "latent_diff", "cosine")
-    num_top: int = 20
-    num_bias: int = 32
-    num_ends: int = 4
-    sharing: str = "modulo"
-    exited_reads: str = "latest"
-
-    def __post_init__(self) -> None:
-        for name in ("rows", "capacity", "num_slots", "chunk", "num_top", "num_bias", "num_ends"):
-            number = getattr(self, name)
-            if number < 1:
-                raise UserError(f"{name} of a batch is {number}; it must be at least 1.")
-        for name in self.criteria:
-            if name not in EXIT_CRITERIA:
-                known = ", ".join(EXIT_CRITERIA)
-                raise UserError(f"unknown exit criterion {name!r}; choose one of {known}.")
-
-
-@dataclasses.dataclass(frozen=True)
-class RowText:
-    """A text as a row is given it: plain numbers, at their neutral values if left out.
-
-    A text's draws depend on (seed, prompt_number, sample) and are those that `Generator` makes for
-    sample `sample` of prompt `prompt_number`.
-
-    Attributes:
-      ids: the prompt.
-      max_new_tokens: the text ends after so many.
-      depth: most iterations per token; any number without a core.
-      min_depth: no token leaves earlier.
-      criterion: one of the batch's criteria.
-      threshold: of the criterion.
-      warm_start: a new token's first state is the last one of the token before.
-      is_drawn: tokens are drawn; otherwise the likeliest is taken and the cuts are not read.
-      temperature: and what follows: as `SamplingConfig` has them.
-      seed: of the draws.
-      prompt_number: of this prompt in its call.
-      sample: of this text among those of its prompt.
-      logit_bias: added to the scores of these tokens.
-      min_new_tokens: no end token before so many.
-      end_ids: tokens that end the text.
-      num_top: likeliest tokens wanted with each new one; 0 is none.
-    """
-
-    ids: Sequence[int]
-    max_new_tokens: int
-    depth: int = 1
-    min_depth: int = 1
-    criterion: str = "fixed"
-    threshold: float = 0.0
-    warm_start: bool = False
-    is_drawn: bool = False
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    typical_p: float | None = None
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int = 0
-    prompt_number: int = 0
-    sample: int = 0
-    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    min_new_tokens: int = 0
-    end_ids: Sequence[int] = ()
-    num_top: int = 0
-
-
-@struct.dataclass
-class Events:
-    """What one `turn` did to each row, [B] each; arrays of the device until `fetch`.
-
-    Attributes:
-      is_done: rows that got a token, or ended without one ('exhausted').
-      token: the new token; an end token too.
-      log_prob: under the model's own distribution, before penalties and cuts.
-      top_ids: int32 [B, num_top], the likeliest tokens, likeliest first.
-      top_log_probs: theirs; without meaning where the row has not asked.
-      depth: iterations that led to the token; 0 without a core.
-      reason: RUNNING, END_OF_TEXT, LENGTH or EXHAUSTED (no token came) of `generation.endings`.
-      is_running: rows that hold a text that has been admitted and has not ended.
-      iteration: of the token on its way in each row, after the turn: 0, it has just begun.
-      ticks: int32 [], iterations of the batch since the start, all `advance` together.
-    """
-
-    is_done: Any
-    token: Any
-    log_prob: Any
-    top_ids: Any
-    top_log_probs: Any
-    depth: Any
-    reason: Any
-    is_running: Any
-    iteration: Any
-    ticks: Any
-
-    def fetch(self) -> "Events":
-        """The same with NumPy arrays; waits for the device."""
-        fetched: Events = jax.tree.map(np.asarray, jax.device_get(self))
-        return fetched
-
-
-@dataclasses.dataclass(frozen=True)
-class PromptScores:
-    """Log-probabilities of a chunk of a prompt's own tokens.
-
-    Attributes:
-      first: number of the first of them in the prompt, at least 1: token 0 has none.
-      log_probs: float32 [count].
-      top_ids: int32 [count, num_top].
-      top_log_probs: float32 [count, num_top].
-    """
-
-    first: int
-    log_probs: np.ndarray
-    top_ids: np.ndarray
-    top_log_probs: np.ndarray
+# Which arguments behind the model and the shape are donated.
+_DONATED = {
+    "place": (0,),
+    "copy": (0,),
+    "release": (0,),
+    "prefill": (1,),
+    "score": (1,),
+    "advance": (1,),
+    "turn": (2,),
+    "empty_batch": (),
+}
 
 
 class Batcher:
     """Compiles the programs of a batch and owns its arrays on the device. For one thread.
 
-    All methods but `score` and `Events.fetch` return before the device has finished.
+    No method waits for the device; `Events.fetch` and `PromptScores.fetch` do.
 
     Args:
       model: the model, on a mesh or not.
       params: its parameters, laid out as the model's sharder says.
       tokenizer: whose tokens may be drawn. None: all.
+      shape: what is compiled.
+
+    Attributes:
       shape: what is compiled.
 
     Raises:
@@ -193,7 +72,21 @@ class Batcher:
     def __init__(
         self, model: MegaTransformer, params: Any, tokenizer: Tokenizer | None, shape: BatchShape
     ):
-        raise NotImplementedError
+        _check(model, shape)
+        self.shape = shape
+        self._model = model
+        self._params = params
+        self._sharder = for_rows(model, shape.rows).sharder
+        size = model.config.vocab_size
+        is_allowed = jnp.ones(size, bool)
+        if tokenizer is not None:
+            is_allowed = allowed_tokens(tokenizer, size).is_allowed
+        self._is_allowed = replicate(self._sharder, is_allowed)
+        self._batch: programs.Batch = self._run("empty_batch", params)
+        self._capacity = self._batch.cache.capacity
+        # Of each row: the prompt's tokens, and how many of them have been read.
+        self._lengths = [1] * shape.rows
+        self._num_read = [0] * shape.rows
 
     def compile(self, progress: Callable[[str], object] = lambda name: None) -> None:
         """Compiles every program; otherwise each is compiled when it is first needed.
@@ -201,7 +94,21 @@ class Batcher:
         Args:
           progress: is told each program's name when its turn comes.
         """
-        raise NotImplementedError
+        settings, prompt = self._host(row_settings(RowText((0,), 1), self.shape)), self._prompt([])
+        row, lanes, cache = self._number(0), self._batch.lanes, self._batch.cache
+        arguments: dict[str, tuple[Any, ...]] = {
+            "place": (self._batch, row, settings, prompt, row),
+            "copy": (self._batch, row, row, row),
+            "prefill": (self._params, self._batch, row),
+            "score": (self._params, self._batch, row),
+            "advance": (self._params, lanes, cache, row, row),
+            "turn": (self._params, self._is_allowed, self._batch),
+            "release": (self._batch, self._mask(())),
+        }
+        for name, given in arguments.items():
+            progress(name)
+            if name != "advance" or self._has_core:
+                self._executable(name, given)
 
     def place(self, row: int, text: RowText) -> None:
         """Puts a text into a row, whatever was there. Nothing is computed of its prompt yet.
@@ -209,7 +116,20 @@ class Batcher:
         Raises:
           UserError: if the text does not fit the batch's shape.
         """
-        raise NotImplementedError
+        total = len(text.ids) + text.max_new_tokens
+        if not len(text.ids) or text.max_new_tokens < 1:
+            raise UserError("a text needs a token to continue, and room for a new one.")
+        if total > self.shape.capacity:
+            raise UserError(
+                f"a prompt of {len(text.ids)} tokens and {text.max_new_tokens} new ones are more "
+                f"than the batch's capacity of {self.shape.capacity}; shorten either."
+            )
+        settings = self._host(row_settings(text, self.shape))
+        length = self._number(len(text.ids))
+        self._batch = self._run(
+            "place", self._batch, self._number(row), settings, self._prompt(text.ids), length
+        )
+        self._lengths[row], self._num_read[row] = len(text.ids), 0
 
     def copy(self, source: int, row: int, num_tokens: int) -> None:
         """Gives a row the first cached tokens of another (or of the text that it held before).
@@ -225,41 +145,135 @@ class Batcher:
           row: the new one, or the same.
           num_tokens: less than the prompt's tokens, as the last enters by `turn`.
         """
-        raise NotImplementedError
+        assert 0 <= num_tokens < self._lengths[row]
+        numbers = (self._number(number) for number in (source, row, num_tokens))
+        self._batch = self._run("copy", self._batch, *numbers)
+        self._num_read[row] = num_tokens
 
     def prefill(self, row: int) -> bool:
         """Reads one chunk of the row's prompt; True once only its last token is left.
 
         That one enters by the next `turn`. True at once for a prompt of one token.
         """
-        raise NotImplementedError
+        if self.num_unread(row):
+            self._batch = self._run("prefill", self._params, self._batch, self._number(row))
+            self._count_read(row)
+        return not self.num_unread(row)
 
     def score(self, row: int) -> tuple[PromptScores | None, bool]:
-        """As `prefill`, and waits for the log-probabilities of the tokens behind those read.
+        """As `prefill`, and the log-probabilities of the tokens behind those that are read.
+
+        All chunks of a prompt together give those of all tokens but the first. Rows that were
+        copied have none.
 
         Returns:
           They, None if there was nothing to read; and what `prefill` returns.
         """
-        raise NotImplementedError
+        if not self.num_unread(row):
+            return None, True
+        number = self._number(row)
+        self._batch, scores = self._run("score", self._params, self._batch, number)
+        self._count_read(row)
+        return scores, not self.num_unread(row)
+
+    def num_unread(self, row: int) -> int:
+        """Tokens of the row's prompt that `prefill` still has to read."""
+        return self._lengths[row] - 1 - self._num_read[row]
 
     def advance(self, min_waiting: int, max_ticks: int) -> None:
         """Iterates the core until so many running rows wait for a turn, at most `max_ticks` times.
 
-        Returns at once on the device if no row is on its way.
+        Does nothing if no row is on its way, or the model has no core.
         """
-        raise NotImplementedError
+        if not self._has_core:
+            return
+        limits = (self._number(min_waiting), self._number(max_ticks))
+        batch = self._batch
+        lanes = self._run("advance", self._params, batch.lanes, batch.cache, *limits)
+        self._batch = programs.Batch(lanes, batch.cache)
 
     def turn(self) -> Events:
         """Gives each row that waits a token and starts the next; admits rows whose prompt is read.
 
         A row that ends is neither running nor free: its cached rows stay until another `place`.
         """
-        raise NotImplementedError
+        events: Events
+        self._batch, events = self._run("turn", self._params, self._is_allowed, self._batch)
+        return events
 
     def release(self, rows: Sequence[int]) -> None:
         """Stops rows, wherever they are. Their cached rows stay until another `place`."""
-        raise NotImplementedError
+        self._batch = self._run("release", self._batch, self._mask(rows))
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values, over all devices."""
-        raise NotImplementedError
+        cache = self._batch.cache
+        entries = jax.tree.leaves((cache.prelude, cache.core, cache.coda))
+        return sum(array.nbytes for array in entries)
+
+    # --------------------------------------------------------------------------
+
+    @property
+    def _has_core(self) -> bool:
+        return self._model.config.is_recurrent
+
+    def _count_read(self, row: int) -> None:
+        size = min(self.shape.chunk, self._capacity)
+        self._num_read[row] += min(size, self.num_unread(row))
+
+    def _run(self, name: str, *arguments: Any) -> Any:
+        return self._executable(name, arguments)(*arguments)
+
+    def _executable(self, name: str, arguments: tuple[Any, ...]) -> Any:
+        leaves, tree = jax.tree.flatten(arguments)
+        return _compiled(name, self._model, self.shape, tree, tuple(map(_signature, leaves)))
+
+    def _number(self, number: int) -> Any:
+        return self._host(np.int32(number))
+
+    def _prompt(self, ids: Sequence[int]) -> Any:
+        prompt = np.zeros(self._capacity, np.int32)
+        prompt[: len(ids)] = ids
+        return self._host(prompt)
+
+    def _mask(self, rows: Sequence[int]) -> Any:
+        mask = np.zeros(self.shape.rows, bool)
+        mask[list(rows)] = True
+        return self._host(mask)
+
+    def _host(self, tree: Any) -> Any:
+        """Numbers of the host on every device of a mesh."""
+        return replicate(self._sharder, tree)
+
+
+def _signature(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
+
+
+@functools.lru_cache(maxsize=64)
+def _compiled(
+    name: str,
+    model: MegaTransformer,
+    shape: BatchShape,
+    tree: Any,
+    leaves: tuple[jax.ShapeDtypeStruct, ...],
+) -> Any:
+    """A program for arguments of these shapes. Batchers of the same model and shape share it."""
+    function = functools.partial(getattr(programs, name), model, shape)
+    program = jax.jit(function, donate_argnums=_DONATED[name])
+    return program.lower(*jax.tree.unflatten(tree, leaves)).compile()
+
+
+def _check(model: MegaTransformer, shape: BatchShape) -> None:
+    config = model.config
+    if shape.capacity > config.max_length:
+        raise UserError(
+            f"the batch's capacity of {shape.capacity} tokens exceeds the model's max_length="
+            f"{config.max_length}; lower it."
+        )
+    if "learned_gate" in shape.criteria and not config.exit_gate.enabled:
+        raise UserError(
+            "exit criterion 'learned_gate' reads an exit gate, and the model has none "
+            "(model.exit_gate.enabled); leave it out of the batch's criteria."
+        )

@@ -112,14 +112,65 @@ def cached_forward(
       ValueError: if the state is drawn at random and there are no keys, the rule's criterion needs
         an exit gate that the model has not, or there are media and the cache has no room for them.
     """
-    config, is_token = model.config, new.is_token
+    is_token = new.is_token
     is_medium = None if new.inserted is None else new.inserted.is_medium
     if is_medium is not None and cache.is_medium is None:
         raise ValueError("the cache was made for text alone; make it with_media=True.")
     params = gather_weights(model, params)
-    positions = cache.next_position[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
-    places = jnp.maximum(positions, 0)
-    positions = jnp.where(is_token, positions, -1)
+    places = cache.next_position[:, None] + jnp.cumsum(is_token, axis=1, dtype=jnp.int32) - 1
+    read = read_tokens(model, params, new, cache, rule, jnp.maximum(places, 0))
+    hidden = read.hidden
+    if last_logits_only:
+        hidden = last_token(hidden, is_token)[:, None]
+    length = known_after(cache.length, hidden)
+    cache = cache.replace(length=length)  # type: ignore[attr-defined]
+    positions = jnp.where(is_token, places, -1)
+    cache = write_rows(cache, read.rows, positions, read.num_steps, is_medium)
+    cache = constrain_cache(model.sharder, cache)
+    logits = apply_head(model, params, hidden)
+    return CachedOutput(logits, read.state, read.num_steps, cache, read.memory)
+
+
+@struct.dataclass
+class TokensRead:
+    """A pass before anything is written.
+
+    Attributes:
+      hidden: the coda's output of every token.
+      state: the core's last state; the prelude's output without a core.
+      num_steps: iterations of each token; 0 for padding.
+      rows: keys and values for the cache's prelude, core (None without one) and coda.
+      memory: see `CachedOutput`.
+    """
+
+    hidden: Float[Array, "B T D"]
+    state: Float[Array, "B T D2"]
+    num_steps: Int[Array, "B T"]
+    rows: tuple[KeyValues, KeyValues | None, KeyValues]
+    memory: Any
+
+
+def read_tokens(
+    model: MegaTransformer,
+    params: Any,
+    new: NewTokens,
+    cache: KVCache,
+    rule: DepthRule,
+    places: Int[Array, "B T"],
+) -> TokensRead:
+    """Everything of `cached_forward` but the head; the cache is only read, and may be a view.
+
+    Args:
+      model: as of `cached_forward`.
+      params: gathered.
+      new: the tokens.
+      cache: what came before.
+      rule: how deep tokens go.
+      places: of the tokens in their sequences; what padding has does not matter.
+    """
+    config, is_token = model.config, new.is_token
+    is_medium = None if new.inserted is None else new.inserted.is_medium
+    positions = jnp.where(is_token, places, -1)
     mask = AttentionMask(is_causal=True, window=config.attention.window)
     outer = layer_context(config, places, mask, config.width)
     is_text = None if is_medium is None else ~is_medium
@@ -151,13 +202,8 @@ def cached_forward(
         x, state = result.read, result.state
         core_rows, num_steps, memory = result.rows, result.num_steps, result.memory
     hidden, coda_rows = apply_coda(model, params, x, outer, cache)
-    if last_logits_only:
-        hidden = last_token(hidden, is_token)[:, None]
-    cache = cache.replace(length=_known_after(cache.length, hidden))  # type: ignore[attr-defined]
     rows = (prelude_rows, core_rows, coda_rows)
-    cache = write_rows(cache, rows, positions, num_steps, is_medium)
-    cache = constrain_cache(model.sharder, cache)
-    return CachedOutput(apply_head(model, params, hidden), state, num_steps, cache, memory)
+    return TokensRead(hidden, state, num_steps, rows, memory)
 
 
 def _iterate(model: MegaTransformer, params: Any, core: Pass, state: jax.Array) -> DepthResult:
@@ -205,7 +251,7 @@ def token_states(
     return jax.vmap(over_tokens)(keys, places, injected)
 
 
-def _known_after(index: jax.Array, array: jax.Array) -> jax.Array:
+def known_after(index: jax.Array, array: jax.Array) -> jax.Array:
     """The index, in a form that XLA can compute only when it has the array.
 
     The cache must be written after everything is read. Otherwise XLA may write a layer's rows,
@@ -249,7 +295,13 @@ def apply_head(model: MegaTransformer, params: Any, hidden: jax.Array) -> jax.Ar
 def read_entries(entries: KeyValues, cache: KVCache, first: jax.Array | int = 0) -> CachedRows:
     """The cache as a stack's layers read it; `first` is the entry of the first layer."""
     return CachedRows(
-        entries.key, entries.value, first, cache.positions, cache.length, cache.block_rows
+        entries.key,
+        entries.value,
+        first,
+        cache.positions,
+        cache.length,
+        cache.block_rows,
+        cache.sequence,
     )
 
 
@@ -277,5 +329,5 @@ def _rows_of(
     """A stack's new rows; of no layers if it has none."""
     if stack in sown:
         return stack_rows(sown[stack], stack_owners(config, stack))
-    shape = (0, *entries.key.shape[1:3], x.shape[1], entries.key.shape[-1])
+    shape = (0, x.shape[0], entries.key.shape[2], x.shape[1], entries.key.shape[-1])
     return KeyValues(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))

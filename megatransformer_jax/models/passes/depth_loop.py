@@ -95,7 +95,7 @@ def iterate_core(
         return with_cache(
             core.context,
             cached.replace(
-                rows=_read(cache, slot, layers),
+                rows=read_slot(cache, slot, layers),
                 key_positions=visible,
                 is_active=active,
                 frozen=frozen,
@@ -182,8 +182,9 @@ def core_layers(cache: KVCache) -> int:
 def no_rows(core: Pass, entries: int, num_columns: int) -> Float[Array, "E B K T H"]:
     """Zeros in the shape of `entries` layers' new keys, or values, at so many columns."""
     assert core.cache is not None and core.cache.core is not None
-    shape = core.cache.core.key.shape
-    return jnp.zeros((entries, *shape[1:3], num_columns, shape[-1]), core.prepared.dtype)
+    shape, batch_size = core.cache.core.key.shape, core.prepared.shape[0]
+    rows = (entries, batch_size, shape[2], num_columns, shape[-1])
+    return jnp.zeros(rows, core.prepared.dtype)
 
 
 def stack_rows(sown: Any, owners: tuple[int, ...]) -> KeyValues:
@@ -214,7 +215,8 @@ def with_cache(context: LayerContext, cached: CachedPass) -> LayerContext:
     return updated
 
 
-def _read(cache: KVCache, slot: Any, layers: int) -> CachedRows:
+def read_slot(cache: KVCache, slot: Any, layers: int) -> CachedRows:
+    """The core's entries as the iteration of a slot reads them: one slot for all, or one each."""
     assert cache.core is not None
     return CachedRows(
         cache.core.key,
@@ -223,6 +225,7 @@ def _read(cache: KVCache, slot: Any, layers: int) -> CachedRows:
         visible_positions(cache, slot),
         cache.length,
         cache.block_rows,
+        cache.sequence,
     )
 
 

@@ -1,0 +1,308 @@
+"""The rows of a batch whose texts come and go: what they hold on the device, and on the host."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.sampling import SamplingConfig
+from megatransformer_jax.generation.history import History
+from megatransformer_jax.generation.processors.row_chain import RowNumbers, RowSizes, row_numbers
+from megatransformer_jax.models.exit_criteria import EXIT_CRITERIA, exit_criterion
+from megatransformer_jax.models.passes.tick import Criteria, RowRules, Tokens
+
+# ------------------------------------------------------------------------------
+# On the host: what is compiled in, and a text as a row is given it.
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchShape:
+    """What is compiled in; hashable, so static in jit.
+
+    Attributes:
+      rows: texts at once (B). On a mesh, a multiple of the ways of its batch axes cuts them.
+      capacity: most tokens of a text, its prompt's and the new ones together; rounded up to whole
+        blocks of the cache.
+      num_slots: cache slots of each core layer (R).
+      chunk: prompt tokens per pass.
+      criteria: exit criteria that rows may name; 'fixed' always is one.
+      num_top: most likeliest tokens that come with each new one.
+      num_bias: most tokens of a row's `logit_bias`.
+      num_ends: most end tokens of a row.
+      sharing: how iterations share slots, as `CacheConfig.sharing`.
+      exited_reads: as `CacheConfig.exited_reads`.
+
+    Raises:
+      UserError: a number below 1, or a criterion that there is not.
+    """
+
+    rows: int
+    capacity: int
+    num_slots: int
+    chunk: int = 64
+    criteria: tuple[str, ...] = ("fixed", "latent_diff", "cosine")
+    num_top: int = 20
+    num_bias: int = 32
+    num_ends: int = 4
+    sharing: str = "modulo"
+    exited_reads: str = "latest"
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "capacity", "num_slots", "chunk", "num_top", "num_bias", "num_ends"):
+            number = getattr(self, name)
+            if number < 1:
+                raise UserError(f"{name} of a batch is {number}; it must be at least 1.")
+        for name in self.criteria:
+            exit_criterion(name)
+
+    @property
+    def choice(self) -> Criteria:
+        """The criteria as rows choose from them."""
+        return Criteria.of(self.criteria)
+
+    @property
+    def sizes(self) -> RowSizes:
+        """Widths of a row's lists."""
+        return RowSizes(self.num_bias, self.num_ends)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowText:
+    """A text as a row is given it: plain numbers, checked already.
+
+    A text's draws depend on (seed, prompt_number, sample) and are those that `Generator` makes for
+    sample `sample` of prompt `prompt_number`.
+
+    Attributes:
+      ids: the prompt.
+      max_new_tokens: the text ends after so many.
+      depth: most iterations per token; any number without a core.
+      min_depth: no token leaves earlier.
+      criterion: one of the batch's criteria.
+      threshold: of the criterion.
+      warm_start: a new token's first state is the last one of the token before.
+      is_drawn: tokens are drawn; otherwise the likeliest is taken and the cuts are not read.
+      sampling: what is done to the scores.
+      seed: of the draws.
+      prompt_number: of this prompt in its call.
+      sample: of this text among those of its prompt.
+      logit_bias: added to the scores of these tokens.
+      min_new_tokens: no end token before so many.
+      end_ids: tokens that end the text.
+      num_top: likeliest tokens wanted with each new one; 0 is none.
+    """
+
+    ids: Sequence[int]
+    max_new_tokens: int
+    depth: int = 1
+    min_depth: int = 1
+    criterion: str = "fixed"
+    threshold: float = 0.0
+    warm_start: bool = False
+    is_drawn: bool = False
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    seed: int = 0
+    prompt_number: int = 0
+    sample: int = 0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    min_new_tokens: int = 0
+    end_ids: Sequence[int] = ()
+    num_top: int = 0
+
+    @classmethod
+    def of_config(cls, ids: Sequence[int], config: GenerationConfig, **others: Any) -> "RowText":
+        """The text that a configuration asks for.
+
+        Args:
+          ids: the prompt.
+          config: with the depth that is used, see `config.generation.for_model`. Its stop texts and
+            its cache are not the row's.
+          others: the fields that it does not have: prompt_number, sample, end_ids, ...
+        """
+        depth = config.depth
+        threshold = depth.exit_threshold
+        if threshold is None:
+            threshold = EXIT_CRITERIA[depth.exit_criterion].default_threshold
+        return cls(
+            ids,
+            config.max_new_tokens,
+            depth.depth or 1,
+            depth.min_depth,
+            depth.exit_criterion,
+            threshold,
+            depth.warm_start,
+            not config.is_deterministic,
+            config.sampling,
+            config.seed,
+            **others,
+        )
+
+
+# ------------------------------------------------------------------------------
+# On the device.
+
+
+@struct.dataclass
+class RowSettings:
+    """What each row has been asked, [B]; that of one row, as the host gives it, has no axis B.
+
+    Attributes:
+      rules: how deep its tokens go.
+      numbers: what is done to its scores, and what ends it.
+      is_warm: whether a token begins with the state of the one before.
+      max_new_tokens: it ends after so many.
+      num_top: likeliest tokens that it wants.
+      seed: uint32, of its draws.
+      prompt_number: of its prompt in its call.
+      sample: of the text among those of its prompt.
+    """
+
+    rules: RowRules
+    numbers: RowNumbers
+    is_warm: Any
+    max_new_tokens: Any
+    num_top: Any
+    seed: Any
+    prompt_number: Any
+    sample: Any
+
+    def prompt_keys(self) -> Any:
+        """Keys [B] of the first states of prompts' tokens, as `request.prompt_keys` makes them."""
+        fold = jax.vmap(lambda seed, number: jax.random.fold_in(jax.random.key(seed), number))
+        return fold(self.seed, self.prompt_number)
+
+    def row_keys(self) -> Any:
+        """Keys [B] of draws and of new tokens' first states, as `request.sample_keys` has them."""
+        return jax.vmap(jax.random.fold_in)(self.prompt_keys(), self.sample)
+
+
+def row_settings(text: RowText, shape: BatchShape) -> RowSettings:
+    """The settings of one row, NumPy arrays.
+
+    Raises:
+      UserError: if the batch has no place for some of it.
+    """
+    names = shape.choice.names
+    if text.criterion not in names:
+        raise UserError(
+            f"exit criterion {text.criterion!r} is not compiled in; choose one of "
+            f"{', '.join(names)}, or add it to the criteria of the batch."
+        )
+    if text.num_top > shape.num_top:
+        raise UserError(
+            f"{text.num_top} likeliest tokens are more than the {shape.num_top} there is room for."
+        )
+    rules = RowRules(
+        np.int32(text.depth),
+        np.int32(text.min_depth),
+        np.float32(text.threshold),
+        np.int32(names.index(text.criterion)),
+    )
+    numbers = row_numbers(
+        text.sampling,
+        is_drawn=text.is_drawn,
+        sizes=shape.sizes,
+        logit_bias=text.logit_bias,
+        min_new_tokens=text.min_new_tokens,
+        end_ids=text.end_ids,
+    )
+    return RowSettings(
+        rules,
+        numbers,
+        np.bool_(text.warm_start),
+        np.int32(text.max_new_tokens),
+        np.int32(text.num_top),
+        np.uint32(text.seed),
+        np.int32(text.prompt_number),
+        np.int32(text.sample),
+    )
+
+
+@struct.dataclass
+class Lanes:
+    """All of a batch but its keys and values; arrays begin with [B].
+
+    Attributes:
+      settings: of each row's text.
+      history: prompts and new tokens. A running row's last token is not in the cache yet.
+      counts: state of the chain of processors.
+      tokens: on their way through the core.
+      is_reading: rows whose prompt is being read.
+      is_running: rows whose prompt has been read and whose text has not ended.
+      ticks: int32 [], iterations so far.
+    """
+
+    settings: RowSettings
+    history: History
+    counts: Int[Array, "B V"]
+    tokens: Tokens
+    is_reading: Bool[Array, "B"]
+    is_running: Bool[Array, "B"]
+    ticks: Int[Array, ""]
+
+    @property
+    def is_live(self) -> Bool[Array, "B"]:
+        """Rows whose cached tokens are read."""
+        return self.is_reading | self.is_running
+
+
+@struct.dataclass
+class Events:
+    """What one turn did to each row, [B] each; arrays of the device until `fetch`.
+
+    Attributes:
+      is_done: rows that got a token, or ended without one (EXHAUSTED).
+      token: the new token; an end token too.
+      log_prob: under the model's own distribution, before penalties and cuts.
+      top_ids: int32 [B, num_top], the likeliest tokens, likeliest first.
+      top_log_probs: theirs; without meaning where the row has not asked.
+      depth: iterations that led to the token; 0 without a core.
+      reason: RUNNING, END_OF_TEXT, LENGTH or EXHAUSTED (no token came) of `generation.endings`.
+      is_running: rows that hold a text that has been admitted and has not ended.
+      iteration: of the token on its way in each row, after the turn: 0, it has just begun.
+      ticks: int32 [], iterations of the batch since the start.
+    """
+
+    is_done: Any
+    token: Any
+    log_prob: Any
+    top_ids: Any
+    top_log_probs: Any
+    depth: Any
+    reason: Any
+    is_running: Any
+    iteration: Any
+    ticks: Any
+
+    def fetch(self) -> "Events":
+        """The same with NumPy arrays; waits for the device."""
+        fetched: Events = jax.tree.map(np.asarray, jax.device_get(self))
+        return fetched
+
+
+@struct.dataclass
+class PromptScores:
+    """Log-probabilities of a chunk of a prompt's own tokens; arrays of the device until `fetch`.
+
+    Attributes:
+      count: int32 [], how many there are; what lies behind has no meaning.
+      log_probs: float32 [T], of the tokens behind those that were read.
+      top_ids: int32 [T, num_top].
+      top_log_probs: float32 [T, num_top].
+    """
+
+    count: Any
+    log_probs: Any
+    top_ids: Any
+    top_log_probs: Any
+
+    def fetch(self) -> "PromptScores":
+        """The same with NumPy arrays, cut to what there is; waits for the device."""
+        count, *arrays = jax.tree.leaves(jax.device_get(self))
+        return PromptScores(count, *(np.asarray(array)[:count] for array in arrays))

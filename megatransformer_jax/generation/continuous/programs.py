@@ -1,0 +1,408 @@
+"""What a batch of texts at the grain of an iteration computes: pure functions of static shapes.
+
+| program | does                                                            | keys and values   |
+|---------|-----------------------------------------------------------------|-------------------|
+| place   | a text's settings and prompt into a row                         | not touched       |
+| copy    | a row's first tokens from another row                           | written, in place |
+| prefill | the next tokens of one row's prompt, but never its last         | written, in place |
+| score   | the same, with log-probabilities of the tokens behind           | written, in place |
+| advance | iterations of the core, until enough rows wait                  | only read         |
+| turn    | rows that wait: coda, head, a new token, prelude of the next    | written, in place |
+| release | frees rows                                                      | not touched       |
+
+The last token of a prompt is not read beforehand: it enters its row as a new token does. So there
+is no program for first tokens, and a prompt of one token needs no reading.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Int
+
+from megatransformer_jax.generation.continuous.lanes import (
+    BatchShape,
+    Events,
+    Lanes,
+    PromptScores,
+    RowSettings,
+)
+from megatransformer_jax.generation.endings import EXHAUSTED, RUNNING, Ending, EndState, exhaust
+from megatransformer_jax.generation.history import History
+from megatransformer_jax.generation.placement import constrain_rows, for_rows
+from megatransformer_jax.generation.processors.row_chain import RowChain, neutral_rows
+from megatransformer_jax.generation.token_choice import choose, top_log_probs
+from megatransformer_jax.models.exit_criteria import DepthRule
+from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
+from megatransformer_jax.models.passes.cached import (
+    NewTokens,
+    TokensRead,
+    apply_head,
+    known_after,
+    read_tokens,
+)
+from megatransformer_jax.models.passes.tick import (
+    FirstStates,
+    RowRules,
+    begin_tokens,
+    finish_tokens,
+    iterate_tokens,
+    select_rows,
+)
+from megatransformer_jax.nn.cache_sequences import (
+    copy_rows,
+    view_sequence,
+    with_positions,
+    write_sequence,
+    write_tokens,
+)
+from megatransformer_jax.nn.kv_cache import CacheShape, KVCache, constrain_cache, init_cache
+
+
+@struct.dataclass
+class Batch:
+    """All that changes: what `turn` and the others take and give back, donated."""
+
+    lanes: Lanes
+    cache: KVCache
+
+
+def empty_batch(model: MegaTransformer, shape: BatchShape, params: Any) -> Batch:
+    """No text in any row."""
+    config, num_rows = model.config, shape.rows
+    model = for_rows(model, num_rows)
+    cache_shape = CacheShape(
+        num_rows,
+        shape.capacity,
+        shape.num_slots,
+        model.policy.compute,
+        model.platform,
+        shape.sharing,
+        shape.exited_reads,
+    )
+    cache = constrain_cache(model.sharder, init_cache(config, cache_shape))
+    zeros = jnp.zeros((num_rows,), jnp.int32)
+    nothing = jnp.zeros((num_rows,), bool)
+    settings = RowSettings(
+        RowRules(zeros + 1, zeros + 1, jnp.zeros((num_rows,)), zeros),
+        neutral_rows(num_rows, shape.sizes),
+        nothing,
+        zeros + 1,
+        zeros,
+        jnp.zeros((num_rows,), jnp.uint32),
+        zeros,
+        zeros,
+    )
+    first = FirstStates(settings.row_keys(), jnp.zeros((num_rows, 1, _state_width(model))), nothing)
+    tokens = jax.eval_shape(
+        lambda: begin_tokens(model, params, zeros, zeros - 1, cache, first, shape.choice)
+    )
+    tokens = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), tokens)
+    tokens = _changed(tokens, positions=zeros - 1)
+    history = History(jnp.zeros((num_rows, cache.capacity), jnp.int32), zeros, zeros)
+    counts = jnp.zeros((num_rows, config.vocab_size), jnp.int32)
+    lanes = Lanes(settings, history, counts, tokens, nothing, nothing, jnp.int32(0))
+    return _constrained(model, lanes, cache)
+
+
+def place(
+    model: MegaTransformer,
+    shape: BatchShape,
+    batch: Batch,
+    row: Int[Array, ""],
+    settings: RowSettings,
+    prompt: Int[Array, "C"],
+    length: Int[Array, ""],
+) -> Batch:
+    """A text in a row, whatever was there; nothing of its prompt has been read.
+
+    Args:
+      model: the model.
+      shape: of the batch.
+      batch: before.
+      row: which.
+      settings: of one row, without the axis B.
+      prompt: its ids, padded.
+      length: how many they are.
+    """
+    lanes, cache = batch.lanes, batch.cache
+    one = History(prompt[None], length[None], length[None])
+
+    def put(all_rows: jax.Array, own: Any) -> jax.Array:
+        return all_rows.at[row].set(own)
+
+    chain = RowChain(lanes.settings.numbers, None, model.config.vocab_size)
+    lanes = _changed(
+        lanes,
+        settings=jax.tree.map(put, lanes.settings, settings),
+        history=jax.tree.map(lambda all, own: put(all, own[0]), lanes.history, one),
+        counts=put(lanes.counts, chain.init(one)[0]),
+        is_reading=put(lanes.is_reading, True),
+        is_running=put(lanes.is_running, False),
+        tokens=_changed(
+            lanes.tokens,
+            is_active=put(lanes.tokens.is_active, False),
+            positions=put(lanes.tokens.positions, -1),
+        ),
+    )
+    cache = with_positions(cache, put(cache.next_position, 0), lanes.is_live)
+    return _constrained(for_rows(model, shape.rows), lanes, cache)
+
+
+def copy(
+    model: MegaTransformer,
+    shape: BatchShape,
+    batch: Batch,
+    source: Int[Array, ""],
+    row: Int[Array, ""],
+    num_tokens: Int[Array, ""],
+) -> Batch:
+    """The first cached tokens of one row in another, or kept in the same."""
+    model, lanes = for_rows(model, shape.rows), batch.lanes
+    # Of a row that is copied to itself nothing moves.
+    moved = jnp.where(source == row, 0, num_tokens)
+    cache = copy_rows(batch.cache, source, row, moved, model.sharder)
+    next_position = cache.next_position.at[row].set(num_tokens)
+    cache = with_positions(cache, next_position, lanes.is_live)
+    return _constrained(model, lanes, cache)
+
+
+def release(
+    model: MegaTransformer, shape: BatchShape, batch: Batch, is_released: Bool[Array, "B"]
+) -> Batch:
+    """Rows that hold no text any more; their cached tokens stay until another is placed."""
+    lanes, cache = _without(batch.lanes, is_released), batch.cache
+    cache = with_positions(cache, cache.next_position, lanes.is_live)
+    return _constrained(for_rows(model, shape.rows), lanes, cache)
+
+
+# ------------------------------------------------------------------------------
+# Prompts.
+
+
+def prefill(
+    model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
+) -> Batch:
+    """Reads up to `shape.chunk` tokens of a row's prompt behind those that are cached."""
+    return _read_chunk(model, shape, params, batch, row)[0]
+
+
+def score(
+    model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
+) -> tuple[Batch, PromptScores]:
+    """`prefill`, and the log-probabilities of the tokens behind those that it reads."""
+    start, history = batch.cache.next_position[row], batch.lanes.history
+    batch, read, count = _read_chunk(model, shape, params, batch, row)
+    one = for_rows(model, 1)
+    logits = apply_head(one, gather_weights(one, params), read.hidden)[0].astype(jnp.float32)
+    columns = jnp.minimum(start + 1 + jnp.arange(logits.shape[0]), history.capacity - 1)
+    log_probs = jax.nn.log_softmax(logits)
+    own = jnp.take_along_axis(log_probs, history.tokens[row][columns][:, None], axis=1)[:, 0]
+    wanted = jnp.full(logits.shape[:1], shape.num_top, jnp.int32)
+    top_ids, top = top_log_probs(logits, wanted, shape.num_top)
+    return batch, PromptScores(count, own, top_ids, top)
+
+
+def _read_chunk(
+    model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
+) -> tuple[Batch, TokensRead, jax.Array]:
+    lanes, cache, one = batch.lanes, batch.cache, for_rows(model, 1)
+    settings, history = jax.tree.map(lambda all: all[row][None], lanes.settings), lanes.history
+    size = min(shape.chunk, cache.capacity)
+    start = cache.next_position[row]
+    places = start + jnp.arange(size, dtype=jnp.int32)
+    ids = history.tokens[row][jnp.minimum(places, history.capacity - 1)]
+    is_token = places < history.prompt_lengths[row] - 1
+    new = NewTokens(ids[None], is_token[None], state_keys=settings.prompt_keys())
+    rule = DepthRule(
+        settings.rules.depth,
+        settings.rules.threshold,
+        settings.rules.min_depth,
+        shape.choice.without_logits(settings.rules.code),
+    )
+    view = view_sequence(cache, row, model.sharder)
+    read = read_tokens(one, gather_weights(one, params), new, view, rule, places[None])
+    count = jnp.sum(is_token, dtype=jnp.int32)
+    # Written after everything was read.
+    model = for_rows(model, shape.rows)
+    after = known_after(start, read.hidden)
+    cache = write_sequence(cache, read.rows, row, after, count, model.sharder)
+    columns = jnp.where(is_token, places, cache.capacity)
+    steps = cache.num_steps[row].at[columns].set(read.num_steps[0], mode="drop")
+    cache = _changed(cache, num_steps=cache.num_steps.at[row].set(steps))
+    next_position = cache.next_position.at[row].add(count)
+    cache = with_positions(cache, next_position, lanes.is_live)
+    return _constrained(model, lanes, cache), read, count
+
+
+# ------------------------------------------------------------------------------
+# New tokens.
+
+
+def advance(
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    lanes: Lanes,
+    cache: KVCache,
+    min_waiting: Int[Array, ""],
+    max_ticks: Int[Array, ""],
+) -> Lanes:
+    """Iterates until `min_waiting` running rows wait for a turn; the cache is only read."""
+    model = for_rows(model, shape.rows)
+    params = gather_weights(model, params)
+    rules = lanes.settings.rules
+    limits = (min_waiting, max_ticks)
+    tokens, ticks = iterate_tokens(model, params, lanes.tokens, cache, rules, shape.choice, limits)
+    lanes = _changed(lanes, tokens=tokens, ticks=lanes.ticks + ticks)
+    return constrain_lanes(model, lanes)
+
+
+def turn(
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    is_allowed: Bool[Array, "V"],
+    batch: Batch,
+) -> tuple[Batch, Events]:
+    """A token for each row that waits, and the start of the next; admits rows that are read.
+
+    Coda and head read the cache without the rows' present tokens; then these are written; then the
+    prelude of the next tokens reads them.
+    """
+    model = for_rows(model, shape.rows)
+    params = gather_weights(model, params)
+    lanes, cache, old = batch.lanes, batch.cache, batch.lanes.tokens
+    is_done = lanes.is_running & ~old.is_active
+    logits, rows = finish_tokens(model, params, old, cache)
+    logits = constrain_rows(model.sharder, logits)
+    lanes, events = _with_new_tokens(model, shape, lanes, is_allowed, logits, is_done)
+    start = known_after(cache.next_position, logits)
+    cache = _changed(cache, next_position=start)
+    cache = write_tokens(cache, rows, old.iteration, is_done, model.sharder)
+    is_admitted = lanes.is_reading & (start >= lanes.history.prompt_lengths - 1)
+    lanes = _changed(
+        lanes,
+        is_reading=lanes.is_reading & ~is_admitted,
+        is_running=lanes.is_running | is_admitted,
+    )
+    cache = with_positions(cache, start + is_done, lanes.is_live)
+    is_new = (is_done | is_admitted) & lanes.is_running
+    lanes = _with_next_tokens(model, shape, params, lanes, cache, is_new, is_admitted)
+    events = _changed(
+        events, is_running=lanes.is_running, iteration=lanes.tokens.iteration, ticks=lanes.ticks
+    )
+    return _constrained(model, lanes, cache), constrain_rows_of(model, events)
+
+
+def _with_new_tokens(
+    model: MegaTransformer,
+    shape: BatchShape,
+    lanes: Lanes,
+    is_allowed: jax.Array,
+    logits: jax.Array,
+    is_done: jax.Array,
+) -> tuple[Lanes, Events]:
+    """Chooses tokens for the rows that are done, and ends those that it ends."""
+    settings, history = lanes.settings, lanes.history
+    chain = RowChain(settings.numbers, is_allowed, model.config.vocab_size)
+    is_drawn = settings.numbers.is_drawn & is_done
+    choice = choose(
+        (chain,), (lanes.counts,), history, logits, settings.row_keys(), is_drawn=is_drawn
+    )
+    reason = jnp.where(is_done, RUNNING, EXHAUSTED)
+    end = exhaust(EndState(reason, ()), choice.is_exhausted)
+    is_added = is_done & end.is_running
+    history = history.append(choice.tokens, is_added)
+    ids = jnp.where(is_added, choice.tokens, model.config.vocab_size)
+    ending = Ending(settings.numbers.end_ids, settings.max_new_tokens)
+    end = ending.update(end, choice.tokens, history.num_generated)
+    wanted = jnp.where(is_done, settings.num_top, 0)
+    top_ids, top = top_log_probs(logits, wanted, shape.num_top)
+    events = Events(
+        is_done,
+        choice.tokens,
+        choice.log_probs,
+        top_ids,
+        top,
+        lanes.tokens.iteration,
+        jnp.where(is_done, end.reason, RUNNING),
+        None,
+        None,
+        None,
+    )
+    lanes = _changed(lanes, history=history, counts=chain.update(lanes.counts, history, ids))
+    return _without(lanes, is_done & ~end.is_running), events
+
+
+def _with_next_tokens(
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    lanes: Lanes,
+    cache: KVCache,
+    is_new: jax.Array,
+    is_admitted: jax.Array,
+) -> Lanes:
+    """Begins each new row's last token, which is not in the cache."""
+    settings, old = lanes.settings, lanes.tokens
+    # Prompts are read with their own key, once for all texts of a prompt.
+    keys = jnp.where(is_admitted, settings.prompt_keys(), settings.row_keys())
+    first = FirstStates(keys, old.state, settings.is_warm & ~is_admitted)
+    ids = jnp.maximum(lanes.history.suffix(1)[:, 0], 0)
+    positions = jnp.where(is_new, cache.next_position, -1)
+    new = begin_tokens(model, params, ids, positions, cache, first, shape.choice)
+    return _changed(lanes, tokens=select_rows(is_new, new, old))
+
+
+def _without(lanes: Lanes, is_over: jax.Array) -> Lanes:
+    """Rows that hold no text any more."""
+    tokens = _changed(
+        lanes.tokens,
+        is_active=lanes.tokens.is_active & ~is_over,
+        positions=jnp.where(is_over, -1, lanes.tokens.positions),
+    )
+    return _changed(
+        lanes,
+        is_reading=lanes.is_reading & ~is_over,
+        is_running=lanes.is_running & ~is_over,
+        tokens=tokens,
+    )
+
+
+# ------------------------------------------------------------------------------
+# Where arrays are.
+
+
+def constrain_lanes(model: MegaTransformer, lanes: Lanes) -> Lanes:
+    """Asks the compiler to cut rows as `batch`."""
+    return constrain_rows_of(model, lanes)
+
+
+def constrain_rows_of(model: MegaTransformer, tree: Any) -> Any:
+    """As `constrain_rows`, for trees that hold single numbers too."""
+    sharder = model.sharder
+    if sharder.mesh is None:
+        return tree
+    return jax.tree.map(
+        lambda array: constrain_rows(sharder, array) if array.ndim else sharder.constrain(array),
+        tree,
+    )
+
+
+def _constrained(model: MegaTransformer, lanes: Lanes, cache: KVCache) -> Batch:
+    numbers = constrain_rows_of(
+        model,
+        {"next_position": cache.next_position, "length": cache.length},
+    )
+    cache = _changed(constrain_cache(model.sharder, cache), **numbers)
+    return Batch(constrain_lanes(model, lanes), cache)
+
+
+def _state_width(model: MegaTransformer) -> int:
+    return model.config.core_width if model.config.is_recurrent else model.config.width
+
+
+def _changed(tree: Any, **changes: Any) -> Any:
+    return tree.replace(**changes)

@@ -1,0 +1,287 @@
+"""A cache whose sequences come and go, each with its rows at its tokens' positions, without gaps.
+
+What a sequence's row holds is then told by one number, `next_position`: rows below it are in use,
+and what stands behind it is seen by nobody. So a sequence is emptied, or begins as another one has,
+by a number; rows are written for one sequence, or for some, and those of the others stay.
+
+Everything here is done in place if the cache is donated. On a mesh each device writes and copies
+what it holds, and a sequence that others need is sent to them.
+"""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from megatransformer_jax.nn.cache_rows import entries_spec
+from megatransformer_jax.nn.kv_cache import KeyValues, KVCache
+from megatransformer_jax.sharding.rules import Sharder
+
+
+def with_positions(
+    cache: KVCache, next_position: Int[Array, "B"], is_live: Bool[Array, "B"]
+) -> KVCache:
+    """The cache whose sequences have so many rows; only those that are live must be read."""
+    columns = jnp.arange(cache.capacity, dtype=jnp.int32)
+    changed: Any = cache.replace(  # type: ignore[attr-defined]
+        positions=jnp.where(columns < next_position[:, None], columns, -1),
+        next_position=next_position,
+        length=jnp.max(jnp.where(is_live, next_position, 0)),
+    )
+    return cast(KVCache, changed)
+
+
+def write_tokens(
+    cache: KVCache,
+    rows: tuple[KeyValues, KeyValues | None, KeyValues],
+    num_steps: Int[Array, "B"],
+    is_written: Bool[Array, "B"],
+    sharder: Sharder,
+) -> KVCache:
+    """Entries and steps of one token per sequence at `next_position`, which stays as it is.
+
+    Args:
+      cache: before.
+      rows: of prelude, core and coda, sequences first: [B, E, K, 1, H].
+      num_steps: iterations of the tokens.
+      is_written: sequences that have a token; nothing of the others is touched.
+      sharder: where the sequences are.
+    """
+    old = (cache.prelude, cache.core, cache.coda)
+    arrays, tree = jax.tree.flatten(old)
+    new = jax.tree.leaves(rows)
+    starts = cache.next_position
+
+    def put(
+        arrays: list[jax.Array], new: list[jax.Array], starts: jax.Array, is_written: jax.Array
+    ) -> list[jax.Array]:
+        # Those that have a token come first; a loop over them costs nothing for the others.
+        order = jnp.argsort(~is_written)
+
+        def put_one(turn: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
+            sequence = order[turn]
+            corner = (0, sequence, 0, starts[sequence], 0)
+            return [
+                jax.lax.dynamic_update_slice(array, one[sequence][:, None], corner)
+                for array, one in zip(arrays, new, strict=True)
+            ]
+
+        count = jnp.sum(is_written, dtype=jnp.int32)
+        written: list[jax.Array] = jax.lax.fori_loop(0, count, put_one, arrays)
+        return written
+
+    new = [one.astype(array.dtype) for one, array in zip(new, arrays, strict=True)]
+    if sharder.mesh is not None:
+        spec = sharder.rules.spec
+        entries = [entries_spec(array, sharder) for array in arrays]
+        firsts = [spec("batch", None, "kv_heads", None, None)] * len(new)
+        put = jax.shard_map(
+            put,
+            mesh=sharder.mesh,
+            in_specs=(entries, firsts, spec("batch"), spec("batch")),
+            out_specs=entries,
+            check_vma=False,
+        )
+    prelude, core, coda = jax.tree.unflatten(tree, put(arrays, new, starts, is_written))
+    columns = jnp.where(is_written, starts, cache.capacity)
+    place = jax.vmap(lambda row, column, value: row.at[column].set(value, mode="drop"))
+    written: Any = cache.replace(  # type: ignore[attr-defined]
+        prelude=prelude,
+        core=core,
+        coda=coda,
+        num_steps=place(cache.num_steps, columns, num_steps),
+    )
+    return cast(KVCache, written)
+
+
+def view_sequence(cache: KVCache, sequence: Int[Array, ""], sharder: Sharder) -> KVCache:
+    """What a pass of one sequence reads; on a mesh a copy of it that every device has.
+
+    Args:
+      cache: of all.
+      sequence: which; all of its rows in use are read.
+      sharder: where the sequences are.
+    """
+    length = cache.next_position[sequence]
+    if sharder.mesh is None:
+        view: Any = cache.replace(  # type: ignore[attr-defined]
+            length=length, sequence=sequence
+        )
+        return cast(KVCache, view)
+    old = (cache.prelude, cache.core, cache.coda)
+    arrays, tree = jax.tree.flatten(old)
+    axes = sharder.rules.spec("batch")[0]
+
+    def take(arrays: list[jax.Array], sequence: jax.Array) -> list[jax.Array]:
+        local, is_mine = _local(sequence, arrays[0].shape[1], axes)
+        found = [jax.lax.dynamic_slice_in_dim(array, local, 1, axis=1) for array in arrays]
+        if axes is None:
+            return found
+        return [jax.lax.psum(jnp.where(is_mine, one, 0), axes) for one in found]
+
+    taken = jax.shard_map(
+        take,
+        mesh=sharder.mesh,
+        in_specs=([entries_spec(array, sharder) for array in arrays], sharder.rules.spec()),
+        out_specs=[sharder.rules.spec(None, None, "kv_heads", None, None)] * len(arrays),
+        check_vma=False,
+    )(arrays, sequence)
+    prelude, core, coda = jax.tree.unflatten(tree, taken)
+    view = cache.replace(  # type: ignore[attr-defined]
+        prelude=prelude,
+        core=core,
+        coda=coda,
+        positions=cache.positions[sequence][None],
+        num_steps=cache.num_steps[sequence][None],
+        next_position=length[None],
+        length=length,
+    )
+    return cast(KVCache, view)
+
+
+def write_sequence(
+    cache: KVCache,
+    rows: tuple[KeyValues, KeyValues | None, KeyValues],
+    sequence: Int[Array, ""],
+    start: Int[Array, ""],
+    num_kept: Int[Array, ""],
+    sharder: Sharder,
+) -> KVCache:
+    """Entries of the first `num_kept` of T new tokens of one sequence, from row `start` on.
+
+    Args:
+      cache: of all sequences; positions and steps stay as they are.
+      rows: of prelude, core and coda: [E, 1, K, T, H], T at most the capacity.
+      sequence: which.
+      start: row of the first token.
+      num_kept: how many there are; what stands in the other rows stays.
+      sharder: where the sequences are.
+    """
+    old = (cache.prelude, cache.core, cache.coda)
+    arrays, tree = jax.tree.flatten(old)
+    new = jax.tree.leaves(rows)
+    size = new[0].shape[3]
+    # A window that would reach over the end begins earlier, and its tokens stand later in it.
+    corner = jnp.minimum(start, cache.capacity - size)
+    shift = start - corner
+    columns = jnp.arange(size)
+    is_kept = (columns >= shift) & (columns < shift + num_kept)
+    new = [
+        jnp.roll(one.astype(array.dtype), shift, axis=3)
+        for one, array in zip(new, arrays, strict=True)
+    ]
+    axes = None if sharder.mesh is None else sharder.rules.spec("batch")[0]
+
+    def put(
+        arrays: list[jax.Array],
+        new: list[jax.Array],
+        sequence: jax.Array,
+        corner: jax.Array,
+        is_kept: jax.Array,
+    ) -> list[jax.Array]:
+        local, is_mine = _local(sequence, arrays[0].shape[1], axes)
+        is_kept = (is_kept & is_mine)[:, None]
+
+        def put_one(array: jax.Array, one: jax.Array) -> jax.Array:
+            at = (0, local, 0, corner, 0)
+            there = jax.lax.dynamic_slice(array, at, one.shape)
+            return jax.lax.dynamic_update_slice(array, jnp.where(is_kept, one, there), at)
+
+        return [put_one(array, one) for array, one in zip(arrays, new, strict=True)]
+
+    if sharder.mesh is not None:
+        spec = sharder.rules.spec
+        entries = [entries_spec(array, sharder) for array in arrays]
+        own = [spec(None, None, "kv_heads", None, None)] * len(new)
+        put = jax.shard_map(
+            put,
+            mesh=sharder.mesh,
+            in_specs=(entries, own, spec(), spec(), spec()),
+            out_specs=entries,
+            check_vma=False,
+        )
+    prelude, core, coda = jax.tree.unflatten(tree, put(arrays, new, sequence, corner, is_kept))
+    written: Any = cache.replace(  # type: ignore[attr-defined]
+        prelude=prelude, core=core, coda=coda
+    )
+    return cast(KVCache, written)
+
+
+def copy_rows(
+    cache: KVCache,
+    source: Int[Array, ""],
+    target: Int[Array, ""],
+    num_rows: Int[Array, ""],
+    sharder: Sharder,
+) -> KVCache:
+    """Entries and steps of a sequence's first rows as another has them, some rows at a time.
+
+    Args:
+      cache: of all; positions stay as they are.
+      source: the sequence that is copied.
+      target: the one that gets its rows; what stands in the others stays.
+      num_rows: how many, from the first.
+      sharder: where the sequences are.
+    """
+    old = (cache.prelude, cache.core, cache.coda)
+    arrays, tree = jax.tree.flatten(old)
+    size = cache.block_rows or cache.capacity
+    axes = None if sharder.mesh is None else sharder.rules.spec("batch")[0]
+
+    def copy(
+        arrays: list[jax.Array], source: jax.Array, target: jax.Array, num_rows: jax.Array
+    ) -> list[jax.Array]:
+        num_local = arrays[0].shape[1]
+        here, has_source = _local(source, num_local, axes)
+        there, has_target = _local(target, num_local, axes)
+
+        def copy_block(block: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
+            start = block * size
+            is_kept = (has_target & (start + jnp.arange(size) < num_rows))[:, None]
+
+            def copy_one(array: jax.Array) -> jax.Array:
+                entries, _, heads, _, width = array.shape
+                shape = (entries, 1, heads, size, width)
+                rows = jax.lax.dynamic_slice(array, (0, here, 0, start, 0), shape)
+                if axes is not None:
+                    rows = jax.lax.psum(jnp.where(has_source, rows, 0), axes)
+                at = (0, there, 0, start, 0)
+                rows = jnp.where(is_kept, rows, jax.lax.dynamic_slice(array, at, shape))
+                return jax.lax.dynamic_update_slice(array, rows, at)
+
+            return [copy_one(array) for array in arrays]
+
+        num_blocks = (num_rows + size - 1) // size
+        copied: list[jax.Array] = jax.lax.fori_loop(0, num_blocks, copy_block, arrays)
+        return copied
+
+    if sharder.mesh is not None:
+        spec = sharder.rules.spec()
+        entries = [entries_spec(array, sharder) for array in arrays]
+        copy = jax.shard_map(
+            copy,
+            mesh=sharder.mesh,
+            in_specs=(entries, spec, spec, spec),
+            out_specs=entries,
+            check_vma=False,
+        )
+    num_rows = jnp.asarray(num_rows)
+    prelude, core, coda = jax.tree.unflatten(tree, copy(arrays, source, target, num_rows))
+    is_copied = jnp.arange(cache.capacity) < num_rows
+    steps = jnp.where(is_copied, cache.num_steps[source], cache.num_steps[target])
+    copied: Any = cache.replace(  # type: ignore[attr-defined]
+        prelude=prelude,
+        core=core,
+        coda=coda,
+        num_steps=cache.num_steps.at[target].set(steps),
+    )
+    return cast(KVCache, copied)
+
+
+def _local(sequence: jax.Array, num_local: int, axes: Any) -> tuple[jax.Array, Any]:
+    """Number of a sequence among those of this device, and whether it is one of them."""
+    if axes is None:
+        return sequence, True
+    own = sequence - jax.lax.axis_index(axes) * num_local
+    return jnp.clip(own, 0, num_local - 1), (own >= 0) & (own < num_local)
