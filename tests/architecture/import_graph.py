@@ -29,6 +29,7 @@ LAYERS: Mapping[str, int] = {
     "export": 7,
     "api": 8,
     "serving": 9,
+    "face": 10,
     "cli": 10,
     "experiments": 11,
 }
@@ -85,8 +86,8 @@ def layer_of(module: str) -> str:
       KeyError: if the folder has no place in the table of layers.
     """
     parts = module.split(".")
-    # The package itself is the front of the API: what stands below it never imports it.
-    name = parts[0] if parts[0] != PACKAGE else (parts[1] if len(parts) > 1 else "api")
+    # The package itself is the face of the API: what stands below it never imports it.
+    name = parts[0] if parts[0] != PACKAGE else (parts[1] if len(parts) > 1 else "face")
     if name not in LAYERS:
         raise KeyError(f"{module}: {name!r} has no layer; give it one in LAYERS")
     return name
