@@ -67,6 +67,11 @@ class ServedModel:
         """Tokens that end a text."""
         return tuple(end_ids_of(self.tokenizer))
 
+    @property
+    def has_lens(self) -> bool:
+        """Whether /lens can show iterations: of a core that reads text alone."""
+        return self.trained_depth is not None and not self.makes_media
+
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer.
 
