@@ -54,7 +54,7 @@ _DONATED = {
 class Batcher:
     """Compiles the programs of a batch and owns its arrays on the device. For one thread.
 
-    No method waits for the device; `Events.fetch` and `PromptScores.fetch` do.
+    No method but `wait` waits for the device; `Events.fetch` and `PromptScores.fetch` do.
 
     Args:
       model: the model, on a mesh or not.
@@ -204,6 +204,10 @@ class Batcher:
     def release(self, rows: Sequence[int]) -> None:
         """Stops rows, wherever they are. Their cached rows stay until another `place`."""
         self._batch = self._run("release", self._batch, self._mask(rows))
+
+    def wait(self) -> None:
+        """Waits until the device has done what it was told."""
+        jax.block_until_ready(self._batch.lanes.ticks)
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values, over all devices."""
