@@ -61,7 +61,10 @@ setup(
         "megatransformer_jax.gin": "gin",
         "megatransformer_jax.experiments": "experiments/configs",
     },
-    package_data={"megatransformer_jax.gin": ["*.gin"]},
+    package_data={
+        "megatransformer_jax.gin": ["*.gin"],
+        "megatransformer_jax.serving": ["playground/*"],
+    },
     entry_points={"console_scripts": ["megatransformer = megatransformer_jax.cli.commands:main"]},
     install_requires=[
         "absl-py>=2.1",

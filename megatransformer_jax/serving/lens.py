@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 import functools
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,17 +18,14 @@ import numpy as np
 
 from megatransformer_jax.config.generation import GENERATION_OPTIONS
 from megatransformer_jax.config.option import (
-    MAX_COUNT,
     MAX_SEED,
     ConfigError,
     UserError,
     as_whole,
-    declared_values,
-    unknown_key,
 )
 from megatransformer_jax.config.sampling import DepthConfig
-from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.evaluation.lens import TokenTrace, trace_token, traced_criteria
+from megatransformer_jax.config.serving import ModelNameConfig, ServingConfig
+from megatransformer_jax.evaluation.lens import TokenTrace, trace_token
 from megatransformer_jax.export.program import one_of
 from megatransformer_jax.generation.placement import empty_cache, for_rows
 from megatransformer_jax.generation.request import prompt_keys
@@ -36,16 +33,24 @@ from megatransformer_jax.models.exit_criteria import EXIT_CRITERIA, DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward, token_states
 from megatransformer_jax.nn.kv_cache import CacheShape, KVCache
+from megatransformer_jax.serving.bodies import (
+    as_declared,
+    check_names,
+    is_whole,
+    kind_of,
+    named,
+    read_options,
+)
+from megatransformer_jax.serving.prompts import check_model, check_token
+from megatransformer_jax.serving.served import ServedModel
 
-# Next tokens per iteration, and most iterations: at least so many, or so many times the trained.
+# Likeliest next tokens of each iteration.
 NUM_TOP = 5
-MAX_DEPTH = 64
-DEPTH_FACTOR = 4
 # Tokens per pass of the text before.
 CHUNK = 64
 # Criteria that settle a token by a value that is not below their threshold.
 _AT_LEAST = ("argmax_stability",)
-_FIELDS = (
+FIELDS = (
     *("model", "ids", "position", "prompt_tokens", "seed", "sample"),
     *("depth", "min_depth", "exit_criterion", "exit_threshold"),
 )
@@ -88,50 +93,46 @@ class Lens:
     """Looks at tokens of one model; one thread at a time may call `step`.
 
     Args:
-      model: with a core.
+      model: what is served, with a core; it reads text alone.
       params: its parameters.
-      tokenizer: to show tokens as text. None: they are shown as ids.
-      trained_depth: mean iterations in training.
-      shape: the cache of the texts that are looked at: its capacity, slots and what exited tokens
-        offer. For other numbers of rows than 1, those of one are taken.
+      served: facts about it.
+      config: how it is served, settled; the cache of the texts that are looked at is like a row's.
 
     Raises:
       UserError: if the model has no core, or reads more than text.
     """
 
     def __init__(
-        self,
-        model: MegaTransformer,
-        params: Any,
-        tokenizer: Tokenizer | None,
-        trained_depth: int | None,
-        shape: CacheShape,
+        self, model: MegaTransformer, params: Any, served: ServedModel, config: ServingConfig
     ):
-        if not model.config.is_recurrent:
-            raise UserError("this model has no recurrent core, so there are no iterations to show.")
+        if not served.has_lens:
+            raise UserError(f"{served.name} has no recurrent core over text alone to look into.")
+        assert config.max_depth is not None and config.cache_slots is not None  # It is settled.
         self._model = for_rows(model, 1)
         self._params = params
-        self._tokenizer = tokenizer
-        self._trained_depth = trained_depth or 1
-        self._capacity = min(shape.capacity, model.config.max_length)
-        # The last chunk of a text may be padded.
-        self._shape = dataclasses.replace(shape, batch_size=1, capacity=self._capacity + CHUNK)
-        self._names = ("fixed", *traced_criteria(model.config.exit_gate.enabled))
+        self._served = served
+        self._max_depth = config.max_depth
+        self._shape = CacheShape(
+            1,
+            served.capacity + CHUNK,  # The last chunk of a text may be padded.
+            config.cache_slots,
+            model.policy.compute,
+            model.platform,
+            config.cache_sharing,
+            config.cache_exited_reads,
+        )
+        # The criteria that a text may have been made with.
+        self._names = ("fixed", *(name for name in config.criteria if name != "fixed"))
         self._programs: tuple[Any, Any] | None = None
         self._cache: Any = None
         self._known: tuple[tuple[Any, ...], tuple[int, ...]] = ((), ())
         self._lock = asyncio.Lock()
 
-    @property
-    def max_depth(self) -> int:
-        """Most iterations that can be looked at."""
-        return max(MAX_DEPTH, DEPTH_FACTOR * self._trained_depth)
-
     def compile(self) -> None:
         """Makes all programs and runs them; afterwards nothing is compiled."""
         model, size = self._model, min(NUM_TOP, self._model.config.vocab_size)
         read = functools.partial(_read, model, self._names)
-        look = functools.partial(_look, model, (self.max_depth, size))
+        look = functools.partial(_look, model, (self._max_depth, size))
         self._programs = (jax.jit(read, donate_argnums=1), jax.jit(look))
         # A chunk, and the token after it.
         request = self.request({"ids": [0, 0], "depth": 1})
@@ -149,35 +150,50 @@ class Lens:
             the request and the answer that the text is from.
 
         Raises:
-          ConfigError: naming the field and what is allowed.
+          RequestError: naming the field and what is allowed.
         """
-        for name in body:
-            if name not in _FIELDS:
-                raise unknown_key(name, _FIELDS)
-        ids = self._ids(body.get("ids"))
-        position = body.get("position")
-        prompt_tokens = body.get("prompt_tokens")
-        last = len(ids) - 1
+        check_names(body, FIELDS, {})
+        with named("ids"):
+            check_model(read_options(body, ModelNameConfig).model, self._served)
+            ids = self._ids(body.get("ids"))
+            rule = self._rule(body)
+            depth = self._served.trained_depth if rule.depth is None else rule.depth
+            threshold = rule.exit_threshold
+            if threshold is None:
+                threshold = EXIT_CRITERIA[rule.exit_criterion].default_threshold
+
+            def whole(name: str, default: int, minimum: int, maximum: int) -> int:
+                value = as_declared(body.get(name), int)
+                return as_whole(name, default if value is None else value, minimum, maximum)
+
+            return LensRequest(
+                ids=ids,
+                position=whole("position", len(ids) - 1, 0, len(ids) - 1),
+                prompt_tokens=whole("prompt_tokens", len(ids), 0, len(ids)),
+                depth=as_whole("depth", depth, 1, self._max_depth),
+                rule=rule,
+                threshold=threshold,
+                seed=whole("seed", 0, 0, MAX_SEED),
+                sample=whole("sample", 0, 0, MAX_SEED),
+            )
+
+    def _rule(self, body: Mapping[str, Any]) -> DepthConfig:
         names = ("depth", "min_depth", "exit_criterion", "exit_threshold")
-        given = {name: body[name] for name in names if body.get(name) is not None}
-        rule = DepthConfig(**declared_values(given, GENERATION_OPTIONS))
-        rule.check_gate(self._model.config.exit_gate.enabled)
-        depth = self._trained_depth if rule.depth is None else rule.depth
-        threshold = rule.exit_threshold
-        if threshold is None:
-            threshold = EXIT_CRITERIA[rule.exit_criterion].default_threshold
-        return LensRequest(
-            ids=ids,
-            position=last if position is None else as_whole("position", position, 0, last),
-            prompt_tokens=len(ids)
-            if prompt_tokens is None
-            else as_whole("prompt_tokens", prompt_tokens, 1, len(ids)),
-            depth=as_whole("depth", depth, 1, self.max_depth),
-            rule=rule,
-            threshold=threshold,
-            seed=as_whole("seed", body.get("seed") or 0, 0, MAX_SEED),
-            sample=as_whole("sample", body.get("sample") or 0, 0, MAX_COUNT),
+        rule = DepthConfig(
+            **{
+                name: as_declared(body[name], GENERATION_OPTIONS[name].declared)
+                for name in names
+                if body.get(name) is not None
+            }
         )
+        rule.check_gate(self._served.has_exit_gate)
+        if rule.exit_criterion not in self._names:
+            raise ConfigError(
+                "exit_criterion",
+                f"{rule.exit_criterion!r} is not among those that this server was started with: "
+                f"{', '.join(self._names)}.",
+            )
+        return rule
 
     async def answer(self, request: LensRequest, run: Run) -> dict[str, Any]:
         """What POST /lens answers; one request at a time, as there is one cache.
@@ -233,21 +249,24 @@ class Lens:
         return min(len(ids), len(before)) if same is None else same
 
     def _ids(self, given: Any) -> tuple[int, ...]:
-        size = self._model.config.vocab_size
-        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-            raise ConfigError("ids", f"{given!r} is not a list of token ids; give at least one.")
-        if len(given) > self._capacity:
+        if not isinstance(given, list) or not given:
+            raise ConfigError("ids", f"is {kind_of(given)}; give a list of at least one token id.")
+        if len(given) > self._served.capacity:
             raise ConfigError(
-                "ids", f"has {len(given)} tokens; at most {self._capacity} can be looked at."
+                "ids", f"has {len(given)} tokens; at most {self._served.capacity} are looked at."
             )
-        return tuple(as_whole("ids", token, 0, size - 1) for token in given)
+        for token in given:
+            if not is_whole(token):
+                raise ConfigError("ids", f"has {kind_of(token)}; give token ids.")
+            check_token(token, "ids", self._served)
+        return tuple(given)
 
     def _keys(self, seed: int, sample: int) -> tuple[jax.Array, jax.Array] | None:
         """Of first states in the prompt, and behind it; None if they are not drawn."""
         if self._model.config.recurrence.state_init in ("zero", "none"):
             return None
         prompt = prompt_keys(seed, [0])
-        return prompt, _sample_key(prompt, np.int32(sample))
+        return prompt, _sample_key(prompt, np.uint32(sample))
 
     def _rule_numbers(self, rule: DepthConfig, threshold: float, depth: int) -> tuple[Any, ...]:
         code = self._names.index(rule.exit_criterion)
@@ -289,9 +308,10 @@ class Lens:
         return answer
 
     def _token(self, token: int) -> dict[str, Any]:
-        text = ""
-        if self._tokenizer is not None and token < self._tokenizer.vocab_size:
-            text = self._tokenizer.piece_bytes(token).decode("utf-8", "replace")
+        piece = b""
+        if token < self._served.vocab_size:  # A model may have more rows than its tokenizer.
+            piece = self._served.token_bytes(token)
+        text = piece.decode("utf-8", "replace")
         return {"id": token, "text": text or f"<{token}>"}
 
 
