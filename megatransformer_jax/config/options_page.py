@@ -17,16 +17,22 @@ from megatransformer_jax.config.option import (
     type_name,
 )
 from megatransformer_jax.config.run_kinds import AllOptions
+from megatransformer_jax.config.serving import (
+    ChatRequestConfig,
+    CompletionRequestConfig,
+    ServingConfig,
+)
 
 _HEADER = """\
 # Options
 
 <!-- Made by `python -m megatransformer_jax.config.options_page`; do not edit. -->
 
-This page lists every option of a run, followed by those of [generation](#generation). Set an option
-of a run on the command line as `--config.PATH=VALUE`, or by its nested name in a Python experiment,
-a YAML file or a JSON file. Later sources override earlier ones: default, preset, experiment file,
-command line. Unknown names, wrong types and values that fail a check are errors.
+This page lists every option of a run, followed by those of [generation](#generation), of a
+[server](#serving) and of [requests](#requests-to-v1completions) to it. Set an option of a run on
+the command line as `--config.PATH=VALUE`, or by its nested name in a Python experiment, a YAML file
+or a JSON file. Later sources override earlier ones: default, preset, experiment file, command line.
+Unknown names, wrong types and values that fail a check are errors.
 
 On the command line, `None` unsets an option that allows it. Separate the items of a tuple by commas
 (`--config.evaluation.final_depths=1,2,4`). Items that contain commas need a Python list
@@ -39,6 +45,22 @@ _GENERATION = """\
 These options of `megatransformer generate` control how a trained model continues prompts. They have
 the same names in Python (`lm.generate(prompt, depth=16)`). The command's remaining options, such as
 `--prompt`, are listed by `--help`. An option that would have no effect is an error.
+"""
+
+_SERVING = """\
+These options of `megatransformer serve` say how a model is served. `mt.serve(lm, rows=4)` has them
+by the same names. The command's remaining options, such as `--model`, are listed by `--help`.
+"""
+
+_REQUESTS = """\
+A request may have these fields, next to `prompt`, `logit_bias`, `stream_options` and the options of
+[generation](#generation) from `temperature` to `frequency_penalty`, `seed`, `stop`, `depth`,
+`min_depth`, `exit_criterion`, `exit_threshold` and `warm_start`. `null` stands for the default. A
+running server tells the types and bounds of all fields under `/openapi.json`.
+"""
+
+_CHAT = """\
+The same, but for `messages` and `chat_template_kwargs` in place of `prompt`.
 """
 
 _TABLE = "| Option | Type | Default | Meaning | Check |\n| --- | --- | --- | --- | --- |"
@@ -54,7 +76,17 @@ def options_page() -> str:
         "Generation: {}",
         lambda path: f"--{flag_name(path)}",
     )
-    return "\n".join([header, *run, *generation])
+    return "\n".join([header, *run, *generation, *_serving()])
+
+
+def _serving() -> Iterator[str]:
+    """Options of a server, and fields of requests."""
+    completions, chat = "Requests to /v1/completions", "Requests to /v1/chat/completions"
+    serving = f"Serving\n\n{_SERVING.strip()}"
+    yield from _tables(ServingConfig, serving, "", lambda path: f"--{path}")
+    asked = f"{completions}\n\n{_REQUESTS.strip()}"
+    yield from _tables(CompletionRequestConfig, asked, "", lambda path: path)
+    yield from _tables(ChatRequestConfig, f"{chat}\n\n{_CHAT.strip()}", "", lambda path: path)
 
 
 def _tables(

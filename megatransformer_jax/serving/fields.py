@@ -169,6 +169,7 @@ class _Wish:
       most: new tokens per text, if the request says so.
       default: if it does not. None: as many as there is room for.
       name: of the field that says so.
+      param: the field of the prompts.
       num_top: likeliest tokens at each place.
       scores_prompt: whether the prompt's tokens are scored.
     """
@@ -178,6 +179,7 @@ class _Wish:
     most: int | None
     default: int | None
     name: str
+    param: str
     num_top: int = 0
     scores_prompt: bool = False
 
@@ -355,11 +357,13 @@ def _new_tokens(length: int, wish: _Wish, model: ServedModel, config: ServingCon
         )
     least = 1 if wish.most is None else wish.most
     if room < least:
-        asked = "" if wish.most is None else f", and {wish.name}={wish.most} asks for more"
+        prompt = f"a text may have {model.capacity} tokens, and this prompt alone has {length}"
+        asked, lower = f", and {wish.name}={wish.most} asks for more", f", or lower {wish.name}"
+        if wish.most is None:
+            asked, lower = "", ""
         raise RequestError(
-            f"A text may have {model.capacity} tokens, prompt included. This prompt has {length}"
-            f"{asked}; shorten it or lower {wish.name}.",
-            param="messages" if wish.name == "max_completion_tokens" else "prompt",
+            f"{wish.param}: {prompt}{asked}; shorten it{lower}.",
+            param=wish.param,
             code="context_length_exceeded",
         )
     if wish.most is not None:
@@ -449,6 +453,7 @@ def completion_request(
             most=None if body.get("max_tokens") is None else options.max_tokens,
             default=DEFAULT_MAX_TOKENS,
             name="max_tokens",
+            param="prompt",
             num_top=options.logprobs or 0,
             scores_prompt=options.echo and options.logprobs is not None,
         )
@@ -474,6 +479,7 @@ def chat_request(
             most=most,
             default=None,
             name="max_tokens" if options.max_tokens else "max_completion_tokens",
+            param="messages",
             num_top=options.top_logprobs or 0,
         )
         return _request(body, options, wish, model, config, new_seed)
