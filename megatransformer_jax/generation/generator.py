@@ -345,7 +345,10 @@ class Generator:
         shape = plan.shape(self._model, config.cache, len(prompts), with_media=with_media)
         cache = empty_cache(model.sharder, model.config, shape)
         chunk = config.cache.prefill_chunk
-        prefilled = prefill(model, self._params, read, cache, self._rule, chunk=chunk)
+        is_cut_alike = model.config.is_recurrent and plan.num_slots < (config.depth.depth or 1)
+        prefilled = prefill(
+            model, self._params, read, cache, self._rule, chunk=chunk, is_cut_alike=is_cut_alike
+        )
         count = 1 if config.strategy == "beam" else config.num_samples
         sharder = for_rows(self._model, len(prompts) * count).sharder
         settings = DecodeSettings(

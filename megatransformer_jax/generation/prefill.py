@@ -1,4 +1,16 @@
-"""Reads prompts into a cache, in one pass or in chunks."""
+"""Reads prompts into a cache, in one pass or in chunks.
+
+Mostly it does not matter how a prompt is cut into passes. It does in two cases. With fewer cache
+slots than iterations, tokens of one pass see each other at the same iteration, and those of earlier
+passes at whichever iteration came last into the slot. And an exit criterion that needs logits
+would judge a token by a coda that sees its neighbours in the middle of their iterations. In these
+cases all prompts are cut in one way, `is_cut_alike`, so that a text does not depend on others in
+its batch, nor on whether it is a batch of `generation.continuous`:
+
+- chunks of `CHUNK` tokens (or as many as are asked for) from the prompt's start, and its last token
+  in a pass by itself;
+- with a criterion that needs logits, all tokens but the last make all `depth` iterations.
+"""
 
 import functools
 from typing import Any
@@ -10,10 +22,13 @@ from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.generation.history import NO_TOKEN, History
 from megatransformer_jax.generation.placement import constrain_rows
-from megatransformer_jax.models.exit_criteria import DepthRule
+from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.nn.kv_cache import KVCache, repeat_sequences
+
+# Tokens per pass where prompts are cut alike.
+CHUNK = 64
 
 
 @struct.dataclass
@@ -41,6 +56,7 @@ def prefill(
     rule: DepthRule,
     *,
     chunk: int | None = None,
+    is_cut_alike: bool = False,
 ) -> Prefilled:
     """Passes the prompts through the model.
 
@@ -50,8 +66,12 @@ def prefill(
       prompts: rows with their last place in the last column, see `left_padded`.
       cache: empty, with room for the columns.
       rule: how deep.
-      chunk: columns per pass. None: all in one.
+      chunk: columns per pass. None: all in one, or `CHUNK` if they are cut alike.
+      is_cut_alike: cuts every prompt from its start, see above. A criterion that needs logits
+        implies it.
     """
+    if is_cut_alike or rule.criterion.needs_logits:
+        return _cut_alike(model, params, prompts, cache, rule, chunk or CHUNK)
     num_columns = prompts.tokens.shape[1]
     size = num_columns if chunk is None else min(chunk, num_columns)
     # The first pass takes the odd columns, so that all others are of one size.
@@ -69,6 +89,46 @@ def prefill(
         cache = prefilled.cache
     assert prefilled is not None
     return prefilled
+
+
+def _cut_alike(
+    model: MegaTransformer,
+    params: Any,
+    prompts: NewTokens,
+    cache: KVCache,
+    rule: DepthRule,
+    chunk: int,
+) -> Prefilled:
+    before, last = _split_last(prompts)
+    of_prompt: Any = rule
+    if rule.criterion.needs_logits:
+        of_prompt = of_prompt.replace(criterion=exit_criterion("fixed"))
+    num_columns, keys = before.tokens.shape[1], prompts.state_keys
+    for start in range(0, num_columns, chunk):
+        columns = (before.tokens, before.is_token, before.inserted)
+        part = _columns(columns, start, min(chunk, num_columns - start))
+        new = NewTokens(*part, state_keys=keys, is_first=start == 0)
+        cache = _pass(model, params, new, cache, of_prompt).cache
+    last = last.replace(state_keys=keys, is_first=num_columns == 0)  # type: ignore[attr-defined]
+    return _pass(model, params, last, cache, rule)
+
+
+@jax.jit
+def _split_last(prompts: NewTokens) -> tuple[NewTokens, NewTokens]:
+    """Prompts with their first token in the first column, without the last; and that one."""
+    arrays = (prompts.tokens, prompts.is_token, prompts.inserted)
+    num_columns = prompts.tokens.shape[1]
+    offset = num_columns - jnp.sum(prompts.is_token, axis=1, dtype=jnp.int32)
+    columns = jnp.arange(num_columns - 1) + offset[:, None]
+    is_before = columns < num_columns - 1
+
+    def move(array: jax.Array) -> jax.Array:
+        index = jnp.minimum(columns, num_columns - 1)
+        return jnp.take_along_axis(array, index.reshape(*index.shape, *(1,) * (array.ndim - 2)), 1)
+
+    tokens, is_token, inserted = jax.tree.map(move, arrays)
+    before = NewTokens(tokens, is_token & is_before, inserted)
+    return before, NewTokens(*jax.tree.map(lambda array: array[:, -1:], arrays))
 
 
 def repeat_rows(prefilled: Prefilled, count: int) -> Prefilled:

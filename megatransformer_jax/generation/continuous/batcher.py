@@ -17,6 +17,7 @@ the other rows stay in the middle of theirs. What a row gives does not depend on
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ class Batcher:
         self.shape = shape
         self._model = model
         self._params = params
+        self._programs: dict[str, Any] = {}
         self._sharder = for_rows(model, shape.rows).sharder
         size = model.config.vocab_size
         is_allowed = jnp.ones(size, bool)
@@ -226,11 +228,15 @@ class Batcher:
         self._num_read[row] += min(size, self.num_unread(row))
 
     def _run(self, name: str, *arguments: Any) -> Any:
-        return self._executable(name, arguments)(*arguments)
+        return self._executable(name, arguments)(*jax.tree.leaves(arguments))
 
     def _executable(self, name: str, arguments: tuple[Any, ...]) -> Any:
-        leaves, tree = jax.tree.flatten(arguments)
-        return _compiled(name, self._model, self.shape, tree, tuple(map(_signature, leaves)))
+        # A program's arguments always have the same shapes.
+        if name not in self._programs:
+            leaves, tree = jax.tree.flatten(arguments)
+            signatures = tuple(map(_signature, leaves))
+            self._programs[name] = _compiled(name, self._model, self.shape, tree, signatures)
+        return self._programs[name]
 
     def _number(self, number: int) -> Any:
         return self._host(np.int32(number))
@@ -265,8 +271,15 @@ def _compiled(
 ) -> Any:
     """A program for arguments of these shapes. Batchers of the same model and shape share it."""
     function = functools.partial(getattr(programs, name), model, shape)
-    program = jax.jit(function, donate_argnums=_DONATED[name])
-    return program.lower(*jax.tree.unflatten(tree, leaves)).compile()
+    sizes = [argument.num_leaves for argument in tree.children()]
+    ends = list(itertools.accumulate(sizes))
+    donated = [
+        leaf for place in _DONATED[name] for leaf in range(ends[place] - sizes[place], ends[place])
+    ]
+    program = jax.jit(
+        lambda *given: function(*jax.tree.unflatten(tree, given)), donate_argnums=tuple(donated)
+    )
+    return program.lower(*leaves).compile()
 
 
 def _check(model: MegaTransformer, shape: BatchShape) -> None:

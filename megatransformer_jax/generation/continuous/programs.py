@@ -95,10 +95,9 @@ def empty_batch(model: MegaTransformer, shape: BatchShape, params: Any) -> Batch
         zeros,
     )
     first = FirstStates(settings.row_keys(), jnp.zeros((num_rows, 1, _state_width(model))), nothing)
-    tokens = jax.eval_shape(
-        lambda: begin_tokens(model, params, zeros, zeros - 1, cache, first, shape.choice)
-    )
-    tokens = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), tokens)
+    tokens = begin_tokens(model, params, zeros, zeros - 1, cache, first, shape.choice)
+    # Of which nothing is computed but the shapes.
+    tokens = jax.tree.map(jnp.zeros_like, tokens)
     tokens = _changed(tokens, positions=zeros - 1)
     history = History(jnp.zeros((num_rows, cache.capacity), jnp.int32), zeros, zeros)
     counts = jnp.zeros((num_rows, config.vocab_size), jnp.int32)

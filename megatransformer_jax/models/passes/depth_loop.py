@@ -6,8 +6,10 @@ greater depth see its keys and values as `KVCache.exited_reads` says, within thi
 the cache later. So the result does not depend on which tokens share a pass: all at once, in chunks
 or one by one.
 
-The exception is an exit criterion that needs logits, in a pass of several tokens: the coda that
-judges a token then sees its neighbours at their present iteration, not at their last.
+There are two exceptions. With an exit criterion that needs logits, in a pass of several tokens, the
+coda that judges a token sees its neighbours at their present iteration, not at their last. With
+fewer slots than iterations, tokens of one pass see each other at the same iteration, those of
+earlier passes as they left the slot. `generation.prefill` has the rule for prompts.
 """
 
 from collections.abc import Callable

@@ -1,0 +1,64 @@
+"""Gives texts to a `Batcher` as its rows become free, and collects what comes."""
+
+import dataclasses
+import random
+
+from megatransformer_jax.generation.endings import END_OF_TEXT, EXHAUSTED, FINISH_REASONS
+
+
+@dataclasses.dataclass
+class Got:
+    """What came of one text, as `Completion` has it."""
+
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    depths: list[int] = dataclasses.field(default_factory=list)
+    score: float = 0.0
+    finish_reason: str = "running"
+
+    def take(self, events, row) -> bool:
+        """Takes what a turn did to the row; True at the end of its text."""
+        if not events.is_done[row]:
+            return False
+        reason = int(events.reason[row])
+        self.finish_reason = FINISH_REASONS[reason]
+        if reason != EXHAUSTED:
+            self.score += float(events.log_prob[row])
+        if reason not in (END_OF_TEXT, EXHAUSTED):
+            self.token_ids.append(int(events.token[row]))
+            self.depths.append(int(events.depth[row]))
+        return reason != 0
+
+
+def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=64):
+    """What comes of each text.
+
+    Args:
+      batcher: with free rows.
+      texts: in the order of what is returned.
+      min_waiting: of every advance.
+      order: in which texts are placed. None: their own.
+      arrival: a seed; rows are then filled, and chunks of prompts read, at random times. None: as
+        soon as there is a free row, and at once.
+      max_ticks: of every advance.
+    """
+    chance = random.Random(arrival)
+    waits = lambda: arrival is not None and chance.random() < 0.5  # noqa: E731
+    queue, got = list(range(len(texts)) if order is None else order), [Got() for _ in texts]
+    free, reading, running = list(range(batcher.shape.rows)), {}, {}
+    while queue or reading or running:
+        while queue and free and not waits():
+            row, text = free.pop(0), queue.pop(0)
+            batcher.place(row, texts[text])
+            reading[row] = text
+        for row in list(reading):
+            while row in reading and not waits():
+                if batcher.prefill(row):
+                    running[row] = reading.pop(row)
+        batcher.advance(min_waiting, max_ticks)
+        events = batcher.turn().fetch()
+        # A prompt of one token is read as soon as it is placed.
+        for row, text in [*reading.items(), *running.items()]:
+            if got[text].take(events, row):
+                reading.pop(row, None), running.pop(row, None)
+                free.append(row)
+    return got
