@@ -106,11 +106,12 @@ def _cut_alike(
     num_columns, keys = before.tokens.shape[1], prompts.state_keys
     for start in range(0, num_columns, chunk):
         columns = (before.tokens, before.is_token, before.inserted)
-        part = _columns(columns, start, min(chunk, num_columns - start))
-        new = NewTokens(*part, state_keys=keys, is_first=start == 0)
+        part: Any = NewTokens(*_columns(columns, start, min(chunk, num_columns - start)))
+        new = part.replace(state_keys=keys, is_first=start == 0)
         cache = _pass(model, params, new, cache, of_prompt).cache
-    last = last.replace(state_keys=keys, is_first=num_columns == 0)  # type: ignore[attr-defined]
-    return _pass(model, params, last, cache, rule)
+    final: Any = last
+    final = final.replace(state_keys=keys, is_first=num_columns == 0)
+    return _pass(model, params, final, cache, rule)
 
 
 @jax.jit

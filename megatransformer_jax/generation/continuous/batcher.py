@@ -211,6 +211,10 @@ class Batcher:
         """Waits until the device has done what it was told."""
         jax.block_until_ready(self._batch.lanes.ticks)
 
+    def wait(self) -> None:
+        """Waits until the device has done everything that it was told so far."""
+        jax.block_until_ready((self._batch.lanes.ticks, self._batch.cache.length))
+
     def cache_bytes(self) -> int:
         """Bytes of keys and values, over all devices."""
         cache = self._batch.cache
