@@ -208,10 +208,6 @@ class Batcher:
         self._batch = self._run("release", self._batch, self._mask(rows))
 
     def wait(self) -> None:
-        """Waits until the device has done what it was told."""
-        jax.block_until_ready(self._batch.lanes.ticks)
-
-    def wait(self) -> None:
         """Waits until the device has done everything that it was told so far."""
         jax.block_until_ready((self._batch.lanes.ticks, self._batch.cache.length))
 
