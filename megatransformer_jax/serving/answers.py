@@ -350,7 +350,7 @@ def model_card(model: ServedModel, config: ServingConfig) -> dict[str, Any]:
             "parameters": model.num_parameters,
             "trained_depth": model.trained_depth,
             "max_depth": None if model.trained_depth is None else config.max_depth,
-            "criteria": list(config.criteria),
+            "criteria": list(dict.fromkeys(("fixed", *config.criteria))),
             "has_exit_gate": model.has_exit_gate,
             "vocab_size": model.vocab_size,
             "rows": config.rows,

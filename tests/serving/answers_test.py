@@ -206,6 +206,7 @@ def test_the_card_tells_what_can_be_asked() -> None:
     card = model_card(MODEL, CONFIG)
     assert (card["id"], card["max_model_len"]) == ("bytes", 128)
     assert (card["meta"]["trained_depth"], card["meta"]["max_depth"]) == (8, 32)
+    assert card["meta"]["criteria"] == ["fixed", "latent_diff", "kl"]
     assert model_list(MODEL, CONFIG)["data"] == [card]
     assert (
         model_card(dataclasses.replace(MODEL, trained_depth=None), CONFIG)["meta"]["max_depth"]
