@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from megatransformer_jax.evaluation.report import Report
     from megatransformer_jax.generation.request import Completion
     from megatransformer_jax.model import Model, Output
+    from megatransformer_jax.serving.server import Server, serve
     from megatransformer_jax.types import Batch
 
 # Where each name is.
@@ -62,6 +63,7 @@ _PLACES = {
     "evaluation.report": ("Report",),
     "generation.request": ("Completion",),
     "model": ("Model", "Output"),
+    "serving.server": ("Server", "serve"),
     "types": ("Batch",),
 }
 _MODULE_OF = {name: module for module, names in _PLACES.items() for name in names}
@@ -73,6 +75,7 @@ __all__ = [  # noqa: RUF022 (as people meet them)
     "evaluate",
     "inspect",
     "export_program",
+    "serve",
     "read_metrics",
     "Model",
     "Trainer",
@@ -83,6 +86,7 @@ __all__ = [  # noqa: RUF022 (as people meet them)
     "Completion",
     "Output",
     "Report",
+    "Server",
     "Trace",
     "Tokenizer",
     "BytesTokenizer",

@@ -51,11 +51,16 @@ jaxtyping.install_import_hook(
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """An option for what takes too long to be done in every run of the tests."""
+    """Options for what takes too long to be done in every run of the tests."""
     parser.addoption(
         "--train-all",
         action="store_true",
         help="tests/docs/pages_run_test.py trains by every training command of the documentation",
+    )
+    parser.addoption(
+        "--serve-all",
+        action="store_true",
+        help="tests/serving send as many requests as the documentation tells of",
     )
 
 

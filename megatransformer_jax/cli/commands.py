@@ -394,6 +394,12 @@ def _export_program() -> Command:
     return COMMAND
 
 
+def _serve() -> Command:
+    from megatransformer_jax.cli.serve import COMMAND  # noqa: PLC0415
+
+    return COMMAND
+
+
 def _run_lm_eval(arguments: Sequence[str]) -> None:
     """lm-eval has its own parser."""
     # Hugging Face's libraries read this when they are imported.
@@ -411,6 +417,7 @@ _LM_EVAL = "lm-eval"
 COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "train": ("Trains a model, resuming if the workdir has a checkpoint.", lambda: TRAIN),
     "generate": ("Continues prompts, at any depth and by any decoding strategy.", _generate),
+    "serve": ("Serves a model over HTTP, by OpenAI's API, with a page to try it.", _serve),
     "evaluate": ("Scores a model at several depths.", _evaluate),
     "inspect": ("Shows parameters, memory and FLOPs of a run before it starts.", lambda: INSPECT),
     "find-lr": ("Suggests a learning rate.", lambda: FIND_LR),

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.serving import ServingConfig
-from megatransformer_jax.serving import fields
+from megatransformer_jax.serving import bodies, fields, prompts
 from megatransformer_jax.serving.answers import Answer, model_card
 from megatransformer_jax.serving.delivery import Disconnected, EventStream, Exchange
 from megatransformer_jax.serving.engine import Engine
@@ -54,7 +54,7 @@ class Service:
         Raises:
           RequestError: if it sends none, or one that is too long.
         """
-        return fields.read_body(await read_body(request, self.config.max_body_bytes))
+        return bodies.read_body(await read_body(request, self.config.max_body_bytes))
 
 
 def make_app(
@@ -150,11 +150,11 @@ async def _answer(
 def _token_routes(service: Service) -> list[BaseRoute]:
     async def tokenize(request: Request) -> Response:
         body = await service.body(request)
-        return json_response(await run_in_threadpool(fields.tokenize, body, service.served))
+        return json_response(await run_in_threadpool(prompts.tokenize, body, service.served))
 
     async def detokenize(request: Request) -> Response:
         body = await service.body(request)
-        return json_response(await run_in_threadpool(fields.detokenize, body, service.served))
+        return json_response(await run_in_threadpool(prompts.detokenize, body, service.served))
 
     return [
         Route("/tokenize", tokenize, methods=["POST"]),
@@ -168,8 +168,7 @@ def _token_routes(service: Service) -> list[BaseRoute]:
 
 def _state_routes(service: Service) -> list[BaseRoute]:
     engine, served, config = service.engine, service.served, service.config
-    assert config.max_depth is not None  # It is settled.
-    card = model_card(served, config.criteria, config.max_depth)
+    card = model_card(served, config)
     document = openapi_document(served, config)
 
     async def health(request: Request) -> Response:

@@ -48,8 +48,14 @@ def serve(model: Model, *, api_key: str | None = None, **options: Any) -> "Serve
         is missing.
 
     Examples:
-      >>> with mt.serve(lm, rows=2, capacity=64) as server:  # doctest: +SKIP
+      >>> with mt.serve(lm, rows=4, capacity=256) as server:  # doctest: +SKIP
       ...     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="-")
+      ...     print(client.completions.create(model=server.config.name, prompt="The if"))
+      >>> try:
+      ...     mt.serve(lm, row=4)
+      ... except mt.UserError as error:
+      ...     print(error)
+      row: no such option; did you mean 'rows'?
     """
     if not isinstance(model, Model):
         raise UserError(f"model: {model!r} is not an mt.Model; give one such as mt.load(folder).")
@@ -120,6 +126,7 @@ class Server:
             log_level="warning",
             access_log=False,
             server_header=False,
+            proxy_headers=False,
             timeout_graceful_shutdown=FLUSH_SECONDS,
         )
         self._http = uvicorn.Server(settings)

@@ -40,6 +40,7 @@ GUIDES = sorted({str(path.relative_to(REPOSITORY)) for path in pages(REPOSITORY)
 # What is not followed here, and why.
 COMMANDS = {
     "lm-eval": "reading lm-eval's thousands of tasks takes long; tests/cli/lm_eval_test.py runs it",
+    "serve": "it goes on until it is stopped; tests/cli/serve_test.py runs and stops it",
 }
 # Words of training commands that even --train-all leaves out, and why.
 ELSEWHERE = {
