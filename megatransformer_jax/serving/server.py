@@ -54,7 +54,7 @@ def serve(model: Model, *, api_key: str | None = None, **options: Any) -> "Serve
       >>> try:
       ...     mt.serve(lm, row=4)
       ... except mt.UserError as error:
-      ...     print(error)
+      ...     print(str(error)[:41])
       row: no such option; did you mean 'rows'?
     """
     if not isinstance(model, Model):
