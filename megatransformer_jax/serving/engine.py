@@ -78,6 +78,7 @@ class Engine:
       lm: the model, `mt.Model`.
       config: how it is served; settled (`served.settle`), or it is settled here.
       make_batcher: from model and shape to what has `Batcher`'s methods. None: a `Batcher`.
+      prepare: called on the engine's thread before texts are taken, to compile what will be `run`.
 
     Attributes:
       config: settled.
@@ -89,7 +90,13 @@ class Engine:
       UserError: if the model cannot be served so, or the extra 'serve' is missing.
     """
 
-    def __init__(self, lm: Any, config: ServingConfig, make_batcher: MakeBatcher | None = None):
+    def __init__(
+        self,
+        lm: Any,
+        config: ServingConfig,
+        make_batcher: MakeBatcher | None = None,
+        prepare: Callable[[], None] | None = None,
+    ):
         self.config = settle(config, lm) if config.capacity is None else config
         self.shape = batch_shape(self.config, lm.config.max_length)
         self.metrics = Metrics(
@@ -98,6 +105,7 @@ class Engine:
         self.failure: BaseException | None = None
         self._lm = lm
         self._make_batcher = make_batcher or _make_batcher
+        self._prepare = prepare
         recurrence = lm.config.recurrence
         self._draws_states = lm.config.is_recurrent and recurrence.state_init != "zero"
         self._launches: Launches | None = None
@@ -291,6 +299,8 @@ class Engine:
     def _load(self) -> Launches:
         batcher = self._make_batcher(self._lm, self.shape)
         batcher.compile()
+        if self._prepare is not None:
+            self._prepare()
         config = self.config
         policy = Policy(
             rows=config.rows,

@@ -123,21 +123,21 @@ class Lens:
         )
         # The criteria that a text may have been made with.
         self._names = ("fixed", *(name for name in config.criteria if name != "fixed"))
-        self._programs: tuple[Any, Any] | None = None
+        size = min(NUM_TOP, model.config.vocab_size)
+        read = functools.partial(_read, self._model, self._names)
+        look = functools.partial(_look, self._model, (config.max_depth, size))
+        self._read, self._look = jax.jit(read, donate_argnums=1), jax.jit(look)
         self._cache: Any = None
         self._known: tuple[tuple[Any, ...], tuple[int, ...]] = ((), ())
         self._lock = asyncio.Lock()
 
     def compile(self) -> None:
-        """Makes all programs and runs them; afterwards nothing is compiled."""
-        model, size = self._model, min(NUM_TOP, self._model.config.vocab_size)
-        read = functools.partial(_read, model, self._names)
-        look = functools.partial(_look, model, (self._max_depth, size))
-        self._programs = (jax.jit(read, donate_argnums=1), jax.jit(look))
-        # A chunk, and the token after it.
-        request = self.request({"ids": [0, 0], "depth": 1})
-        while self.step(request) is None:
-            pass
+        """Runs all programs once; afterwards nothing is compiled."""
+        # Twice: to JAX an empty cache is bound to no device, and one that was filled is.
+        for seed in range(2):
+            request = self.request({"ids": [0, 0], "depth": 1, "seed": seed})
+            while self.step(request) is None:
+                pass
         self._known = ((), ())
 
     def request(self, body: Mapping[str, Any]) -> LensRequest:
@@ -213,8 +213,6 @@ class Lens:
 
         Calls for one request must not be mixed with those for another.
         """
-        assert self._programs is not None, "compile first"
-        read, look = self._programs
         if self._cache is None:  # The first time, or a launch has failed.
             self._cache = empty_cache(self._model.sharder, self._model.config, self._shape)
         keys = (self._keys(request.seed, request.sample), np.int32(request.prompt_tokens))
@@ -229,13 +227,13 @@ class Lens:
             # Whatever happens, the donated cache is not read again.
             cache, self._cache, self._known = self._cache, None, ((), ())
             chunk = (tokens, np.int32(start), np.int32(len(part)))
-            self._cache = read(self._params, cache, chunk, keys, rule)
+            self._cache = self._read(self._params, cache, chunk, keys, rule)
             self._known = (request.kept_for, before[: start + len(part)])
             return None
         following = request.ids[request.position + 1 : request.position + 2]
         token, position = np.int32(request.ids[request.position]), np.int32(request.position)
         target, depth = np.int32(following[0] if following else 0), np.int32(request.depth)
-        found = look(self._params, self._cache, (token, position, target), keys, depth)
+        found = self._look(self._params, self._cache, (token, position, target), keys, depth)
         return self._shown(request, jax.device_get(dict(vars(found))))
 
     def _num_known(self, request: LensRequest) -> int:

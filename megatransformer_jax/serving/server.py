@@ -103,6 +103,8 @@ class Server:
 
         from megatransformer_jax.serving.app import Service, make_app  # noqa: PLC0415
         from megatransformer_jax.serving.engine import Engine  # noqa: PLC0415
+        from megatransformer_jax.serving.lens import Lens  # noqa: PLC0415
+        from megatransformer_jax.serving.page import PAGE_PATHS, page_routes  # noqa: PLC0415
         from megatransformer_jax.serving.served import served_model, settle  # noqa: PLC0415
 
         api_key = _checked_key(api_key, config.api_key_file)
@@ -110,9 +112,16 @@ class Server:
         self.config = settle(config, model)
         self._socket = _bind(config.host, config.port)
         try:
-            self.engine = Engine(model, self.config, make_batcher)
             served = served_model(model, self.config, int(time.time()))
-            app = make_app(Service(self.engine, served, self.config), api_key)
+            lens = None
+            if served.has_lens:
+                lens = Lens(model.module, model.params, served, self.config)
+            # Where the batcher compiles nothing, the lens does so when it is asked.
+            prepare = lens.compile if lens is not None and make_batcher is None else None
+            self.engine = Engine(model, self.config, make_batcher, prepare)
+            service = Service(self.engine, served, self.config)
+            routes = page_routes(lens, service.body, self.engine.run)
+            app = make_app(service, api_key, routes, PAGE_PATHS)
         except BaseException:
             self._socket.close()
             raise

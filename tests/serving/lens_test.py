@@ -28,7 +28,10 @@ RULE = {"depth": 8, "exit_criterion": "latent_diff", "exit_threshold": 0.3, "min
 
 @pytest.fixture(scope="module")
 def lens():
-    made = Lens(*make(DRAWN), SERVED, CONFIG)
+    model, params = make(DRAWN)
+    # Bound to their device, as those of a model that is loaded.
+    params = jax.device_put(params, jax.devices()[0])
+    made = Lens(model, params, SERVED, CONFIG)
     made.compile()
     return made
 
@@ -53,24 +56,6 @@ def answer(lens, **body):
     return json.loads(json.dumps(found, allow_nan=False))
 
 
-def test_tokens_have_the_depths_that_the_generator_gave_them(lens, completion):
-    ids, text = [*PROMPT, *completion.token_ids], {**RULE, "seed": 5, "prompt_tokens": len(PROMPT)}
-    # Back and forth: the cache is cut, goes on, and begins again for another text.
-    for place in (61, 3, 40, 0, 61):
-        position = len(PROMPT) + place - 1
-        found = answer(lens, ids=ids, position=position, **text)
-        assert found["exit_depth"] == completion.depths[place]
-        assert found["next"]["id"] == completion.token_ids[place]
-        likeliest = [item["id"] for item in found["top"][found["exit_depth"] - 1]]
-        # Of those that are text, as the model's other rows are never taken.
-        assert next(i for i in likeliest if 2 <= i < Pieces.vocab_size) == found["next"]["id"]
-        assert len(found["top"]) == len(found["values"]["kl"]) == 8
-        answer(lens, ids=PROMPT)
-    assert len(set(completion.depths)) > 2
-    other = answer(lens, ids=ids, position=65, **{**text, "seed": 6})
-    assert other["values"] != answer(lens, ids=ids, position=65, **text)["values"]
-
-
 def test_only_what_is_new_is_read_and_nothing_compiles(lens, completion, monkeypatch):
     ids = [*PROMPT, *completion.token_ids]
     steps = []
@@ -90,6 +75,24 @@ def test_only_what_is_new_is_read_and_nothing_compiles(lens, completion, monkeyp
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled
+
+
+def test_tokens_have_the_depths_that_the_generator_gave_them(lens, completion):
+    ids, text = [*PROMPT, *completion.token_ids], {**RULE, "seed": 5, "prompt_tokens": len(PROMPT)}
+    # Back and forth: the cache is cut, goes on, and begins again for another text.
+    for place in (61, 3, 40, 0, 61):
+        position = len(PROMPT) + place - 1
+        found = answer(lens, ids=ids, position=position, **text)
+        assert found["exit_depth"] == completion.depths[place]
+        assert found["next"]["id"] == completion.token_ids[place]
+        likeliest = [item["id"] for item in found["top"][found["exit_depth"] - 1]]
+        # Of those that are text, as the model's other rows are never taken.
+        assert next(i for i in likeliest if 2 <= i < Pieces.vocab_size) == found["next"]["id"]
+        assert len(found["top"]) == len(found["values"]["kl"]) == 8
+        answer(lens, ids=PROMPT)
+    assert len(set(completion.depths)) > 2
+    other = answer(lens, ids=ids, position=65, **{**text, "seed": 6})
+    assert other["values"] != answer(lens, ids=ids, position=65, **text)["values"]
 
 
 def test_tokens_are_shown_as_text(lens):

@@ -47,8 +47,10 @@ export async function* stream(path, body, { signal, requestId }) {
   const response = await send(path, { body, signal, headers: { "x-request-id": requestId } });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
+  let isWhole = false;
   for (;;) {
     const { value, done } = await reader.read();
+    if (done && isWhole) return;
     if (done) throw new ApiError("the connection ended before the text did", 0, "cut");
     const events = (rest + value).replaceAll("\r\n", "\n").split("\n\n");
     rest = events.pop();
@@ -56,7 +58,8 @@ export async function* stream(path, body, { signal, requestId }) {
       const lines = event.split("\n").filter((line) => line.startsWith("data:"));
       if (!lines.length) continue; // A comment that keeps the connection open.
       const data = lines.map((line) => line.slice(5).trimStart()).join("\n");
-      if (data === "[DONE]") return;
+      isWhole ||= data === "[DONE]";
+      if (isWhole) continue; // The connection ends by itself.
       const found = JSON.parse(data);
       if (found.error) throw new ApiError(found.error.message, 200, found.error.code);
       yield found;

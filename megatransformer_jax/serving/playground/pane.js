@@ -3,7 +3,7 @@
 import { drawn, element, percent } from "./api.js";
 
 // A token that the model gave less than this was an unlikely one.
-const UNLIKELY = Math.log(0.1);
+const UNLIKELY = Math.log(0.05);
 
 export class Pane {
   /**
