@@ -46,8 +46,8 @@ from megatransformer_jax.serving.served import ServedModel
 
 # Likeliest next tokens of each iteration.
 NUM_TOP = 5
-# Tokens per pass of the text before.
-CHUNK = 64
+# Tokens that are read one by one in one launch, at most.
+SINGLES = 16
 # Criteria that settle a token by a value that is not below their threshold.
 _AT_LEAST = ("argmax_stability",)
 FIELDS = (
@@ -111,10 +111,11 @@ class Lens:
         self._model = for_rows(model, 1)
         self._params = params
         self._served = served
+        self._chunk = config.chunk
         self._max_depth = config.max_depth
         self._shape = CacheShape(
             1,
-            served.capacity + CHUNK,  # The last chunk of a text may be padded.
+            served.capacity + config.chunk,  # The last chunk of a text may be padded.
             config.cache_slots,
             model.policy.compute,
             model.platform,
@@ -133,9 +134,12 @@ class Lens:
 
     def compile(self) -> None:
         """Runs all programs once; afterwards nothing is compiled."""
-        # Twice: to JAX an empty cache is bound to no device, and one that was filled is.
-        for seed in range(2):
-            request = self.request({"ids": [0, 0], "depth": 1, "seed": seed})
+        judging = next((n for n in self._names if EXIT_CRITERIA[n].needs_logits), "fixed")
+        # A chunk twice: to JAX an empty cache is bound to no device, and one that was filled is.
+        for seed, prompt_tokens, criterion in ((0, 2, "fixed"), (1, 2, "fixed"), (0, 1, judging)):
+            body = {"ids": [0, 0], "prompt_tokens": prompt_tokens, "seed": seed}
+            body |= {"depth": self._max_depth, "exit_criterion": criterion}
+            request = self.request(body)
             while self.step(request) is None:
                 pass
         self._known = ((), ())
@@ -216,25 +220,47 @@ class Lens:
         if self._cache is None:  # The first time, or a launch has failed.
             self._cache = empty_cache(self._model.sharder, self._model.config, self._shape)
         keys = (self._keys(request.seed, request.sample), np.int32(request.prompt_tokens))
-        before = request.ids[: request.position]
-        known = self._num_known(request)
-        if known < len(before):
-            start = known - known % CHUNK
-            part = before[start : start + CHUNK]
-            tokens = np.zeros((1, CHUNK), np.int32)
-            tokens[0, : len(part)] = part
-            rule = self._rule_numbers(request.rule, request.threshold, request.depth)
-            # Whatever happens, the donated cache is not read again.
-            cache, self._cache, self._known = self._cache, None, ((), ())
-            chunk = (tokens, np.int32(start), np.int32(len(part)))
-            self._cache = self._read(self._params, cache, chunk, keys, rule)
-            self._known = (request.kept_for, before[: start + len(part)])
+        for _ in range(SINGLES):
+            known = self._num_known(request)
+            if known == request.position:
+                break
+            if self._pass(request, known, keys) > 1:
+                return None
+        if self._num_known(request) < request.position:
             return None
         following = request.ids[request.position + 1 : request.position + 2]
         token, position = np.int32(request.ids[request.position]), np.int32(request.position)
         target, depth = np.int32(following[0] if following else 0), np.int32(request.depth)
         found = self._look(self._params, self._cache, (token, position, target), keys, depth)
         return self._shown(request, jax.device_get(dict(vars(found))))
+
+    def _pass(self, request: LensRequest, known: int, keys: Any) -> int:
+        """Reads what comes after the first `known` tokens; returns how many columns the pass had.
+
+        Mostly it does not matter how a text is cut into passes. Where it does, it is cut as
+        generation.prefill cuts prompts, and behind the prompt come single tokens, as they did when
+        the text was made.
+        """
+        criterion, columns = request.rule.exit_criterion, self._chunk
+        judges = EXIT_CRITERIA[criterion].needs_logits
+        start, end = known, request.position
+        if judges or request.depth > self._shape.num_slots:
+            alone = max(request.prompt_tokens - 1, 0)
+            if known < alone:
+                start, end = known - known % columns, min(end, alone)
+                criterion = "fixed" if judges else criterion
+            else:
+                columns = 1
+        part = request.ids[start : min(start + columns, end)]
+        tokens = np.zeros((1, columns), np.int32)
+        tokens[0, : len(part)] = part
+        numbers = self._rule_numbers(request, criterion)
+        # Whatever happens, the donated cache is not read again.
+        cache, self._cache, self._known = self._cache, None, ((), ())
+        chunk = (tokens, np.int32(start), np.int32(len(part)))
+        self._cache = self._read(self._params, cache, chunk, keys, numbers)
+        self._known = (request.kept_for, request.ids[: start + len(part)])
+        return columns
 
     def _num_known(self, request: LensRequest) -> int:
         """Tokens before the one that is looked at whose rows are in the cache already."""
@@ -266,9 +292,10 @@ class Lens:
         prompt = prompt_keys(seed, [0])
         return prompt, _sample_key(prompt, np.uint32(sample))
 
-    def _rule_numbers(self, rule: DepthConfig, threshold: float, depth: int) -> tuple[Any, ...]:
-        code = self._names.index(rule.exit_criterion)
-        return (np.int32(depth), np.float32(threshold), np.int32(rule.min_depth), np.int32(code))
+    def _rule_numbers(self, request: LensRequest, criterion: str) -> tuple[Any, ...]:
+        code, rule = self._names.index(criterion), request.rule
+        integers = map(np.int32, (request.depth, rule.min_depth, code))
+        return (*integers, np.float32(request.threshold))
 
     def _shown(self, request: LensRequest, found: Mapping[str, Any]) -> dict[str, Any]:
         depth, rule = request.depth, request.rule
@@ -364,7 +391,7 @@ def _read(
 ) -> KVCache:
     """The cache of the first `start` tokens, a multiple of a chunk, with `count` more."""
     tokens, start, count = chunk
-    depth, threshold, min_depth, code = rule_numbers
+    depth, min_depth, code, threshold = rule_numbers
     rule = DepthRule(depth, threshold, min_depth, one_of(names, code))
     columns = jnp.arange(tokens.shape[1])[None]
     state = _first_states(model, keys, start + columns)

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
 
 import jax
@@ -17,13 +18,19 @@ from megatransformer_jax.serving.lens import Lens
 from megatransformer_jax.serving.served import ServedModel
 
 CONFIG = ServingConfig(
-    capacity=70, max_depth=12, cache_slots=8, criteria=("latent_diff", "kl", "cosine")
+    capacity=70, max_depth=12, cache_slots=8, chunk=4, criteria=("latent_diff", "kl", "cosine")
 )
 SERVED = ServedModel("tiny", Pieces(), Pieces.vocab_size, 70, 3)
 # First states are drawn, so that seed, sample and the end of the prompt matter.
 DRAWN = tiny(recurrence={"state_init": "like_init"})
 PROMPT = [1, 12, 3, 3, 8, 17, 2]
-RULE = {"depth": 8, "exit_criterion": "latent_diff", "exit_threshold": 0.3, "min_depth": 2}
+# By which rules texts are made: one for which it does not matter how they are cut into passes, one
+# whose iterations share slots, and one whose criterion needs logits.
+RULES = {
+    "latent_diff": {"depth": 8, "exit_criterion": "latent_diff", "exit_threshold": 0.3},
+    "shared": {"depth": 12, "exit_criterion": "latent_diff", "exit_threshold": 0.1, "min_depth": 2},
+    "kl": {"depth": 8, "exit_criterion": "kl", "exit_threshold": 0.003},
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +43,12 @@ def lens():
     return made
 
 
-@pytest.fixture(scope="module")
-def completion():
-    """A text longer than a chunk, whose tokens leave at different depths."""
+@functools.cache
+def completion(rule):
+    """A text over several chunks, whose tokens leave at different depths."""
     model, params = make(DRAWN)
-    options = {**RULE, "strategy": "greedy", "max_new_tokens": 62, "seed": 5}
+    cache = {"cache_slots": 8, "cache_prefill_chunk": 4}
+    options = {**RULES[rule], **cache, "strategy": "greedy", "max_new_tokens": 62, "seed": 5}
     config = GenerationConfig.of(**options)
     # Ends nowhere, so that it is as long as asked for.
     return Generator(model, params, Pieces(), config, 3, end_ids=()).generate([PROMPT])[0]
@@ -56,8 +64,8 @@ def answer(lens, **body):
     return json.loads(json.dumps(found, allow_nan=False))
 
 
-def test_only_what_is_new_is_read_and_nothing_compiles(lens, completion, monkeypatch):
-    ids = [*PROMPT, *completion.token_ids]
+def test_only_what_is_new_is_read_and_nothing_compiles(lens, monkeypatch):
+    ids = [*PROMPT, *completion("latent_diff").token_ids]
     steps = []
     monkeypatch.setattr(lens, "step", lambda request: steps.append(1) or Lens.step(lens, request))
     compiled = []
@@ -68,7 +76,7 @@ def test_only_what_is_new_is_read_and_nothing_compiles(lens, completion, monkeyp
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         other = [*ids[:66], 5, *ids[67:]]
-        for text, position, num_steps in ((ids, 68, 3), (ids, 3, 1), (ids, 67, 1), (other, 68, 2)):
+        for text, position, num_steps in ((ids, 68, 18), (ids, 3, 1), (ids, 67, 1), (other, 68, 2)):
             steps.clear()
             answer(lens, ids=text, position=position, depth=4, exit_criterion="kl", sample=2)
             assert len(steps) == num_steps
@@ -77,20 +85,22 @@ def test_only_what_is_new_is_read_and_nothing_compiles(lens, completion, monkeyp
     assert not compiled
 
 
-def test_tokens_have_the_depths_that_the_generator_gave_them(lens, completion):
-    ids, text = [*PROMPT, *completion.token_ids], {**RULE, "seed": 5, "prompt_tokens": len(PROMPT)}
+@pytest.mark.parametrize("rule", RULES)
+def test_tokens_have_the_depths_that_the_generator_gave_them(lens, rule):
+    made = completion(rule)
+    ids, text = [*PROMPT, *made.token_ids], {**RULES[rule], "seed": 5, "prompt_tokens": len(PROMPT)}
     # Back and forth: the cache is cut, goes on, and begins again for another text.
     for place in (61, 3, 40, 0, 61):
         position = len(PROMPT) + place - 1
         found = answer(lens, ids=ids, position=position, **text)
-        assert found["exit_depth"] == completion.depths[place]
-        assert found["next"]["id"] == completion.token_ids[place]
+        assert found["exit_depth"] == made.depths[place]
+        assert found["next"]["id"] == made.token_ids[place]
         likeliest = [item["id"] for item in found["top"][found["exit_depth"] - 1]]
         # Of those that are text, as the model's other rows are never taken.
         assert next(i for i in likeliest if 2 <= i < Pieces.vocab_size) == found["next"]["id"]
-        assert len(found["top"]) == len(found["values"]["kl"]) == 8
+        assert len(found["top"]) == len(found["values"]["kl"]) == text["depth"]
         answer(lens, ids=PROMPT)
-    assert len(set(completion.depths)) > 2
+    assert len(set(made.depths)) > 2
     other = answer(lens, ids=ids, position=65, **{**text, "seed": 6})
     assert other["values"] != answer(lens, ids=ids, position=65, **text)["values"]
 
