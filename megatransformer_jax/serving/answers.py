@@ -179,10 +179,16 @@ class _Choice:
         if self._is_chat:
             content = {"message": {"role": "assistant", "content": text, "refusal": None}}
         scores = self._scores.joined(self._shown) if self._shows_scores else None
-        values = {**content, "logprobs": scores, **self._extras(self._token_ids, self._depths)}
+        extras = self._extras(self._token_ids, self._depths)
         if self._options.return_token_ids:
-            values["prompt_token_ids"] = list(self._job.ids)
-        return self.piece(**values, **self._reasons())
+            extras["prompt_token_ids"] = list(self._job.ids)
+        return {
+            "index": self._number,
+            **content,
+            "logprobs": scores,
+            **self._reasons(),
+            **extras,
+        }
 
     def _read(self, event: PromptRead) -> dict[str, Any] | None:
         self.num_reused = event.num_reused

@@ -204,7 +204,7 @@ def option_schema(option: Option) -> Schema:
     if check.choices:
         items["enum"] = [*check.choices, None]
     default = list(option.default) if isinstance(option.default, tuple) else option.default
-    return {**schema, "description": option.meaning, "default": default}
+    return {**schema, "description": " ".join((option.meaning, *option.rules)), "default": default}
 
 
 def _type_schema(declared: Any) -> Schema:
@@ -303,13 +303,14 @@ def _generation_schema(name: str, config: ServingConfig) -> Schema:
 
 def _prompt_schema(model: ServedModel, config: ServingConfig) -> Schema:
     ids = {"type": "array", "minItems": 1, "maxItems": model.capacity, "items": _token(model)}
+    most = min(config.max_prompts, config.rows + config.queue)
     kinds: list[Schema] = [
         ids,
-        {"type": "array", "minItems": 1, "maxItems": config.max_prompts, "items": ids},
+        {"type": "array", "minItems": 1, "maxItems": most, "items": ids},
     ]
     if model.tokenizer is not None:
         text = {"type": "string", "minLength": 1}
-        many = {"type": "array", "minItems": 1, "maxItems": config.max_prompts, "items": text}
+        many = {"type": "array", "minItems": 1, "maxItems": most, "items": text}
         kinds = [text, many, *kinds]
     return {"anyOf": kinds, "description": "A text, token ids, or several of either."}
 

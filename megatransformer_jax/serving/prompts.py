@@ -112,9 +112,10 @@ def _prompt(prompt: Any, place: str, model: ServedModel) -> list[int]:
         )
     if not prompt:
         raise RequestError(f"{place}: is empty; give at least one token.", param="prompt")
-    for token in (min(prompt), max(prompt)):
+    ids = list(map(int, prompt))
+    for token in (min(ids), max(ids)):
         check_token(token, "prompt", model)
-    return prompt
+    return ids
 
 
 # ------------------------------------------------------------------------------
@@ -277,6 +278,7 @@ def detokenize(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
         model.require_tokenizer("tokens")
         if not isinstance(tokens, list) or not all(map(is_whole, tokens)):
             raise UserError("is not a list of token ids; give one, such as [1, 5, 9].")
-        for token in tokens:
+        ids = list(map(int, tokens))
+        for token in ids:
             check_token(token, "tokens", model)
-    return {"prompt": model.decode(tokens)}
+    return {"prompt": model.decode(ids)}

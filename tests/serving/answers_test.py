@@ -149,6 +149,7 @@ def test_log_probabilities_of_chats(tmp_path: Any) -> None:
     whole = answered.whole()
     assert (whole["object"], chunks[0]["object"]) == ("chat.completion", "chat.completion.chunk")
     (choice,) = whole["choices"]
+    assert "delta" not in choice
     assert choice["message"] == {"role": "assistant", "content": "né", "refusal": None}
     assert choice["finish_reason"] == "length"
     likeliest = {"token": "n", "logprob": -0.25, "bytes": [0x6E]}

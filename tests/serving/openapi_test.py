@@ -1,12 +1,14 @@
 import dataclasses
 import json
+import pathlib
 from typing import Any
 
 import jsonschema_rs
 import pytest
+from chat_tokenizer import chat_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from served_bytes import CONFIG, MODEL, completion, sent, with_tokenizer
+from served_bytes import CONFIG, MODEL, chat, completion, sent, with_tokenizer
 
 from megatransformer_jax.config.serving import CompletionRequestConfig
 from megatransformer_jax.serving.answers import Answer, model_list
@@ -105,7 +107,7 @@ def test_what_is_accepted_is_of_the_schema(more: dict[str, Any]) -> None:
     assert problems("CompletionRequest", body) == []
 
 
-def test_answers_are_of_their_schemas() -> None:
+def test_answers_are_of_their_schemas(tmp_path: pathlib.Path) -> None:
     scored = Scored(5, -0.5, ((5, -0.5), (6, -1.0)))
     request = completion(
         prompt="a", logprobs=2, echo=True, return_token_ids=True, return_depths=True
@@ -115,6 +117,12 @@ def test_answers_are_of_their_schemas() -> None:
     for event in (PromptRead(scores), NewToken(scored, 3, "b"), Finished("length")):
         answered.add(0, event)
     assert problems("CompletionAnswer", answered.whole()) == []
+    said = [{"role": "user", "content": "a"}]
+    asked = chat(with_tokenizer(chat_tokenizer(tmp_path / "files")), messages=said, logprobs=True)
+    answered = Answer(asked, MODEL, "x", 9)
+    for event in (NewToken(scored, 3, "b"), Finished("stop", "", Scored(2, -1.0), 3)):
+        answered.add(0, event)
+    assert problems("ChatAnswer", answered.whole()) == []
     assert problems("ModelList", model_list(MODEL, CONFIG)) == []
     tokens = tokenize(sent({"prompt": "a", "return_token_strs": True}), MODEL)
     assert problems("TokenizeAnswer", tokens) == []

@@ -28,6 +28,9 @@ def test_prompts_are_a_text_ids_or_several_of_either() -> None:
         request = completion(prompt=prompt)
         assert (request.prompts, request.prompt_texts) == ((tuple(ids),), ("The",))
     assert len(completion(prompt=[[5], [6, 7]]).prompts) == 2
+    # 5.0 is a whole number in JSON.
+    assert completion(prompt=[[5.0], [6, 7.0]]).prompts == ((5,), (6, 7))
+    assert all(type(token) is int for token in completion(prompt=[5.0]).jobs[0].ids)
 
 
 @pytest.mark.parametrize(
