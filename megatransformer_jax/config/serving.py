@@ -124,13 +124,13 @@ class ServingConfig:
     )
     max_prefill_share: float = option(
         0.5,
-        "Share of launches that may read prompts while texts are being generated.",
+        "Share of the time that reading prompts may take while texts are being generated.",
         above=0,
         maximum=1,
     )
     max_bypasses: int = option(
         8,
-        "How often later texts may pass one that waits for as many rows as it needs.",
+        "How often prompts with less left to read may overtake one that is being read.",
         minimum=0,
         maximum=MAX_COUNT,
     )

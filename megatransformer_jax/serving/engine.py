@@ -107,7 +107,10 @@ class Engine:
         self._make_batcher = make_batcher or _make_batcher
         self._prepare = prepare
         recurrence = lm.config.recurrence
-        self._draws_states = lm.config.is_recurrent and recurrence.state_init != "zero"
+        self._draws_states = lm.config.is_recurrent and recurrence.state_init not in (
+            "zero",
+            "none",
+        )
         self._launches: Launches | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         # Guards all that follows.

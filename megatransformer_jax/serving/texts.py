@@ -96,7 +96,9 @@ def _check_config(config: GenerationConfig, shape: BatchShape) -> None:
 def _check_ids(job: Job, lm: ServedTexts, shape: BatchShape) -> None:
     if not job.ids:
         raise UserError("the prompt is empty; give at least one token.")
+    # A model may have more rows than its tokenizer has ids; nothing has been learned for them.
     size = lm.config.vocab_size
+    size = size if lm.tokenizer is None else min(size, lm.tokenizer.vocab_size)
     for name, ids in (("prompt", job.ids), ("logit_bias", job.logit_bias)):
         wrong = [token for token in ids if not 0 <= token < size]
         if wrong:
