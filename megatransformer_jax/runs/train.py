@@ -37,6 +37,7 @@ from megatransformer_jax.runs.workdir import (
     make_workdir,
     use_compilation_cache,
 )
+from megatransformer_jax.sharding.mesh import describe_layout
 from megatransformer_jax.training.distributed import start_distributed
 from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.loop import (
@@ -236,16 +237,18 @@ class Run:
         counts = count_parameters(self.state.params)
         parts = ", ".join(f"{name} {count:,}" for name, count in counts.items())
         assert self.task.sharder.mesh is not None  # `open_task` always makes one.
-        mesh_shape = self.task.sharder.mesh.shape
+        mesh = self.task.sharder.mesh
+        layout = describe_layout(mesh)
         logging.info("parameters: %s (%s)", f"{sum(counts.values()):,}", parts)
         trained, frozen = split_params(self.state.params, self.config.trained_parts)
         if jax.tree.leaves(frozen):
             count = sum(leaf.size for leaf in jax.tree.leaves(trained))
             logging.info("trained of these: %s", f"{count:,}")
         logging.info(
-            "mesh: %s on %s; %s; workdir: %s",
-            " x ".join(f"{axis} {size}" for axis, size in mesh_shape.items()),
+            "mesh: %s on %s%s; %s; workdir: %s",
+            " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
             jax.devices()[0].device_kind,
+            f" ({layout})" if layout else "",
             self.task.facts,
             self.workdir if self._is_kept else "none",
         )

@@ -1,10 +1,15 @@
 """Builds the device mesh from the config and checks that devices, model and batch fit it."""
 
+import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from megatransformer_jax.config.loop import DataMeshConfig
@@ -14,12 +19,18 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.sharding.rules import MESH_AXES
 
+# Kinds of chips with two cores that JAX shows as one device unless told otherwise.
+ONE_DEVICE_PER_CHIP = ("TPU v4", "TPU v5")
+
+# ------------------------------------------------------------------------------
+# Devices per axis.
+
 
 def resolve_mesh_shape(config: DataMeshConfig, num_devices: int) -> dict[str, int]:
     """Devices per axis, with `data=-1` resolved.
 
     Raises:
-      ConfigError: if the product is not the number of devices.
+      ConfigError: if the product is not the number of devices; names the nearest mesh that fits.
     """
     others = math.prod(config.inner.values())
     data = num_devices // others if config.data == -1 else config.data
@@ -27,30 +38,150 @@ def resolve_mesh_shape(config: DataMeshConfig, num_devices: int) -> dict[str, in
     if math.prod(shape.values()) != num_devices:
         given = shape | {"data": config.data}
         wanted = " x ".join(f"{name}={size}" for name, size in given.items())
+        needed = max(others, math.prod(shape.values()))
         raise ConfigError(
             "mesh",
-            f"{wanted} needs {max(others, math.prod(shape.values()))} devices (or a divisor for "
-            f"data=-1), but there are {num_devices}. Change the mesh, or for a try on CPU add "
-            f"--config.environment=XLA_FLAGS=--xla_force_host_platform_device_count="
-            f"{max(others, math.prod(shape.values()))}.",
+            f"{wanted} needs {needed} devices (or a divisor for data=-1), but there are "
+            f"{num_devices}. {_nearest_mesh(config, num_devices)} To try the mesh on CPU, add "
+            f"--config.environment=XLA_FLAGS=--xla_force_host_platform_device_count={needed}.",
         )
     return shape
+
+
+def _nearest_mesh(config: DataMeshConfig, num_devices: int, num_slices: int = 1) -> str:
+    """A sentence that names the mesh whose axes differ by the smallest factors, data last."""
+    axes = tuple(field.name for field in dataclasses.fields(config))
+
+    def factor(axis: str, size: int) -> float:
+        wanted = getattr(config, axis)
+        return 0.0 if wanted == -1 else abs(math.log(size / wanted))
+
+    def distance(sizes: Sequence[int]) -> tuple[float, float]:
+        inner = sum(factor(*pair) for pair in zip(axes[1:], sizes[1:], strict=True))
+        return inner, factor("data", sizes[0])
+
+    best = min(_factorisations(num_devices, len(axes), num_slices), key=distance)
+    named = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(axes, best, strict=True))
+    return f"The nearest mesh that fits is {named}."
+
+
+def _factorisations(product: int, count: int, first: int) -> Iterator[tuple[int, ...]]:
+    """All tuples of `count` factors; the first one is a multiple of `first`."""
+    divisors = [number for number in range(1, product + 1) if product % number == 0]
+    for inner in itertools.product(divisors, repeat=count - 1):
+        if product % (first * math.prod(inner)) == 0:
+            yield product // math.prod(inner), *inner
+
+
+# ------------------------------------------------------------------------------
+# Where the axes lie.
 
 
 def make_mesh(config: DataMeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """A mesh with axes data, fsdp, tensor, sequence over all given devices.
 
+    On a TPU slice each axis gets whole axes of the torus where that is possible, sequence and
+    tensor first, and parts of them elsewhere. On several slices only `data` crosses the network
+    between them.
+
     Raises:
-      ConfigError: if the product of the axes is not the number of devices.
+      ConfigError: if the product of the axes is not the number of devices, or if these devices
+        cannot carry such a mesh.
     """
     shape = resolve_mesh_shape(config, len(devices))
-    auto = (AxisType.Auto,) * len(MESH_AXES)
-    if devices[0].platform == "cpu":
-        # The topology-aware order of make_mesh has no meaning here, and plain order keeps
-        # process 0's devices first.
-        grid = np.array(devices).reshape(tuple(shape.values()))
-        return Mesh(grid, MESH_AXES, axis_types=auto)
-    return jax.make_mesh(tuple(shape.values()), MESH_AXES, axis_types=auto, devices=devices)
+    sizes = tuple(shape.values())
+    if devices[0].platform == "tpu":
+        grid = _tpu_grid(config, sizes, devices)
+    elif devices[0].platform == "gpu":
+        grid = mesh_utils.create_device_mesh(sizes, devices)
+    else:
+        # Plain order keeps process 0's devices first.
+        grid = np.array(devices).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _tpu_grid(config: DataMeshConfig, sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    slices = _by_slice(devices)
+    for index, members in slices.items():
+        _check_box(members, f"slice {index}" if len(slices) > 1 else "the slice")
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    counts = {len(members) for members in slices.values()}
+    if len(counts) > 1:
+        raise ConfigError(
+            "mesh",
+            f"the {len(slices)} slices have {', '.join(map(str, sorted(counts)))} devices; a mesh "
+            "needs slices of one size.",
+        )
+    if sizes[0] % len(slices):
+        raise ConfigError(
+            "mesh.data",
+            f"{sizes[0]} is not a multiple of the {len(slices)} slices of {counts.pop()} devices "
+            "each. Only axis data crosses the network between slices. "
+            f"{_nearest_mesh(config, len(devices), len(slices))}",
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (sizes[0] // len(slices), *sizes[1:]),
+        (len(slices), *(1,) * (len(sizes) - 1)),
+        devices,
+        allow_split_physical_axes=True,
+    )
+
+
+def _by_slice(devices: Iterable[Any]) -> dict[int, list[Any]]:
+    """TPU devices by the index of their slice."""
+    slices = defaultdict(list)
+    for device in devices:
+        slices[getattr(device, "slice_index", 0)].append(device)
+    return dict(slices)
+
+
+def _check_box(devices: Sequence[Any], name: str) -> None:
+    """A mesh is laid over a box of the torus without a hole."""
+    chips = {tuple(device.coords) for device in devices}
+    extents = [max(places) - min(places) + 1 for places in zip(*chips, strict=True)]
+    box = "x".join(map(str, extents))
+    kind = devices[0].device_kind
+    if len(chips) < math.prod(extents):
+        raise ConfigError(
+            "mesh",
+            f"the {len(chips)} chips of {name} ({kind}) do not fill the {box} box that they span; "
+            "use all chips of the slice.",
+        )
+    if len(devices) > len(chips) and kind in ONE_DEVICE_PER_CHIP:
+        raise ConfigError(
+            "mesh",
+            f"{name} ({kind}, {box}) shows {len(devices)} devices for {len(chips)} chips; a mesh "
+            "needs one for each. Use the megacore configuration (chip_config_name='megacore' of a "
+            "topology that is only described).",
+        )
+
+
+def describe_layout(mesh: Mesh) -> str:
+    """What each axis of a mesh of TPUs lies on, as in 'data on 2 slices, fsdp on 4x4x2 chips'.
+
+    Empty on other platforms, and where all axes are 1.
+    """
+    if mesh.devices.flat[0].platform != "tpu":
+        return ""
+    parts = []
+    for number, (axis, size) in enumerate(mesh.shape.items()):
+        if size == 1:
+            continue
+        line = np.moveaxis(mesh.devices, number, 0).reshape(size, -1)[:, 0]
+        slices = _by_slice(line)
+        chips = {tuple(device.coords) for device in next(iter(slices.values()))}
+        extents = [len(set(places)) for places in zip(*chips, strict=True)]
+        is_box = math.prod(extents) == len(chips)
+        places = [f"{len(slices)} slices"] if len(slices) > 1 else []
+        if len(chips) > 1:
+            places.append(f"{'x'.join(map(str, extents)) if is_box else len(chips)} chips")
+        parts.append(f"{axis} on {' of '.join(places)}")
+    return ", ".join(parts)
+
+
+# ------------------------------------------------------------------------------
+# What a run needs of its mesh.
 
 
 def check_run_fits_mesh(config: RunConfig, mesh: Mesh) -> None:
