@@ -154,6 +154,7 @@ class Model:
         prompts: Inputs,
         config: GenerationConfig | None = None,
         *,
+        each: Sequence[Mapping[str, Any]] | None = None,
         images: Sequence[np.ndarray] = (),
         clips: Sequence[np.ndarray] = (),
         **options: Any,
@@ -164,6 +165,9 @@ class Model:
           prompts: as in `__call__`. In a model with images and sound, a text that ends with
             <|IMAGE|>, <|VOICE|> or <|AUDIO|> is continued with such a medium.
           config: how. None: `options` say.
+          each: what every prompt changes for itself, a dict per prompt: its depth, criterion,
+            sampling, seed, stop or max_new_tokens. All run in one batch, and each gives what it
+            gives alone.
           images: of one prompt, float32 [height, width, C] in [-1, 1] of the model's format; they
             stand where the text has <|IMAGE|><|/IMAGE|>, or before it.
           clips: of one prompt, mono float32 in [-1, 1] at the model's rate; their places are
@@ -181,12 +185,15 @@ class Model:
         Examples:
           >>> lm.generate("The ", strategy="greedy", max_new_tokens=4).depths
           (4, 4, 4, 4)
+          >>> each = [{"depth": 1}, {"depth": 6, "temperature": 0.7}]
+          >>> [found.depths for found in lm.generate(["The ", "If "], each=each, max_new_tokens=2)]
+          [(1, 1), (6, 6)]
         """
         config = _generation(config, options)
         given, is_single = _listed(prompts)
         given = self._with_media(given, images, clips)
         with out_of_memory_is_bad_input():
-            found = self._loaded.generator(config).generate(given)
+            found = self._loaded.generator(config).generate(given, each)
         return found[0] if is_single and len(found) == 1 else list(found)
 
     def chat(

@@ -5,6 +5,7 @@ On the command line, and as keywords in Python, every option has a short name, s
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -204,6 +205,22 @@ class GenerationConfig:
             with _errors_below(section_name):
                 top[section_name] = classes[section_name](**values)
         return cls(**top)
+
+    def with_options(self, **options: Any) -> "GenerationConfig":
+        """The same generation with some options changed, by their short names.
+
+        Raises:
+          ConfigError: as `of`, for the options together.
+
+        Examples:
+          >>> GenerationConfig.of(depth=16).with_options(exit_criterion="kl").depth.depth
+          16
+        """
+        values = {
+            name: functools.reduce(getattr, declared.path.split("."), self)
+            for name, declared in GENERATION_OPTIONS.items()
+        }
+        return GenerationConfig.of(**(values | options))
 
     @property
     def is_deterministic(self) -> bool:

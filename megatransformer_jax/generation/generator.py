@@ -32,11 +32,8 @@ from megatransformer_jax.config.option import MAX_SEED, ConfigError, UserError
 from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.generation.decode_loop import (
-    DecodeSettings,
-    DecodeState,
-    start,
-)
+from megatransformer_jax.generation.continuous.prompts import TextModel, continue_each
+from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, start
 from megatransformer_jax.generation.endings import (
     END_OF_TEXT,
     FINISH_REASONS,
@@ -164,23 +161,37 @@ class Generator:
         if model.config.has_media and isinstance(tokenizer, MediaTokenizer):
             self._maker = MediaMaker(model, params, tokenizer, self.config)
         self._end_ids = tuple(end_ids_of(tokenizer) if end_ids is None else end_ids)
+        self._text_model = TextModel(model, params, tokenizer, trained_depth, self._end_ids)
         # First, as it finds out whether the tokenizer fits the model.
         self._chain = build_chain(self.config, tokenizer, model.config.vocab_size)
         self._stops = self._stop_texts()
         self._rule = replicate(model.sharder, depth_rule(self.config))
 
-    def generate(self, prompts: Sequence[AnyPrompt] | np.ndarray) -> list[Completion]:
+    def generate(
+        self,
+        prompts: Sequence[AnyPrompt] | np.ndarray,
+        each: Any = None,
+    ) -> list[Completion]:
         """`num_samples` completions per prompt, in the order of the prompts.
 
         Args:
           prompts: texts, token ids, which are taken as they are (no start token is added), or
             prompts with media.
+          each: a dict of options per prompt, which change the configuration for it alone, see
+            `continuous.prompts`. None: all prompts have the same.
 
         Raises:
           UserError: if a prompt is empty, too long, has wrong ids or media that do not fit the
             model, or if there is none.
+          ConfigError: if a prompt's own options cannot be used.
         """
         encoded, count = self._encode(prompts), self.config.num_samples
+        if each is not None:
+            if self._has_media(encoded):
+                raise UserError("each is for prompts of text alone; leave out either.")
+            num_rows = self._prompts_per_batch(len(encoded)) * count
+            ids = [prompt.ids for prompt in encoded]
+            return continue_each(self._text_model, self.config, prompts, ids, each, num_rows)
         completions: list[Completion] = []
         for numbers, filled in self._batches(len(encoded)):
             decoded, media = self._decode([encoded[number] for number in filled], filled)
