@@ -57,6 +57,7 @@ ALL_CODES = (
     "no_chat_template",
     "no_tokenizer",
     "images_not_supported",
+    "invalid_image",
     "context_length_exceeded",
     "deadline_exceeded",
     "generation_failed",
