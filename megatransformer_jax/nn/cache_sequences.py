@@ -136,6 +136,7 @@ def view_sequence(cache: KVCache, sequence: Int[Array, ""], sharder: Sharder) ->
         num_steps=cache.num_steps[sequence][None],
         next_position=length[None],
         length=length,
+        is_medium=None if cache.is_medium is None else cache.is_medium[sequence][None],
     )
     return cast(KVCache, view)
 

@@ -28,6 +28,11 @@ import numpy as np
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.continuous import programs
+from megatransformer_jax.generation.continuous.images import (
+    PlacedImages,
+    PromptPlaces,
+    prompt_places,
+)
 from megatransformer_jax.generation.continuous.lanes import (
     BatchShape,
     Events,
@@ -45,6 +50,8 @@ _DONATED = {
     "copy": (0,),
     "release": (0,),
     "prefill": (1,),
+    "place_image": (1,),
+    "prefill_placed": (1,),
     "score": (1,),
     "advance": (1,),
     "turn": (2,),
@@ -79,6 +86,7 @@ class Batcher:
         self._params = params
         self._programs: dict[str, Any] = {}
         self._sharder = for_rows(model, shape.rows).sharder
+        self._tokenizer = tokenizer
         size = model.config.vocab_size
         is_allowed = jnp.ones(size, bool)
         if tokenizer is not None:
@@ -86,9 +94,11 @@ class Batcher:
         self._is_allowed = replicate(self._sharder, is_allowed)
         self._batch: programs.Batch = self._run("empty_batch", params)
         self._capacity = self._batch.cache.capacity
-        # Of each row: the prompt's tokens, and how many of them have been read.
+        # Of each row: the places of its prompt, and how many of them have been read.
         self._lengths = [1] * shape.rows
         self._num_read = [0] * shape.rows
+        # Prompts with images, by row, until they have been read.
+        self._placed: dict[int, PlacedImages] = {}
 
     def compile(self, progress: Callable[[str], object] = lambda name: None) -> None:
         """Compiles every program; otherwise each is compiled when it is first needed.
@@ -96,7 +106,8 @@ class Batcher:
         Args:
           progress: is told each program's name when its turn comes.
         """
-        settings, prompt = self._host(row_settings(RowText((0,), 1), self.shape)), self._prompt([])
+        settings = self._host(row_settings(RowText((0,), 1), self.shape, 1))
+        prompt = self._prompt([])
         row, lanes, cache = self._number(0), self._batch.lanes, self._batch.cache
         arguments: dict[str, tuple[Any, ...]] = {
             "place": (self._batch, row, settings, prompt, row),
@@ -107,6 +118,11 @@ class Batcher:
             "turn": (self._params, self._is_allowed, self._batch),
             "release": (self._batch, self._mask(())),
         }
+        if self.shape.with_images:
+            placed = self._no_images(PromptPlaces(np.zeros(0, np.int32), np.zeros(0, bool), ()))
+            pixels = self._host(np.zeros(self._model.config.image.shape, np.float32))
+            arguments["place_image"] = (self._params, placed, pixels, row)
+            arguments["prefill_placed"] = (self._params, self._batch, row, placed)
         for name, given in arguments.items():
             progress(name)
             if name != "advance" or self._has_core:
@@ -118,20 +134,30 @@ class Batcher:
         Raises:
           UserError: if the text does not fit the batch's shape.
         """
-        total = len(text.ids) + text.max_new_tokens
+        places = None
+        if text.images:
+            places = self._places(text)
+        num_places = len(text.ids) if places is None else len(places.ids)
         if not len(text.ids) or text.max_new_tokens < 1:
             raise UserError("a text needs a token to continue, and room for a new one.")
-        if total > self.shape.capacity:
+        if num_places + text.max_new_tokens > self.shape.capacity:
             raise UserError(
-                f"a prompt of {len(text.ids)} tokens and {text.max_new_tokens} new ones are more "
+                f"a prompt of {num_places} tokens and {text.max_new_tokens} new ones are more "
                 f"than the batch's capacity of {self.shape.capacity}; shorten either."
             )
-        settings = self._host(row_settings(text, self.shape))
+        settings = self._host(row_settings(text, self.shape, num_places))
         length = self._number(len(text.ids))
         self._batch = self._run(
             "place", self._batch, self._number(row), settings, self._prompt(text.ids), length
         )
-        self._lengths[row], self._num_read[row] = len(text.ids), 0
+        self._lengths[row], self._num_read[row] = num_places, 0
+        self._placed.pop(row, None)
+        if places is not None:
+            placed = self._no_images(places)
+            for image, start in zip(text.images, places.starts, strict=True):
+                pixels, at = self._host(np.asarray(image, np.float32)), self._number(start)
+                placed = self._run("place_image", self._params, placed, pixels, at)
+            self._placed[row] = placed
 
     def copy(self, source: int, row: int, num_tokens: int) -> None:
         """Gives a row the first cached tokens of another (or of the text that it held before).
@@ -158,28 +184,34 @@ class Batcher:
         That one enters by the next `turn`. True at once for a prompt of one token.
         """
         if self.num_unread(row):
-            self._batch = self._run("prefill", self._params, self._batch, self._number(row))
+            given, name = (self._params, self._batch, self._number(row)), "prefill"
+            if row in self._placed:
+                given, name = (*given, self._placed[row]), "prefill_placed"
+            self._batch = self._run(name, *given)
             self._count_read(row)
+        if not self.num_unread(row):
+            self._placed.pop(row, None)
         return not self.num_unread(row)
 
     def score(self, row: int) -> tuple[PromptScores | None, bool]:
         """As `prefill`, and the log-probabilities of the tokens behind those that are read.
 
         All chunks of a prompt together give those of all tokens but the first. Rows that were
-        copied have none.
+        copied have none, and prompts with images cannot be scored.
 
         Returns:
           They, None if there was nothing to read; and what `prefill` returns.
         """
         if not self.num_unread(row):
             return None, True
+        assert row not in self._placed
         number = self._number(row)
         self._batch, scores = self._run("score", self._params, self._batch, number)
         self._count_read(row)
         return scores, not self.num_unread(row)
 
     def num_unread(self, row: int) -> int:
-        """Tokens of the row's prompt that `prefill` still has to read."""
+        """Places of the row's prompt that `prefill` still has to read."""
         return self._lengths[row] - 1 - self._num_read[row]
 
     def advance(self, min_waiting: int, max_ticks: int) -> None:
@@ -246,6 +278,23 @@ class Batcher:
         prompt[: len(ids)] = ids
         return self._host(prompt)
 
+    def _places(self, text: RowText) -> PromptPlaces:
+        if not self.shape.with_images:
+            raise UserError("this batch is for text alone (with_images=False); send no images.")
+        return prompt_places(self._model.config, self._tokenizer, text.ids, text.images)
+
+    def _no_images(self, places: PromptPlaces) -> PlacedImages:
+        """A prompt's places, padded, before the vectors of its images are there."""
+        mask = np.zeros(self._capacity, bool)
+        mask[: len(places.ids)] = places.is_image
+        width, dtype = self._model.config.width, self._model.policy.compute
+        # On the device from the first, as what comes of them is, for which a program is compiled.
+        vectors = jnp.zeros((self._capacity, width), dtype)
+        placed = PlacedImages(
+            jnp.asarray(self._prompt(places.ids.tolist())), jnp.asarray(mask), vectors
+        )
+        return replicate(self._sharder, placed)
+
     def _mask(self, rows: Sequence[int]) -> Any:
         mask = np.zeros(self.shape.rows, bool)
         mask[list(rows)] = True
@@ -284,6 +333,8 @@ def _compiled(
 
 def _check(model: MegaTransformer, shape: BatchShape) -> None:
     config = model.config
+    if shape.with_images and not config.image.enabled:
+        raise UserError("a batch with_images is for models that read images; leave it out.")
     if shape.capacity > config.max_length:
         raise UserError(
             f"the batch's capacity of {shape.capacity} tokens exceeds the model's max_length="

@@ -37,6 +37,7 @@ class BatchShape:
       num_ends: most end tokens of a row.
       sharing: how iterations share slots, as `CacheConfig.sharing`.
       exited_reads: as `CacheConfig.exited_reads`.
+      with_images: whether prompts may have images.
 
     Raises:
       UserError: a number below 1, or a criterion that there is not.
@@ -52,6 +53,7 @@ class BatchShape:
     num_ends: int = 4
     sharing: str = "modulo"
     exited_reads: str = "latest"
+    with_images: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rows", "capacity", "num_slots", "chunk", "num_top", "num_bias", "num_ends"):
@@ -96,6 +98,7 @@ class RowText:
       min_new_tokens: no end token before so many.
       end_ids: tokens that end the text.
       num_top: likeliest tokens wanted with each new one; 0 is none.
+      images: float32 [height, width, C] each, that stand behind their opening tokens.
     """
 
     ids: Sequence[int]
@@ -114,6 +117,7 @@ class RowText:
     min_new_tokens: int = 0
     end_ids: Sequence[int] = ()
     num_top: int = 0
+    images: Sequence[np.ndarray] = ()
 
     @classmethod
     def of_config(cls, ids: Sequence[int], config: GenerationConfig, **others: Any) -> "RowText":
@@ -161,6 +165,7 @@ class RowSettings:
       seed: uint32, of its draws.
       prompt_number: of its prompt in its call.
       sample: of the text among those of its prompt.
+      num_places: of its prompt: tokens, and places of images.
     """
 
     rules: RowRules
@@ -171,6 +176,7 @@ class RowSettings:
     seed: Any
     prompt_number: Any
     sample: Any
+    num_places: Any
 
     def prompt_keys(self) -> Any:
         """Keys [B] of the first states of prompts' tokens, as `request.prompt_keys` makes them."""
@@ -182,8 +188,13 @@ class RowSettings:
         return jax.vmap(jax.random.fold_in)(self.prompt_keys(), self.sample)
 
 
-def row_settings(text: RowText, shape: BatchShape) -> RowSettings:
+def row_settings(text: RowText, shape: BatchShape, num_places: int) -> RowSettings:
     """The settings of one row, NumPy arrays.
+
+    Args:
+      text: of the row.
+      shape: of the batch.
+      num_places: of its prompt.
 
     Raises:
       UserError: if the batch has no place for some of it.
@@ -221,6 +232,7 @@ def row_settings(text: RowText, shape: BatchShape) -> RowSettings:
         np.uint32(text.seed),
         np.int32(text.prompt_number),
         np.int32(text.sample),
+        np.int32(num_places),
     )
 
 

@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from megatransformer_jax.generation.continuous.images import PlacedImages, embed_image
 from megatransformer_jax.generation.continuous.lanes import (
     BatchShape,
     Events,
@@ -36,6 +37,7 @@ from megatransformer_jax.generation.token_choice import choose, top_log_probs
 from megatransformer_jax.models.exit_criteria import DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
 from megatransformer_jax.models.passes.cached import (
+    Inserted,
     NewTokens,
     TokensRead,
     apply_head,
@@ -80,6 +82,7 @@ def empty_batch(model: MegaTransformer, shape: BatchShape, params: Any) -> Batch
         model.platform,
         shape.sharing,
         shape.exited_reads,
+        shape.with_images,
     )
     cache = constrain_cache(model.sharder, init_cache(config, cache_shape))
     zeros = jnp.zeros((num_rows,), jnp.int32)
@@ -93,6 +96,7 @@ def empty_batch(model: MegaTransformer, shape: BatchShape, params: Any) -> Batch
         jnp.zeros((num_rows,), jnp.uint32),
         zeros,
         zeros,
+        zeros + 1,
     )
     first = FirstStates(settings.row_keys(), jnp.zeros((num_rows, 1, _state_width(model))), nothing)
     tokens = begin_tokens(model, params, zeros, zeros - 1, cache, first, shape.choice)
@@ -145,6 +149,8 @@ def place(
             positions=put(lanes.tokens.positions, -1),
         ),
     )
+    if cache.is_medium is not None:
+        cache = _changed(cache, is_medium=put(cache.is_medium, False))
     cache = with_positions(cache, put(cache.next_position, 0), lanes.is_live)
     return _constrained(for_rows(model, shape.rows), lanes, cache)
 
@@ -187,6 +193,31 @@ def prefill(
     return _read_chunk(model, shape, params, batch, row)[0]
 
 
+def place_image(
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    placed: PlacedImages,
+    pixels: Float[Array, "height width C"],
+    start: Int[Array, ""],
+) -> PlacedImages:
+    """The vectors of one more image of a prompt, from place `start` on."""
+    one = for_rows(model, 1)
+    return _changed(placed, vectors=embed_image(one, params, placed.vectors, pixels, start))
+
+
+def prefill_placed(
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    batch: Batch,
+    row: Int[Array, ""],
+    placed: PlacedImages,
+) -> Batch:
+    """`prefill` of a prompt with images, whose places it reads as it reads tokens."""
+    return _read_chunk(model, shape, params, batch, row, placed)[0]
+
+
 def score(
     model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
 ) -> tuple[Batch, PromptScores]:
@@ -204,16 +235,25 @@ def score(
 
 
 def _read_chunk(
-    model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    batch: Batch,
+    row: Int[Array, ""],
+    placed: PlacedImages | None = None,
 ) -> tuple[Batch, TokensRead, jax.Array]:
     lanes, cache, one = batch.lanes, batch.cache, for_rows(model, 1)
     settings, history = jax.tree.map(lambda all: all[row][None], lanes.settings), lanes.history
     size = min(shape.chunk, cache.capacity)
     start = cache.next_position[row]
     places = start + jnp.arange(size, dtype=jnp.int32)
-    ids = history.tokens[row][jnp.minimum(places, history.capacity - 1)]
-    is_token = places < history.prompt_lengths[row] - 1
-    new = NewTokens(ids[None], is_token[None], state_keys=settings.prompt_keys())
+    is_token = places < settings.num_places[0] - 1
+    columns = jnp.minimum(places, history.capacity - 1)
+    ids, inserted, is_image = history.tokens[row][columns], None, None
+    if placed is not None:
+        ids, is_image = placed.ids[columns], placed.is_image[columns] & is_token
+        inserted = Inserted(placed.vectors[columns][None], is_image[None])
+    new = NewTokens(ids[None], is_token[None], inserted, state_keys=settings.prompt_keys())
     rule = DepthRule(
         settings.rules.depth,
         settings.rules.threshold,
@@ -230,6 +270,9 @@ def _read_chunk(
     columns = jnp.where(is_token, places, cache.capacity)
     steps = cache.num_steps[row].at[columns].set(read.num_steps[0], mode="drop")
     cache = _changed(cache, num_steps=cache.num_steps.at[row].set(steps))
+    if is_image is not None:
+        is_medium = cache.is_medium[row].at[columns].set(is_image, mode="drop")
+        cache = _changed(cache, is_medium=cache.is_medium.at[row].set(is_medium))
     next_position = cache.next_position.at[row].add(count)
     cache = with_positions(cache, next_position, lanes.is_live)
     return _constrained(model, lanes, cache), read, count
@@ -280,7 +323,7 @@ def turn(
     start = known_after(cache.next_position, logits)
     cache = _changed(cache, next_position=start)
     cache = write_tokens(cache, rows, old.iteration, is_done, model.sharder)
-    is_admitted = lanes.is_reading & (start >= lanes.history.prompt_lengths - 1)
+    is_admitted = lanes.is_reading & (start >= lanes.settings.num_places - 1)
     lanes = _changed(
         lanes,
         is_reading=lanes.is_reading & ~is_admitted,
