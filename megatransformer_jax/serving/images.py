@@ -44,7 +44,7 @@ def image_of_part(part: Mapping[str, Any], place: str, config: ImageConfig) -> n
     """
     given = part.get("image_url")
     url = given.get("url") if isinstance(given, Mapping) else None
-    if not isinstance(url, str) or set(part) != {"type", "image_url"}:
+    if given is None or not isinstance(url, str) or set(part) != {"type", "image_url"}:
         raise _bad(
             place,
             'is not an image; give {"type": "image_url", "image_url": {"url": "data:image/png;'

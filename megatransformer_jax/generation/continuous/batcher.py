@@ -184,10 +184,11 @@ class Batcher:
         That one enters by the next `turn`. True at once for a prompt of one token.
         """
         if self.num_unread(row):
-            given, name = (self._params, self._batch, self._number(row)), "prefill"
+            given = (self._params, self._batch, self._number(row))
             if row in self._placed:
-                given, name = (*given, self._placed[row]), "prefill_placed"
-            self._batch = self._run(name, *given)
+                self._batch = self._run("prefill_placed", *given, self._placed[row])
+            else:
+                self._batch = self._run("prefill", *given)
             self._count_read(row)
         if not self.num_unread(row):
             self._placed.pop(row, None)

@@ -25,13 +25,9 @@ PROMPTS = [
     MediaPrompt(("ab cab b",)),
     MediaPrompt(("ab c", OTHER, " b")),
 ]
-OPTIONS = [
-    {"strategy": "greedy"},
-    {"seed": 3},
-    {"seed": 4, "depth": DepthConfig(5, "latent_diff", 0.3)},
-    {"seed": 5},
-    {"strategy": "greedy"},
-]
+EXITS = DepthConfig(5, "latent_diff", 0.3)
+OPTIONS = [{"strategy": "greedy"}, *({"seed": 3 + n, "depth": EXITS} for n in range(3))]
+OPTIONS.append(OPTIONS[0])
 
 
 def test_rows_give_what_the_generator_gives():
