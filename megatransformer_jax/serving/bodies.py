@@ -23,6 +23,8 @@ C = typing.TypeVar("C")
 MAX_NESTING = 64
 # Largest number that JSON's readers agree on.
 _MAX_INTEGER = 2**63 - 1
+# Longest name of a field that may be a misspelt one.
+_MAX_NAME = 64
 
 # ------------------------------------------------------------------------------
 # JSON.
@@ -185,15 +187,16 @@ def unknown_field(name: str, known: Sequence[str], place: str = "") -> RequestEr
       place: where it stands; empty: in the body itself.
     """
     path = f"{place}.{name}" if place else name
+    # The nearest of a long text takes long to find.
+    hint = nearest_hint(name, known) if len(name) <= _MAX_NAME else ""
     if not place and name in GENERATION_OPTIONS:
-        hint = nearest_hint(name, known)
         return RequestError(
             f"{path}: this option of generation is not one of the server's; {hint}leave it out.",
             param=path,
             code="unsupported_field",
         )
     return RequestError(
-        f"{path}: no such field; {nearest_hint(name, known)}there are: {', '.join(known)}.",
+        f"{path}: no such field; {hint}there are: {', '.join(known)}.",
         param=path,
         code="unknown_field",
     )

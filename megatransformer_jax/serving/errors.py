@@ -15,6 +15,7 @@ from megatransformer_jax.serving.requests import Busy, NotServing
 
 # What was sent may be long, and is quoted in messages.
 MAX_MESSAGE = 1000
+MAX_PARAM = 100
 
 INVALID = "invalid_request_error"
 # What OpenAI calls errors of each status. Others are as the nearest: 4xx the caller's, 5xx ours.
@@ -127,12 +128,17 @@ def error_answer(error: BaseException) -> ErrorAnswer:
 def error_body(
     message: str, status: int, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """The body of an error; a long message is cut."""
-    if len(message) > MAX_MESSAGE:
-        message = f"{message[: MAX_MESSAGE // 2]} ... {message[-MAX_MESSAGE // 2 :]}"
+    """The body of an error; what is too long is cut."""
+    message, param = _cut(message, MAX_MESSAGE), param and _cut(param, MAX_PARAM)
     kind = TYPES.get(status, INVALID if status < 500 else "server_error")
     code = CODES.get(status, "invalid_value") if code is None else code
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _cut(text: str, length: int) -> str:
+    """The beginning and the end of a text that is too long."""
+    half = length // 2
+    return text if len(text) <= length else f"{text[:half]} ... {text[-half:]}"
 
 
 def json_bytes(value: Any) -> bytes:
