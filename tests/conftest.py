@@ -60,7 +60,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--serve-all",
         action="store_true",
-        help="tests/serving send as many requests as the documentation tells of",
+        help="tests/serving/app_schema_test.py sends several hundred requests",
     )
 
 

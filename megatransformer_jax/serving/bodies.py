@@ -119,6 +119,8 @@ def same(value: Any, other: Any) -> bool:
 
 def as_declared(value: Any, declared: Any) -> Any:
     """As an option has it: lists as tuples, and 2.0, which JSON takes for whole, as 2."""
+    if declared is Any:  # Inside of what no option has; its check says so.
+        return value
     if isinstance(value, list) and not has_type(value, declared):
         items = typing.get_args(declared)[:1] or (Any,)
         return tuple(as_declared(item, items[0]) for item in value)

@@ -61,6 +61,8 @@ STREAM_OPTIONS = ("include_usage", "include_obfuscation")
 # Texts, lists and objects, whose schemas stand in `openapi`.
 SPECIAL_COMPLETION = ("prompt", "logit_bias", "stream_options")
 SPECIAL_CHAT = ("messages", "logit_bias", "stream_options", "chat_template_kwargs")
+# Characters of a stop text.
+MAX_STOP_LENGTH = MAX_TEXT_BYTES // 4
 # Options of generation that are fields, by the same names.
 GENERATION_FIELDS = (
     "temperature",
@@ -337,6 +339,11 @@ def _stops(value: Any, model: ServedModel) -> tuple[str, ...]:
             code="no_tokenizer",
         )
     check_encodable("stop", stops)
+    longest = max(map(len, stops), default=0)
+    if longest > MAX_STOP_LENGTH:
+        raise ConfigError(
+            "stop", f"has {longest} characters in a text; at most {MAX_STOP_LENGTH} are allowed."
+        )
     num_bytes = sum(len(text.encode()) for text in stops)
     if num_bytes >= MAX_TEXT_BYTES:
         raise ConfigError(

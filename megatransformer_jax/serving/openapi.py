@@ -22,13 +22,13 @@ from megatransformer_jax.config.serving import (
     ServingConfig,
     TokenizeRequestConfig,
 )
-from megatransformer_jax.generation.endings import MAX_TEXT_BYTES
 from megatransformer_jax.serving.answers import FINISH_REASONS
 from megatransformer_jax.serving.errors import ALL_CODES, CODES, TYPES
 from megatransformer_jax.serving.fields import (
     BOUNDS,
     GENERATION_FIELDS,
     MAX_BIAS,
+    MAX_STOP_LENGTH,
     NEUTRAL,
     UNSUPPORTED_CHAT,
     UNSUPPORTED_COMPLETION,
@@ -107,10 +107,13 @@ def _post(summary: str, name: str, *, streams: bool = False) -> dict[str, Any]:
     content: dict[str, Any] = {_JSON: {"schema": _ref(f"{name}Answer")}}
     if streams:
         content["text/event-stream"] = {
+            # Before version 3.2 this describes one event.
             "schema": {
-                "type": "string",
-                "description": "With stream=true: `data: {...}` lines, each a chunk, at last "
-                "`data: [DONE]`. An error after the first chunk is an event with `error`; then the "
+                "type": "object",
+                "properties": {"data": {"type": "string"}},
+                "required": ["data"],
+                "description": "With stream=true: the data of each event is a chunk in JSON, at "
+                "last [DONE]. An error after the first chunk is an event with `error`; then the "
                 "connection breaks.",
             }
         }
@@ -285,7 +288,7 @@ def _generation_schema(name: str, config: ServingConfig) -> Schema:
             within = {key: schema.pop(key) for key in bounds if key in schema}
             schema["anyOf"] = [{"enum": outside}, within]
     if name == "stop":
-        text = {"type": "string", "minLength": 1, "maxLength": MAX_TEXT_BYTES // 4}
+        text = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
         schema.pop("items")
         schema.pop("type")
         schema["anyOf"] = [

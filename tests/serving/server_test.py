@@ -118,7 +118,7 @@ def test_what_takes_too_long_to_end_is_told_so(lm: Model) -> None:
 
 
 def test_an_engine_that_fails_is_told_to_all_and_the_process_goes_on(lm: Model) -> None:
-    failing = functools.partial(FakeBatcher, seconds_per_tick=0.002, fail_at_turn=12)
+    failing = functools.partial(FakeBatcher, seconds_per_tick=0.005, fail_at_turn=60)
     with (
         running(lm, failing, rows=2) as server,
         client_of(server) as client,
@@ -139,7 +139,10 @@ def test_an_engine_that_fails_is_told_to_all_and_the_process_goes_on(lm: Model) 
             assert raised.value.status_code == 500
 
         # The third waits for a row.
-        waiting = [pool.submit(read), pool.submit(whole, "w"), pool.submit(whole, "q")]
+        waiting = []
+        for count, ask_for in enumerate((read, lambda: whole("w"), lambda: whole("q")), 1):
+            waiting.append(pool.submit(ask_for))
+            wait_for(lambda count=count: server.engine.num_open == count)
         assert waiting[0].result(20)
         for future in waiting[1:]:
             future.result(20)
@@ -194,8 +197,8 @@ async def drop(port: int, rng: random.Random) -> None:
     writer.close()
 
 
-def test_clients_that_leave_free_their_rows(lm: Model, pytestconfig: pytest.Config) -> None:
-    count = 500 if pytestconfig.getoption("--serve-all") else 100
+def test_clients_that_leave_free_their_rows(lm: Model) -> None:
+    count = 500
     rng = random.Random(0)
 
     async def drop_all(number: int, port: int) -> None:
@@ -213,17 +216,18 @@ def test_clients_that_leave_free_their_rows(lm: Model, pytestconfig: pytest.Conf
         asyncio.run(drop_all(count // 5, port))
         before = resident_bytes()
         asyncio.run(drop_all(count, port))
+        wait_for(lambda: not server._http.server_state.tasks)
         turns = batchers[0].num_turns
         wait_for(lambda: server.engine.num_open == 0)
-        assert batchers[0].num_turns <= turns + 4
+        # One launch may be on its way, and one be begun before the cancellation is seen.
+        assert batchers[0].num_turns <= turns + 2
         grown = resident_bytes() - before
         assert grown < 20 * 2**20, f"{grown / 2**20:.1f} MiB more"
         counts = server.counts()
         assert counts["num_requests_running"] == counts["num_requests_waiting"] == 0
         assert {slot["state"] for slot in server.engine.slots()} == {"free"}
         assert counts["request_aborted_total"] > count / 2
-        wait_for(lambda: not server._http.server_state.connections)
-        assert not server._http.server_state.tasks
+        assert not server._http.server_state.connections
         assert ask(server).status_code == 200
 
 
