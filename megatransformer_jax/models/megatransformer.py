@@ -29,7 +29,7 @@ from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import TextEmbedding, ValueEmbedding
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
-from megatransformer_jax.nn.parameters import axes_of, matrix, weight_init
+from megatransformer_jax.nn.parameters import axes_of, check_shapes, matrix, weight_init
 from megatransformer_jax.nn.quantized import is_quantized_matrix
 from megatransformer_jax.ops.interleave import Layout, interleave, place_media, take_places
 from megatransformer_jax.ops.masks import AttentionMask
@@ -378,17 +378,18 @@ class MegaTransformer(nn.Module):
 
     def _gathered_core_params(self) -> Any:
         """The core's weights in the compute type, whole on every fsdp device before the loop."""
-        axes = axes_of(jax.eval_shape(self._init_core, jax.random.key(0)))
+        axes = axes_of(_abstract_core(self.config, self.policy, self.platform))
         # Linen freezes dicts that `setup` stores.
         return _gather(unfreeze(self.core_params), axes, self.policy, self.sharder)
 
     def _declare_core(self) -> Any:
         if self.has_variable("params", "core"):
-            stored: Any = self.get_variable("params", "core")
+            stored: Any = nn.meta.unbox(self.get_variable("params", "core"))
             nodes = jax.tree.leaves(stored, is_leaf=is_quantized_matrix)
-            if any(map(is_quantized_matrix, nodes)):
-                # `param` would compare the arrays of quantised matrices with those of float ones.
-                return stored
+            if not any(map(is_quantized_matrix, nodes)):
+                expected = _abstract_core(self.config, self.policy, self.platform)
+                check_shapes(self, "core", stored, expected)
+            return stored
         return self.param("core", self._init_core)
 
     def core_module(self) -> RecurrentCore:
@@ -396,16 +397,7 @@ class MegaTransformer(nn.Module):
         return RecurrentCore(self.config, self.policy, self.sharder, self.platform, parent=None)
 
     def _init_core(self, key: Key[Array, ""]) -> Any:
-        state = jnp.zeros((1, 1, self.config.core_width), self.policy.compute)
-        positions = jnp.zeros((1, 1), jnp.int32)
-        context = pass_context(self.config, positions, None, self.config.core_width)
-        shape = (1, 1, self.config.attention.kv_heads, self.config.head_dim(state.shape[-1]))
-        rows = jnp.zeros((len(self.config.value_layers("core")), *shape), self.policy.compute)
-        context = dataclasses.replace(context, value_embeddings={"core": rows})
-        context = at_iteration(self.config, context, 0)
-        config = _with_xla_attention(self.config)
-        core = RecurrentCore(config, self.policy, Sharder(), self.platform, parent=None)
-        return core.init(key, state, state, context, method="prepare_and_call")["params"]
+        return _init_core(self.config, self.policy, self.platform, key)
 
     def _split_head_mask(self, head_mask: jax.Array | None) -> tuple[jax.Array | None, ...]:
         config = self.config
@@ -419,6 +411,24 @@ class MegaTransformer(nn.Module):
                 "of prelude, core and coda, one column per head"
             )
         return head_mask[:first], head_mask[first:last], head_mask[last:]
+
+
+def _init_core(config: ModelConfig, policy: DTypePolicy, platform: str, key: Key[Array, ""]) -> Any:
+    state = jnp.zeros((1, 1, config.core_width), policy.compute)
+    positions = jnp.zeros((1, 1), jnp.int32)
+    context = pass_context(config, positions, None, config.core_width)
+    shape = (1, 1, config.attention.kv_heads, config.head_dim(state.shape[-1]))
+    rows = jnp.zeros((len(config.value_layers("core")), *shape), policy.compute)
+    context = dataclasses.replace(context, value_embeddings={"core": rows})
+    context = at_iteration(config, context, 0)
+    core = RecurrentCore(_with_xla_attention(config), policy, Sharder(), platform, parent=None)
+    return core.init(key, state, state, context, method="prepare_and_call")["params"]
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_core(config: ModelConfig, policy: DTypePolicy, platform: str) -> Any:
+    """The core's parameters, boxed and without values. Kept, as every pass asks for them."""
+    return jax.eval_shape(lambda key: _init_core(config, policy, platform, key), jax.random.key(0))
 
 
 def pass_context(

@@ -8,6 +8,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.errors import ScopeParamShapeError
 
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.quantized import is_quantized_matrix
@@ -76,12 +77,26 @@ def _declare(
     dtype: jnp.dtype,
 ) -> Any:
     if module.has_variable("params", name):
-        stored: Any = module.get_variable("params", name)
-        if is_quantized_matrix(stored):
-            # `param` would compare the shapes of what it is stored in with `shape`.
-            return stored
+        stored: Any = nn.meta.unbox(module.get_variable("params", name))
+        # The arrays that a quantised matrix is stored in have shapes of other meaning.
+        if not is_quantized_matrix(stored):
+            check_shapes(module, name, stored, jax.ShapeDtypeStruct(shape, dtype))
+        return stored
     # Linen keeps the box with the axes to itself and returns what is in it.
     return module.param(name, nn.with_partitioning(init, axes), shape, dtype)
+
+
+def check_shapes(module: nn.Module, name: str, stored: Any, expected: Any) -> None:
+    """Raises Linen's error if a stored parameter (or tree of them) has other shapes than declared.
+
+    `nn.Module.param` checks the same by tracing the initialiser in every pass, which took a third
+    of the time that it takes to trace a model.
+    """
+    pairs = zip(jax.tree.leaves(stored), jax.tree.leaves(expected), strict=False)
+    for found, wanted in pairs:
+        if jnp.shape(found) != wanted.shape:
+            path = module.scope.path_text if module.scope is not None else ""
+            raise ScopeParamShapeError(name, path, jnp.shape(found), wanted.shape)
 
 
 def axes_of(boxed: Any) -> Any:

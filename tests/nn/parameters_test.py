@@ -2,14 +2,20 @@
 
 import dataclasses
 
+import flax.errors
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import InitConfig, MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models.megatransformer import build_model, init_params
+from megatransformer_jax.models.megatransformer import (
+    abstract_params,
+    build_model,
+    init_params,
+)
 from megatransformer_jax.nn.parameters import weight_init
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -73,3 +79,25 @@ def test_sharing_changes_no_depth():
         CONFIG, sharing=dataclasses.replace(CONFIG.sharing, scheme="cycle", core_unique=1)
     )
     assert weight_init(shared, 64) == weight_init(CONFIG, 64)
+
+
+@pytest.mark.parametrize("part", ["prelude", "core"])
+def test_a_parameter_of_another_shape_is_named(part):
+    model = build_model(CONFIG, DTypePolicy(), Sharder(), "cpu")
+
+    def widen(path, leaf):
+        keys = [key.key for key in path]
+        is_the_one = keys[0] == part and keys[-2:] == ["attention", "output"]
+        return jax.ShapeDtypeStruct((7, 7), leaf.dtype) if is_the_one else leaf
+
+    params = jax.tree_util.tree_map_with_path(widen, abstract_params(model))
+    tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    key = jax.random.key(0)
+    with pytest.raises(flax.errors.ScopeParamShapeError, match=r"\(7, 7\)"):
+        jax.eval_shape(
+            lambda params, tokens: model.apply(
+                {"params": params}, tokens, num_steps=2, rngs={"state": key}
+            ),
+            params,
+            tokens,
+        )
