@@ -1,15 +1,16 @@
 """Reads prompts into a cache, in one pass or in chunks.
 
-Mostly it does not matter how a prompt is cut into passes. It does in two cases. With fewer cache
-slots than iterations, tokens of one pass see each other at the same iteration, and those of earlier
-passes at whichever iteration came last into the slot. And an exit criterion that needs logits
-would judge a token by a coda that sees its neighbours in the middle of their iterations. In these
-cases all prompts are cut in one way, `is_cut_alike`, so that a text does not depend on others in
-its batch, nor on whether it is a batch of `generation.continuous`:
+Mostly it does not matter how a prompt is cut into passes. It does in two cases, in which all
+prompts are cut in one way, so that a text does not depend on others in its batch, nor on whether it
+is in a batch of `generation.continuous`:
 
-- chunks of `CHUNK` tokens (or as many as are asked for) from the prompt's start, and its last token
-  in a pass by itself;
-- with a criterion that needs logits, all tokens but the last make all `depth` iterations.
+- An exit criterion that needs logits would judge a token by a coda that sees its neighbours in the
+  middle of their iterations. So all tokens but the last make all `depth` iterations, and the last
+  one passes alone.
+- With fewer cache slots than iterations, tokens of one pass see each other at the same iteration,
+  and those of earlier passes at whichever iteration came last into the slot. If chunks are asked
+  for, they begin at each prompt's start, and its last token passes alone. (In one pass, which is
+  the default, a prompt loses less by sharing slots.)
 """
 
 import functools
@@ -26,9 +27,6 @@ from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.cached import NewTokens, cached_forward
 from megatransformer_jax.nn.kv_cache import KVCache, repeat_sequences
-
-# Tokens per pass where prompts are cut alike.
-CHUNK = 64
 
 
 @struct.dataclass
@@ -66,12 +64,12 @@ def prefill(
       prompts: rows with their last place in the last column, see `left_padded`.
       cache: empty, with room for the columns.
       rule: how deep.
-      chunk: columns per pass. None: all in one, or `CHUNK` if they are cut alike.
-      is_cut_alike: cuts every prompt from its start, see above. A criterion that needs logits
-        implies it.
+      chunk: columns per pass. None: all in one.
+      is_cut_alike: cuts every prompt from its start, with its last token alone. A criterion that
+        needs logits implies it.
     """
     if is_cut_alike or rule.criterion.needs_logits:
-        return _cut_alike(model, params, prompts, cache, rule, chunk or CHUNK)
+        return _cut_alike(model, params, prompts, cache, rule, chunk)
     num_columns = prompts.tokens.shape[1]
     size = num_columns if chunk is None else min(chunk, num_columns)
     # The first pass takes the odd columns, so that all others are of one size.
@@ -97,13 +95,14 @@ def _cut_alike(
     prompts: NewTokens,
     cache: KVCache,
     rule: DepthRule,
-    chunk: int,
+    chunk: int | None,
 ) -> Prefilled:
     before, last = _split_last(prompts)
     of_prompt: Any = rule
     if rule.criterion.needs_logits:
         of_prompt = of_prompt.replace(criterion=exit_criterion("fixed"))
     num_columns, keys = before.tokens.shape[1], prompts.state_keys
+    chunk = chunk or num_columns
     for start in range(0, num_columns, chunk):
         columns = (before.tokens, before.is_token, before.inserted)
         part: Any = NewTokens(*_columns(columns, start, min(chunk, num_columns - start)))

@@ -250,6 +250,15 @@ class Batcher:
         entries = jax.tree.leaves((cache.prelude, cache.core, cache.coda))
         return sum(array.nbytes for array in entries)
 
+    def memory(self, program: str) -> Any:
+        """XLA's account of what a compiled program takes, see `jax.stages.Compiled`."""
+        return self._programs[program].memory_analysis()
+
+    @property
+    def batch(self) -> programs.Batch:
+        """All that changes, as it is on the device."""
+        return self._batch
+
     # --------------------------------------------------------------------------
 
     @property

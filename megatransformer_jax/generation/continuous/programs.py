@@ -242,7 +242,8 @@ def _read_chunk(
     row: Int[Array, ""],
     placed: PlacedImages | None = None,
 ) -> tuple[Batch, TokensRead, jax.Array]:
-    lanes, cache, one = batch.lanes, batch.cache, for_rows(model, 1)
+    lanes, cache = batch.lanes, batch.cache
+    model, one = for_rows(model, shape.rows), for_rows(model, 1)
     settings, history = jax.tree.map(lambda all: all[row][None], lanes.settings), lanes.history
     size = min(shape.chunk, cache.capacity)
     start = cache.next_position[row]
@@ -264,7 +265,6 @@ def _read_chunk(
     read = read_tokens(one, gather_weights(one, params), new, view, rule, places[None])
     count = jnp.sum(is_token, dtype=jnp.int32)
     # Written after everything was read.
-    model = for_rows(model, shape.rows)
     after = known_after(start, read.hidden)
     cache = write_sequence(cache, read.rows, row, after, count, model.sharder)
     columns = jnp.where(is_token, places, cache.capacity)

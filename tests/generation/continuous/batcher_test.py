@@ -1,13 +1,18 @@
 """What a row gives is what `Generator` gives for its text alone, whatever shares the batch."""
 
+import dataclasses
 import functools
 import random
 
+import jax
+import jax.monitoring
+import numpy as np
 import pytest
-from driven_batcher import drive
+from driven_batcher import Got, drive
 from tiny_generator import generator
-from tiny_model import PLAIN, TINY, make, tiny
+from tiny_model import PLAIN, PROMPTS, TINY, all_logits, make, tiny
 
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.sampling import CacheConfig, DepthConfig, SamplingConfig
 from megatransformer_jax.generation.continuous.batcher import Batcher
 from megatransformer_jax.generation.continuous.lanes import BatchShape, RowText
@@ -78,8 +83,8 @@ def some_texts(count, kinds, seed=0):
     return texts
 
 
-def alone(config, text, cache=None):
-    """What `Generator` gives for the text."""
+def alone(config, text, cache=None, num_samples=1):
+    """What `Generator` gives for the text, as one of several."""
     depth = DepthConfig()
     if config.is_recurrent:
         depth = DepthConfig(
@@ -102,8 +107,9 @@ def alone(config, text, cache=None):
         cache=CacheConfig(capacity=64) if cache is None else cache,
         seed=text.seed,
         max_new_tokens=text.max_new_tokens,
+        num_samples=num_samples,
     )
-    return one.generate([text.ids])[0]
+    return one.generate([text.ids])[text.sample]
 
 
 def assert_equal(got, wanted):
@@ -128,3 +134,171 @@ def test_rows_equal_texts_alone(config, kinds):
     got = drive(batcher(config), texts, arrival=1)
     for text, one in zip(texts, got, strict=True):
         assert_equal(one, alone(config, text))
+
+
+def as_tuples(got):
+    return [(one.token_ids, one.depths, one.finish_reason) for one in got]
+
+
+def test_neither_company_nor_order_change_a_text():
+    texts = some_texts(9, OF_LINEAR, seed=3)
+    wanted = as_tuples(drive(batcher(TINY), texts))
+    assert len({len(ids) for ids, _, _ in wanted}) > 2
+    for min_waiting, order, ticks in (
+        (2, range(8, -1, -1), 64),
+        (4, [4, 0, 8, 1, 7, 2, 6, 3, 5], 2),
+    ):
+        got = drive(
+            batcher(TINY), texts, min_waiting=min_waiting, order=list(order), max_ticks=ticks
+        )
+        assert as_tuples(got) == wanted
+    assert as_tuples(drive(batcher(TINY), texts[4:5])) == wanted[4:5]
+
+
+def test_nothing_compiles_once_everything_is_compiled():
+    made, compiled = batcher(TINY), []
+    made.compile()
+
+    def listen(event, seconds, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        drive(made, some_texts(20, OF_LINEAR, seed=4), arrival=2)
+        made.place(0, some_texts(1, OF_LINEAR)[0])
+        made.place(1, RowText([1, 4, 5, 6], 2))
+        made.copy(0, 1, 2)
+        made.score(1)
+        made.release([0, 1])
+        made.turn().fetch()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+@pytest.mark.parametrize(
+    ("slots", "sharing", "reads"),
+    [(1, "modulo", "latest"), (2, "last", "skip"), (3, "anchor", "latest")],
+)
+def test_fewer_slots_than_iterations(slots, sharing, reads):
+    """A generator cuts prompts as a batch does."""
+    config = tiny(prelude_layers=0, coda_layers=0, positions={"scheme": "alibi"})
+    shape = BatchShape(
+        3, 64, slots, chunk=4, criteria=("latent_diff",), sharing=sharing, exited_reads=reads
+    )
+    cache = CacheConfig(
+        capacity=64, slots=slots, sharing=sharing, exited_reads=reads, prefill_chunk=4
+    )
+    texts = some_texts(8, DRAWN, seed=5)
+    got = drive(batcher(config, shape), texts, min_waiting=2)
+    assert any(depth > slots for one in got for depth in one.depths)
+    for text, one in zip(texts, got, strict=True):
+        assert_equal(one, alone(config, text, cache))
+
+
+def test_copied_rows_are_those_that_would_be_read():
+    """For the samples of a prompt, a prompt that begins alike, and in the row of the one before.
+
+    First states are drawn, those of prompts by the key of the prompt.
+    """
+    made = batcher(DIAGONAL)
+    first = dataclasses.replace(some_texts(1, DRAWN, seed=6)[0], ids=[1, 9, 4, 20, 7, 8, 3])
+    first = dataclasses.replace(first, end_ids=(30,), max_new_tokens=6)
+    second = dataclasses.replace(first, sample=1)
+    other = dataclasses.replace(first, ids=[*first.ids[:5], 6, 6, 5])
+    made.place(0, first)
+    while not made.prefill(0):
+        pass
+    for row, text, count in ((1, second, 6), (2, other, 5)):
+        made.place(row, text)
+        made.copy(0, row, count)
+        assert made.num_unread(row) == len(text.ids) - 1 - count
+        while not made.prefill(row):
+            pass
+    got = run_rows(made, {0: first, 1: second, 2: other})
+    assert_equal(got[0], alone(DIAGONAL, first))
+    assert_equal(got[1], alone(DIAGONAL, second, num_samples=2))
+    assert_equal(got[2], alone(DIAGONAL, other))
+    after = dataclasses.replace(first, ids=[*first.ids[:6], 25])
+    made.place(0, after)
+    made.copy(0, 0, 6)
+    assert_equal(run_rows(made, {0: after})[0], alone(DIAGONAL, after))
+
+
+def run_rows(made, texts):
+    """What comes of rows whose prompts have been read."""
+    got, running = {row: Got() for row in texts}, set(texts)
+    while running:
+        made.advance(1, 64)
+        events = made.turn().fetch()
+        running -= {row for row in list(running) if got[row].take(events, row)}
+    return got
+
+
+def test_scores_of_prompts():
+    made = batcher(TINY)
+    prompt = list(PROMPTS[2])
+    made.place(1, RowText(prompt, 3, depth=3))
+    is_read, parts = False, []
+    while not is_read:
+        scores, is_read = made.score(1)
+        parts.append(scores.fetch())
+    assert made.score(1) == (None, True)
+    logits = all_logits(*make(TINY), prompt, 3)
+    wanted = np.asarray(jax.nn.log_softmax(logits))
+    log_probs = np.concatenate([part.log_probs for part in parts])
+    np.testing.assert_allclose(log_probs, wanted[np.arange(len(prompt) - 1), prompt[1:]], atol=1e-5)
+    top = np.concatenate([part.top_ids for part in parts])
+    np.testing.assert_array_equal(top, np.argsort(-wanted[:-1])[:, :2])
+    made.release([1])
+
+
+def test_likeliest_tokens_come_with_new_ones():
+    made = batcher(TINY)
+    made.place(3, RowText([1, 5, 9], 1, depth=2, num_top=2))
+    made.place(2, RowText([1, 5, 9], 1, depth=2, logit_bias={7: 100.0}))
+    made.prefill(3), made.prefill(2)
+    made.turn()
+    made.advance(2, 9)
+    events = made.turn().fetch()
+    wanted = np.asarray(jax.nn.log_softmax(all_logits(*make(TINY), [1, 5, 9], 2)[-1]))
+    assert events.is_done.tolist() == [False, False, True, True]
+    assert events.token.tolist()[2:] == [7, int(np.argmax(wanted))]
+    np.testing.assert_array_equal(events.top_ids[3], np.argsort(-wanted)[:2])
+    np.testing.assert_allclose(events.top_log_probs[3], np.sort(wanted)[::-1][:2], atol=1e-5)
+    np.testing.assert_allclose(events.log_prob[2:], wanted[[7, np.argmax(wanted)]], atol=1e-5)
+
+
+def test_the_cache_is_written_in_place():
+    """What programs need besides is less than a hundredth of it."""
+    config = tiny(max_length=4096)
+    made = Batcher(*make(config), None, BatchShape(2, 4096, 32))
+    made.advance(1, 1)
+    made.turn()
+    size = made.cache_bytes()
+    assert size == 2 * (1 + 32 + 1) * 2 * 4096 * 16 * 4
+    for name in ("advance", "turn"):
+        memory = made.memory(name)
+        assert memory.temp_size_in_bytes < size / 100
+    assert made.memory("turn").alias_size_in_bytes > size
+
+
+def test_what_does_not_fit_is_named():
+    made = batcher(TINY)
+    with pytest.raises(UserError, match="a prompt of 60 tokens and 5 new ones are more than"):
+        made.place(0, RowText([1] * 60, 5))
+    with pytest.raises(UserError, match="'cosine' is not compiled in; choose one of fixed"):
+        made.place(0, RowText([1], 5, criterion="cosine"))
+    with pytest.raises(UserError, match="3 likeliest tokens are more than the 2"):
+        made.place(0, RowText([1], 5, num_top=3))
+    with pytest.raises(UserError, match="a text needs a token to continue"):
+        made.place(0, RowText([], 5))
+    with pytest.raises(UserError, match="unknown exit criterion 'kll'"):
+        BatchShape(2, 64, 2, criteria=("kll",))
+    with pytest.raises(UserError, match="rows of a batch is 0"):
+        BatchShape(0, 64, 2)
+    with pytest.raises(UserError, match="capacity of 81 tokens exceeds the model's max_length=80"):
+        Batcher(*make(TINY), None, BatchShape(2, 81, 2))
+    with pytest.raises(UserError, match="'learned_gate' reads an exit gate"):
+        Batcher(*make(TINY), None, BatchShape(2, 64, 2, criteria=("learned_gate",)))
