@@ -97,7 +97,7 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Tokens so far, and iterations of the core that led to the new ones."""
-        prompt = sum(map(len, self._request.prompts))
+        prompt = self._request.num_prompt_tokens
         new = sum(choice.num_tokens for choice in self._choices)
         iterations = sum(choice.num_iterations for choice in self._choices)
         # Further texts of a prompt share its rows.

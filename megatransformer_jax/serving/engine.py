@@ -32,8 +32,8 @@ from megatransformer_jax.serving.metrics import Metrics
 from megatransformer_jax.serving.prefixes import Prefixes, reading_rule
 from megatransformer_jax.serving.requests import Busy, Deliver, Failed, Job, NotServing
 from megatransformer_jax.serving.scheduler import Policy, Scheduler
-from megatransformer_jax.serving.served import settle
-from megatransformer_jax.serving.texts import Text, to_row_text
+from megatransformer_jax.serving.served import reads_images, settle
+from megatransformer_jax.serving.texts import Text, prompt_length, to_row_text
 
 LOADING, READY, DRAINING, DEAD = "loading", "ready", "draining", "dead"
 _REFUSALS = {
@@ -50,12 +50,12 @@ MakeBatcher = Callable[[Any, BatchShape], Any]
 _Order = tuple[Callable[[], Any], concurrent.futures.Future]
 
 
-def batch_shape(config: ServingConfig, max_length: int) -> BatchShape:
-    """What is compiled for settled options and a model of so many tokens at most."""
+def batch_shape(config: ServingConfig, lm: Any) -> BatchShape:
+    """What is compiled for settled options and a model."""
     assert config.capacity is not None and config.cache_slots is not None
     return BatchShape(
         rows=config.rows,
-        capacity=min(config.capacity, max_length),
+        capacity=min(config.capacity, lm.config.max_length),
         num_slots=config.cache_slots,
         chunk=config.chunk,
         criteria=config.criteria,
@@ -64,6 +64,7 @@ def batch_shape(config: ServingConfig, max_length: int) -> BatchShape:
         num_ends=MAX_END_IDS,
         sharing=config.cache_sharing,
         exited_reads=config.cache_exited_reads,
+        with_images=reads_images(lm),
     )
 
 
@@ -98,7 +99,7 @@ class Engine:
         prepare: Callable[[], None] | None = None,
     ):
         self.config = settle(config, lm) if config.capacity is None else config
-        self.shape = batch_shape(self.config, lm.config.max_length)
+        self.shape = batch_shape(self.config, lm)
         self.metrics = Metrics(
             self.config.name or "megatransformer", self.shape.rows, self.shape.capacity
         )
@@ -186,8 +187,13 @@ class Engine:
             texts = []
             for job, row_text in zip(jobs, row_texts, strict=True):
                 self._num_texts += 1
-                rule = reading_rule(row_text, draws_states=self._draws_states)
-                texts.append(Text(self._num_texts, job, row_text, rule, self._lm.tokenizer))
+                # Ids do not tell images apart, so their prompts are never another's.
+                rule = None
+                if not job.media:
+                    rule = reading_rule(row_text, draws_states=self._draws_states)
+                length = prompt_length(job, self._lm)
+                tokenizer = self._lm.tokenizer
+                texts.append(Text(self._num_texts, job, row_text, rule, tokenizer, length))
             self._num_tickets += 1
             request_id = request_id or str(self._num_tickets)
             ticket = Ticket(request_id, texts, deliver, deadline, self._wake)

@@ -11,6 +11,8 @@ import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 from megatransformer_jax.config.generation import (
     GENERATION_OPTIONS,
     GenerationConfig,
@@ -127,6 +129,7 @@ class Request:
       jobs: prompt by prompt, `options.n` of each.
       prompts: ids.
       prompt_texts: what `echo` shows of each.
+      num_prompt_tokens: of all prompts, with the places of their images.
       options: what was asked for besides generation.
       model: name of the model.
       include_usage: whether a stream ends with the usage.
@@ -135,6 +138,7 @@ class Request:
     jobs: tuple[Job, ...]
     prompts: tuple[tuple[int, ...], ...]
     prompt_texts: tuple[str, ...]
+    num_prompt_tokens: int
     options: CompletionRequestConfig | ChatRequestConfig
     model: str
     include_usage: bool = False
@@ -172,6 +176,7 @@ class _Wish:
       default: if it does not. None: as many as there is room for.
       name: of the field that says so.
       param: the field of the prompts.
+      images: of the only prompt.
       num_top: likeliest tokens at each place.
       scores_prompt: whether the prompt's tokens are scored.
     """
@@ -182,6 +187,7 @@ class _Wish:
     default: int | None
     name: str
     param: str
+    images: tuple[np.ndarray, ...] = ()
     num_top: int = 0
     scores_prompt: bool = False
 
@@ -208,8 +214,9 @@ def _request(
         check_token(token, "stop_token_ids", model)
     bias = _logit_bias(body.get("logit_bias"), model)
     jobs = []
+    image_places = len(wish.images) * model.image_places
     for ids in wish.prompts:
-        count = _new_tokens(len(ids), wish, model, config)
+        count = _new_tokens(len(ids) + image_places, wish, model, config)
         check_min_tokens(options.min_tokens, count)
         job = Job(
             ids=tuple(ids),
@@ -221,12 +228,14 @@ def _request(
             num_top=min(wish.num_top, model.vocab_size),
             scores_prompt=wish.scores_prompt,
             only_scores=count == 0,
+            media=wish.images,
         )
         jobs += [dataclasses.replace(job, sample=sample) for sample in range(options.n)]
     return Request(
         jobs=tuple(jobs),
         prompts=tuple(map(tuple, wish.prompts)),
         prompt_texts=tuple(wish.texts),
+        num_prompt_tokens=sum(map(len, wish.prompts)) + image_places,
         options=options,
         model=model.name,
         include_usage=_include_usage(body.get("stream_options"), options.stream),
@@ -288,7 +297,8 @@ def _generation(
             raise ConfigError(
                 name, f"{given[name]} is not allowed; it must be {zero}{least:g} to {most:g}."
             )
-    given.setdefault("seed", new_seed())
+    # First states may be drawn as well: at temperature 0 the same request has the same answer.
+    given.setdefault("seed", 0 if is_greedy else new_seed())
     if model.makes_media:
         given["max_media"] = 0
     checked = GenerationConfig.of(strategy="sample", **given)
@@ -478,15 +488,16 @@ def chat_request(
     with named("messages"):
         options = read_options(body, ChatRequestConfig)
         check_model(options.model, model)
-        ids, text = read_messages(body, model)
+        said = read_messages(body, model)
         most = options.max_completion_tokens or options.max_tokens
         wish = _Wish(
-            [ids],
-            [text],
+            [said.ids],
+            [said.text],
             most=most,
             default=None,
             name="max_tokens" if options.max_tokens else "max_completion_tokens",
             param="messages",
+            images=said.images,
             num_top=options.top_logprobs or 0,
         )
         return _request(body, options, wish, model, config, new_seed)

@@ -322,7 +322,7 @@ class Launches:
             text = item.text
             events: list[Event] = [PromptRead(tuple(text.scores), text.num_reused)]
             is_first = text.job.sample == 0
-            self._metrics.see_prompt(len(text.job.ids), text.num_reused, is_first=is_first)
+            self._metrics.see_prompt(text.num_prompt, text.num_reused, is_first=is_first)
             if text.job.only_scores:
                 events.append(text.finish("length"))
             else:

@@ -318,9 +318,13 @@ def _prompt_schema(model: ServedModel, config: ServingConfig) -> Schema:
     return {"anyOf": kinds, "description": "A text, token ids, or several of either."}
 
 
-def _messages_schema() -> Schema:
+def _messages_schema(model: ServedModel) -> Schema:
     text = {"type": "string"}
-    part = _object({"type": {"const": "text"}, "text": text}, ["type", "text"])
+    part = _object({"type": {"const": "text"}, "text": text})
+    if model.formats is not None:
+        url = {"type": "string", "pattern": "^data:image/[a-z]+;base64,"}
+        image = _object({"url": url, "detail": {"enum": ["auto", None]}}, ["url"])
+        part = {"anyOf": [part, _object({"type": {"const": "image_url"}, "image_url": image})]}
     fields: dict[str, Schema] = {
         "role": {"type": "string", "minLength": 1, "examples": ["system", "user", "assistant"]},
         "content": {"anyOf": [text, {"type": "array", "minItems": 1, "items": part}]},
@@ -365,7 +369,7 @@ def _schemas(model: ServedModel, config: ServingConfig) -> dict[str, Schema]:
     names = {option.path: option_schema(option) for option in options_of(ModelNameConfig)}
     for fields in (tokenize, names):
         fields["model"]["enum"] = [model.name, None]
-    chat = {"messages": _messages_schema(), "chat_template_kwargs": _template_schema()}
+    chat = {"messages": _messages_schema(model), "chat_template_kwargs": _template_schema()}
     token = _token(model)
     tokenize_text = _object({"prompt": {"type": "string"}, **tokenize}, ["prompt"])
     tokens = {"type": "array", "items": token}

@@ -1,8 +1,11 @@
 """What a text begins with: prompts, messages of a chat, and tokens, as ids."""
 
+import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from megatransformer_jax.config.option import ConfigError, UserError, options_of
 from megatransformer_jax.config.sampling import check_encodable
@@ -12,7 +15,10 @@ from megatransformer_jax.config.serving import (
     TokenizeRequestConfig,
 )
 from megatransformer_jax.data.hf_tokenizer import require_chat_template
+from megatransformer_jax.data.media.records import ImagePart
+from megatransformer_jax.data.media_tokenizer import MARKERS, MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.generation.media_prompt import encode_media_prompt, prompt_of_text
 from megatransformer_jax.generation.request import encode_prompts
 from megatransformer_jax.serving.bodies import (
     check_names,
@@ -25,6 +31,7 @@ from megatransformer_jax.serving.bodies import (
     unknown_field,
 )
 from megatransformer_jax.serving.errors import RequestError
+from megatransformer_jax.serving.images import image_of_part
 from megatransformer_jax.serving.served import ServedModel
 
 # What a message may have besides its role and content; templates read it.
@@ -38,6 +45,7 @@ EMPTY_MESSAGE_FIELDS: Mapping[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }
 # Arguments of rendering that are not a request's to choose: a template is a program.
+_IMAGE_PLACE = "<|IMAGE|><|/IMAGE|>"
 _NOT_FOR_TEMPLATES = ("messages", "tools", "documents", "template", "add_generation_prompt")
 
 # ------------------------------------------------------------------------------
@@ -122,8 +130,25 @@ def _prompt(prompt: Any, place: str, model: ServedModel) -> list[int]:
 # Messages.
 
 
-def read_messages(body: Mapping[str, Any], model: ServedModel) -> tuple[list[int], str]:
-    """Ids and text of the messages, as the model was trained to read them.
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """Messages as a prompt.
+
+    Attributes:
+      ids: tokens; an opening and a closing one per image.
+      text: the same as a text.
+      images: in their order, float32 [height, width, C] each.
+    """
+
+    ids: list[int]
+    text: str
+    images: tuple[np.ndarray, ...] = ()
+
+
+def read_messages(body: Mapping[str, Any], model: ServedModel) -> Conversation:
+    """The messages as the model was trained to read them: as the chat template writes them.
+
+    A model that reads images and has no template continues what a single user message says.
 
     Raises:
       UserError: if they are not messages, or there is no template.
@@ -134,17 +159,54 @@ def read_messages(body: Mapping[str, Any], model: ServedModel) -> tuple[list[int
     if not isinstance(messages, list) or not messages:
         what = "is empty" if isinstance(messages, list) else f"is {kind_of(messages)}"
         raise UserError(f"{what}; give a list of at least one message.")
-    plain = [_message(message, f"messages[{number}]") for number, message in enumerate(messages)]
+    images: list[np.ndarray] = []
+    plain = [
+        _message(message, f"messages[{number}]", model, images)
+        for number, message in enumerate(messages)
+    ]
+    given = _template_options(body.get("chat_template_kwargs"))
+    tokenizer, media = model.tokenizer, model.formats
+    of_text = tokenizer.base if isinstance(tokenizer, MediaTokenizer) else tokenizer
+    if media is not None and getattr(of_text, "chat", None) is None:
+        return _single_message(plain, given, images, model)
     try:
-        template = require_chat_template(model.tokenizer)
+        template = require_chat_template(of_text)
     except UserError as error:
         raise RequestError(str(error), param="messages", code="no_chat_template") from None
-    given = _template_options(body.get("chat_template_kwargs"))
     text = template.render(plain, add_generation_prompt=True, **given)
-    ids = typing.cast(Tokenizer, model.tokenizer).encode(text)
+    if media is None:
+        ids = typing.cast(Tokenizer, tokenizer).encode(text)
+    else:
+        ids = typing.cast(MediaTokenizer, tokenizer).encode_with_media(text)
+        if text.count(_IMAGE_PLACE) != len(images):
+            raise UserError(
+                f"the chat template leaves {text.count(_IMAGE_PLACE)} of {len(images)} images; "
+                "put them where it writes them."
+            )
     if not ids:
         raise UserError("the chat template makes an empty prompt of these messages; say something.")
-    return ids, text
+    return Conversation(ids, text, tuple(images))
+
+
+def _single_message(
+    plain: Sequence[Mapping[str, Any]],
+    template_options: Mapping[str, Any],
+    images: Sequence[np.ndarray],
+    model: ServedModel,
+) -> Conversation:
+    """A message that is continued as a prompt is."""
+    if len(plain) > 1 or plain[0]["role"] != "user" or template_options:
+        raise RequestError(
+            "messages: this model has no chat template, so it continues what one message of the "
+            "user says; send that alone.",
+            param="messages",
+            code="no_chat_template",
+        )
+    assert isinstance(model.tokenizer, MediaTokenizer) and model.formats is not None
+    parts = list(map(ImagePart, images))
+    prompt = prompt_of_text(plain[0]["content"], parts, model.tokenizer, "messages[0].content")
+    encoded = encode_media_prompt(prompt, model.tokenizer, model.formats)
+    return Conversation(list(encoded.ids), plain[0]["content"], encoded.images)
 
 
 def _template_options(given: Any) -> dict[str, Any]:
@@ -164,8 +226,10 @@ def _template_options(given: Any) -> dict[str, Any]:
     return given
 
 
-def _message(message: Any, place: str) -> dict[str, Any]:
-    """A message as templates read it."""
+def _message(
+    message: Any, place: str, model: ServedModel, images: list[np.ndarray]
+) -> dict[str, Any]:
+    """A message as templates read it; its images go to `images`, and their places into the text."""
     if not isinstance(message, dict):
         raise RequestError(f"{place}: is {kind_of(message)}; give an object.", param="messages")
     known = ("role", "content", *MESSAGE_FIELDS)
@@ -187,7 +251,9 @@ def _message(message: Any, place: str) -> dict[str, Any]:
             param=f"{place}.{name}",
             code="missing_field",
         )
-    plain["content"] = _content(plain["content"], f"{place}.content")
+    if isinstance(plain["content"], str):
+        plain["content"] = [{"type": "text", "text": plain["content"]}]
+    plain["content"] = _content(plain["content"], f"{place}.content", model, images)
     for name, value in plain.items():
         if not isinstance(value, str) or (name == "role" and not value):
             raise RequestError(
@@ -196,28 +262,53 @@ def _message(message: Any, place: str) -> dict[str, Any]:
     return plain
 
 
-def _content(content: Any, place: str) -> Any:
-    """A content's text: itself, or the texts of its parts, a line each."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for number, part in enumerate(content):
+def _content(parts: Any, place: str, model: ServedModel, images: list[np.ndarray]) -> Any:
+    """A content's text: the texts of its parts, a line each, and the places of its images."""
+    if not isinstance(parts, list):
+        return parts
+    if not parts:
+        raise RequestError(f"{place}: is empty; give a text.", param="messages")
+    content, follows_text = "", False
+    for number, part in enumerate(parts):
+        where = f"{place}[{number}]"
         kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image_url" and model.formats is not None:
+            _check_count(len(images) + 1, where, model)
+            images.append(image_of_part(part, where, model.formats.image))
+            content, follows_text = content + _IMAGE_PLACE, False
+            continue
         if kind in ("image_url", "input_audio", "file"):
+            reads = "text alone" if model.formats is None else "text and images"
             raise RequestError(
-                f"{place}[{number}]: this server reads text alone, not {kind}; leave it out.",
+                f"{where}: this server reads {reads}, not {kind}; leave it out.",
                 param="messages",
                 code="images_not_supported",
             )
         if kind != "text" or not isinstance(part.get("text"), str) or len(part) > 2:
             raise RequestError(
-                f'{place}[{number}]: is not a part; give {{"type": "text", "text": "..."}}.',
+                f'{where}: is not a part; give {{"type": "text", "text": "..."}}.',
                 param="messages",
             )
-        texts.append(part["text"])
-    if not texts:
-        raise RequestError(f"{place}: is empty; give a text.", param="messages")
-    return "\n".join(texts)
+        text = part["text"]
+        marker = next((name for name in MARKERS if name in text), None)
+        if marker is not None and model.formats is not None:
+            raise RequestError(
+                f"{where}: {marker} is not text; send images as parts.", param="messages"
+            )
+        content += f"\n{text}" if follows_text else text
+        follows_text = True
+    return content
+
+
+def _check_count(count: int, place: str, model: ServedModel) -> None:
+    """Checks that images fit before they are decoded, which takes memory."""
+    if count * model.image_places > model.capacity:
+        raise RequestError(
+            f"{place}: {count} images take more than the {model.capacity} tokens of a text; send "
+            "fewer.",
+            param="messages",
+            code="context_length_exceeded",
+        )
 
 
 # ------------------------------------------------------------------------------
@@ -241,7 +332,7 @@ def tokenize(body: Mapping[str, Any], model: ServedModel) -> dict[str, Any]:
             raise UserError("prompt is given too; give one of the two.")
         if not is_chat and body.get("chat_template_kwargs") is not None:
             raise ConfigError("chat_template_kwargs", "is for messages; leave it out.")
-        ids = read_messages(body, model)[0] if is_chat else _tokens_of_text(body, model, options)
+        ids = read_messages(body, model).ids if is_chat else _tokens_of_text(body, model, options)
     answer = {"tokens": ids, "count": len(ids), "max_model_len": model.capacity}
     if options.return_token_strs:
         answer["token_strs"] = [model.token_text(token) for token in ids]

@@ -23,6 +23,7 @@ from megatransformer_jax.config.serving import (
     DEPTH_FACTOR,
     ServingConfig,
 )
+from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.endings import end_ids_of
@@ -49,6 +50,7 @@ class ServedModel:
       has_exit_gate: whether it learned when to stop.
       makes_media: whether it has parts for images or sound; texts alone are served.
       num_parameters: numbers in it.
+      formats: what images look like that it reads. None: it reads text alone.
       created: when it was loaded, in seconds since 1970.
     """
 
@@ -60,6 +62,7 @@ class ServedModel:
     has_exit_gate: bool = False
     makes_media: bool = False
     num_parameters: int = 0
+    formats: MediaFormats | None = None
     created: int = 0
 
     @property
@@ -71,6 +74,11 @@ class ServedModel:
     def has_lens(self) -> bool:
         """Whether /lens can show iterations: of a core that reads text alone."""
         return self.trained_depth is not None and not self.makes_media
+
+    @property
+    def image_places(self) -> int:
+        """Places of a text that an image takes, besides the tokens around it."""
+        return 0 if self.formats is None else self.formats.image.num_tokens
 
     def require_tokenizer(self, param: str) -> Tokenizer:
         """The tokenizer.
@@ -130,8 +138,14 @@ def served_model(lm: Model, config: ServingConfig, created: int) -> ServedModel:
         has_exit_gate=lm.config.exit_gate.enabled,
         makes_media=isinstance(tokenizer, MediaTokenizer),
         num_parameters=lm.num_parameters,
+        formats=MediaFormats.of_model(lm.config) if reads_images(lm) else None,
         created=created,
     )
+
+
+def reads_images(lm: Any) -> bool:
+    """Whether prompts may have images."""
+    return lm.config.image.enabled and isinstance(lm.tokenizer, MediaTokenizer)
 
 
 def settle(

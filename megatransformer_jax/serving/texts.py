@@ -10,6 +10,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError, require_defaults
 from megatransformer_jax.config.sampling import CacheConfig
 from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.generation.continuous.images import prompt_places
 from megatransformer_jax.generation.continuous.lanes import BatchShape, RowText
 from megatransformer_jax.generation.endings import (
     END_OF_TEXT,
@@ -51,7 +52,12 @@ def to_row_text(job: Job, lm: ServedTexts, shape: BatchShape) -> RowText:
     Raises:
       UserError: if the batch cannot make this text.
     """
-    config = for_model(job.config, lm.trained_depth, has_exit_gate=lm.config.exit_gate.enabled)
+    config = for_model(
+        job.config,
+        lm.trained_depth,
+        has_exit_gate=lm.config.exit_gate.enabled,
+        makes_media=lm.config.has_media,
+    )
     _check_config(config, shape)
     _check_ids(job, lm, shape)
     end_ids = tuple(dict.fromkeys((*(end_ids_of(lm.tokenizer) if job.ends else ()), *job.stop_ids)))
@@ -69,6 +75,7 @@ def to_row_text(job: Job, lm: ServedTexts, shape: BatchShape) -> RowText:
         min_new_tokens=job.min_new_tokens,
         end_ids=end_ids,
         num_top=job.num_top,
+        images=job.media,
     )
 
 
@@ -111,16 +118,28 @@ def _check_ids(job: Job, lm: ServedTexts, shape: BatchShape) -> None:
         raise ConfigError("top_logprobs", f"{job.num_top} exceeds {shape.num_top}; lower it.")
     if job.config.stop and lm.tokenizer is None:
         raise ConfigError("stop", "texts need a tokenizer, and this model has none.")
-    if job.media:
-        raise UserError("prompts with images are not served yet; send text alone.")
     room = min(shape.capacity, lm.config.max_length)
-    num_new = job.config.max_new_tokens
-    if len(job.ids) + num_new > room:
+    num_new, num_prompt = job.config.max_new_tokens, prompt_length(job, lm)
+    if job.media and (job.scores_prompt or not shape.with_images):
+        why = "the batch is for text alone" if not shape.with_images else "they cannot be scored"
+        raise UserError(f"the prompt has images, and {why}; leave them out.")
+    if num_prompt + num_new > room:
         raise ConfigError(
             "max_tokens",
-            f"the prompt has {len(job.ids)} tokens; with {num_new} new ones that is more than the "
+            f"the prompt has {num_prompt} tokens; with {num_new} new ones that is more than the "
             f"{room} of a row. Shorten it or lower max_tokens.",
         )
+
+
+def prompt_length(job: Job, lm: ServedTexts) -> int:
+    """Places that a prompt takes: its tokens, and those of its images.
+
+    Raises:
+      UserError: if the prompt and its images do not fit each other.
+    """
+    if not job.media:
+        return len(job.ids)
+    return len(prompt_places(lm.config, lm.tokenizer, job.ids, job.media).ids)
 
 
 # ------------------------------------------------------------------------------
@@ -134,6 +153,7 @@ class Text:
       job: what was asked for.
       row_text: the same for a row.
       rule: of its prompt, see `prefixes.reading_rule`.
+      num_prompt: places of its prompt.
       key: its number; later texts have larger ones.
       row: of the batch. None while it waits.
       num_read: tokens of the prompt that are cached.
@@ -154,11 +174,13 @@ class Text:
         row_text: RowText,
         rule: Hashable | None,
         tokenizer: Tokenizer | None,
+        num_prompt: int,
     ):
         self.key = key
         self.job = job
         self.row_text = row_text
         self.rule = rule
+        self.num_prompt = num_prompt
         self.row: int | None = None
         self.num_read = self.num_reused = 0
         self.new_ids: list[int] = []
@@ -174,8 +196,8 @@ class Text:
 
     @property
     def num_to_read(self) -> int:
-        """Prompt tokens that are read before the last one enters."""
-        return len(self.job.ids) - 1
+        """Places of the prompt that are read before its last token enters."""
+        return self.num_prompt - 1
 
     @property
     def is_read(self) -> bool:
@@ -188,7 +210,7 @@ class Text:
             "depth": self.row_text.depth,
             "criterion": self.row_text.criterion,
             "iteration": self.iteration,
-            "prompt_tokens": len(self.job.ids),
+            "prompt_tokens": self.num_prompt,
             "read_tokens": self.num_read,
             "reused_tokens": self.num_reused,
             "tokens": len(self.new_ids),
@@ -209,7 +231,7 @@ class Text:
         self.new_ids.append(scored.token)
         self.depths.append(depth)
         if reason == END_OF_TEXT:
-            return [self.finish(FINISH_REASONS[reason], scored)]
+            return [self.finish(FINISH_REASONS[reason], scored, depth)]
         is_last = reason != RUNNING
         text = "" if self._shown is None else self._shown.add(scored.token, is_last)
         events: list[Event] = [NewToken(scored, depth, text)]
@@ -218,8 +240,8 @@ class Text:
             events.append(Finished(FINISH_REASONS[reason]))
         return events
 
-    def finish(self, reason: str, end_token: Scored | None = None) -> Finished:
+    def finish(self, reason: str, end_token: Scored | None = None, end_depth: int = 0) -> Finished:
         """Ends it, with the text that was held back."""
         self.is_over = True
         rest = "" if self._shown is None else self._shown.end_text()
-        return Finished(reason, rest, end_token)
+        return Finished(reason, rest, end_token, end_depth)

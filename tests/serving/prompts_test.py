@@ -1,11 +1,16 @@
+import base64
 import dataclasses
+import io
 import pathlib
 from typing import Any
 
 import pytest
 from chat_tokenizer import chat_tokenizer
+from PIL import Image
 from served_bytes import CONFIG, MODEL, chat, completion, refusal, sent, with_tokenizer
 
+from megatransformer_jax.config.image import ImageConfig
+from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.serving.errors import RequestError
@@ -141,6 +146,72 @@ def test_a_templates_own_refusal_is_an_error_of_the_messages(tmp_path: pathlib.P
     with pytest.raises(RequestError, match="no system, please") as caught:
         chat(with_tokenizer(strict), messages=HELLO)
     assert caught.value.param == "messages"
+
+
+@pytest.fixture
+def seeing(tmp_path: pathlib.Path) -> ServedModel:
+    """It reads images of 4 x 4, each in 4 places, and has a chat template."""
+    tokenizer = MediaTokenizer(chat_tokenizer(tmp_path / "files"))
+    image = ImageConfig(enabled=True, height=4, width=4, channels=1, patch_size=2)
+    return with_tokenizer(tokenizer, formats=MediaFormats(image), makes_media=True)
+
+
+def picture(shade: int, **more: Any) -> dict[str, Any]:
+    """A part with a grey image of one shade."""
+    written = io.BytesIO()
+    Image.new("L", (4, 4), shade).save(written, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(written.getvalue()).decode()
+    return {"type": "image_url", "image_url": {"url": url, **more}}
+
+
+def say(*parts: Any, role: str = "user") -> dict[str, Any]:
+    named = [{"type": "text", "text": part} if isinstance(part, str) else part for part in parts]
+    return {"role": role, "content": named}
+
+
+def test_images_stand_where_they_were_sent(seeing: ServedModel) -> None:
+    said = [say("a", picture(255), "b", "c"), say(picture(0), role="assistant")]
+    request = chat(seeing, messages=said, max_tokens=5)
+    place = "<|IMAGE|><|/IMAGE|>"
+    text = f"<|user|>a{place}b\nc<|end|><|assistant|>{place}<|end|><|assistant|>"
+    assert request.prompt_texts == (text,)
+    (job,) = request.jobs
+    assert list(job.ids) == seeing.tokenizer.encode_with_media(text)  # type: ignore[union-attr]
+    assert [float(image.mean()) for image in job.media] == [1.0, -1.0]
+    assert request.num_prompt_tokens == len(job.ids) + 2 * 4
+    assert job.config.most_media == 0
+
+
+def test_without_a_template_one_message_is_continued(seeing: ServedModel) -> None:
+    plain = dataclasses.replace(seeing, tokenizer=MediaTokenizer(BytesTokenizer()))
+    (job,) = chat(plain, messages=[say("a", picture(255))]).jobs
+    opening = 259 + 2
+    assert (job.ids, len(job.media)) == ((1, 100, opening, opening + 1), 1)
+    for said in ([say("a"), say("b")], [say("a", role="system")]):
+        assert refusal(chat, plain, messages=said) == ("messages", "no_chat_template")
+
+
+@pytest.mark.parametrize(
+    ("parts", "code"),
+    [
+        (["<|IMAGE|>"], "invalid_value"),
+        (["<|/VOICE|>", picture(0)], "invalid_value"),
+        ([{"type": "image_url", "image_url": {"url": "https://a.org/b.png"}}], "invalid_image"),
+        ([{"type": "input_audio", "input_audio": {}}], "images_not_supported"),
+        ([picture(0)] * 33, "context_length_exceeded"),
+        ([picture(0)] * 22, "context_length_exceeded"),
+    ],
+)
+def test_other_parts_are_refused(seeing: ServedModel, parts: list[Any], code: str) -> None:
+    assert refusal(chat, seeing, messages=[say(*parts)]) == ("messages", code)
+
+
+def test_a_template_that_drops_images_is_an_error(seeing: ServedModel) -> None:
+    base = seeing.tokenizer.base  # type: ignore[union-attr]
+    silent = dataclasses.replace(base.chat, texts=(("default", "nothing"),))
+    deaf = MediaTokenizer(dataclasses.replace(base, chat=silent))
+    with pytest.raises(RequestError, match="leaves 0 of 1 images"):
+        chat(dataclasses.replace(seeing, tokenizer=deaf), messages=[say(picture(0))])
 
 
 def test_tokens_of_texts_and_messages(chatting: ServedModel) -> None:
