@@ -220,8 +220,8 @@ async def _routing_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message = f"there is no {path}; /openapi.json lists what there is."
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        message = f"{path} does not take {method}; use {allowed}."
+        allowed = sorted((error.headers or {}).get("Allow", "").split(", "))
+        message = f"{path} does not take {method}; use {' or '.join(allowed)}."
     else:
         message = error.detail
     return json_response(error_body(message, error.status_code), error.status_code, error.headers)
