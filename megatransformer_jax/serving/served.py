@@ -27,8 +27,10 @@ from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.media_tokenizer import MediaTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.endings import end_ids_of
+from megatransformer_jax.generation.placement import for_rows
 from megatransformer_jax.model import Model
 from megatransformer_jax.models.cost.memory import cache_bytes_per_token
+from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.nn.kv_cache import rows_to_blocks
 from megatransformer_jax.serving.errors import RequestError
 
@@ -231,7 +233,7 @@ def check_memory(config: ServingConfig, lm: Model, free_bytes: int) -> None:
 
     def needed(rows: int, capacity: int, slots: int) -> int:
         per_token = cache_bytes_per_token(lm.config, slots, lm.module.policy.compute)
-        return rows * capacity * per_token
+        return rows * capacity * per_token // _parts(lm.module, rows)
 
     total = needed(rows, capacity, slots)
     if total <= free_bytes:
@@ -249,9 +251,17 @@ def check_memory(config: ServingConfig, lm: Model, free_bytes: int) -> None:
     raise ConfigError(
         "rows",
         f"the cache of {rows} rows x {capacity} tokens x {slots} slots takes {total / GIB:.1f} "
-        f"GiB, and {free_bytes / GIB:.1f} GiB are free for it; lower "
+        f"GiB of each device, and {free_bytes / GIB:.1f} GiB are free for it; lower "
         f"{' or '.join(fixes) or 'rows, capacity and cache_slots'}.",
     )
+
+
+def _parts(module: MegaTransformer, rows: int) -> int:
+    """Devices that the cache is cut over, each with memory of its own."""
+    if module.platform == "cpu":  # Its devices share the machine's.
+        return 1
+    sharder = for_rows(module, rows).sharder
+    return sharder.ways("batch") * sharder.ways("kv_heads")
 
 
 def _largest(most: int, cost: Callable[[int], int], free_bytes: int) -> int:

@@ -7,6 +7,7 @@ import pytest
 from served_bytes import MODEL, with_tokenizer
 from tiny_model import PLAIN, TINY, make, tiny
 
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.sampling import EXIT_CRITERIA, CacheConfig
 from megatransformer_jax.config.serving import ServingConfig
@@ -18,6 +19,8 @@ from megatransformer_jax.serving.served import (
     served_model,
     settle,
 )
+from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.rules import Sharder
 
 PLENTY = 2**40
 
@@ -89,6 +92,18 @@ def test_a_cache_that_does_not_fit_says_what_to_lower() -> None:
     assert "rows to 7 or capacity to 127 or cache_slots to 3" in str(caught.value)
     with pytest.raises(ConfigError, match="lower rows, capacity and cache_slots"):
         settle(config, lm(), free_bytes=100)
+
+
+def test_each_accelerator_of_a_mesh_holds_a_part_of_the_cache() -> None:
+    config = ServingConfig(rows=8, capacity=128, cache_slots=4)
+    model = lm()
+    per_token = 2 * 16 * 4 * (4 + TINY.prelude_layers + TINY.coda_layers)
+    sharder = Sharder(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()))
+    model.module = model.module.copy(sharder=sharder, platform="tpu")
+    of_each = 8 * 256 * per_token // 8  # 256 rows: the blocks of an accelerator's cache.
+    settle(config, model, free_bytes=of_each)
+    with pytest.raises(ConfigError, match="of each device"):
+        settle(config, model, free_bytes=of_each - 1)
 
 
 def test_a_device_has_memory() -> None:
