@@ -83,13 +83,17 @@ GENERATION_FIELDS = (
     "exit_threshold",
     "warm_start",
 )
-# (least, most) of numbers that the options of generation do not bound: scores are float32, and
-# quotients of two of these must be finite.
+# (least, most) of numbers that the options of generation do not bound, or more widely: they become
+# float32, where the least of these are not 0, and quotients of two of them are finite.
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "temperature": (0.001, 100.0),
     "repetition_penalty": (0.01, 100.0),
     "presence_penalty": (-100.0, 100.0),
     "frequency_penalty": (-100.0, 100.0),
+    "top_p": (1e-6, 1.0),
+    "min_p": (1e-6, 1.0),
+    "typical_p": (1e-6, 1.0),
+    "exit_threshold": (1e-30, 1e30),
 }
 # Other words of common clients for an option that is off.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
