@@ -324,7 +324,7 @@ function showRow(slot) {
   const values = [
     String(slot.row),
     slot.state,
-    isFree || slot.state === "reading" ? "" : `${slot.iteration || slot.last_depth ?? "–"} of ${slot.depth}`,
+    isFree || slot.state === "reading" ? "" : `${slot.iteration || slot.last_depth || "–"} of ${slot.depth}`,
     isFree ? "" : slot.state === "reading" ? `${slot.read_tokens} of ${slot.prompt_tokens}` : String(slot.tokens),
   ];
   row.cells.forEach((cell, place) => (cell.textContent = values[place]));
