@@ -25,13 +25,13 @@ from absl import logging
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.serving import MAX_END_IDS, MAX_LOGIT_BIAS, ServingConfig
-from megatransformer_jax.generation.continuous.batcher import Batcher
+from megatransformer_jax.generation.continuous.batcher import Batcher, Durations
 from megatransformer_jax.generation.continuous.lanes import BatchShape
 from megatransformer_jax.serving.launches import Launches, Ticket
 from megatransformer_jax.serving.metrics import Metrics
 from megatransformer_jax.serving.prefixes import Prefixes, reading_rule
 from megatransformer_jax.serving.requests import Busy, Deliver, Failed, Job, NotServing
-from megatransformer_jax.serving.scheduler import Policy, Scheduler
+from megatransformer_jax.serving.scheduler import Costs, Policy, Scheduler
 from megatransformer_jax.serving.served import reads_images, settle
 from megatransformer_jax.serving.texts import Text, prompt_length, to_row_text
 
@@ -42,6 +42,8 @@ _REFUSALS = {
     DEAD: "the engine has stopped; restart the server. Its log says why.",
 }
 _COMPILATION = "/jax/core/compile/backend_compile_duration"
+# What a turn is taken for at most, in iterations; else a mistake of the measurement would be kept.
+_MAX_TURN = 32.0
 # A queue that does not move is asked about again after so many seconds.
 _MAX_RETRY_SECONDS = 60
 
@@ -65,6 +67,16 @@ def batch_shape(config: ServingConfig, lm: Any) -> BatchShape:
         sharing=config.cache_sharing,
         exited_reads=config.cache_exited_reads,
         with_images=reads_images(lm),
+    )
+
+
+def _costs(durations: Durations) -> Costs:
+    """Durations, in those of an iteration."""
+    tick = max(durations.tick, 1e-9)
+    return Costs(
+        turn=min(durations.turn / tick, _MAX_TURN),
+        chunk=durations.chunk / tick,
+        chunk_iteration=durations.chunk_iteration / tick,
     )
 
 
@@ -320,7 +332,7 @@ class Engine:
         )
         self._launches = Launches(
             batcher,
-            Scheduler(policy),
+            Scheduler(policy, _costs(batcher.durations())),
             Prefixes(config.rows, config.chunk),
             self.metrics,
             self._see_end,

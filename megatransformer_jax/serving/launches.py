@@ -80,9 +80,7 @@ class _Launch:
 
     events: Events
     items: dict[int, Item]  # That run, by row.
-    num_chunks: int
     min_waiting: int
-    began: float
 
 
 class Launches:
@@ -124,8 +122,7 @@ class Launches:
         # Rows that wait for cached tokens of another: which row, and how many tokens.
         self._follows: dict[int, tuple[int, int]] = {}
         self._in_flight: _Launch | None = None
-        self._num_chunks = self._num_ticks = 0
-        self._last_read = 0.0
+        self._num_ticks: int | None = None  # Of the batch, when the last launch was over.
 
     @property
     def is_idle(self) -> bool:
@@ -278,7 +275,6 @@ class Launches:
 
     def _launch(self) -> _Launch | None:
         """Tells the device what is next. None: nothing, or only a chunk of a prompt."""
-        began = time.monotonic()
         entering = self._end_reading()
         running = [item for item in self.rows if item is not None and item.text.is_running]
         reading = [
@@ -291,7 +287,11 @@ class Launches:
             {item.text.key: item.text.row_text.depth for item in running},
             len(entering),
             [
-                Reading(item.text.key, item.text.num_to_read - item.text.num_read)
+                Reading(
+                    item.text.key,
+                    item.text.num_to_read - item.text.num_read,
+                    item.text.row_text.depth,
+                )
                 for item in reading
             ],
         )
@@ -302,14 +302,13 @@ class Launches:
                 self._batcher.wait()  # Else all of a long prompt would stand before who comes next.
             return None
         if launch.min_waiting:
-            self._batcher.advance(launch.min_waiting, self._scheduler.policy.max_ticks)
+            self._batcher.advance(launch.min_waiting, launch.max_ticks)
         events = self._batcher.turn()
         for item in entering:
             item.text.is_running = True
         items = {item.text.row: item for item in (*running, *entering)}
-        num_chunks, self._num_chunks = self._num_chunks, 0
         # `_send` may have taken texts from their rows, so rows are theirs.
-        return _Launch(events, items, num_chunks, launch.min_waiting, began)  # type: ignore[arg-type]
+        return _Launch(events, items, launch.min_waiting)  # type: ignore[arg-type]
 
     def _end_reading(self) -> list[Item]:
         """Tells texts that their prompt has been read; those that enter by the next turn."""
@@ -340,16 +339,14 @@ class Launches:
             is_read = self._batcher.prefill(text.row)
         chunk = self._prefixes.chunk
         text.num_read = text.num_to_read if is_read else text.num_read + chunk
-        self._num_chunks += 1
 
     def _read(self, launch: _Launch) -> None:
         """Waits for a launch and tells texts what they got."""
         events = launch.events.fetch()
-        now = time.monotonic()
-        num_ticks, self._num_ticks = int(events.ticks) - self._num_ticks, int(events.ticks)
-        seconds = now - max(launch.began, self._last_read)
-        self._last_read = now
-        self._scheduler.see_launch(num_ticks, launch.num_chunks, seconds)
+        ticks = int(events.ticks)
+        num_ticks = 0 if self._num_ticks is None else ticks - self._num_ticks
+        self._num_ticks = ticks
+        self._scheduler.see_launch(num_ticks)
         num_tokens = 0
         for row, item in launch.items.items():
             text = item.text

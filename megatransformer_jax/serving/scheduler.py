@@ -8,14 +8,13 @@ at most one chunk of a prompt is read.
   from where they are, at the depths that their last tokens had. Waiting for all rows is token-level
   batching. It wins if depths are alike; if they differ, waiting for some rows wins (Continuous
   Depth Batching, arXiv 2608.09444).
-- What a turn and a chunk cost, in iterations, is estimated from the launches' durations.
+- What a turn and a chunk cost, in iterations, is measured when the server starts.
 - Prompts get at most a given share of the time while texts are being continued. The prompt with the
   fewest tokens left comes first, and may overtake another only so often.
 """
 
 import collections
 import dataclasses
-import math
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -31,11 +30,10 @@ _SIMULATED_TURNS = 192
 # choice is kept unless another is better by more than what depths may vary by chance.
 _NEGLIGIBLE = 0.02
 _CHANCE = 0.05
-# Before anything has been measured: a turn's cost in iterations, and a chunk's.
-_FIRST_TURN = 1.5
-_FIRST_CHUNK = 8.0
-# Launches that the estimate of costs reaches back to, about.
-_COST_MEMORY = 200
+# Iterations after which a turn may be due in any case, however few rows wait.
+_CLOCKS = (4, 8, 16)
+# A choice that makes the worst row wait for so much longer is not kept.
+_UNFAIR = 1.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +57,37 @@ class Policy:
 
 
 @dataclasses.dataclass(frozen=True)
+class Costs:
+    """What things cost, in iterations of the whole batch.
+
+    Attributes:
+      turn: of a turn.
+      chunk: of a chunk of a prompt, without the core.
+      chunk_iteration: of an iteration of the core over a chunk.
+    """
+
+    turn: float = 1.5
+    chunk: float = 1.5
+    chunk_iteration: float = 1.0
+
+    def of_chunk(self, depth: int) -> float:
+        """Of a chunk that is read at a depth."""
+        return self.chunk + depth * self.chunk_iteration
+
+
+@dataclasses.dataclass(frozen=True)
 class Reading:
     """A prompt that is being read.
 
     Attributes:
       key: of its text.
       num_left: tokens that are left to read, at least one.
+      depth: iterations of each, at most.
     """
 
     key: Hashable
     num_left: int
+    depth: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +97,13 @@ class Launch:
     Attributes:
       chunk: key of the text whose prompt is read on; None for none.
       min_waiting: of `advance`. 0: there is no `advance`, as enough rows wait already.
+      max_ticks: of `advance`.
       is_turn: whether there is a turn (and an `advance` before it) at all.
     """
 
     chunk: Hashable | None
     min_waiting: int
+    max_ticks: int
     is_turn: bool
 
 
@@ -90,21 +111,22 @@ class Scheduler:
     """Decides launch by launch.
 
         launch = scheduler.next_launch(running, num_admitted, reading)
-        scheduler.see_launch(num_ticks, num_chunks, seconds)   # once it is over
-        scheduler.see_row(key, iteration, depth)               # and each row after it
+        scheduler.see_launch(num_ticks)            # once it is over
+        scheduler.see_row(key, iteration, depth)   # and each row after it
 
     Args:
       policy: what is allowed.
+      costs: as measured.
     """
 
-    def __init__(self, policy: Policy):
+    def __init__(self, policy: Policy, costs: Costs):
         self.policy = policy
-        self.costs = Costs()
+        self.costs = costs
         self._depths: dict[Hashable, collections.deque[int]] = {}
         self._iterations: dict[Hashable, int] = {}
         self._bypasses: dict[Hashable, int] = {}
         self._credit = 0.0  # Iterations of decoding that prompts may still be read for.
-        self._choice = 1
+        self._choice = Choice(1, policy.max_ticks)
         self._chosen_for: frozenset[Hashable] = frozenset()
         self._launches_since = 0
 
@@ -121,14 +143,13 @@ class Scheduler:
             depths = self._depths.setdefault(key, collections.deque(maxlen=NUM_DEPTHS))
             depths.append(max(depth, 1))
 
-    def see_launch(self, num_ticks: int, num_chunks: int, seconds: float) -> None:
-        """Remembers how long a launch took."""
-        self.costs.observe(num_ticks, num_chunks, seconds)
+    def see_launch(self, num_ticks: int) -> None:
+        """Remembers a launch of so many iterations and a turn."""
         share = self.policy.max_prefill_share
         if share < 1:
             self._credit += (num_ticks + self.costs.turn) * share / (1 - share)
         # What was not used in a while is no reason for a burst of chunks.
-        self._credit = min(self._credit, self.costs.chunk)
+        self._credit = min(self._credit, 0.0)
 
     def forget(self, key: Hashable) -> None:
         """Drops what is known of a text that has ended."""
@@ -152,13 +173,16 @@ class Scheduler:
         is_turn = bool(running) or num_admitted > 0
         chunk = None
         if reading and (not is_turn or self._credit >= 0 or self.policy.max_prefill_share >= 1):
-            chunk = self._choose_chunk(reading)
+            chosen = self._choose_chunk(reading)
+            chunk = chosen.key
             if is_turn:
-                self._credit -= self.costs.chunk
-        waiting = self._min_waiting(running) if running else 0
-        return Launch(chunk, max(waiting - num_admitted, 0), is_turn)
+                self._credit -= self.costs.of_chunk(chosen.depth)
+        if not running:
+            return Launch(chunk, 0, 0, is_turn)
+        choice = self._choose(running)
+        return Launch(chunk, max(choice.min_waiting - num_admitted, 0), choice.max_ticks, is_turn)
 
-    def _choose_chunk(self, reading: Sequence[Reading]) -> Hashable:
+    def _choose_chunk(self, reading: Sequence[Reading]) -> Reading:
         """The shortest rest first, unless an older prompt has been overtaken too often."""
         overdue = (
             item for item in reading if self._bypasses.get(item.key, 0) >= self.policy.max_bypasses
@@ -168,11 +192,11 @@ class Scheduler:
             if item is chosen:
                 break
             self._bypasses[item.key] = self._bypasses.get(item.key, 0) + 1
-        return chosen.key
+        return chosen
 
-    def _min_waiting(self, running: Mapping[Hashable, int]) -> int:
+    def _choose(self, running: Mapping[Hashable, int]) -> "Choice":
         if self.policy.min_waiting is not None:
-            return min(self.policy.min_waiting, len(running))
+            return Choice(min(self.policy.min_waiting, len(running)), self.policy.max_ticks)
         self._launches_since += 1
         keys = frozenset(running)
         if keys != self._chosen_for or self._launches_since >= _LAUNCHES_PER_CHOICE:
@@ -180,7 +204,7 @@ class Scheduler:
                 Row(tuple(self._depths.get(key, (depth,))), self._iterations.get(key, 0))
                 for key, depth in running.items()
             ]
-            self._choice = choose_min_waiting(
+            self._choice = choose(
                 rows, self.costs.turn, self.policy.max_ticks, present=self._choice
             )
             self._chosen_for, self._launches_since = keys, 0
@@ -191,11 +215,26 @@ class Scheduler:
 # How many rows must wait.
 
 
-def candidates(num_rows: int) -> list[int]:
-    """Numbers of rows that are compared: all up to four, powers of two, quarter, half, all."""
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """When a turn comes.
+
+    Attributes:
+      min_waiting: once so many rows wait.
+      max_ticks: after so many iterations in any case.
+    """
+
+    min_waiting: int
+    max_ticks: int
+
+
+def candidates(num_rows: int, max_ticks: int) -> list[Choice]:
+    """What is compared: all up to four rows, powers of two, quarters and all; and clocks."""
     found = {1, 2, 3, 4, num_rows // 4, num_rows // 2, 3 * num_rows // 4, num_rows}
     found |= {1 << power for power in range(num_rows.bit_length())}
-    return sorted(number for number in found if 1 <= number <= num_rows)
+    numbers = sorted(number for number in found if 1 <= number <= num_rows)
+    clocks = [Choice(num_rows, ticks) for ticks in _CLOCKS if ticks < max_ticks]
+    return [Choice(number, max_ticks) for number in numbers] + clocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,10 +250,10 @@ class Row:
     iteration: int = 0
 
 
-def choose_min_waiting(
-    rows: Sequence[Row], turn_cost: float, max_ticks: int, present: int | None = None
-) -> int:
-    """The number of waiting rows at which a turn pays most.
+def choose(
+    rows: Sequence[Row], turn_cost: float, max_ticks: int, present: Choice | None = None
+) -> Choice:
+    """When turns pay most.
 
     Args:
       rows: those that run.
@@ -223,44 +262,54 @@ def choose_min_waiting(
       present: what has been chosen so far, which is kept unless another is clearly better.
 
     Returns:
-      1 to the number of rows.
+      One of the candidates.
     """
+    choices = candidates(len(rows), max_ticks)
     if len(rows) <= 1:
-        return 1
-    numbers = candidates(len(rows))
-    throughput, slowdown = simulate(rows, numbers, turn_cost, max_ticks)
+        return choices[0]
+    throughput, slowdown = simulate(rows, choices, turn_cost)
     best = throughput.max()
-    if present in numbers and throughput[numbers.index(present)] >= best * (1 - _CHANCE):
-        return present
-    is_good = throughput >= best * (1 - _NEGLIGIBLE)
-    # Of equals the largest, which keeps rows of one depth together.
-    places = [int(place) for place in np.flatnonzero(is_good)]
-    return numbers[min(places, key=lambda place: (round(float(slowdown[place]), 3), -place))]
+    good = [int(place) for place in np.flatnonzero(throughput >= best * (1 - _NEGLIGIBLE))]
+    # Of equals the one with most waiting rows, which keeps rows of one depth together.
+    fair = min(
+        good,
+        key=lambda place: (
+            round(float(slowdown[place]), 2),
+            -choices[place].min_waiting,
+            -choices[place].max_ticks,
+        ),
+    )
+    if present in choices:
+        place = choices.index(present)
+        is_fair = slowdown[place] <= _UNFAIR * slowdown[fair]
+        if throughput[place] >= best * (1 - _CHANCE) and is_fair:
+            return present
+    return choices[fair]
 
 
 def simulate(
-    rows: Sequence[Row], numbers: Sequence[int], turn_cost: float, max_ticks: int
+    rows: Sequence[Row], choices: Sequence[Choice], turn_cost: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens per iteration's time, and how much longer a token takes than alone, per number.
+    """Tokens per iteration's time, and how much longer a token takes than alone, per choice.
 
     All rows go on to the end of the simulation.
 
     Args:
       rows: those that run.
-      numbers: of waiting rows at which a turn comes.
+      choices: when a turn comes.
       turn_cost: of one turn, in iterations.
-      max_ticks: iterations after which a turn comes in any case.
 
     Returns:
-      Two float arrays [numbers]; the second is the mean over the rows.
+      Two float arrays [choices]; the second is that of the row that suffers most.
     """
     table = np.asarray([_repeated(row.depths) for row in rows], float)
     places = np.arange(len(table))
     first = table[:, 0] - np.asarray([row.iteration for row in rows])
-    left = np.tile(np.maximum(first, 1.0), (len(numbers), 1))
+    left = np.tile(np.maximum(first, 1.0), (len(choices), 1))
     made = np.minimum(left / table[:, 0], 1.0) - 1.0
-    time, count = np.zeros((len(numbers), 1)), np.zeros(left.shape, int)
-    nth = np.asarray(numbers)[:, None] - 1
+    time, count = np.zeros((len(choices), 1)), np.zeros(left.shape, int)
+    nth = np.asarray([choice.min_waiting for choice in choices])[:, None] - 1
+    max_ticks = np.asarray([choice.max_ticks for choice in choices])[:, None]
     horizon = _SIMULATED_TOKENS * (table.max() + turn_cost)
     for _ in range(_SIMULATED_TURNS):
         goes_on = time < horizon
@@ -276,71 +325,8 @@ def simulate(
     # Parts of tokens count too, else few turns are a coarse measure.
     made += count + 1 - left / table[places, count % NUM_DEPTHS]
     alone = table.mean(axis=1) + turn_cost
-    return made.sum(axis=1) / time[:, 0], (time / made / alone).mean(axis=1)
+    return made.sum(axis=1) / time[:, 0], (time / made / alone).max(axis=1)
 
 
 def _repeated(depths: Sequence[int]) -> list[int]:
     return (list(depths) * (NUM_DEPTHS // len(depths) + 1))[:NUM_DEPTHS]
-
-
-# ------------------------------------------------------------------------------
-# What things cost.
-
-
-class Costs:
-    """Durations of an iteration, a turn and a chunk, from those of whole launches.
-
-    Least squares with exponential forgetting. The expected ratios weigh as much as a few launches,
-    so that launches that are all alike cannot lead anywhere.
-
-    Attributes:
-      turn: cost of a turn, in iterations.
-      chunk: cost of a chunk, in iterations.
-    """
-
-    def __init__(self) -> None:
-        self._products = np.zeros((3, 3))
-        self._sums = np.zeros(3)
-        self.turn = _FIRST_TURN
-        self.chunk = _FIRST_CHUNK
-
-    def observe(self, num_ticks: int, num_chunks: int, seconds: float) -> None:
-        """Takes in a launch of so many iterations, one turn and so many chunks."""
-        if not (seconds > 0 and math.isfinite(seconds)):
-            return
-        expected = num_ticks + self.turn + num_chunks * self.chunk
-        per_tick = self._per_tick()
-        if per_tick is not None:
-            # A machine that did something else for a while says nothing of the costs.
-            seconds = min(seconds, 2 * per_tick * expected)
-        # Relative errors count, as launches differ in length.
-        weight = 1 / expected**2
-        row = np.asarray([num_ticks, 1.0, num_chunks])
-        keep = 1 - 1 / _COST_MEMORY
-        self._products = keep * self._products + weight * np.outer(row, row)
-        self._sums = keep * self._sums + weight * row * seconds
-        self._solve()
-
-    def _per_tick(self) -> float | None:
-        """Seconds of an iteration at the present ratios."""
-        row = np.asarray([1.0, self.turn, self.chunk])
-        size = row @ self._products @ row
-        return float(row @ self._sums / size) if size > 0 else None
-
-    def _solve(self) -> None:
-        per_tick = self._per_tick()
-        if per_tick is None or per_tick <= 0:
-            return
-        # Pulls turn and chunk towards their present ratios to an iteration, weakly.
-        pull = np.zeros((3, 3))
-        for place, ratio in ((1, self.turn), (2, self.chunk)):
-            row = np.zeros(3)
-            row[0], row[place] = ratio, -1.0
-            pull += np.outer(row, row) / max(ratio, 1.0) ** 2
-        weight = 1e-2 * (1 + np.trace(self._products) / 3)
-        products = self._products + weight * pull
-        tick, turn, chunk = np.linalg.lstsq(products, self._sums, rcond=None)[0]
-        if tick <= 0:
-            return
-        self.turn = float(np.clip(turn / tick, 0.1, 64.0))
-        self.chunk = float(np.clip(chunk / tick, 0.1, 512.0))

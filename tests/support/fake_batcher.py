@@ -15,6 +15,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.serving import ServingConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer
+from megatransformer_jax.generation.continuous.batcher import Durations
 from megatransformer_jax.generation.continuous.lanes import Events, PromptScores
 from megatransformer_jax.generation.endings import END_OF_TEXT, LENGTH, RUNNING
 
@@ -244,6 +245,10 @@ class FakeBatcher:
 
     def wait(self):
         self._check()
+
+    def durations(self):
+        self._check()
+        return Durations(tick=1.0, turn=2.0, chunk=2.0, chunk_iteration=0.0)
 
     def cache_bytes(self):
         return 0

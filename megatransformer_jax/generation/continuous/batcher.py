@@ -16,8 +16,10 @@ the other rows stay in the middle of theirs. What a row gives does not depend on
         host = events.fetch()              # waits for the device
 """
 
+import dataclasses
 import functools
 import itertools
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -44,6 +46,8 @@ from megatransformer_jax.generation.placement import for_rows, replicate
 from megatransformer_jax.generation.processors.processor import allowed_tokens
 from megatransformer_jax.models.megatransformer import MegaTransformer
 
+# Iterations that are timed at once.
+_MEASURED_TICKS = 16
 # Which arguments behind the model and the shape are donated.
 _DONATED = {
     "place": (0,),
@@ -57,6 +61,23 @@ _DONATED = {
     "turn": (2,),
     "empty_batch": (),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Durations:
+    """Seconds that things take.
+
+    Attributes:
+      tick: an iteration of all rows; a turn if there is no core.
+      turn: a turn.
+      chunk: a chunk of a prompt, without the core.
+      chunk_iteration: an iteration of the core over a chunk.
+    """
+
+    tick: float
+    turn: float
+    chunk: float
+    chunk_iteration: float
 
 
 class Batcher:
@@ -243,6 +264,40 @@ class Batcher:
     def wait(self) -> None:
         """Waits until the device has done everything that it was told so far."""
         jax.block_until_ready((self._batch.lanes.ticks, self._batch.cache.length))
+
+    def durations(self, repeats: int = 4) -> Durations:
+        """Measures what things take now; drops what row 0 holds, so call it before any text comes.
+
+        Args:
+          repeats: of which the shortest counts.
+        """
+        size = max(min(self.shape.chunk, self.shape.capacity - repeats - 2), 1)
+        chunks = {}
+        for depth in (1, _MEASURED_TICKS):
+            text = RowText((0,) * (size + 1), repeats + 1, depth)
+            chunks[depth] = min(self._timed_chunk(text) for _ in range(repeats))
+        self.turn()
+        ticks, turns = [], []
+        for _ in range(repeats):
+            ticks.append(self._timed(lambda: self.advance(1, _MEASURED_TICKS)))
+            turns.append(self._timed(self.turn))
+        self.release([0])
+        # Without a core a turn is all there is.
+        tick = min(ticks) / _MEASURED_TICKS if self._has_core else min(turns)
+        per_iteration = (chunks[_MEASURED_TICKS] - chunks[1]) / (_MEASURED_TICKS - 1)
+        per_iteration = max(per_iteration, 0.0)
+        return Durations(tick, min(turns), max(chunks[1] - per_iteration, 0.0), per_iteration)
+
+    def _timed_chunk(self, text: RowText) -> float:
+        self.place(0, text)
+        return self._timed(lambda: self.prefill(0))
+
+    def _timed(self, function: Callable[[], object]) -> float:
+        self.wait()
+        began = time.perf_counter()
+        function()
+        self.wait()
+        return time.perf_counter() - began
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values, over all devices."""
