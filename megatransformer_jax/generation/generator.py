@@ -356,7 +356,7 @@ class Generator:
         shape = plan.shape(self._model, config.cache, len(prompts), with_media=with_media)
         cache = empty_cache(model.sharder, model.config, shape)
         chunk = config.cache.prefill_chunk
-        is_cut_alike = chunk is not None and plan.num_slots < (config.depth.depth or 1)
+        is_cut_alike = model.config.is_recurrent and plan.num_slots < (config.depth.depth or 1)
         prefilled = prefill(
             model, self._params, read, cache, self._rule, chunk=chunk, is_cut_alike=is_cut_alike
         )

@@ -8,9 +8,9 @@ is in a batch of `generation.continuous`:
   middle of their iterations. So all tokens but the last make all `depth` iterations, and the last
   one passes alone.
 - With fewer cache slots than iterations, tokens of one pass see each other at the same iteration,
-  and those of earlier passes at whichever iteration came last into the slot. If chunks are asked
-  for, they begin at each prompt's start, and its last token passes alone. (In one pass, which is
-  the default, a prompt loses less by sharing slots.)
+  and those of earlier passes at whichever iteration came last into the slot. So a prompt's last
+  token passes alone, and if chunks are asked for, they begin at the prompt's start. (In one pass,
+  which is the default, a prompt loses less by sharing slots.)
 """
 
 import functools

@@ -48,6 +48,7 @@ from megatransformer_jax.models.passes.tick import (
     FirstStates,
     RowRules,
     begin_tokens,
+    empty_core_rows,
     finish_tokens,
     iterate_tokens,
     select_rows,
@@ -102,7 +103,7 @@ def empty_batch(model: MegaTransformer, shape: BatchShape, params: Any) -> Batch
     tokens = begin_tokens(model, params, zeros, zeros - 1, cache, first, shape.choice)
     # Of which nothing is computed but the shapes.
     tokens = jax.tree.map(jnp.zeros_like, tokens)
-    tokens = _changed(tokens, positions=zeros - 1)
+    tokens = _changed(tokens, positions=zeros - 1, core=empty_core_rows(cache))
     history = History(jnp.zeros((num_rows, cache.capacity), jnp.int32), zeros, zeros)
     counts = jnp.zeros((num_rows, config.vocab_size), jnp.int32)
     lanes = Lanes(settings, history, counts, tokens, nothing, nothing, jnp.int32(0))
@@ -395,7 +396,9 @@ def _with_next_tokens(
     ids = jnp.maximum(lanes.history.suffix(1)[:, 0], 0)
     positions = jnp.where(is_new, cache.next_position, -1)
     new = begin_tokens(model, params, ids, positions, cache, first, shape.choice)
-    return _changed(lanes, tokens=select_rows(is_new, new, old))
+    # Nobody reads what old tokens have left in the room for rows of the core.
+    tokens = select_rows(is_new, new, _changed(old, core=None))
+    return _changed(lanes, tokens=_changed(tokens, core=old.core))
 
 
 def _without(lanes: Lanes, is_over: jax.Array) -> Lanes:

@@ -362,12 +362,17 @@ def _shape(
 ) -> BatchShape:
     cache = texts[0].config.cache
     criteria = {text.config.depth.exit_criterion for text in texts} | {"fixed"}
-    longest = max(len(text.ids) for text in texts)
+    num_slots, chunk = max(plan.num_slots for plan in plans), cache.prefill_chunk
+    if chunk is None:
+        chunk = round_columns(max(len(text.ids) for text in texts))
+        # With shared slots it matters how prompts are cut; `prefill` leaves them whole then.
+        if num_slots >= max(text.config.depth.depth or 1 for text in texts):
+            chunk = min(_CHUNK, chunk)
     return BatchShape(
         rows=num_rows,
         capacity=min(given.model.config.max_length, max(plan.capacity for plan in plans)),
-        num_slots=max(plan.num_slots for plan in plans),
-        chunk=cache.prefill_chunk or min(_CHUNK, round_columns(longest)),
+        num_slots=num_slots,
+        chunk=chunk,
         criteria=tuple(sorted(criteria)),
         num_top=1,
         num_bias=1,

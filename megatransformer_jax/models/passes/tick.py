@@ -183,6 +183,10 @@ def begin_tokens(
       cache: with all tokens before them.
       first: what they begin with.
       criteria: what rows can choose from.
+
+    Returns:
+      The tokens, without room for the core's rows: that of tokens before serves, or
+      `empty_core_rows`.
     """
     config, columns = model.config, positions[:, None]
     places = jnp.maximum(columns, 0)
@@ -203,7 +207,6 @@ def begin_tokens(
     begun = begun.replace(
         state=state,
         prepared=core.prepared,
-        core=_no_rows(cache, ids.shape[0], core.prepared.dtype),
         is_active=positions >= 0,
         memory=(
             criteria.without_logits(zeros).init(state, config.vocab_size),
@@ -386,9 +389,10 @@ def _rows_first(rows: KeyValues) -> KeyValues:
     return KeyValues(jnp.moveaxis(rows.key, 1, 0), jnp.moveaxis(rows.value, 1, 0))
 
 
-def _no_rows(cache: KVCache, batch_size: int, dtype: Any) -> KeyValues:
-    """Zeros for every slot of the core and one more."""
-    assert cache.core is not None
-    entries, _, heads, _, width = cache.core.key.shape
+def empty_core_rows(cache: KVCache) -> KeyValues | None:
+    """Zeros for every slot of the core and one more; None without a core."""
+    if cache.core is None:
+        return None
+    entries, batch_size, heads, _, width = cache.core.key.shape
     shape = (batch_size, entries + core_layers(cache), heads, 1, width)
-    return KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return KeyValues(jnp.zeros(shape, cache.core.key.dtype), jnp.zeros(shape, cache.core.key.dtype))
