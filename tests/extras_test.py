@@ -30,6 +30,7 @@ def test_one_that_is_not_says_what_needs_it_and_how_to_get_it():
     ("command", "names", "extra"),
     [
         (["lm-eval", "--tasks=x", "--model=y"], {"lm_eval"}, "eval"),
+        (["serve", "--model=x"], {"uvicorn"}, "serve"),
         (["train", "--config=image"], {"sklearn"}, "media"),
         (["train", "--config=vocoder"], {"soxr", "librosa", "soundfile"}, "media"),
     ],

@@ -62,11 +62,14 @@ def serve(parsed: Parsed) -> None:
         server.start()
         _show_start(console, server, lm)
         started = time.monotonic()
+        _watch_loading(console, server, stopping)
         server.wait_until_ready(stopping)
         if not stopping.is_set():
             console.print(f"ready after {time.monotonic() - started:.1f} s; Ctrl-C stops")
             _watch(console, server, stopping)
-        console.print(f"stopping; open requests have {config.shutdown_seconds:g} s to end")
+        num_open = server.engine.num_open
+        wait = f"; {num_open} texts have {config.shutdown_seconds:g} s to end" if num_open else ""
+        console.print(f"stopping{wait}")
     console.print("stopped")
 
 
@@ -106,7 +109,16 @@ def _show_start(console: "Console", server: "Server", lm: Any) -> None:
             "Anyone who reaches this machine may ask; --api_key_file=FILE asks them for a key.",
             style="yellow",
         )
+
+
+def _watch_loading(console: "Console", server: "Server", stopping: threading.Event) -> None:
+    """Until it is ready, or time to stop, shows in a terminal what is compiled."""
     console.print("compiling ...")
+    if not console.is_terminal:
+        return
+    with console.status("") as status:
+        while server.state == "loading" and not stopping.wait(_REFRESH_SECONDS):
+            status.update(server.engine.progress)
 
 
 def _watch(console: "Console", server: "Server", stopping: threading.Event) -> None:

@@ -84,6 +84,10 @@ def _make_batcher(lm: Any, shape: BatchShape) -> Batcher:
     return Batcher(lm.module, lm.params, lm.tokenizer, shape)
 
 
+class _ClosedEarly(Exception):
+    """The engine is closed before it is ready."""
+
+
 class Engine:
     """See the module. All methods may be called from any thread.
 
@@ -97,6 +101,7 @@ class Engine:
       config: settled.
       shape: of the batch.
       metrics: for Prometheus.
+      progress: the program that is being compiled, or was last.
       failure: what killed the engine; None if nothing has.
 
     Raises:
@@ -115,6 +120,7 @@ class Engine:
         self.metrics = Metrics(
             self.config.name or "megatransformer", self.shape.rows, self.shape.capacity
         )
+        self.progress = ""
         self.failure: BaseException | None = None
         self._lm = lm
         self._make_batcher = make_batcher or _make_batcher
@@ -309,6 +315,8 @@ class Engine:
             while self._take_orders(launches):
                 if not launches.is_idle:
                     launches.step()
+        except _ClosedEarly:
+            pass
         except BaseException as error:  # Whatever it is, those who wait must hear of it.
             logging.exception("The engine has failed.")
             self.failure = error
@@ -319,8 +327,9 @@ class Engine:
 
     def _load(self) -> Launches:
         batcher = self._make_batcher(self._lm, self.shape)
-        batcher.compile()
+        batcher.compile(self._see_progress)
         if self._prepare is not None:
+            self._see_progress("lens")
             self._prepare()
         config = self.config
         policy = Policy(
@@ -340,6 +349,12 @@ class Engine:
             copies_only_prompts=self._draws_states,
         )
         return self._launches
+
+    def _see_progress(self, name: str) -> None:
+        """A program's turn to be compiled has come, which a server that is closed does without."""
+        self.progress = name
+        if self._is_closing:
+            raise _ClosedEarly
 
     def _take_orders(self, launches: Launches) -> bool:
         """Takes what other threads want; waits while there is nothing to do. False: close."""

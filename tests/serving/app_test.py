@@ -121,7 +121,7 @@ def test_rows_tell_what_they_do(lm: Model) -> None:
         client.stream(
             "POST",
             "/v1/completions",
-            json={"prompt": "abc", "max_tokens": 50, "depth": 7, "stream": True},
+            json={"prompt": "a", "max_tokens": 50, "depth": 7, "stream": True, "ignore_eos": True},
             headers={"x-request-id": "mine"},
         ) as stream,
     ):

@@ -76,6 +76,24 @@ def test_it_is_loading_until_it_is_ready(lm: Model) -> None:
         health(server)
 
 
+def test_what_is_stopped_while_it_compiles_compiles_no_more(lm: Model) -> None:
+    compiled = []
+
+    class Compiles(FakeBatcher):
+        def compile(self, progress: Any = None) -> None:
+            for name in ("prefill", "turn", "advance"):
+                progress(name)
+                wait_for(lambda: server.state != "loading")
+                compiled.append(name)
+
+    with Server(lm, ServingConfig(port=0, name="tiny"), make_batcher=Compiles) as server:
+        server.start()
+        wait_for(lambda: server.engine.progress == "prefill")
+        server.stop()
+        assert compiled == ["prefill"] and server.state == "stopped"
+        assert server.engine.failure is None
+
+
 def test_stopping_loses_nothing_and_takes_nothing_new(lm: Model) -> None:
     """As after SIGTERM."""
     with running(lm, SLOW, rows=4, queue=32) as server:
@@ -154,7 +172,8 @@ def test_an_engine_that_fails_is_told_to_all_and_the_process_goes_on(lm: Model) 
 
 def test_a_stream_that_fails_has_no_end(lm: Model) -> None:
     """Load generators take a stream with an end for a success."""
-    with running(lm, functools.partial(FakeBatcher, fail_at_turn=10)) as server:
+    failing = functools.partial(FakeBatcher, seconds_per_tick=0.005, fail_at_turn=60)
+    with running(lm, failing) as server:
         body = {"prompt": "a", "max_tokens": 100, "ignore_eos": True, "stream": True}
         url = f"{server.url}/v1/completions"
         text = b""

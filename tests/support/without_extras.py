@@ -23,6 +23,9 @@ OF_EXTRAS = (
     "huggingface_hub",
     "qwix",
     "wandb",
+    "prometheus_client",
+    "starlette",
+    "uvicorn",
 )
 # Whatever a finder does not find is as good as not installed.
 _HIDE = """
