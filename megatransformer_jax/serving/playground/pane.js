@@ -98,7 +98,7 @@ export class Pane {
         role: "button",
         tabindex: number ? -1 : 0,
         "data-number": number,
-        "data-depth": token.depth ?? null,
+        "data-depth": token.depth,
       },
       token.text || "\u200b",
     );
@@ -114,7 +114,7 @@ export class Pane {
   #label(token, likely) {
     const depth = token.depth ? `${token.depth} iteration${token.depth > 1 ? "s" : ""}` : "";
     token.span.title = `“${token.text}” · ${depth}${likely}`;
-    token.span.setAttribute("aria-label", `${token.text.trim() || "space"}, ${depth}`);
+    token.span.setAttribute("aria-label", `${token.text.trim() || (token.text.includes("\n") ? "line break" : "space")}, ${depth}`);
   }
 
   /** Text that was held back until it was known to be text. */
@@ -134,10 +134,12 @@ export class Pane {
     const speed = seconds > 0 ? (depths.length - 1) / seconds : 0;
     const parts = [
       [speed ? speed.toFixed(speed < 10 ? 1 : 0) : "–", " tokens/s"],
-      [depths.length ? this.meanDepth.toFixed(1) : "–", " iterations/token"],
-      [depths.length && asked ? percent(Math.max(0, 1 - this.meanDepth / asked)) : "–", " saved"],
       [this.firstAt === null ? "–" : `${((this.firstAt - this.begun) / 1000).toFixed(2)} s`, " to the first"],
     ];
+    if (asked) {
+      parts.push([depths.length ? this.meanDepth.toFixed(1) : "–", " iterations/token"]);
+      parts.push([depths.length ? percent(Math.max(0, 1 - this.meanDepth / asked)) : "–", " saved"]);
+    }
     this.meter.replaceChildren(
       ...parts.map(([value, unit]) => element("span", {}, element("b", {}, value), unit)),
     );
@@ -179,10 +181,9 @@ export class Pane {
   }
 
   #drawSpark(depths, asked) {
-    if (!depths.length) return;
-    const most = asked ?? Math.max(...depths);
-    this.spark.setAttribute("viewBox", `0 0 ${Math.max(depths.length, 24)} ${most}`);
-    const path = depths.map((depth, place) => `M${place + 0.5} ${most}V${most - depth}`).join("");
+    if (!depths.length || !asked) return;
+    this.spark.setAttribute("viewBox", `0 0 ${Math.max(depths.length, 24)} ${asked}`);
+    const path = depths.map((depth, place) => `M${place + 0.5} ${asked}V${asked - depth}`).join("");
     this.spark.replaceChildren(drawn("path", { d: path, stroke: "currentColor", "stroke-width": 0.8, opacity: 0.7 }));
   }
 
@@ -224,7 +225,7 @@ function tokensOf(choice) {
   return ids.map((id, place) => ({
     id,
     text: ids.length === 1 ? (choice.text ?? "") : (scores?.tokens?.[place] ?? ""),
-    depth: choice.depths?.[place] ?? null,
+    depth: choice.depths?.[place] || null, // 0 without a core.,
     logProb: scores?.token_logprobs?.[place] ?? null,
   }));
 }
