@@ -10,6 +10,7 @@ Below that: reading one option's value from text, and a configuration's options 
 import ast
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import pathlib
@@ -223,7 +224,8 @@ def check_options(config: Any) -> None:
 
 
 def _check_each(config: Any) -> None:
-    hints = typing.get_type_hints(type(config))
+    config_class: type = type(config)
+    hints = _declared_types(config_class)
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         declared = hints[field.name]
@@ -242,6 +244,12 @@ def _check_each(config: Any) -> None:
                 field.name,
                 f"{value!r} is not allowed; {hint}{subject} must be {check.describe()}.",
             )
+
+
+@functools.cache
+def _declared_types(config_class: type) -> Mapping[str, Any]:
+    """The type of each field. Resolving them takes most of the time of a check."""
+    return types.MappingProxyType(typing.get_type_hints(config_class))
 
 
 def wrong_type(value: Any, declared: Any) -> str:
@@ -382,7 +390,7 @@ def options_of(config_class: type) -> Iterator[Option]:
     for path, owner, field in _leaves(config_class):
         yield Option(
             path=path,
-            declared=typing.get_type_hints(owner)[field.name],
+            declared=_declared_types(owner)[field.name],
             default=default_of(field),
             meaning=field.metadata["meaning"],
             check=field.metadata["check"],
@@ -392,7 +400,7 @@ def options_of(config_class: type) -> Iterator[Option]:
 
 def sections_of(config_class: type) -> Iterator[tuple[str, type, str]]:
     """(path, dataclass, meaning) of every section below a configuration dataclass."""
-    hints = typing.get_type_hints(config_class)
+    hints = _declared_types(config_class)
     for field in dataclasses.fields(config_class):
         declared = hints[field.name]
         if isinstance(declared, type) and dataclasses.is_dataclass(declared):
@@ -430,7 +438,7 @@ def nearest_hint(name: str, allowed: Iterable[str], written: Callable[[str], str
 
 
 def _leaves(config_class: type, prefix: str = "") -> Iterator[tuple[str, type, dataclasses.Field]]:
-    hints = typing.get_type_hints(config_class)
+    hints = _declared_types(config_class)
     fields = dataclasses.fields(config_class)
     sections = [field for field in fields if dataclasses.is_dataclass(hints[field.name])]
     for field in fields:

@@ -1,6 +1,7 @@
 """Bodies of requests as JSON: their names and types, and the errors about them."""
 
 import contextlib
+import functools
 import json
 import math
 import typing
@@ -10,6 +11,7 @@ from typing import Any
 from megatransformer_jax.config.generation import GENERATION_OPTIONS, flag_name
 from megatransformer_jax.config.option import (
     ConfigError,
+    Option,
     UserError,
     has_type,
     nearest_hint,
@@ -75,23 +77,24 @@ def _check_values(value: Any) -> None:
     waiting = [(value, 1)]
     while waiting:
         value, depth = waiting.pop()
-        if isinstance(value, dict | list):
-            if depth > MAX_NESTING:
-                raise RequestError(
-                    f"the body is nested over {MAX_NESTING} levels deep; flatten it.",
-                    code="invalid_json",
-                )
-            items = value.values() if isinstance(value, dict) else value
-            waiting.extend((item, depth + 1) for item in items)
-        elif isinstance(value, float) and not math.isfinite(value):
+        if depth > MAX_NESTING:
             raise RequestError(
-                "the body has a number that is too large; write a finite one.", code="invalid_json"
-            )
-        elif isinstance(value, int) and abs(value) > _MAX_INTEGER:
-            raise RequestError(
-                "the body has a whole number beyond 64 bits; write a smaller one.",
+                f"the body is nested over {MAX_NESTING} levels deep; flatten it.",
                 code="invalid_json",
             )
+        for item in value.values() if isinstance(value, dict) else value:
+            if isinstance(item, dict | list):
+                waiting.append((item, depth + 1))
+            elif isinstance(item, float) and not math.isfinite(item):
+                raise RequestError(
+                    "the body has a number that is too large; write a finite one.",
+                    code="invalid_json",
+                )
+            elif isinstance(item, int) and not -_MAX_INTEGER <= item <= _MAX_INTEGER:
+                raise RequestError(
+                    "the body has a whole number beyond 64 bits; write a smaller one.",
+                    code="invalid_json",
+                )
 
 
 def kind_of(value: Any) -> str:
@@ -211,15 +214,22 @@ def missing_field(name: str, example: str) -> RequestError:
     )
 
 
+@functools.cache
+def options_once(kind: type) -> tuple[Option, ...]:
+    """The options of a class; each request asks for them."""
+    return tuple(options_of(kind))
+
+
 def read_options(body: Mapping[str, Any], kind: type[C]) -> C:
     """The options of a class among the fields.
 
     Raises:
       ConfigError: if a value cannot be used.
     """
+    owner: type = kind
     values = {
         option.path: as_declared(body[option.path], option.declared)
-        for option in options_of(kind)
+        for option in options_once(owner)
         if body.get(option.path) is not None
     }
     return kind(**values)

@@ -6,6 +6,7 @@ A field is one of three: an option of generation, whose checks and messages are 
 """
 
 import dataclasses
+import functools
 import re
 import secrets
 from collections.abc import Callable, Mapping
@@ -158,6 +159,7 @@ def fresh_seed() -> int:
     return secrets.randbelow(MAX_SEED + 1)
 
 
+@functools.cache
 def field_names(kind: type[RequestConfig]) -> tuple[str, ...]:
     """The fields of a request that have a meaning, by the class of its options."""
     special = SPECIAL_CHAT if kind is ChatRequestConfig else SPECIAL_COMPLETION
