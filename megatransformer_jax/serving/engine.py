@@ -224,11 +224,11 @@ class Engine:
         """Runs something on the engine's thread, between two launches.
 
         Returns:
-          What it returns or raises, in the future; `NotServing` if the engine is dead.
+          What it returns or raises, in the future; `NotServing` if the engine is loading or dead.
         """
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._changed:
-            if self._state == DEAD:
+            if self._state in (LOADING, DEAD):
                 future.set_exception(self._refusal())
             else:
                 self._orders.append((function, future))

@@ -271,6 +271,8 @@ def test_a_model_that_cannot_be_compiled_is_dead():
     assert engine.state == "loading"
     with pytest.raises(NotServing, match="being loaded"):
         engine.submit([job()], Reader())
+    with pytest.raises(NotServing, match="being loaded"):
+        engine.run(lambda: 1).result(SECONDS)
     engine.start()
     with pytest.raises(NotServing, match="stopped"):
         engine.wait_until_ready(SECONDS)
