@@ -398,7 +398,10 @@ class Engine:
             inbox, self._inbox = list(self._inbox), collections.deque()
         for ticket in inbox:  # Not taken yet.
             for number in range(len(ticket.texts)):
-                ticket.deliver(number, Failed(message))
+                try:
+                    ticket.deliver(number, Failed(message))
+                except Exception:
+                    logging.exception("Request %s could not be told.", ticket.request_id)
         if self._launches is not None:
             self._launches.fail(message)
         for _, future in orders:

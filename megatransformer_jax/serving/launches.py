@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.generation.continuous.lanes import Events, PromptScores
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.serving.metrics import Metrics
@@ -153,9 +154,7 @@ class Launches:
         for ticket in self._tickets:
             for number, text in enumerate(ticket.texts):
                 if not text.is_over:
-                    text.is_over = True
-                    self._metrics.see_failure()
-                    self._deliver(ticket, number, Failed(message))
+                    self._fail(Item(ticket, number), message)
         self._tickets.clear()
         self._queue.clear()
         self.rows[:] = [None] * len(self.rows)
@@ -188,7 +187,12 @@ class Launches:
                 row = found.row
             elif row == found.row:  # Of use to others; the next text may begin like it too.
                 row = free[-1]
-        self._batcher.place(row, text.row_text)
+        try:
+            self._batcher.place(row, text.row_text)
+        except UserError as error:  # One text that the batch cannot take is no reason to die.
+            self._fail(item, str(error))
+            self._leave(item)
+            return
         self._prefixes.place(row, text.job.ids, text.rule)
         self.rows[row] = item
         text.row, text.placed = row, now
@@ -241,6 +245,11 @@ class Launches:
             self._deliver(item.ticket, item.number, event)
         if item.text.is_over:
             self._leave(item)
+
+    def _fail(self, item: Item, message: str) -> None:
+        item.text.is_over = True
+        self._metrics.see_failure()
+        self._deliver(item.ticket, item.number, Failed(message))
 
     def _deliver(self, ticket: Ticket, number: int, event: Event) -> None:
         try:

@@ -263,6 +263,24 @@ def test_a_failing_device_kills_the_engine_and_tells_everyone(start):
     assert b'request_failed_total{model_name="fake"} 2.0' in engine.metrics.text()
 
 
+def test_a_text_that_the_batch_refuses_fails_alone(start):
+    engine = start()
+    place = start.batcher.place
+
+    def refuses(row, text):
+        if text.seed == 7:
+            raise UserError("not this one")
+        place(row, text)
+
+    start.batcher.place = refuses
+    reader = Reader(3)
+    engine.submit([job(seed=seed) for seed in (6, 7, 8)], reader)
+    reader.wait()
+    assert reader.events[1] == [Failed("not this one")]
+    assert reader.reason(0) == reader.reason(2) == "length"
+    assert engine.drain(SECONDS)
+
+
 def test_a_model_that_cannot_be_compiled_is_dead():
     def fails(lm, shape):
         raise RuntimeError("no room")

@@ -302,3 +302,10 @@ def test_what_does_not_fit_is_named():
         Batcher(*make(TINY), None, BatchShape(2, 81, 2))
     with pytest.raises(UserError, match="'learned_gate' reads an exit gate"):
         Batcher(*make(TINY), None, BatchShape(2, 64, 2, criteria=("learned_gate",)))
+
+
+def test_durations_are_measured_before_any_text_comes():
+    measured = batcher(TINY).durations(repeats=2)
+    assert min(measured.tick, measured.turn) > 0
+    assert measured.chunk + measured.chunk_iteration > 0
+    assert not batcher(TINY).turn().fetch().is_running.any()
