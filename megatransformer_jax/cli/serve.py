@@ -17,7 +17,7 @@ from megatransformer_jax.cli.model_options import (
     load_chosen_model,
 )
 from megatransformer_jax.config.option import part_of
-from megatransformer_jax.config.serving import ServingConfig
+from megatransformer_jax.config.serving import ServingConfig, name_of_folder
 from megatransformer_jax.extras import import_extra
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def serve(parsed: Parsed) -> None:
     import_extra("uvicorn", "serve", "megatransformer serve")
     config = part_of(options, ServingConfig)
     if config.name is None:
-        config = dataclasses.replace(config, name=options.folder.resolve().name)
+        config = dataclasses.replace(config, name=name_of_folder(options.folder.resolve().name))
     api_key = os.environ.get(API_KEY_VARIABLE) if config.api_key_file is None else None
     # These import JAX, which takes long.
     from rich.console import Console  # noqa: PLC0415

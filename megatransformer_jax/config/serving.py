@@ -303,6 +303,17 @@ class ServingConfig:
         require_defaults(self, _OF_THE_CORE, "as the model has no recurrent core", "leave it out")
 
 
+def name_of_folder(folder: str) -> str:
+    """A name for the model of a folder: the folder's, with - for what names may not have.
+
+    Examples:
+      >>> name_of_folder("my run (2)")
+      'my-run-2'
+    """
+    name = re.sub(r"[^A-Za-z0-9._/@:-]+", "-", folder).strip("._/@:-")
+    return name[:128] or "model"
+
+
 def is_loopback(host: str) -> bool:
     """Whether a name or address is this machine's own, reachable from nowhere else."""
     if host.lower() in _LOOPBACK_NAMES:

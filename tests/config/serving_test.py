@@ -10,6 +10,7 @@ from megatransformer_jax.config.serving import (
     ServingConfig,
     check_end_ids,
     is_loopback,
+    name_of_folder,
 )
 
 # The rule, the class, what is given, the option in the error.
@@ -111,6 +112,12 @@ def test_hosts_that_a_request_may_name(
 def test_addresses_of_this_machine() -> None:
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "::1", "127.1.2.3")))
     assert not any(map(is_loopback, ("0.0.0.0", "10.0.0.1", "example.org", "")))
+
+
+@pytest.mark.parametrize("folder", ["my run (2)", "", "/", "über", "x" * 200, "-", "a@b"])
+def test_any_folder_gives_a_name(folder: str) -> None:
+    assert ServingConfig(name=name_of_folder(folder)).name
+    assert name_of_folder("runs-2/a.b@c") == "runs-2/a.b@c"
 
 
 def test_options_of_a_core_are_for_a_core() -> None:
