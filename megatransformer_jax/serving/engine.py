@@ -347,6 +347,7 @@ class Engine:
             self._see_end,
             copies_only_siblings=not config.prefix_reuse,
             copies_only_prompts=self._draws_states,
+            num_slots=config.cache_slots if self._lm.config.is_recurrent else None,
         )
         return self._launches
 

@@ -95,6 +95,7 @@ class Launches:
       at_end: called for each text that has ended.
       copies_only_siblings: whether cached prompts are copied only between texts of one ticket.
       copies_only_prompts: whether what a text generated is never copied.
+      num_slots: of the cache, for each core layer. None: there is no core.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Launches:
         *,
         copies_only_siblings: bool,
         copies_only_prompts: bool,
+        num_slots: int | None,
     ):
         self._batcher = batcher
         self._scheduler = scheduler
@@ -115,6 +117,7 @@ class Launches:
         self._at_end = at_end
         self._copies_only_siblings = copies_only_siblings
         self._copies_only_prompts = copies_only_prompts
+        self._num_slots = num_slots
         num_rows = scheduler.policy.rows
         self.rows: list[Item | None] = [None] * num_rows
         self._free_since = [0.0] * num_rows
@@ -206,19 +209,22 @@ class Launches:
         text, only = item.text, None
         if text.job.scores_prompt:
             return None  # Scores come of reading.
-        # Prompts are read without the criteria that need logits.
-        criterion = exit_criterion(text.row_text.criterion)
         if self._copies_only_siblings:
             only = {
                 row
                 for row, held in enumerate(self.rows)
                 if held is not None and held.ticket is item.ticket
             }
+        # Where iterations share slots, what is cached depends on how a text was cut into passes.
+        shares = self._num_slots is not None and text.row_text.depth > self._num_slots
+        # Prompts are read without the criteria that need logits.
+        criterion = exit_criterion(text.row_text.criterion)
         return self._prefixes.find(
             text.job.ids,
             text.rule,
             only=only,
-            of_prompts=self._copies_only_prompts or criterion.needs_logits,
+            of_prompts=self._copies_only_prompts or criterion.needs_logits or shares,
+            multiple=self._prefixes.chunk if shares else 1,
         )
 
     def _copy_prefixes(self) -> None:

@@ -87,7 +87,7 @@ class Prefixes:
           rule: of its text.
           only: rows that come into question. None: all.
           of_prompts: only what others have read as prompts, not what they generated.
-          multiple: of which the number of tokens must be one.
+          multiple: of which the number of tokens must be one, unless nothing is left to read.
 
         Returns:
           None if no row saves a pass.
@@ -101,7 +101,9 @@ class Prefixes:
                 continue
             # The last token of a text is not cached.
             num_held = min(held.num_prompt, len(held.ids)) if of_prompts else len(held.ids)
-            common = _common(own, held.ids[: num_held - 1]) // multiple * multiple
+            common = _common(own, held.ids[: num_held - 1])
+            if common < len(own):
+                common -= common % multiple
             if (best is None or common > best.num_tokens) and self._saves(len(own), common):
                 best = Found(row, common, is_most=2 * common >= len(held.ids))
         return best

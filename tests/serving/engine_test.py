@@ -130,6 +130,18 @@ def test_a_prompt_that_begins_like_a_finished_text_reads_the_rest(start, reuses)
     assert second.tokens() == expected([job(ids)], engine)[0][0]
 
 
+def test_prompts_that_share_slots_are_copied_as_they_would_be_cut(start):
+    engine = start(cache_slots=8)
+    for depth, num_reused in ((8, 60), (9, 32)):
+        first, second = Reader(), Reader()
+        text = chr(ord("a") + depth) * 40
+        engine.submit([job(text, max_new_tokens=20, ends=False, depth=depth)], first)
+        first.wait()
+        ids = (1, *BYTES.encode(text), *first.tokens(), *BYTES.encode("and then"))
+        engine.submit([job(ids, depth=depth)], second)
+        assert second.wait().events[0][0].num_reused == num_reused
+
+
 def test_a_sibling_goes_on_when_the_one_that_reads_is_cancelled(start):
     engine = start(batch={"seconds_per_tick": 1e-3})
     first, second = Reader(), Reader()

@@ -21,6 +21,8 @@ def test_the_longest_beginning_is_found_and_the_first_of_equals():
     assert prefixes.find(PROMPT, "rule") == Found(1, 9, is_most=True)
     assert prefixes.find(PROMPT, "rule", only={0, 2}) == Found(2, 9, is_most=True)
     assert prefixes.find(PROMPT, "rule", multiple=CHUNK) == Found(1, 8, is_most=True)
+    # Unless nothing is left to read.
+    assert prefixes.find(PROMPT[:10], "rule", multiple=CHUNK) == Found(1, 9, is_most=True)
 
 
 def test_the_last_token_is_never_copied():
