@@ -44,7 +44,7 @@ def wanted():
     return given(None, 4)[:2]
 
 
-@pytest.mark.parametrize(("mesh_name", "rows"), [("fsdp", 8), ("tensor", 4), ("data", 3)])
+@pytest.mark.parametrize(("mesh_name", "rows"), [("tensor", 4), ("data", 3)])
 def test_a_batch_on_a_mesh_equals_one_on_a_device(wanted, mesh_name, rows):
     """With three rows on eight devices nothing is cut."""
     got, copied, batcher = given(mesh_name, rows)
