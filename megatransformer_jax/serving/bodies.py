@@ -41,7 +41,10 @@ def read_body(raw: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_number
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique_keys,
+            parse_constant=_no_number,
+            parse_float=_whole_if_it_is,
         )
     except RequestError:
         raise
@@ -66,6 +69,12 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise RequestError(f"{twice!r} stands twice in an object; keep one.", code="invalid_json")
     return values
+
+
+def _whole_if_it_is(text: str) -> float | int:
+    """JSON takes 2.0 for a whole number."""
+    number = float(text)
+    return int(number) if number.is_integer() and abs(number) < _MAX_INTEGER else number
 
 
 def _no_number(word: str) -> typing.NoReturn:

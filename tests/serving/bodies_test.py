@@ -46,6 +46,11 @@ def test_as_many_levels_as_are_allowed_are_read() -> None:
     assert list(read_body(raw)) == ["a"]
 
 
+def test_a_whole_number_may_be_written_with_a_point() -> None:
+    found = read_body(b'{"a": [2.0, -0.0, 1e3, 2.5, 1e300]}')["a"]
+    assert [type(number) for number in found] == [int, int, int, float, float]
+
+
 @given(st.dictionaries(st.text(), JSON_VALUES, max_size=4))
 def test_every_finite_object_comes_back(value: dict[str, Any]) -> None:
     raw = json.dumps(value).encode()
