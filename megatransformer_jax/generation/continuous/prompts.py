@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from megatransformer_jax.config.generation import (
@@ -132,9 +133,14 @@ def prompt_texts(
       each: what each prompt changes, by the short names of the options.
 
     Raises:
-      UserError: if there are not as many settings as prompts.
+      UserError: if there are not as many settings as prompts, or several processes share the mesh.
       ConfigError: if a prompt's settings cannot be used; its path names the prompt, 'each[1]'.
     """
+    if given.model.sharder.mesh is not None and jax.process_count() > 1:
+        raise UserError(
+            "each needs a mesh of one process, as the host says after every token what comes next; "
+            "call generate once per setting, or use a mesh of this process alone."
+        )
     if isinstance(each, Mapping) or not isinstance(each, Sequence):
         raise UserError(f"each is a list with the options of every prompt, not {each!r}.")
     if len(each) != len(prompts):

@@ -2,13 +2,17 @@
 
 import dataclasses
 
+import jax
 import pytest
 from tiny_generator import PIECES, assert_same, generator
 from tiny_model import DEPTH, PLAIN, PROMPTS, TINY, make, tiny
 
 from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.generation.continuous.prompts import TextModel, prompt_texts
+from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.rules import Sharder
 
 RANDOM = tiny(recurrence={"state_init": "unit"})
 OPTIONS = {"max_new_tokens": 8, "batch_size": 2}
@@ -86,3 +90,13 @@ def test_a_plain_model_has_no_depth():
 def test_a_prompt_that_is_too_long_is_an_error():
     with pytest.raises(UserError, match="max_new_tokens=75 that is more than"):
         generator(TINY, **OPTIONS).generate(PROMPTS, [{}, {}, {"max_new_tokens": 75}])
+
+
+def test_a_mesh_of_several_processes_is_an_error(monkeypatch):
+    model, params = make(TINY)
+    mesh = make_mesh(MeshConfig(data=8), jax.devices())
+    given = TextModel(model.copy(sharder=Sharder(mesh)), params, PIECES, DEPTH, (2,))
+    assert len(prompt_texts(given, GenerationConfig(), PROMPTS[:1], [{}])) == 1
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(UserError, match="each needs a mesh of one process"):
+        prompt_texts(given, GenerationConfig(), PROMPTS[:1], [{}])
