@@ -94,7 +94,7 @@ class TopP(Stateless):
     ) -> Float[Array, "B V"]:
         """The scores with the tokens outside the nucleus banned."""
         num_tokens = logits.shape[1]
-        target = jnp.atleast_1d(self.top_p).astype(jnp.float32)
+        target = _above_zero(self.top_p)
         probabilities = safe_softmax(logits)
         keys = ordered_keys(logits)
         threshold = largest_threshold(keys, probabilities, target)
@@ -112,6 +112,11 @@ class TopP(Stateless):
         )
         is_kept = is_above | (is_edge & (order >= last)) | (per_row(self.top_p) >= 1)
         return jnp.where(is_kept, logits, BANNED)
+
+
+def _above_zero(share: Number) -> Float[Array, "#B"]:
+    """A share of the probability as it is looked for; float32 has 0 for what is almost none."""
+    return jnp.maximum(jnp.atleast_1d(share).astype(jnp.float32), jnp.finfo(jnp.float32).tiny)
 
 
 # ------------------------------------------------------------------------------
@@ -163,6 +168,6 @@ class Typical(Stateless):
         entropy = jnp.sum(probabilities * information, axis=-1, keepdims=True)
         nearness = jnp.where(is_possible, -jnp.abs(information - entropy), -jnp.inf)
         keys = ordered_keys(nearness)
-        threshold = largest_threshold(keys, probabilities, jnp.atleast_1d(self.mass))
+        threshold = largest_threshold(keys, probabilities, _above_zero(self.mass))
         is_kept = (keys >= threshold) | (per_row(self.mass) >= 1)
         return jnp.where(is_kept, logits, BANNED)

@@ -227,6 +227,14 @@ def test_top_p_keeps_the_first_of_equal_ones():
     assert kept.tolist() == [[True] * 12 + [False] * 11] * NUM_ROWS
 
 
+@pytest.mark.parametrize("cut", [TopP, Typical])
+def test_a_share_that_float32_takes_for_none_keeps_a_token(cut):
+    rng = np.random.default_rng(7)
+    history, logits = random_history(rng), random_logits(rng, "plain")
+    scores = process(cut(jnp.float32(1e-50)), history, logits)
+    assert (np.isfinite(scores).sum(axis=1) == 1).all()
+
+
 def test_a_chain_in_a_loop_equals_step_by_step():
     """Every processor at once, per-row numbers, compiled with the loop; other numbers do not."""
     table = jax.random.normal(jax.random.key(0), (VOCAB_SIZE, VOCAB_SIZE)) * 2
