@@ -168,12 +168,18 @@ def settle(
     Raises:
       ConfigError: if an option does not fit the model, or the cache does not fit the memory.
     """
-    capacity = config.capacity or min(DEFAULT_CAPACITY, lm.config.max_length)
+    longest, platform = lm.config.max_length, lm.module.platform
+    capacity = config.capacity or min(DEFAULT_CAPACITY, longest)
+    if capacity > rows_to_blocks(longest, platform):
+        raise ConfigError(
+            "capacity",
+            f"{capacity} tokens are more than the model's max_length={longest}; lower it.",
+        )
     if config.max_tokens is not None and config.max_tokens >= capacity:
         raise ConfigError(
             "max_tokens", f"{config.max_tokens} leaves no room for a prompt in {capacity} tokens."
         )
-    capacity = rows_to_blocks(capacity, lm.module.platform)
+    capacity = rows_to_blocks(capacity, platform)
     settled = dataclasses.replace(config, name=config.name or default_name, capacity=capacity)
     settled = _settle_core(settled, lm)
     if free_bytes is None:
