@@ -142,6 +142,10 @@ def load_chosen_model(options: ModelOptions) -> "LoadedModel":
       UserError: if an option does not fit the folder, or something in it cannot be used.
     """
     from megatransformer_jax.checkpoints.hub import find_model  # noqa: PLC0415
+    from megatransformer_jax.models.attention_kernels import (  # noqa: PLC0415
+        describe_choices,
+        prompt_kernels,
+    )
     from megatransformer_jax.runs.load import foreign_format, load_model  # noqa: PLC0415
     from megatransformer_jax.runs.workdir import use_compilation_cache  # noqa: PLC0415
 
@@ -161,4 +165,5 @@ def load_chosen_model(options: ModelOptions) -> "LoadedModel":
         weights="raw" if options.weights == "raw" else "average",
     )
     logging.info("%s", loaded.description)
+    logging.info("attention: %s", describe_choices(prompt_kernels(loaded.model)))
     return loaded

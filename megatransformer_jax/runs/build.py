@@ -14,7 +14,9 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.fine_tuning import FineTuningConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_base import BaseRunConfig
+from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.data.augmentation.text import TextAugmentation
+from megatransformer_jax.models.attention_kernels import KernelChoice, kernel_choices
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh
 from megatransformer_jax.sharding.rules import Sharder
@@ -59,6 +61,15 @@ def build_sharded_model(config: RunConfig) -> tuple[MegaTransformer, Sharder]:
     platform = jax.default_backend()
     policy = DTypePolicy.from_precision(config.train.precision, platform)
     return build_model(config.model, policy, sharder, platform), sharder
+
+
+def training_kernels(
+    config: RunConfig, model: MegaTransformer, sharder: Sharder | None = None
+) -> tuple[KernelChoice, ...]:
+    """Attention kernels of the train step; see `kernel_choices`."""
+    places = sum(media_places(config))
+    lengths = [length + places for _, length in config.data.batch_shapes]
+    return kernel_choices(model, lengths, is_training=True, sharder=sharder)
 
 
 def abstract_train_state(

@@ -22,6 +22,7 @@ from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.evaluation.depth_table import evaluated_depths
 from megatransformer_jax.files import write_json
+from megatransformer_jax.models.attention_kernels import KernelChoice, describe_choices
 from megatransformer_jax.models.cost.flops import (
     ForwardFlops,
     MediumFlops,
@@ -52,6 +53,7 @@ from megatransformer_jax.runs.build import (
     abstract_batches,
     abstract_train_state,
     trained_depth,
+    training_kernels,
 )
 from megatransformer_jax.sharding.devices import device_kind, devices_with_room
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, resolve_mesh_shape
@@ -112,7 +114,8 @@ class DepthCost:
 @dataclasses.dataclass(frozen=True)
 class CostReport:
     """All that `megatransformer inspect` shows. `media` has 'image' and 'audio' where there are
-    such; `places` are those of a sequence, text and media together; `layers` are by name."""
+    such; `places` are those of a sequence, text and media together; `layers` are by name;
+    `attention` has the kernels of the train step."""
 
     parameters: ParameterCounts
     flops: ForwardFlops
@@ -121,6 +124,7 @@ class CostReport:
     depths: tuple[DepthCost, ...]
     layers: dict[str, LayerSizes]
     memory: TrainMemory
+    attention: tuple[KernelChoice, ...]
     device: str | None
     mesh: dict[str, int]
     platform: str
@@ -184,6 +188,7 @@ def make_report(run: BaseRunConfig, device: str | None = None) -> CostReport:
         ),
         layers=count_layers(params),
         memory=_train_memory(config, model, Sharder(mesh)),
+        attention=training_kernels(config, model, Sharder(mesh)),
         device=device,
         mesh=dict(mesh.shape),
         platform=platform,
@@ -487,7 +492,8 @@ def _memory(report: CostReport, config: RunConfig) -> Table:
     caption = (
         f"Batch {config.data.batch_size} x {config.data.sequence_length} tokens, in "
         f"{config.train.accumulation} part(s), remat={config.model.remat}, activations "
-        f"{report.compute_type}, kernels of {report.platform}. The same at every depth"
+        f"{report.compute_type}, attention by {describe_choices(report.attention)}. The same at "
+        "every depth"
     )
     if memory.per_iteration:
         caption += f"; each iteration with gradients keeps {format_bytes(memory.per_iteration)}"

@@ -62,6 +62,26 @@ def test_equals_xla_in_value_and_gradient(name, offset, softcap):
         assert np.all(np.asarray(output)[blind] == 0.0)
 
 
+@pytest.mark.parametrize(("width", "kv_heads"), [(96, 2), (80, 1), (16, 1)])
+def test_heads_of_any_width_equal_xla_in_value_and_gradient(width, kv_heads):
+    keys = jax.random.split(jax.random.key(1), 4)
+    heads = (2, kv_heads, kv_heads, 2)  # of query, key, value and of the output's gradient
+    *arrays, pulled = [
+        jax.random.normal(key, (2, T, number, width))
+        for key, number in zip(keys, heads, strict=True)
+    ]
+    mask = AttentionMask(query_segment_ids=SEGMENTS[:, :T], key_segment_ids=SEGMENTS[:, :T])
+
+    def splash(*arrays):
+        return attention_splash(*arrays, mask, sharder=Sharder(), interpret=True)
+
+    output, pull = jax.vjp(splash, *arrays)
+    expected, expected_pull = jax.vjp(lambda *arrays: attention_xla(*arrays, mask), *arrays)
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+    for gradient, wanted in zip(pull(pulled), expected_pull(pulled), strict=True):
+        np.testing.assert_allclose(gradient, wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize(("name", "offset"), [("full", 0), ("window_segments", 128)])
 def test_equals_xla_with_one_kv_head(name, offset):
     mask, arrays = masks(offset)[name], inputs(kv_heads=1)

@@ -30,12 +30,14 @@ from megatransformer_jax.evaluation.validation import (
     make_eval_step,
     scores_by_name,
 )
+from megatransformer_jax.models.attention_kernels import describe_choices
 from megatransformer_jax.runs.build import (
     MemoryPlan,
     abstract_batches,
     abstract_train_state,
     build_sharded_model,
     trained_depth,
+    training_kernels,
 )
 from megatransformer_jax.runs.task import ParamsOf
 from megatransformer_jax.runs.tasks.start import fresh_state
@@ -76,6 +78,7 @@ class TransformerTask(abc.ABC):
         self.digest = self.tokenizer.digest()
         self.facts = f"vocabulary: {self.tokenizer.vocab_size}"
         self.model, self.sharder = build_sharded_model(config)
+        logging.info("attention: %s", describe_choices(training_kernels(config, self.model)))
         self._optimizer = build_optimizer(
             config.optimizer, config.train.steps, config.train.ema_decay
         )
