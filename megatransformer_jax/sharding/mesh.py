@@ -157,6 +157,31 @@ def _check_box(devices: Sequence[Any], name: str) -> None:
         )
 
 
+def share_of_batch(mesh: Mesh, process: int) -> tuple[int, int]:
+    """Which part of the rows of each batch a process reads, from 0, and how many parts there are.
+
+    Rows are cut over data and fsdp. Processes whose devices hold the same rows, because another
+    axis spans them, read the same part.
+
+    Raises:
+      ConfigError: if the rows of two processes overlap without being the same, or differ in number.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    held = defaultdict(list)
+    for row, devices in enumerate(mesh.devices.reshape(ways, -1)):
+        for index in {device.process_index for device in devices}:
+            held[index].append(row)
+    parts = sorted({tuple(rows) for rows in held.values()})
+    is_shared = sum(map(len, parts)) > ways
+    if is_shared or len({len(rows) for rows in parts}) > 1:
+        raise ConfigError(
+            "mesh",
+            f"{' x '.join(f'{axis}={size}' for axis, size in mesh.shape.items())} would have "
+            "processes share some rows of a batch and not others; use powers of two.",
+        )
+    return parts.index(tuple(held[process])), len(parts)
+
+
 def describe_layout(mesh: Mesh) -> str:
     """What each axis of a mesh of TPUs lies on, as in 'data on 2 slices, fsdp on 4x4x2 chips'.
 

@@ -6,6 +6,7 @@ import jax
 
 from megatransformer_jax.config.loop import DistributedConfig
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.sharding.mesh import share_of_batch
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch
 
@@ -39,21 +40,31 @@ def start_distributed(config: DistributedConfig) -> None:
     )
 
 
+def make_global(array: Any, sharder: Sharder, *axes: str | None) -> jax.Array:
+    """Puts the rows that this process read onto the mesh, as its part of a global array.
+
+    Args:
+      array: NumPy array of the rows of `share_of_batch`, whole along all other axes.
+      sharder: names the mesh.
+      axes: logical names of the leading axes, 'batch' first.
+    """
+    assert sharder.mesh is not None
+    _, parts = share_of_batch(sharder.mesh, jax.process_index())
+    shape = (array.shape[0] * parts, *array.shape[1:])
+    return jax.make_array_from_process_local_data(sharder.sharding(*axes), array, shape)
+
+
 def make_global_batch(batch: Batch, sharder: Sharder) -> Batch:
     """Puts the rows that this process read onto the mesh, as its part of the global batch.
 
     Args:
-      batch: NumPy arrays, [B / number of processes, T] of text, and [B / number of processes, ...]
-        of media.
+      batch: NumPy arrays, [B / parts, T] of text, and [B / parts, ...] of media; `share_of_batch`
+        counts the parts.
       sharder: names the mesh; the arrays are cut as axes ('batch', 'length') and ('batch', ...).
 
     Returns:
       Global arrays, [B, ...].
     """
-
-    def put(array: Any, *axes: str | None) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharder.sharding(*axes), array)
-
-    text = [put(array, "batch", "length") for array in batch[:-1]]
-    media = jax.tree.map(lambda array: put(array, "batch"), batch.media)
+    text = [make_global(array, sharder, "batch", "length") for array in batch[:-1]]
+    media = jax.tree.map(lambda array: make_global(array, sharder, "batch"), batch.media)
     return Batch._make([*text, media])

@@ -123,6 +123,18 @@ def test_two_processes_agree_with_one_and_one_can_go_on(tmp_path, small_run, rep
         assert row["tokens"] == other["tokens"]
 
 
+def test_an_axis_that_spans_processes_shares_their_rows(tmp_path, small_run, repository):
+    two, one = tmp_path / "two", tmp_path / "one"
+    changes = {
+        "mesh": {"data": 1, "tensor": 2},
+        "train": {"steps": 2},
+        "evaluation": {"every_steps": 1, "final_depths": [1]},
+    }
+    finish(start_two(tmp_path, small_run(two, changes), repository), tmp_path)
+    finish([start("one", tmp_path, small_run(one, changes), repository, 2)], tmp_path)
+    assert_same_metrics(two, one, 2)
+
+
 def test_one_preempted_process_stops_both_after_the_same_step(tmp_path, small_run, repository):
     workdir = tmp_path / "run"
     changes = {

@@ -13,7 +13,7 @@ import pytest
 
 from megatransformer_jax.config.loop import DataMeshConfig, MeshConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.sharding.mesh import describe_layout, make_mesh
+from megatransformer_jax.sharding.mesh import describe_layout, make_mesh, share_of_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,46 @@ def test_only_data_crosses_the_network_between_slices():
     assert [{chip.slice_index for chip in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
     assert describe_layout(mesh) == "data on 2 slices of 1x2x1 chips, fsdp on 2x1x4 chips"
     assert describe_layout(make_mesh(MeshConfig(fsdp=16), slices)).startswith("data on 2 slices,")
+
+
+def hosts(chips: list[Chip]) -> list[Chip]:
+    """Each square of 2x2 chips is a host with a process."""
+    return [
+        dataclasses.replace(chip, process_index=chip.coords[0] // 2 + 2 * (chip.coords[1] // 2))
+        for chip in chips
+    ]
+
+
+@pytest.mark.parametrize(
+    ("config", "shares"),
+    [
+        (MeshConfig(), [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        # A column of four chips lies on two hosts, which so hold the same rows.
+        (MeshConfig(tensor=4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (MeshConfig(fsdp=4, sequence=4), [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        (MeshConfig(tensor=2, sequence=8), [(0, 1)] * 4),
+    ],
+)
+def test_processes_that_hold_the_same_rows_read_the_same_part(config, shares):
+    mesh = make_mesh(config, hosts(torus(4, 4, 1)))
+    found = [share_of_batch(mesh, process) for process in range(4)]
+    assert sorted(found) == shares
+    rows = mesh.devices.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1)
+    for process, (part, parts) in enumerate(found):
+        held = {n for n, row in enumerate(rows) if process in {c.process_index for c in row}}
+        others = [
+            {n for n, row in enumerate(rows) if other in {c.process_index for c in row}}
+            for other in range(4)
+            if found[other][0] == part
+        ]
+        assert all(held == same for same in others) and len(held) * parts == len(rows)
+
+
+def test_rows_that_overlap_in_part_are_an_error():
+    chips = [dataclasses.replace(chip, process_index=chip.id // 2) for chip in torus(6, 1, 1)]
+    mesh = make_mesh(MeshConfig(tensor=3), chips)
+    with pytest.raises(ConfigError, match="data=2 x fsdp=1 x tensor=3 x sequence=1 would have"):
+        share_of_batch(mesh, 0)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from megatransformer_jax.evaluation.validation import MeanValidation
 from megatransformer_jax.files import write_json
 from megatransformer_jax.runs.build import MemoryPlan
 from megatransformer_jax.runs.task import ParamsOf
-from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.mesh import make_mesh, share_of_batch
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.distributed import make_global
 from megatransformer_jax.training.loop import Hook, StepFunction
 from megatransformer_jax.training.media_hook import MediaSampleHook, MediaSamples
 from megatransformer_jax.training.micro_batch import CompiledStep
@@ -87,10 +88,8 @@ class MediumTask(abc.ABC):
         self._optimizer = build_optimizer(
             config.optimizer, config.train.steps, config.train.ema_decay
         )
-        processes = {
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
+        part, parts = share_of_batch(mesh, jax.process_index())
+        processes = {"process_index": part, "process_count": parts}
         self.batches = open_data(split="train", **processes)
         stack.callback(self.batches.close)
         with open_data(split="validation", **processes) as held_out:
@@ -132,10 +131,7 @@ class MediumTask(abc.ABC):
 
     def place_batch(self, batch: Any) -> Any:
         """See `Task`."""
-        sharding = self.sharder.sharding("batch")
-        return jax.tree.map(
-            lambda array: jax.make_array_from_process_local_data(sharding, array), batch
-        )
+        return jax.tree.map(lambda array: make_global(array, self.sharder, "batch"), batch)
 
     def scores(self, params: Any) -> dict[str, float]:
         """See `Task`."""

@@ -42,6 +42,7 @@ from megatransformer_jax.runs.build import (
 from megatransformer_jax.runs.task import ParamsOf
 from megatransformer_jax.runs.tasks.start import fresh_state
 from megatransformer_jax.runs.tokenizers import start_tokenizer
+from megatransformer_jax.sharding.mesh import share_of_batch
 from megatransformer_jax.training.distributed import make_global_batch
 from megatransformer_jax.training.loop import Hook, StepFunction
 from megatransformer_jax.training.micro_batch import CompiledStep
@@ -91,10 +92,12 @@ class TransformerTask(abc.ABC):
                 abstract_batches(config, self.sharder),
                 self.sharder,
             )
+        assert self.sharder.mesh is not None  # `build_sharded_model` makes one.
+        part, parts = share_of_batch(self.sharder.mesh, jax.process_index())
         data = {
             "media": MediaFormats.of_model(config.model),
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
+            "process_index": part,
+            "process_count": parts,
         }
         self.batches = build_pipeline(config.data, self.tokenizer, split="train", **data)
         stack.callback(self.batches.close)
