@@ -94,7 +94,7 @@ class TransformerTask(abc.ABC):
             )
         assert self.sharder.mesh is not None  # `build_sharded_model` makes one.
         part, parts = share_of_batch(self.sharder.mesh, jax.process_index())
-        data = {
+        data: dict[str, Any] = {
             "media": MediaFormats.of_model(config.model),
             "process_index": part,
             "process_count": parts,
