@@ -104,6 +104,7 @@ setup(
             "pre-commit>=4",
             "ruff>=0.9",
             "schemathesis>=4.30,<5",
+            "tenacity>=9,<10",  # lm-eval's models over HTTP need it.
             "tensorboard>=2.18",
             "torch>=2.13,<2.14",
             "transformers>=5.23,<6",

@@ -81,6 +81,11 @@ def run(
             "--experts=16 --heads=1 --top-k=1 --width=8 --batch=1 --length=8 --rounds=1",
             r"PEER / dense: \d",
         ),
+        (
+            "serving",
+            "--width=16 --rows=2 --texts=2 --new=4 --slots=2 --rounds=1 --long-prompt=0",
+            r"\| mixed \| \d+ \| [\d.]+ \(",
+        ),
     ],
 )
 def test_without_a_run(run: Callable[..., str], name: str, words: str, shown: str) -> None:
@@ -97,12 +102,17 @@ def test_without_a_run(run: Callable[..., str], name: str, words: str, shown: st
             r"\| greedy \|",
         ),
         ("cold_start", "--only=help", r"megatransformer"),
+        (
+            "serving_soak",
+            "--minutes=0.05 --rate=4 --rows=2 --capacity=64 --max-new=8 --prompt-words=4",
+            r"0 refused \(429\), 0 errors",
+        ),
     ],
 )
 def test_of_a_text_run(
     run: Callable[..., str], text_run: pathlib.Path, name: str, words: str, shown: str
 ) -> None:
-    option = "--model" if name == "cold_start" else "--workdir"
+    option = "--workdir" if name in ("int8_weights", "strategies") else "--model"
     assert re.search(shown, run(name, f"{option}={text_run}", *words.split()))
 
 

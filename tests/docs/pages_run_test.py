@@ -52,6 +52,7 @@ ELSEWHERE = {
 EXAMPLES = {
     "README.md": "documented_names_test.py runs it",
     "docs/api.md": "documented_names_test.py runs them",
+    "docs/serving.md": "needs a server; tests/serving runs OpenAI's client and mt.serve",
     "docs/quantization.md": "tests/runs/quantize_test.py quantises, compares and saves",
 }
 FILES = {"def get_config(": "my_run.py", "def features(": "my_features.py"}
