@@ -129,8 +129,9 @@ class Run:
             raise SystemExit(self.failure)
         return max(times.ended or 0.0 for times in self.times) - self.began
 
-    def wait_for(self, reached: Callable[[], bool]) -> None:
-        while not (reached() or self._over.is_set()):
+    def wait_for_tokens(self, count: int) -> None:
+        """Waits until each text has so many, or all have ended."""
+        while min(len(times.moments) for times in self.times) < count and not self._over.is_set():
             time.sleep(0.002)
 
 
@@ -240,7 +241,8 @@ def one_shallow_text(ways: Ways, lm: Any, options: argparse.Namespace) -> dict[s
     for round_number in range(-1, options.rounds):
         for name, engine in ways.engines.items():
             run = Run(engine, jobs)
-            run.wait_for(lambda run=run: run.times[0].ended is not None)
+            while run.times[0].ended is None:
+                time.sleep(0.002)
             run.ticket.cancel()
             run.wait()
             if round_number >= 0:
@@ -256,10 +258,10 @@ def a_long_prompt(ways: Ways, lm: Any, options: argparse.Namespace) -> list[tupl
     engine, found = ways.engines["automatic"], []
     for round_number in range(-1, options.rounds):
         run = Run(engine, [make(PROMPT, 240, depth=8) for _ in range(options.rows - 1)])
-        run.wait_for(lambda run=run: min(len(times.moments) for times in run.times) > 40)
+        run.wait_for_tokens(40)
         arrived = time.perf_counter()
         long = Run(engine, [make(options.long_prompt, 2, depth=8)])
-        long.wait_for(lambda long=long: bool(long.times[0].moments))
+        long.wait_for_tokens(1)
         read = time.perf_counter()
         long.wait()
         run.ticket.cancel()

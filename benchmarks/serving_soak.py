@@ -18,6 +18,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -216,8 +217,10 @@ def main() -> None:
     options = parse_arguments()
     shown = environment()
     print("\n".join(f"{key}: {value}" for key, value in shown.items()), flush=True)
-    log = pathlib.Path(options.json or "serving_soak").with_suffix(".log")
-    with Served(options, log) as served:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Served(options, pathlib.Path(folder) / "server.log") as served,
+    ):
         print(f"{options.rows} rows of {options.capacity} tokens, up to {options.max_new} new")
         rate = options.rate
         if rate is None:
