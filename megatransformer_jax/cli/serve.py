@@ -68,7 +68,8 @@ def serve(parsed: Parsed) -> None:
             console.print(f"ready after {time.monotonic() - started:.1f} s; Ctrl-C stops")
             _watch(console, server, stopping)
         num_open = server.engine.num_open
-        wait = f"; {num_open} texts have {config.shutdown_seconds:g} s to end" if num_open else ""
+        texts = "1 text has" if num_open == 1 else f"{num_open} texts have"
+        wait = f"; {texts} {config.shutdown_seconds:g} s to end" if num_open else ""
         console.print(f"stopping{wait}")
     console.print("stopped")
 

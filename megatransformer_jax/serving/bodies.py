@@ -1,5 +1,6 @@
 """Bodies of requests as JSON: their names and types, and the errors about them."""
 
+import collections
 import contextlib
 import functools
 import json
@@ -48,10 +49,14 @@ def read_body(raw: bytes) -> dict[str, Any]:
         )
     except RequestError:
         raise
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise _too_deep() from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise RequestError(
             f"the body is not JSON ({error}); send one object in UTF-8.", code="invalid_json"
         ) from None
+    except ValueError:  # More digits than Python reads.
+        raise _too_large() from None
     if not isinstance(value, dict):
         raise RequestError(
             f"the body is {kind_of(value)}; send an object such as "
@@ -65,10 +70,16 @@ def read_body(raw: bytes) -> dict[str, Any]:
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        counts = collections.Counter(name for name, _ in pairs)
+        twice = next(name for name in counts if counts[name] > 1)
         raise RequestError(f"{twice!r} stands twice in an object; keep one.", code="invalid_json")
     return values
+
+
+def _too_large() -> RequestError:
+    return RequestError(
+        "the body has a whole number beyond 64 bits; write a smaller one.", code="invalid_json"
+    )
 
 
 def _whole_if_it_is(text: str) -> float | int:
@@ -81,16 +92,19 @@ def _no_number(word: str) -> typing.NoReturn:
     raise RequestError(f"{word} is not JSON; write a finite number.", code="invalid_json")
 
 
+def _too_deep() -> RequestError:
+    return RequestError(
+        f"the body is nested over {MAX_NESTING} levels deep; flatten it.", code="invalid_json"
+    )
+
+
 def _check_values(value: Any) -> None:
     """Checks numbers and nesting, without recursion."""
     waiting = [(value, 1)]
     while waiting:
         value, depth = waiting.pop()
         if depth > MAX_NESTING:
-            raise RequestError(
-                f"the body is nested over {MAX_NESTING} levels deep; flatten it.",
-                code="invalid_json",
-            )
+            raise _too_deep()
         for item in value.values() if isinstance(value, dict) else value:
             if isinstance(item, dict | list):
                 waiting.append((item, depth + 1))
@@ -100,10 +114,7 @@ def _check_values(value: Any) -> None:
                     code="invalid_json",
                 )
             elif isinstance(item, int) and not -_MAX_INTEGER <= item <= _MAX_INTEGER:
-                raise RequestError(
-                    "the body has a whole number beyond 64 bits; write a smaller one.",
-                    code="invalid_json",
-                )
+                raise _too_large()
 
 
 def kind_of(value: Any) -> str:

@@ -378,11 +378,13 @@ def _new_tokens(length: int, wish: _Wish, model: ServedModel, config: ServingCon
         raise ConfigError(
             wish.name, f"{wish.most} exceeds {limit}, the most that this server allows; lower it."
         )
-    least = 1 if wish.most is None else wish.most
-    if room < least:
-        prompt = f"a text may have {model.capacity} tokens, and this prompt alone has {length}"
+    # The batch keeps a place for a new token even if the prompt is only scored.
+    if room < max(wish.most or 1, 1):
+        prompt = f"a text may have {model.capacity} tokens, and this prompt has {length}"
+        if length == model.capacity:
+            prompt += ", which leaves no place for a new one"
         asked, lower = f", and {wish.name}={wish.most} asks for more", f", or lower {wish.name}"
-        if wish.most is None:
+        if room < 1 or wish.most is None:
             asked, lower = "", ""
         raise RequestError(
             f"{wish.param}: {prompt}{asked}; shorten it{lower}.",

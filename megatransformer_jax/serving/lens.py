@@ -274,7 +274,8 @@ class Lens:
 
     def _ids(self, given: Any) -> tuple[int, ...]:
         if not isinstance(given, list) or not given:
-            raise ConfigError("ids", f"is {kind_of(given)}; give a list of at least one token id.")
+            what = "is empty" if given == [] else f"is {kind_of(given)}"
+            raise ConfigError("ids", f"{what}; give a list of at least one token id.")
         if len(given) > self._served.capacity:
             raise ConfigError(
                 "ids", f"has {len(given)} tokens; at most {self._served.capacity} are looked at."

@@ -1,6 +1,7 @@
 """What a text begins with: prompts, messages of a chat, and tokens, as ids."""
 
 import dataclasses
+import json
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from megatransformer_jax.generation.media_prompt import encode_media_prompt, pro
 from megatransformer_jax.generation.request import encode_prompts
 from megatransformer_jax.serving.bodies import (
     check_names,
+    is_number,
     is_whole,
     kind_of,
     missing_field,
@@ -85,7 +87,10 @@ def read_prompts(
     """
     if value is None:
         raise missing_field("prompt", '"prompt": "The "')
-    given = value if isinstance(value, list) and not all(map(is_whole, value)) else [value]
+    given = [value]
+    # A list that begins with an id is one prompt, whatever follows.
+    if isinstance(value, list) and value and not is_number(value[0]):
+        given = value
     if len(given) > config.max_prompts:
         raise ConfigError(
             "prompt", f"{len(given)} prompts exceed {config.max_prompts}, the most of this server."
@@ -112,9 +117,10 @@ def _prompt(prompt: Any, place: str, model: ServedModel) -> list[int]:
             )
         return encode_prompts([prompt], model.tokenizer, model.vocab_size)[0]
     if not isinstance(prompt, list) or not all(map(is_whole, prompt)):
-        what = "has something that is not an id"
-        if not isinstance(prompt, list):
-            what = f"is {kind_of(prompt)}"
+        what = f"is {kind_of(prompt)}"
+        if isinstance(prompt, list):
+            wrong = next(item for item in prompt if not is_whole(item))
+            what = f"has {json.dumps(wrong)} among its ids"
         raise RequestError(
             f"{place}: {what}; give a text, token ids, or a list of either.", param="prompt"
         )

@@ -194,11 +194,13 @@ def _settle_core(config: ServingConfig, lm: Model) -> ServingConfig:
         config.check_model_without_core()
         return dataclasses.replace(config, criteria=("fixed",), max_depth=1, cache_slots=1)
     has_gate = lm.config.exit_gate.enabled
-    for criterion in config.criteria:
-        if criterion == "learned_gate" and not has_gate:
+    if "learned_gate" in config.criteria and not has_gate:
+        try:
             for_model(
-                GenerationConfig.of(exit_criterion=criterion), trained, has_exit_gate=has_gate
+                GenerationConfig.of(exit_criterion="learned_gate"), trained, has_exit_gate=has_gate
             )
+        except ConfigError as error:
+            raise ConfigError("criteria", error.problem) from None
     known = tuple(name for name in CRITERIA if has_gate or name != "learned_gate")
     slots = config.cache_slots or max(DEFAULT_SLOTS, trained)
     depth = config.max_depth or max(slots, DEPTH_FACTOR * trained)

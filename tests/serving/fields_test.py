@@ -186,8 +186,11 @@ def test_the_model_decides_what_can_be_asked() -> None:
 
 
 def test_a_prompt_can_be_scored_without_a_new_token() -> None:
-    (job,) = completion(prompt="a" * 127, max_tokens=0, echo=True, logprobs=1).jobs
-    assert (job.only_scores, job.scores_prompt, job.num_top, len(job.ids)) == (True, True, 1, 128)
+    (job,) = completion(prompt="a" * 126, max_tokens=0, echo=True, logprobs=1).jobs
+    assert (job.only_scores, job.scores_prompt, job.num_top, len(job.ids)) == (True, True, 1, 127)
+    # The batch wants a place for the token that it does not make.
+    full = {"prompt": "a" * 127, "max_tokens": 0, "echo": True}
+    assert refusal(completion, **full) == ("prompt", "context_length_exceeded")
     (job,) = completion(prompt="a", echo=True).jobs
     assert (job.only_scores, job.scores_prompt) == (False, False)
 

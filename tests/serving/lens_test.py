@@ -118,6 +118,7 @@ def test_tokens_are_shown_as_text(lens):
     ("body", "message"),
     [
         ({}, "ids: is null; give a list"),
+        ({"ids": []}, "ids: is empty; give"),
         ({"ids": [1, 32]}, "ids: 32 is not a token; ids are 0 to "),
         ({"ids": [1, "2"]}, "ids: has a text"),
         ({"ids": [1] * 71}, "ids: has 71 tokens; at most 70"),

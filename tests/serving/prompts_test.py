@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import io
 import pathlib
+import re
 from typing import Any
 
 import pytest
@@ -36,6 +37,12 @@ def test_prompts_are_a_text_ids_or_several_of_either() -> None:
     # 5.0 is a whole number in JSON.
     assert completion(prompt=[[5.0], [6, 7.0]]).prompts == ((5,), (6, 7))
     assert all(type(token) is int for token in completion(prompt=[5.0]).jobs[0].ids)
+
+
+def test_what_is_not_an_id_among_ids_is_named() -> None:
+    for prompt, place in (([5, 6, True], "prompt"), ([[5], [6, True]], "prompt[1]")):
+        with pytest.raises(RequestError, match=re.escape(f"{place}: has true among its ids")):
+            completion(prompt=prompt)
 
 
 @pytest.mark.parametrize(

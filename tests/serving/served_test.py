@@ -67,7 +67,7 @@ def test_a_model_without_a_core_has_one_slot() -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"criteria": ("learned_gate",)}, "needs a model with an exit gate"),
+        ({"criteria": ("learned_gate",)}, "^criteria: 'learned_gate' needs a model"),
         ({"max_depth": 2}, "max_depth: 2 is below the trained mean depth 3"),
         ({"max_tokens": 80}, "max_tokens: 80 leaves no room"),
         ({"capacity": 129}, "capacity: 129 tokens are more than the model's max_length=80"),

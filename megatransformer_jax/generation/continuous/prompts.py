@@ -166,6 +166,8 @@ def _own_config(given: TextModel, config: GenerationConfig, own: Any) -> Generat
     if not isinstance(own, Mapping):
         raise ConfigError("", f"{own!r} is not a dict of options, such as {{'depth': 4}}.")
     for name in own:
+        if not isinstance(name, str):
+            raise ConfigError("", f"{name!r} is not the name of an option, such as 'depth'.")
         if name not in GENERATION_OPTIONS:
             raise unknown_key(name, OWN_OPTIONS)
         if name not in OWN_OPTIONS:

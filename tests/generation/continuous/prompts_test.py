@@ -66,6 +66,7 @@ def texts_of(each, prompts=PROMPTS[:2], config=TINY, **options):
         ([{}], {}, "each has 1 sets of options for 2 prompts; give one dict per prompt"),
         ({"depth": 3}, {}, "each is a list with the options of every prompt, not {'depth'"),
         ([{}, 4], {}, r"each\[1\]: 4 is not a dict of options"),
+        ([{}, {4: 4}], {}, r"each\[1\]: 4 is not the name of an option"),
         ([{"dept": 4}, {}], {}, r"each\[0\].dept: no such option; did you mean 'depth'"),
         ([{}, {"num_samples": 2}], {}, r"each\[1\].num_samples: is the same for all prompts"),
         ([{}, {"depth": 0}], {}, r"each\[1\].depth.depth: 0"),
