@@ -48,7 +48,7 @@ class Guard:
     ):
         self._app = app
         self._allows_host = allows_host
-        self._authorization = None if api_key is None else f"Bearer {api_key}".encode()
+        self._api_key = None if api_key is None else api_key.encode()
         self._open_paths = tuple(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,10 +84,13 @@ class Guard:
             )
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if self._authorization is None or self._is_open(path):
+        if self._api_key is None or self._is_open(path):
             return
         given = headers.get("authorization")
-        if given is not None and hmac.compare_digest(given.encode("latin-1"), self._authorization):
+        scheme, _, key = (given or "").partition(" ")
+        # Names of schemes have no case, and any number of spaces may follow.
+        is_key = hmac.compare_digest(key.strip(" ").encode("latin-1"), self._api_key)
+        if is_key and scheme.lower() == "bearer":
             return
         problem = "is missing" if given is None else "is not the server's"
         raise RequestError(

@@ -44,6 +44,7 @@ def ask(app: Guard, path: str = "/v1/models", **headers: str) -> tuple[int, dict
 def test_the_key_is_asked_for_but_where_it_is_not() -> None:
     app = Guard(hello, lambda host: True, "s3cret", ("/health", "/", "/playground/"))
     assert ask(app, authorization="Bearer s3cret")[0] == 200
+    assert ask(app, authorization="bearer  s3cret")[0] == 200
     for path in ("/health", "/", "/playground/app.js"):
         assert ask(app, path)[0] == 200
     for headers in (
