@@ -72,7 +72,17 @@ class ServingConfig:
         maximum=MAX_COUNT,
     )
     chunk: int = option(
-        64, "Prompt tokens that are read between two launches.", minimum=1, maximum=MAX_COUNT
+        64,
+        "Prompt tokens that are read between two launches, at most.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    short_chunk: int = option(
+        16,
+        "Prompt tokens of a short chunk: of short prompts, and while whole chunks would keep "
+        "running texts waiting for more than two tokens' time. At least chunk: there are none.",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     criteria: tuple[str, ...] = option(
         (),

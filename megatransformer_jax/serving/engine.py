@@ -60,6 +60,7 @@ def batch_shape(config: ServingConfig, lm: Any) -> BatchShape:
         capacity=min(config.capacity, lm.config.max_length),
         num_slots=config.cache_slots,
         chunk=config.chunk,
+        short_chunk=config.short_chunk,
         criteria=config.criteria,
         num_top=config.max_logprobs,
         num_bias=MAX_LOGIT_BIAS,
@@ -77,6 +78,8 @@ def _costs(durations: Durations) -> Costs:
         turn=min(durations.turn / tick, _MAX_TURN),
         chunk=durations.chunk / tick,
         chunk_iteration=durations.chunk_iteration / tick,
+        short_chunk=durations.short_chunk / tick,
+        short_chunk_iteration=durations.short_chunk_iteration / tick,
     )
 
 
@@ -338,6 +341,8 @@ class Engine:
             max_ticks=config.max_ticks,
             max_prefill_share=config.max_prefill_share,
             max_bypasses=config.max_bypasses,
+            chunk=config.chunk,
+            short_chunk=min(config.short_chunk, config.chunk),
         )
         self._launches = Launches(
             batcher,

@@ -215,8 +215,7 @@ class Launches:
                 for row, held in enumerate(self.rows)
                 if held is not None and held.ticket is item.ticket
             }
-        # Where iterations share slots, what is cached depends on how a text was cut into passes.
-        shares = self._num_slots is not None and text.row_text.depth > self._num_slots
+        shares = self._shares_slots(text)
         # Prompts are read without the criteria that need logits.
         criterion = exit_criterion(text.row_text.criterion)
         return self._prefixes.find(
@@ -226,6 +225,10 @@ class Launches:
             of_prompts=self._copies_only_prompts or criterion.needs_logits or shares,
             multiple=self._prefixes.chunk if shares else 1,
         )
+
+    def _shares_slots(self, text: Text) -> bool:
+        """Whether what is cached depends on how a text was cut: iterations share slots."""
+        return self._num_slots is not None and text.row_text.depth > self._num_slots
 
     def _copy_prefixes(self) -> None:
         """Copies what texts wait for, once it is there."""
@@ -306,12 +309,15 @@ class Launches:
                     item.text.key,
                     item.text.num_to_read - item.text.num_read,
                     item.text.row_text.depth,
+                    may_be_short=not self._shares_slots(item.text)
+                    and not item.text.job.scores_prompt,
                 )
                 for item in reading
             ],
         )
         if launch.chunk is not None:
-            self._read_chunk(next(item for item in reading if item.text.key == launch.chunk))
+            chosen = next(item for item in reading if item.text.key == launch.chunk)
+            self._read_chunk(chosen, is_short=launch.is_short)
         if not launch.is_turn:
             if launch.chunk is not None:
                 self._batcher.wait()  # Else all of a long prompt would stand before who comes next.
@@ -344,16 +350,16 @@ class Launches:
             self._send(item, events)
         return entering
 
-    def _read_chunk(self, item: Item) -> None:
+    def _read_chunk(self, item: Item, *, is_short: bool) -> None:
         text = item.text
         assert text.row is not None
         if text.job.scores_prompt:
             scores, is_read = self._batcher.score(text.row)
             text.scores += _scored(text, scores)
         else:
-            is_read = self._batcher.prefill(text.row)
-        chunk = self._prefixes.chunk
-        text.num_read = text.num_to_read if is_read else text.num_read + chunk
+            is_read = self._batcher.prefill(text.row, is_short=is_short)
+        text.num_read = text.num_to_read - self._batcher.num_unread(text.row)
+        assert is_read == text.is_read
 
     def _read(self, launch: _Launch) -> None:
         """Waits for a launch and tells texts what they got."""

@@ -75,7 +75,9 @@ def test_a_fixed_number_is_kept():
     assert scheduler.next_launch({row: 4 for row in range(2)}, 0, []).min_waiting == 2
     # A text that enters needs a turn as much as one that waits.
     assert scheduler.next_launch({row: 4 for row in range(8)}, 2, []).min_waiting == 1
-    assert scheduler.next_launch({row: 4 for row in range(8)}, 5, []) == Launch(None, 0, 64, True)
+    assert scheduler.next_launch({row: 4 for row in range(8)}, 5, []) == Launch(
+        None, False, 0, 64, True
+    )
 
 
 def test_the_simulation_counts_tokens_as_a_loop_does():
@@ -129,7 +131,12 @@ def test_a_choice_that_is_as_good_is_kept():
 def test_prompts_get_their_share_of_the_time_while_texts_are_continued():
     costs = Costs(turn=1.5, chunk=4.0, chunk_iteration=2.0)
     scheduler = Scheduler(Policy(8, max_prefill_share=0.25), costs)
-    reading, running, num_chunks, decoding = [Reading("long", 10**6, depth=8)], {1: 8}, 0, 0.0
+    reading, running, num_chunks, decoding = (
+        [Reading("long", 10**6, 8, may_be_short=False)],
+        {1: 8},
+        0,
+        0.0,
+    )
     for _ in range(400):
         num_chunks += scheduler.next_launch(running, 0, reading).chunk == "long"
         decoding += 8 + 1.5
@@ -141,7 +148,29 @@ def test_prompts_get_their_share_of_the_time_while_texts_are_continued():
 def test_prompts_have_all_of_the_time_while_no_text_is_continued():
     scheduler = Scheduler(Policy(8, max_prefill_share=0.01), Costs())
     for _ in range(10):
-        assert scheduler.next_launch({}, 0, [Reading("a", 5)]) == Launch("a", 0, 0, False)
+        assert scheduler.next_launch({}, 0, [Reading("a", 5)]) == Launch("a", True, 0, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("num_left", "num_running", "whole", "is_short"),
+    [
+        (16, 0, 1.2, True),  # One short chunk is enough.
+        (17, 0, 1.2, False),  # Two take longer than a whole one.
+        (17, 0, 4.0, True),
+        (1000, 0, 3.9, False),
+        (1000, 8, 2.2, False),  # 1 + 8 * 2.2 is less than two tokens' time, 2 * (2 + 8).
+        (1000, 8, 3.0, True),
+    ],
+)
+def test_chunks_are_short_where_that_reads_as_fast_or_texts_would_wait(
+    num_left, num_running, whole, is_short
+):
+    costs = Costs(2.0, chunk=1.0, chunk_iteration=whole, short_chunk=1.0, short_chunk_iteration=1.0)
+    scheduler = Scheduler(Policy(8, chunk=64, short_chunk=16), costs)
+    running = {number: 8 for number in range(num_running)}
+    assert scheduler.next_launch(running, 0, [Reading("a", num_left, 8)]).is_short == is_short
+    reading = [Reading("a", num_left, 8, may_be_short=False)]
+    assert not scheduler.next_launch(running, 0, reading).is_short
 
 
 def test_short_prompts_overtake_a_long_one_only_so_often():

@@ -52,7 +52,8 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
             reading[row] = text
         for row in list(reading):
             while row in reading and not waits():
-                if batcher.prefill(row):
+                may_be_short = texts[reading[row]].depth <= batcher.shape.num_slots
+                if batcher.prefill(row, is_short=may_be_short and waits()):
                     running[row] = reading.pop(row)
         batcher.advance(min_waiting, max_ticks)
         events = batcher.turn().fetch()

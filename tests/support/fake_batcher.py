@@ -151,13 +151,17 @@ class FakeBatcher:
         self.copies.append((source, row, num_tokens))
         self._read(new, num_tokens)
 
-    def prefill(self, row):
+    def num_unread(self, row):
+        held = self._rows[row]
+        return len(held.text.ids) - 1 - held.num_read
+
+    def prefill(self, row, *, is_short=False):
         self._check()
         held = self._rows[row]
         if not held.is_entering:
             self.num_chunks += 1
             self._wait(2)
-            self._read(held, self.shape.chunk)
+            self._read(held, self.shape.chunk_size(is_short=is_short))
         return held.is_entering
 
     def score(self, row):
@@ -248,7 +252,14 @@ class FakeBatcher:
 
     def durations(self):
         self._check()
-        return Durations(tick=1.0, turn=2.0, chunk=2.0, chunk_iteration=0.0)
+        return Durations(
+            tick=1.0,
+            turn=2.0,
+            chunk=2.0,
+            chunk_iteration=0.0,
+            short_chunk=2.0,
+            short_chunk_iteration=0.0,
+        )
 
     def cache_bytes(self):
         return 0

@@ -54,6 +54,7 @@ _DONATED = {
     "copy": (0,),
     "release": (0,),
     "prefill": (1,),
+    "prefill_short": (1,),
     "place_image": (1,),
     "prefill_placed": (1,),
     "score": (1,),
@@ -72,12 +73,16 @@ class Durations:
       turn: a turn.
       chunk: a chunk of a prompt, without the core.
       chunk_iteration: an iteration of the core over a chunk.
+      short_chunk: a short chunk, without the core.
+      short_chunk_iteration: an iteration of the core over a short chunk.
     """
 
     tick: float
     turn: float
     chunk: float
     chunk_iteration: float
+    short_chunk: float
+    short_chunk_iteration: float
 
 
 class Batcher:
@@ -139,6 +144,8 @@ class Batcher:
             "turn": (self._params, self._is_allowed, self._batch),
             "release": (self._batch, self._mask(())),
         }
+        if self.shape.has_short_chunks:
+            arguments["prefill_short"] = arguments["prefill"]
         if self.shape.with_images:
             placed = self._no_images(PromptPlaces(np.zeros(0, np.int32), np.zeros(0, bool), ()))
             pixels = self._host(np.zeros(self._model.config.image.shape, np.float32))
@@ -199,18 +206,25 @@ class Batcher:
         self._batch = self._run("copy", self._batch, *numbers)
         self._num_read[row] = num_tokens
 
-    def prefill(self, row: int) -> bool:
+    def prefill(self, row: int, *, is_short: bool = False) -> bool:
         """Reads one chunk of the row's prompt; True once only its last token is left.
 
-        That one enters by the next `turn`. True at once for a prompt of one token.
+        That one enters by the next `turn`. True at once for a prompt of one token. How a prompt is
+        cut makes no difference, unless iterations share slots: then it is read in whole chunks.
+
+        Args:
+          row: which.
+          is_short: reads `shape.short_chunk` tokens. Prompts with images are read in whole chunks.
         """
+        is_short = is_short and self.shape.has_short_chunks and row not in self._placed
         if self.num_unread(row):
             given = (self._params, self._batch, self._number(row))
             if row in self._placed:
                 self._batch = self._run("prefill_placed", *given, self._placed[row])
             else:
-                self._batch = self._run("prefill", *given)
-            self._count_read(row)
+                name = "prefill_short" if is_short else "prefill"
+                self._batch = self._run(name, *given)
+            self._count_read(row, is_short=is_short)
         if not self.num_unread(row):
             self._placed.pop(row, None)
         return not self.num_unread(row)
@@ -271,11 +285,10 @@ class Batcher:
         Args:
           repeats: of which the shortest counts.
         """
-        size = max(min(self.shape.chunk, self.shape.capacity - repeats - 2), 1)
-        chunks = {}
-        for depth in (1, _MEASURED_TICKS):
-            text = RowText((0,) * (size + 1), repeats + 1, depth)
-            chunks[depth] = min(self._timed_chunk(text) for _ in range(repeats))
+        chunk = self._measured_chunk(repeats, is_short=False)
+        short_chunk = chunk
+        if self.shape.has_short_chunks:
+            short_chunk = self._measured_chunk(repeats, is_short=True)
         self.turn()
         ticks, turns = [], []
         for _ in range(repeats):
@@ -284,13 +297,22 @@ class Batcher:
         self.release([0])
         # Without a core a turn is all there is.
         tick = min(ticks) / _MEASURED_TICKS if self._has_core else min(turns)
-        per_iteration = (chunks[_MEASURED_TICKS] - chunks[1]) / (_MEASURED_TICKS - 1)
-        per_iteration = max(per_iteration, 0.0)
-        return Durations(tick, min(turns), max(chunks[1] - per_iteration, 0.0), per_iteration)
+        return Durations(tick, min(turns), *chunk, *short_chunk)
 
-    def _timed_chunk(self, text: RowText) -> float:
-        self.place(0, text)
-        return self._timed(lambda: self.prefill(0))
+    def _measured_chunk(self, repeats: int, *, is_short: bool) -> tuple[float, float]:
+        """Seconds of a chunk without the core, and of an iteration of the core over it."""
+        size = self.shape.chunk_size(is_short=is_short)
+        size = max(min(size, self.shape.capacity - repeats - 2), 1)
+        seconds = {}
+        for depth in (1, _MEASURED_TICKS):
+            text, taken = RowText((0,) * (size + 1), repeats + 1, depth), []
+            for _ in range(repeats):
+                self.place(0, text)
+                taken.append(self._timed(lambda: self.prefill(0, is_short=is_short)))
+            seconds[depth] = min(taken)
+        per_iteration = (seconds[_MEASURED_TICKS] - seconds[1]) / (_MEASURED_TICKS - 1)
+        per_iteration = max(per_iteration, 0.0)
+        return max(seconds[1] - per_iteration, 0.0), per_iteration
 
     def _timed(self, function: Callable[[], object]) -> float:
         self.wait()
@@ -320,8 +342,8 @@ class Batcher:
     def _has_core(self) -> bool:
         return self._model.config.is_recurrent
 
-    def _count_read(self, row: int) -> None:
-        size = min(self.shape.chunk, self._capacity)
+    def _count_read(self, row: int, *, is_short: bool = False) -> None:
+        size = min(self.shape.chunk_size(is_short=is_short), self._capacity)
         self._num_read[row] += min(size, self.num_unread(row))
 
     def _run(self, name: str, *arguments: Any) -> Any:

@@ -5,6 +5,7 @@
 | place   | a text's settings and prompt into a row                         | not touched       |
 | copy    | a row's first tokens from another row                           | written, in place |
 | prefill | the next tokens of one row's prompt, but never its last         | written, in place |
+| _short  | the same, fewer at a time                                       | written, in place |
 | score   | the same, with log-probabilities of the tokens behind           | written, in place |
 | advance | iterations of the core, until enough rows wait                  | only read         |
 | turn    | rows that wait: coda, head, a new token, prelude of the next    | written, in place |
@@ -194,6 +195,13 @@ def prefill(
     return _read_chunk(model, shape, params, batch, row)[0]
 
 
+def prefill_short(
+    model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
+) -> Batch:
+    """The same, up to `shape.short_chunk` tokens."""
+    return _read_chunk(model, shape, params, batch, row, is_short=True)[0]
+
+
 def place_image(
     model: MegaTransformer,
     shape: BatchShape,
@@ -242,11 +250,13 @@ def _read_chunk(
     batch: Batch,
     row: Int[Array, ""],
     placed: PlacedImages | None = None,
+    *,
+    is_short: bool = False,
 ) -> tuple[Batch, TokensRead, jax.Array]:
     lanes, cache = batch.lanes, batch.cache
     model, one = for_rows(model, shape.rows), for_rows(model, 1)
     settings, history = jax.tree.map(lambda all: all[row][None], lanes.settings), lanes.history
-    size = min(shape.chunk, cache.capacity)
+    size = min(shape.chunk_size(is_short=is_short), cache.capacity)
     start = cache.next_position[row]
     places = start + jnp.arange(size, dtype=jnp.int32)
     is_token = places < settings.num_places[0] - 1

@@ -43,7 +43,7 @@ CRITERIA = {
     "kl": (0.005, 0.1),
     "learned_gate": (0.001, 0.05),
 }
-SHAPE = BatchShape(4, 64, 8, chunk=4, criteria=("latent_diff", "kl"), num_top=2)
+SHAPE = BatchShape(4, 64, 8, chunk=4, short_chunk=3, criteria=("latent_diff", "kl"), num_top=2)
 # Ends texts that draw it; the second never comes.
 END_IDS = (11, 30)
 
