@@ -49,9 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", help="folder of a run; without it random weights")
     parser.add_argument("--width", type=int, default=256, help="of random weights")
     parser.add_argument("--rows", type=int, default=8, help="texts at once")
-    parser.add_argument("--texts", type=int, default=32, help="of a workload")
-    parser.add_argument("--new", type=int, default=64, help="tokens per text")
-    parser.add_argument("--chunk", type=int, default=16, help="prompt tokens per pass")
+    parser.add_argument("--texts", type=int, default=48, help="of a workload")
+    parser.add_argument("--new", type=int, default=48, help="tokens per text")
+    parser.add_argument("--chunk", type=int, default=64, help="prompt tokens per pass")
     parser.add_argument("--slots", type=int, default=MAX_DEPTH, help="of the cache")
     parser.add_argument("--long-prompt", type=int, default=1000, help="tokens of a long prompt")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds")
@@ -129,6 +129,13 @@ class Run:
             raise SystemExit(self.failure)
         return max(times.ended or 0.0 for times in self.times) - self.began
 
+    def steady_rate(self) -> float:
+        """Tokens per second while no row was free: from the first end to the last first token."""
+        begin = min(times.ended or 0.0 for times in self.times)
+        end = max(times.moments[0] for times in self.times)
+        count = sum(begin < moment <= end for times in self.times for moment in times.moments)
+        return count / (end - begin) if end > begin else float("nan")
+
     def wait_for_tokens(self, count: int) -> None:
         """Waits until each text has so many, or all have ended."""
         while min(len(times.moments) for times in self.times) < count and not self._over.is_set():
@@ -195,16 +202,28 @@ class Ways:
 
 
 def throughput(
-    ways: Ways, jobs: Sequence[Job], rounds: int, others: dict[str, Callable[[], float]]
-) -> dict[str, list[float]]:
-    """Seconds until all texts are there, per way and round; a round before them warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in (*ways.engines, *others)}
+    ways: Ways, jobs: Sequence[Job], rounds: int, generator: Callable[[], float]
+) -> dict[str, dict[str, list[float]]]:
+    """Per way and round; a round before them warms up.
+
+    Returns:
+      'rates': tokens per second of the engines while no row was free. Towards the end of a limited
+      number of texts rows are, and how many depends on the order of the texts.
+      'seconds': until all texts are there, also of the generator.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in ways.engines}
+    seconds: dict[str, list[float]] = {name: [] for name in (*ways.engines, "generator")}
     for round_number in range(-1, rounds):
-        for name, timed in seconds.items():
-            took = others[name]() if name in others else Run(ways.engines[name], jobs).wait()
+        for name, engine in ways.engines.items():
+            run = Run(engine, jobs)
+            took = run.wait()
             if round_number >= 0:
-                timed.append(took)
-    return seconds
+                seconds[name].append(took)
+                rates[name].append(run.steady_rate())
+        took = generator()
+        if round_number >= 0:
+            seconds["generator"].append(took)
+    return {"rates": rates, "seconds": seconds}
 
 
 def by_generator(lm: Any, jobs: Sequence[Job], rows: int) -> Callable[[], float]:
@@ -290,18 +309,21 @@ def main() -> None:
     ways = Ways(lm, options)
     names = [name for name in ways.engines if name != "token level"]
     result: dict[str, Any] = {"environment": shown, "options": vars(options)}
-    print("tokens per second; in brackets quartiles of the ratios of the rounds\n")
+    print(
+        "tokens per second while no row is free, but for the last column, which compares the time"
+    )
+    print("of all texts; in brackets quartiles of the ratios of the rounds\n")
     head = " | ".join(f"{name} / token level" for name in names)
     print(f"| texts | token level | {head} | automatic / Generator |")
     print("|---|---:|" + "---:|" * (len(names) + 1))
     for load, jobs in workloads(lm, options).items():
-        others = {"generator": by_generator(lm, jobs, options.rows)}
-        seconds = throughput(ways, jobs, options.rounds, others)
-        result[load] = seconds
-        level = seconds["token level"]
-        rate = len(jobs) * options.new / statistics.median(level)
-        cells = [ratios(level, seconds[name]) for name in names]
+        found = throughput(ways, jobs, options.rounds, by_generator(lm, jobs, options.rows))
+        result[load] = found
+        rates, seconds = found["rates"], found["seconds"]
+        level = rates["token level"]
+        cells = [ratios(rates[name], level) for name in names]
         cells.append(ratios(seconds["generator"], seconds["automatic"]))
+        rate = statistics.median(level)
         print(f"| {load} | {rate:.0f} | " + " | ".join(cells) + " |", flush=True)
     shallow = result["shallow"] = one_shallow_text(ways, lm, options)
     print(f"\none text of depth 4 among {options.rows - 1} of depth 32, ms between its tokens:")

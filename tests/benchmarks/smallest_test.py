@@ -83,7 +83,7 @@ def run(
         ),
         (
             "serving",
-            "--width=16 --rows=2 --texts=2 --new=8 --slots=2 --rounds=1 --long-prompt=0",
+            "--width=16 --rows=2 --texts=6 --new=8 --slots=2 --rounds=1 --long-prompt=0",
             r"\| mixed \| \d+ \| [\d.]+ \(",
         ),
     ],
