@@ -85,8 +85,8 @@ def _prompts(about: Mapping[str, Any], vocab_size: int) -> list[list[int]]:
 
 def _num_tokens(about: Mapping[str, Any]) -> int:
     """As many as fit behind the prompt."""
-    columns = -(-_PROMPT_TOKENS // about["chunk"]) * about["chunk"]
-    room = min(about["capacity"] - columns + 1, about["max_length"] - _PROMPT_TOKENS)
+    columns = -(-(_PROMPT_TOKENS - 1) // about["chunk"]) * about["chunk"]
+    room = min(about["capacity"] - columns, about["max_length"] - _PROMPT_TOKENS)
     return max(1, min(MAX_TOKENS, room))
 
 

@@ -124,6 +124,9 @@ def _about(programs: Programs, params: Shapes, loaded: LoadedModel) -> dict[str,
         "criteria": {name: EXIT_CRITERIA[name].default_threshold for name in config.criterion}
         if is_recurrent
         else {},
+        "criteria_that_read_logits": [
+            name for name in config.criterion if is_recurrent and EXIT_CRITERIA[name].needs_logits
+        ],
         "cache_slots": config.cache_slots if is_recurrent else None,
         "cache_sharing": config.cache_sharing,
         "cache_exited_reads": config.cache_exited_reads,

@@ -65,13 +65,14 @@ def generate(
     name of the criterion; what is left out is as program.json says.
     """
     rows, chunk = about["batch"], about["chunk"]
-    columns = -(-max(map(len, prompts)) // chunk) * chunk
+    # A prompt's last token passes alone, as new ones do.
+    columns = -(-(max(map(len, prompts)) - 1) // chunk) * chunk
     longest = max(map(len, prompts)) + count - 1
     if longest > about["max_length"]:
         raise SystemExit(f"{longest} tokens; the model reads at most {about['max_length']}")
-    if len(prompts) > rows or columns + count - 1 > about["capacity"]:
+    if len(prompts) > rows or columns + count > about["capacity"]:
         raise SystemExit(
-            f"{len(prompts)} prompts, and {columns} + {count - 1} padded and new tokens; this "
+            f"{len(prompts)} prompts, and {columns} + {count} padded and new tokens; this "
             f"program takes at most {rows} and {about['capacity']}"
         )
     size = about["programs"]["prefill"]["outputs"][0]["shape"][-1]
@@ -79,23 +80,26 @@ def generate(
         raise SystemExit(f"token id {unknown[0]}: this program has 0 to {size - 1}")
     tokens = np.zeros((rows, columns), np.int32)
     is_token = np.zeros((rows, columns), bool)
-    for row, ids in enumerate(prompts):
-        tokens[row, columns - len(ids) :], is_token[row, columns - len(ids) :] = ids, True
+    chosen, is_running = np.zeros(rows, np.int32), np.arange(rows) < len(prompts)
+    for row, (*before, last) in enumerate(prompts):
+        tokens[row, : len(before)], is_token[row, : len(before)] = before, True
+        chosen[row] = last
     given = {name: _settings(about, settings, name) for name in programs}
     cache = {c["name"]: np.full(c["shape"], c["fill"], c["dtype"]) for c in about["cache"]}
     for first in range(0, columns, chunk):
         part = slice(first, first + chunk)
         now = {"tokens": tokens[:, part], "is_token": is_token[:, part]}
-        outputs, cache = programs["prefill"](now | given["prefill"], cache)
-    is_running = np.arange(rows) < len(prompts)
+        _, cache = programs["prefill"](now | given["prefill"], cache)
+    step = given["step"] | {k: v for k, v in given["prefill"].items() if k == "keys"}
     for number in range(count):
+        now = {"tokens": chosen[:, None], "is_token": is_running[:, None]}
+        outputs, cache = programs["step"](now | step, cache)
+        step = given["step"]
         chosen = np.asarray(outputs["logits"]).argmax(-1).astype(np.int32)
         yield chosen, np.asarray(outputs.get("num_steps", np.zeros(rows, np.int32))), is_running
         is_running = is_running & ~np.isin(chosen, end_ids)
-        if number == count - 1 or not is_running.any():
+        if not is_running.any():
             return
-        now = {"tokens": chosen[:, None], "is_token": is_running[:, None]}
-        outputs, cache = programs["step"](now | given["step"], cache)
 
 
 def _settings(about: Mapping[str, Any], settings: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -111,6 +115,9 @@ def _settings(about: Mapping[str, Any], settings: Mapping[str, Any], name: str) 
     default |= {"min_depth": 1, "threshold": criteria.get(criterion)}
     values = default | {key: value for key, value in settings.items() if value is not None}
     values["criterion"] = [*criteria].index(criterion) if criteria else 0
+    if name == "prefill" and criterion in about["criteria_that_read_logits"]:
+        # Within a pass they would judge a token by neighbours in the middle of their iterations.
+        values["min_depth"] = values["depth"]
     values["keys"] = about["keys"][name]
     entries = about["programs"][name]["inputs"]
     return {e["name"]: np.asarray(values[e["name"]], e["dtype"]) for e in entries[2:]}

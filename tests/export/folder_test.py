@@ -56,6 +56,7 @@ def test_program_json_says_what_a_loop_must_know():
     assert about["format"] == "onnx" and about["versions"]["opset"] == 23
     assert about["batch"] == 2 and about["capacity"] == 64 and about["cache_slots"] == 8
     assert about["criteria"] == {"latent_diff": 0.03, "kl": 5e-4}
+    assert about["criteria_that_read_logits"] == ["kl"]
     assert about["tokenizer"] == {"kind": "bytes", "end_ids": [2], "start_id": 1}
     assert [len(rows) for rows in about["keys"].values()] == [2, 2]
     assert {entry["fill"] for entry in about["cache"]} == {0, -1}

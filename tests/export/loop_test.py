@@ -37,7 +37,7 @@ def test_what_does_not_fit_is_said(about):
     with pytest.raises(SystemExit, match=r"3 prompts, .* takes at most 2 and 64"):
         continued(about, [[1]] * 3, 1)
     with pytest.raises(SystemExit, match=r"8 \+ 57 padded and new tokens"):
-        continued(about, [[1]], 58)
+        continued(about, [[1, 2]], 57)
     with pytest.raises(SystemExit, match="81 tokens; the model reads at most 80"):
         continued(about, [[1] * 8], 74)
     with pytest.raises(SystemExit, match="criterion cosine: this program has latent_diff, kl"):
