@@ -91,7 +91,7 @@ def generate(
         now = {"tokens": tokens[:, part], "is_token": is_token[:, part]}
         _, cache = programs["prefill"](now | given["prefill"], cache)
     step = given["step"] | {k: v for k, v in given["prefill"].items() if k == "keys"}
-    for number in range(count):
+    for _ in range(count):
         now = {"tokens": chosen[:, None], "is_token": is_running[:, None]}
         outputs, cache = programs["step"](now | step, cache)
         step = given["step"]
