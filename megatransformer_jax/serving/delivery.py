@@ -192,10 +192,5 @@ async def _send_part(send: Send, data: Sequence[Mapping[str, Any]]) -> None:
 
 
 def as_event(data: Mapping[str, Any]) -> bytes:
-    r"""One server-sent event.
-
-    Examples:
-      >>> as_event({"n": 1})
-      b'data: {"n":1}\n\n'
-    """
+    """One server-sent event."""
     return b"data: " + json_bytes(data) + b"\n\n"
