@@ -3,7 +3,7 @@
     python -m benchmarks.serving_soak --model=runs/recurrent
     python -m benchmarks.serving_soak --model=runs/recurrent --minutes=2 --rows=4
 
-Starts `megatransformer serve` in a process of its own. First as many clients as there are rows, and
+Starts `megatransformer serve` in a separate process. First as many clients as there are rows, and
 as many again, find out how many requests per second it serves; then requests come at random moments
 at `--load` of that rate. Depth (4, 8 or 32), exit criterion, temperature, seed and both lengths are
 drawn per request, and some clients hang up in the middle. At the end nothing may be open, and the

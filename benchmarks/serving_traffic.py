@@ -1,6 +1,6 @@
 """Requests to a server, and what their clients see: times of tokens, refusals, errors.
 
-A client of its own on plain sockets: it takes little of the processor that the server shares.
+A small client on plain sockets, so that it takes little of the processor that the server shares.
 """
 
 import asyncio

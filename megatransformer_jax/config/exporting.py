@@ -12,15 +12,17 @@ from megatransformer_jax.config.option import (
     require_defaults,
     rule,
 )
+from megatransformer_jax.config.sampling import (
+    cache_exited_reads_option,
+    cache_sharing_option,
+    cache_slots_option,
+)
 
 FORMATS = ("stablehlo", "onnx")
 # What a program has if the model says nothing smaller.
 DEFAULT_CAPACITY = 1024
-DEFAULT_SLOTS = 32
 GATE_READOUTS = GENERATION_OPTIONS["gate_readout"].check.choices
 CRITERIA = GENERATION_OPTIONS["exit_criterion"].check.choices
-SHARINGS = GENERATION_OPTIONS["cache_sharing"].check.choices
-EXITED_READS = GENERATION_OPTIONS["cache_exited_reads"].check.choices
 _OF_THE_CORE = (
     "criterion",
     "gate_readout",
@@ -64,22 +66,9 @@ class ProgramConfig:
         "criterion=fixed. With threshold the caller gives gate_threshold.",
         choices=GATE_READOUTS,
     )
-    cache_slots: int | None = option(
-        None,
-        "Slots of each core layer, shared by the iterations. Default (None): 32, or the trained "
-        "mean depth if that is more; deeper tokens share them.",
-        minimum=1,
-        maximum=MAX_COUNT,
-    )
-    cache_sharing: str = option(
-        "modulo", "Which slot an iteration beyond them uses, as of generate.", choices=SHARINGS
-    )
-    cache_exited_reads: str = option(
-        "latest",
-        "What later tokens read, at deeper iterations, of a token that exited early, as of "
-        "generate.",
-        choices=EXITED_READS,
-    )
+    cache_slots: int | None = cache_slots_option()
+    cache_sharing: str = cache_sharing_option()
+    cache_exited_reads: str = cache_exited_reads_option()
     seed: int = option(
         0,
         "Seed of the rows' keys in program.json, from which first states are drawn if the model "

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from megatransformer_jax.config.option import (
     MAX_COUNT,
@@ -153,6 +154,10 @@ class DepthConfig:
             )
 
 
+SHARINGS = ("modulo", "anchor", "last")
+EXITED_READS = ("latest", "skip")
+
+
 @dataclasses.dataclass(frozen=True)
 class CacheConfig:
     """The key/value cache of prelude, core and coda."""
@@ -169,13 +174,13 @@ class CacheConfig:
         "Which slot an iteration uses if there are fewer than iterations. modulo: in turn. "
         "anchor: half of the slots belong to the first iterations, the others take turns on the "
         "rest. last: the first iterations have their own, the others share the last slot.",
-        choices=("modulo", "anchor", "last"),
+        choices=SHARINGS,
     )
     exited_reads: str = option(
         "latest",
         "What later tokens read, at deeper iterations, of a token that exited early. latest: its "
         "last keys and values. skip: they do not see it.",
-        choices=("latest", "skip"),
+        choices=EXITED_READS,
     )
     capacity: int | None = option(
         None,
@@ -202,12 +207,61 @@ class CacheConfig:
     @rule("sharing")
     def _anchor_needs_two_slots(self) -> None:
         """anchor needs at least 2 slots."""
-        if self.sharing == "anchor" and self.slots == 1:
-            raise ConfigError(
-                "sharing",
-                "'anchor' needs a slot for the first iteration and one for others, not slots=1; "
-                "use more slots or another sharing.",
-            )
+        check_anchor(self.sharing, self.slots)
+
+
+def check_anchor(sharing: str, slots: int | None, prefix: str = "") -> None:
+    """Checks that there are slots to share; `prefix` is that of the options' names.
+
+    Raises:
+      ConfigError: if there is one slot for sharing='anchor'.
+    """
+    if sharing == "anchor" and slots == 1:
+        raise ConfigError(
+            f"{prefix}sharing",
+            f"'anchor' needs a slot for the first iteration and one for others, not {prefix}slots="
+            "1; use more slots or another sharing.",
+        )
+
+
+# ------------------------------------------------------------------------------
+# The cache of programs that are compiled once for all depths: a server's, and exported ones.
+
+SLOTS_OF_ANY_DEPTH = 32
+
+
+def cache_slots_option() -> Any:
+    """Slots of each core layer."""
+    return option(
+        None,
+        "Slots of each core layer, shared by the iterations. Default (None): "
+        f"{SLOTS_OF_ANY_DEPTH}, or the trained mean depth if that is more; deeper tokens share "
+        "them.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+
+
+def cache_sharing_option() -> Any:
+    """How iterations share them."""
+    return option(
+        "modulo", "Which slot an iteration beyond them uses, as of generate.", choices=SHARINGS
+    )
+
+
+def cache_exited_reads_option() -> Any:
+    """What is read of tokens that exited."""
+    return option(
+        "latest",
+        "What later tokens read, at deeper iterations, of a token that exited early, as of "
+        "generate.",
+        choices=EXITED_READS,
+    )
+
+
+def slots_of_any_depth(slots: int | None, trained_depth: int | None) -> int:
+    """What `cache_slots_option` means."""
+    return slots or max(SLOTS_OF_ANY_DEPTH, trained_depth or 1)
 
 
 # ------------------------------------------------------------------------------

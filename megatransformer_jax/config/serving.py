@@ -14,14 +14,17 @@ from megatransformer_jax.config.option import (
     require_defaults,
     rule,
 )
+from megatransformer_jax.config.sampling import (
+    cache_exited_reads_option,
+    cache_sharing_option,
+    cache_slots_option,
+    check_anchor,
+)
 
 CRITERIA = GENERATION_OPTIONS["exit_criterion"].check.choices
-SHARINGS = GENERATION_OPTIONS["cache_sharing"].check.choices
-EXITED_READS = GENERATION_OPTIONS["cache_exited_reads"].check.choices
 
 # What a server has if the model says nothing smaller.
 DEFAULT_CAPACITY = 2048
-DEFAULT_SLOTS = 32
 # Requests may ask for so many times the trained mean depth, unless `max_depth` says otherwise.
 DEPTH_FACTOR = 4
 # Widths of compiled arrays, one row each per text.
@@ -97,22 +100,9 @@ class ServingConfig:
         minimum=1,
         maximum=MAX_COUNT,
     )
-    cache_slots: int | None = option(
-        None,
-        "Slots of each core layer, shared by the iterations. Default (None): "
-        f"{DEFAULT_SLOTS}, or the trained mean depth if that is more; deeper tokens share them.",
-        minimum=1,
-        maximum=MAX_COUNT,
-    )
-    cache_sharing: str = option(
-        "modulo", "Which slot an iteration beyond them uses, as of generate.", choices=SHARINGS
-    )
-    cache_exited_reads: str = option(
-        "latest",
-        "What later tokens read, at deeper iterations, of a token that exited early, as of "
-        "generate.",
-        choices=EXITED_READS,
-    )
+    cache_slots: int | None = cache_slots_option()
+    cache_sharing: str = cache_sharing_option()
+    cache_exited_reads: str = cache_exited_reads_option()
     prefix_reuse: bool = option(
         True,
         "Copies the cached rows of a prompt's beginning from a text that began alike, instead of "
@@ -218,12 +208,7 @@ class ServingConfig:
     @rule("cache_sharing")
     def _anchor_needs_two_slots(self) -> None:
         """anchor needs at least 2 slots."""
-        if self.cache_sharing == "anchor" and self.cache_slots == 1:
-            raise ConfigError(
-                "cache_sharing",
-                "'anchor' needs a slot for the first iteration and one for others, not "
-                "cache_slots=1; use more slots or another sharing.",
-            )
+        check_anchor(self.cache_sharing, self.cache_slots, "cache_")
 
     @rule("cache_slots")
     def _slots_fit_the_depth(self) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from megatransformer_jax.config.exporting import DEFAULT_CAPACITY, DEFAULT_SLOTS, ProgramConfig
+from megatransformer_jax.config.exporting import DEFAULT_CAPACITY, ProgramConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.config.sampling import GATE_THRESHOLD
+from megatransformer_jax.config.sampling import GATE_THRESHOLD, slots_of_any_depth
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion, one_of
 from megatransformer_jax.models.gate_readout import make_readout
 from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
@@ -188,7 +188,7 @@ def build_programs(
     _check(model, config)
     of_model = model.config
     capacity = config.capacity or min(of_model.max_length, DEFAULT_CAPACITY)
-    slots = config.cache_slots or max(DEFAULT_SLOTS, trained_depth or 1)
+    slots = slots_of_any_depth(config.cache_slots, trained_depth)
     shape = CacheShape(
         config.batch,
         capacity,

@@ -289,7 +289,7 @@ def stop_strings(stops: Sequence[str], pieces: PieceTable) -> TextAutomaton:
 class StopFinder:
     """Finds the same stops token by token on the host, for one text whose tokens come one by one.
 
-    It needs no table with a column per token, so every text may have stops of its own.
+    It needs no table with a column per token, so every text may have its own stop texts.
 
     Args:
       stops: the texts; none finds nothing.

@@ -303,7 +303,7 @@ class _Scores:
             return {**self._of_chat(scored.token, scored.log_prob), "top_logprobs": top}
         likeliest: dict[str, float] | None = None
         if scored.log_prob is not None:
-            # The chosen token is among them even if it is none of the likeliest.
+            # The chosen token is among them even if it is not one of the likeliest.
             pairs = [*scored.top, (scored.token, scored.log_prob)]
             likeliest = self._by_text(pairs)
         return {

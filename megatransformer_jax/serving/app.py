@@ -129,7 +129,7 @@ async def _answer(
         )
         exchange.keep(ticket)
         chunks = answer.first_chunks()
-        # What goes wrong before anything has been made is an error with a status of its own.
+        # What goes wrong before anything has been made is reported by the status code.
         while True:
             for number, event in await exchange.next():
                 chunks += answer.add(number, event)

@@ -354,12 +354,11 @@ class Launches:
         text = item.text
         assert text.row is not None
         if text.job.scores_prompt:
-            scores, is_read = self._batcher.score(text.row)
+            scores, _ = self._batcher.score(text.row)
             text.scores += _scored(text, scores)
         else:
-            is_read = self._batcher.prefill(text.row, is_short=is_short)
+            self._batcher.prefill(text.row, is_short=is_short)
         text.num_read = text.num_to_read - self._batcher.num_unread(text.row)
-        assert is_read == text.is_read
 
     def _read(self, launch: _Launch) -> None:
         """Waits for a launch and tells texts what they got."""

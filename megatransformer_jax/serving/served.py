@@ -15,11 +15,10 @@ import jax
 
 from megatransformer_jax.config.generation import GenerationConfig, for_model
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.config.sampling import CacheConfig
+from megatransformer_jax.config.sampling import CacheConfig, slots_of_any_depth
 from megatransformer_jax.config.serving import (
     CRITERIA,
     DEFAULT_CAPACITY,
-    DEFAULT_SLOTS,
     DEPTH_FACTOR,
     ServingConfig,
 )
@@ -202,7 +201,7 @@ def _settle_core(config: ServingConfig, lm: Model) -> ServingConfig:
         except ConfigError as error:
             raise ConfigError("criteria", error.problem) from None
     known = tuple(name for name in CRITERIA if has_gate or name != "learned_gate")
-    slots = config.cache_slots or max(DEFAULT_SLOTS, trained)
+    slots = slots_of_any_depth(config.cache_slots, trained)
     depth = config.max_depth or max(slots, DEPTH_FACTOR * trained)
     if config.cache_slots is None:
         slots = min(slots, depth)

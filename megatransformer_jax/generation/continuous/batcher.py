@@ -69,7 +69,7 @@ class Durations:
     """Seconds that things take.
 
     Attributes:
-      tick: an iteration of all rows; a turn if there is no core.
+      tick: an iteration of all rows; without a core, a turn.
       turn: a turn.
       chunk: a chunk of a prompt, without the core.
       chunk_iteration: an iteration of the core over a chunk.

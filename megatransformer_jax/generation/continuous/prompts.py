@@ -124,7 +124,7 @@ def prompt_texts(
 ) -> list[PromptText]:
     """The texts of a call, `num_samples` per prompt, in the order of the prompts.
 
-    A prompt with a seed of its own draws as if it were alone in its call.
+    A prompt that sets its own seed draws as if it were alone in its call.
 
     Args:
       given: the model.
@@ -248,7 +248,7 @@ def continue_each(
 
 
 @dataclasses.dataclass
-class NewTokens:
+class NewText:
     """What a text got.
 
     Attributes:
@@ -280,7 +280,7 @@ class NewTokens:
         return self.finish_reason == FINISH_REASONS[RUNNING]
 
 
-def continue_texts(given: TextModel, texts: Sequence[PromptText], num_rows: int) -> list[NewTokens]:
+def continue_texts(given: TextModel, texts: Sequence[PromptText], num_rows: int) -> list[NewText]:
     """Continues texts, so many at once; one that ends makes room for the next.
 
     Args:
@@ -296,7 +296,7 @@ def continue_texts(given: TextModel, texts: Sequence[PromptText], num_rows: int)
     batcher = Batcher(given.model, given.params, given.tokenizer, shape)
     rows = [_row_text(given, text) for text in texts]
     finders = [StopFinder(text.config.stop, given.tokenizer) for text in texts]
-    found = [NewTokens() for _ in texts]
+    found = [NewText() for _ in texts]
     launches = _launches(batcher, rows, found, _min_waiting(texts, num_rows), shape.rows)
     for events, numbers in launches:
         stopped = []
@@ -314,7 +314,7 @@ def continue_texts(given: TextModel, texts: Sequence[PromptText], num_rows: int)
 def _launches(
     batcher: Batcher,
     texts: Sequence[RowText],
-    found: Sequence[NewTokens],
+    found: Sequence[NewText],
     min_waiting: int,
     num_rows: int,
 ) -> Iterator[tuple[Events, Mapping[int, int]]]:
