@@ -15,6 +15,7 @@ LAYERS: Mapping[str, int] = {
     "extras": 0,
     "files": 0,
     "sharding": 0,
+    "compiled": 1,
     "ops": 1,
     "data": 1,
     "nn": 2,
