@@ -49,16 +49,24 @@ def check_augmentation(config: BaseRunConfig) -> None:
         TextAugmentation.from_config(config.data.augmentation, config.data.seed)
 
 
-def build_sharded_model(config: RunConfig) -> tuple[MegaTransformer, Sharder]:
-    """The model on a mesh over all devices.
+def build_sharded_model(
+    config: RunConfig, devices: Sequence[Any] | None = None
+) -> tuple[MegaTransformer, Sharder]:
+    """The model on a mesh over devices.
+
+    Args:
+      config: of the run.
+      devices: all of one platform; they may be of a topology that is only described. None: all
+        that there are.
 
     Raises:
       ConfigError: if mesh, devices, model and batch do not fit each other.
     """
-    mesh = make_mesh(config.mesh, jax.devices())
+    devices = jax.devices() if devices is None else devices
+    mesh = make_mesh(config.mesh, devices)
     check_run_fits_mesh(config, mesh)
     sharder = Sharder(mesh)
-    platform = jax.default_backend()
+    platform = devices[0].platform
     policy = DTypePolicy.from_precision(config.train.precision, platform)
     return build_model(config.model, policy, sharder, platform), sharder
 

@@ -125,7 +125,14 @@ def possible_accumulations(batch_size: int, batch_ways: int) -> list[int]:
 
 
 def compile_step(train_step: TrainStep | LossStep, state: TrainState, batch: Any) -> StepProgram:
-    """Compiles a step that overwrites its state, from shapes alone.
+    """Compiles a step that overwrites its state, from shapes alone; see `lower_step`."""
+    return lower_step(train_step, state, batch).compile()
+
+
+def lower_step(
+    train_step: TrainStep | LossStep, state: TrainState, batch: Any
+) -> jax.stages.Lowered:
+    """A step that overwrites its state, for the devices of its arguments, not compiled yet.
 
     Args:
       train_step: not yet jitted.
@@ -134,7 +141,7 @@ def compile_step(train_step: TrainStep | LossStep, state: TrainState, batch: Any
     """
     out_shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), None)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
-    return step.lower(state, batch).compile()
+    return step.lower(state, batch)
 
 
 def choose_accumulation(

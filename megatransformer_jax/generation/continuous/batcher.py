@@ -406,6 +406,25 @@ def _compiled(
     leaves: tuple[jax.ShapeDtypeStruct, ...],
 ) -> Any:
     """A program for arguments of these shapes. Batchers of the same model and shape share it."""
+    return lower_program(name, model, shape, tree, leaves).compile()
+
+
+def lower_program(
+    name: str,
+    model: MegaTransformer,
+    shape: BatchShape,
+    tree: Any,
+    leaves: Sequence[jax.ShapeDtypeStruct],
+) -> jax.stages.Lowered:
+    """A program of `programs`, with the donations that a batcher makes, not compiled yet.
+
+    Args:
+      name: of the program.
+      model: the model.
+      shape: of the batch.
+      tree: structure of the program's arguments behind the shape.
+      leaves: shapes, types and shardings of its leaves.
+    """
     function = functools.partial(getattr(programs, name), model, shape)
     sizes = [argument.num_leaves for argument in tree.children()]
     ends = list(itertools.accumulate(sizes))
@@ -415,7 +434,7 @@ def _compiled(
     program = jax.jit(
         lambda *given: function(*jax.tree.unflatten(tree, given)), donate_argnums=tuple(donated)
     )
-    return program.lower(*leaves).compile()
+    return program.lower(*leaves)
 
 
 def _check(model: MegaTransformer, shape: BatchShape) -> None:

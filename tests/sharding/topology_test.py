@@ -1,0 +1,67 @@
+import builtins
+
+import pytest
+
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.sharding.topology import SLICE_KINDS, describe_devices, parse_topology
+
+
+@pytest.mark.parametrize(
+    ("name", "box", "chips"),
+    [
+        ("v4-8", (2, 2, 1), 4),
+        ("v4-128", (4, 4, 4), 64),
+        ("V4-512", (4, 8, 8), 256),
+        ("v5p-64", (2, 4, 4), 32),
+        ("v5e-256", (16, 16), 256),
+        ("v5litepod-16", (4, 4), 16),
+        ("v6e-8", (2, 4), 8),
+        ("v6e:16x16", (16, 16), 256),
+        ("v4:2x2x3", (2, 2, 3), 12),
+        ("v5e:1x1", (1, 1), 1),
+    ],
+)
+def test_names_of_accelerators_and_boxes(name, box, chips):
+    topology = parse_topology(name)
+    assert (topology.box, topology.chips) == (box, chips)
+    assert parse_topology(str(topology)) == topology
+
+
+def test_numbers_of_a_kind_count_what_its_clouds_count():
+    for kind in SLICE_KINDS.values():
+        for name in kind.accelerators():
+            chips = parse_topology(name, slices=2).chips
+            assert chips * kind.cores_per_chip == 2 * int(name.partition("-")[2])
+
+
+@pytest.mark.parametrize(
+    ("name", "slices", "path", "message"),
+    [
+        ("v4", 1, "topology", "'v4' is not the name of a slice; write it as v4-128"),
+        ("v4-100", 1, "topology", r"no such accelerator; known: v4-8, v4-16, .*cores, 2 per chip"),
+        ("v5e-12", 1, "topology", r"known: v5e-1, .*counts chips\). .*as v5e:4x4"),
+        ("v3-8", 1, "topology", "'v3' is not a kind of TPU that is known; .*v4, v5p, v5e, v6e"),
+        ("v4:4x4", 1, "topology", "box of 3 dimensions; write it as v4:2x4x4"),
+        ("v5e:3x4", 1, "topology", "each host has 2x2 chips"),
+        ("v5e:4x0", 1, "topology", "box of 2 dimensions"),
+        ("v4-8", 0, "slices", "0 slices"),
+    ],
+)
+def test_what_is_not_a_slice_names_those_there_are(name, slices, path, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_topology(name, slices)
+    assert caught.value.path == path
+
+
+def test_without_libtpu_the_error_names_the_extra(monkeypatch):
+    import_module = builtins.__import__
+    monkeypatch.setattr(
+        "importlib.import_module",
+        lambda name, *rest: (
+            (_ for _ in ()).throw(ImportError(f"No module named {name!r}"))
+            if name == "libtpu"
+            else import_module(name, *rest)
+        ),
+    )
+    with pytest.raises(UserError, match=r"extra 'tpu': pip install 'megatransformer_jax\[tpu\]'"):
+        describe_devices(parse_topology("v4-8"))
