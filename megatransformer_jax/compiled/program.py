@@ -1,13 +1,26 @@
 """The one entry to this folder: `read_program`."""
 
+import re
 from collections.abc import Mapping
 
+from megatransformer_jax.compiled.buffers import NUM_SHOWN, fullest_moment
 from megatransformer_jax.compiled.chips import Chip
-from megatransformer_jax.compiled.reading import ProgramReading
+from megatransformer_jax.compiled.collectives import (
+    collective_kind,
+    read_collective,
+    repeated_pieces,
+    slice_mesh,
+)
+from megatransformer_jax.compiled.course import Course, Visit
+from megatransformer_jax.compiled.flags import Exchange, find_copies, find_flags
+from megatransformer_jax.compiled.hlo import Module, parse_hlo
+from megatransformer_jax.compiled.reading import Collective, Estimate, Kernel, Loop, ProgramReading
+from megatransformer_jax.compiled.work import KERNEL_TARGETS
+from megatransformer_jax.config.option import UserError
 
 
 def read_program(
-    hlo_text: str,
+    program: str | Module,
     mesh: Mapping[str, int],
     chip: Chip,
     *,
@@ -16,13 +29,94 @@ def read_program(
     """Reads what a compiled program does on one device.
 
     Args:
-      hlo_text: `compiled.as_text()`: scheduled HLO after partitioning.
-      mesh: devices on each axis, in the order of `Mesh.shape`.
+      program: `compiled.as_text()`, scheduled HLO after partitioning; or what `parse_hlo` made of
+        it, to read it several times, for several depths.
+      mesh: devices on each axis, in the order of `Mesh.shape`; those of all slices.
       chip: that it was compiled for.
       traced_trips: turns of loops whose number of turns depends on data: by a part of the loop's
         `source`, such as {"_iterate_core": 4}, or one number for all of them. Others count once.
 
     Raises:
-      UserError: if the text is not scheduled HLO.
+      UserError: if the text is not scheduled HLO, if the mesh does not have the program's devices,
+        or if a number of turns is negative.
     """
-    raise NotImplementedError
+    given = [traced_trips] if isinstance(traced_trips, int) else traced_trips.values()
+    if any(trips < 0 for trips in given):
+        raise UserError(f"traced_trips: {traced_trips!r} has a negative number of turns.")
+    module = parse_hlo(program) if isinstance(program, str) else program
+    own_mesh = slice_mesh(mesh, _num_devices(module))
+    course = Course(module, chip, traced_trips)
+    visits = list(course.visits())
+    repeated = repeated_pieces(module)
+    exchanges = [
+        Exchange(visit.op, read_collective(module, visit.op, own_mesh, *_where(module, visit)))
+        for visit in visits
+        if collective_kind(visit.op) is not None and visit.op.name not in repeated
+    ]
+    collectives = tuple(exchange.collective for exchange in exchanges)
+    cost, moment = course.cost(module.main), fullest_moment(course)
+    copies = find_copies(course, visits)
+    return ProgramReading(
+        chip=chip,
+        mesh=dict(mesh),
+        flops=cost.flops,
+        flops_once=cost.flops_once,
+        hbm_bytes=cost.hbm_bytes,
+        estimate=Estimate(
+            floor_s=cost.flops / chip.bf16_flops,
+            compute_s=cost.compute_s,
+            memory_s=cost.memory_s,
+            exchange_s=sum(_seconds(collective, chip) for collective in collectives),
+        ),
+        loops=tuple(_loop(course, visit) for visit in visits if visit.op.opcode == "while"),
+        collectives=collectives,
+        kernels=tuple(
+            _kernel(course, visit) for visit in visits if visit.op.target in KERNEL_TARGETS
+        ),
+        copies=tuple(copies),
+        buffers=moment.buffers[:NUM_SHOWN],
+        live_bytes=moment.num_bytes,
+        flags=find_flags(course, exchanges, copies),
+    )
+
+
+def _num_devices(module: Module) -> int:
+    found = re.search(r"\bnum_partitions=(\d+)", module.header)
+    return int(found.group(1)) if found else 1
+
+
+def _where(module: Module, visit: Visit) -> tuple[str | None, int]:
+    return None if visit.loop is None else module.body(visit.loop).name, visit.times
+
+
+def _seconds(collective: Collective, chip: Chip) -> float:
+    rate = chip.dcn_bandwidth if collective.is_between_slices else chip.ici_bandwidth
+    return collective.total_wire_bytes / rate
+
+
+def _loop(course: Course, visit: Visit) -> Loop:
+    body = course.module.body(visit.op)
+    trips, trips_are = course.trips(visit.op)
+    cost = course.cost(body)
+    parent, times = _where(course.module, visit)
+    return Loop(
+        name=body.name,
+        source=visit.op.source,
+        trips=trips,
+        trips_are=trips_are,
+        parent=parent,
+        turns=times * trips,
+        flops=cost.flops,
+        hbm_bytes=cost.hbm_bytes,
+    )
+
+
+def _kernel(course: Course, visit: Visit) -> Kernel:
+    loop, times = _where(course.module, visit)
+    return Kernel(
+        name=re.sub(r"\.\d+$", "", visit.op.name),
+        loop=loop,
+        times=times,
+        flops=course.flops(visit.op),
+        source=visit.op.source,
+    )

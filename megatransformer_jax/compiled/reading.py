@@ -102,12 +102,13 @@ class Kernel:
 
 @dataclasses.dataclass(frozen=True)
 class Copy:
-    """An array that is written to memory a second time, in another layout or place.
+    """An array that is written to main memory a second time.
 
     Attributes:
       name: of the operation.
+      kind: 'copy', in another layout or place, or 'conversion', in another type.
       shape: of the array as HLO writes it, with its layout.
-      num_bytes: of the array, each time.
+      num_bytes: of the result, each time, padded to whole tiles.
       of: the argument that is copied, or that the result is written to; empty for what the program
         made itself.
       loop: the loop that it stands in; None outside of loops.
@@ -116,6 +117,7 @@ class Copy:
     """
 
     name: str
+    kind: str
     shape: str
     num_bytes: int
     of: str
@@ -132,7 +134,7 @@ class Buffer:
       name: of the operation that makes it.
       shape: as HLO writes it, with its layout.
       num_bytes: padded to whole tiles.
-      source: where it was written.
+      source: where it was written, or what it is made of.
     """
 
     name: str
@@ -230,6 +232,17 @@ class ProgramReading:
     flags: tuple[Flag, ...]
 
     @property
+    def kernel_flops(self) -> float:
+        """The part of `flops` that kernels do. XLA's own count leaves it out."""
+        return sum(kernel.times * kernel.flops for kernel in self.kernels)
+
+    @property
+    def hbm_bytes_outside_loops(self) -> float:
+        """What a call moves besides its loops: of a decode program, besides its tokens."""
+        inside = sum(loop.turns * loop.hbm_bytes for loop in self.loops if loop.parent is None)
+        return self.hbm_bytes - inside
+
+    @property
     def wire_bytes(self) -> float:
         """That one device sends in one call, over all networks."""
         return sum(collective.total_wire_bytes for collective in self.collectives)
@@ -249,4 +262,8 @@ class ProgramReading:
         """For JSON."""
         values = dataclasses.asdict(self)
         values["estimate"]["no_overlap_s"] = self.estimate.no_overlap_s
-        return values | {"wire_bytes": self.wire_bytes}
+        return values | {
+            "kernel_flops": self.kernel_flops,
+            "hbm_bytes_outside_loops": self.hbm_bytes_outside_loops,
+            "wire_bytes": self.wire_bytes,
+        }
