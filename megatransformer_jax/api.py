@@ -25,6 +25,7 @@ from megatransformer_jax.config.build import (
     plain,
 )
 from megatransformer_jax.config.build import configure as resolve
+from megatransformer_jax.config.compiling import CompileConfig
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.exporting import ProgramConfig
 from megatransformer_jax.config.generation import GenerationConfig
@@ -64,6 +65,9 @@ from megatransformer_jax.runs.workdir import shown_logs, use_compilation_cache
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.recorder import read_metrics as read_metrics_file
 from megatransformer_jax.types import Batch, DTypePolicy
+
+# What `inspect` takes about slices that programs are compiled for.
+_COMPILE_OPTIONS = tuple(option.path for option in options_of(CompileConfig))
 
 
 def load(
@@ -259,20 +263,24 @@ def export_program(model: Model, folder: str | os.PathLike[str], **options: Any)
 def inspect(run: BaseRunConfig | Model | str | os.PathLike[str], **options: Any) -> Report:
     """What a run costs before it starts: parameters, FLOPs and cache by depth, memory of training.
 
-    Nothing of the model's size is allocated.
+    Nothing of the model's size is allocated. With `topology` the programs are compiled for slices
+    of TPUs that need not be here, and read, as `megatransformer compile` does (docs/pods.md): it
+    takes from seconds to minutes and needs the extra 'tpu'.
 
     Args:
       run: a configuration, a model, or what `configure` takes.
-      **options: with a name, as of `configure`.
+      **options: with a name, as of `configure`. With all: topology="v4-128", and then slices,
+        phase="decode" and the other options of `megatransformer compile`.
 
     Raises:
-      UserError: if something in it cannot be used.
+      UserError: if something in it cannot be used; libtpu is missing or in use.
 
     Examples:
       >>> report = mt.inspect("huginn_3_5b", evaluation={"final_depths": (1, 32)})
       >>> [row["depth"] for row in report.rows]
       [1, 32]
     """
+    compiling = {name: options.pop(name) for name in _COMPILE_OPTIONS if name in options}
     if isinstance(run, (str, os.PathLike)):
         config = configure(run, **options)
     elif not isinstance(run, (Model, BaseRunConfig)):
@@ -288,9 +296,24 @@ def inspect(run: BaseRunConfig | Model | str | os.PathLike[str], **options: Any)
         )
     else:
         config = run
+    if compiling:
+        return _compiled_report(config, from_options(CompileConfig, compiling))
     cost = make_report(config)
     rows = [dataclasses.asdict(row) for row in cost.depths]
     return Report(rows, cost_tables(cost, config), cost.write)
+
+
+def _compiled_report(config: BaseRunConfig, compiling: CompileConfig) -> Report:
+    """A row per program."""
+    # Most sessions never need it.
+    from megatransformer_jax.runs.compile import compile_for_topology  # noqa: PLC0415
+    from megatransformer_jax.runs.compile_tables import (  # noqa: PLC0415
+        compile_rows,
+        compile_tables,
+    )
+
+    compiled = compile_for_topology(config, compiling)
+    return Report(compile_rows(compiled), compile_tables(compiled), compiled.write)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:

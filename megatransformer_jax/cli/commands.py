@@ -394,6 +394,12 @@ def _export_program() -> Command:
     return COMMAND
 
 
+def _compile() -> Command:
+    from megatransformer_jax.cli.compile import COMMAND  # noqa: PLC0415
+
+    return COMMAND
+
+
 def _serve() -> Command:
     from megatransformer_jax.cli.serve import COMMAND  # noqa: PLC0415
 
@@ -420,6 +426,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "serve": ("Serves a model over HTTP, by OpenAI's API, with a page to try it.", _serve),
     "evaluate": ("Scores a model at several depths.", _evaluate),
     "inspect": ("Shows parameters, memory and FLOPs of a run before it starts.", lambda: INSPECT),
+    "compile": ("Compiles a run for TPUs that are not here, and reads the programs.", _compile),
     "find-lr": ("Suggests a learning rate.", lambda: FIND_LR),
     "diagnose": ("Draws figures of what happens inside a model.", lambda: DIAGNOSE),
     "compare": ("Compares finished runs by depth.", lambda: COMPARE),

@@ -5,6 +5,7 @@ functions, with the shapes, types and shardings of their arguments in place of a
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.sampling import slots_of_any_depth
 from megatransformer_jax.config.serving import MAX_END_IDS, MAX_LOGIT_BIAS, MAX_LOGPROBS
 from megatransformer_jax.generation.continuous import programs
-from megatransformer_jax.generation.continuous.batcher import lower_program
+from megatransformer_jax.generation.continuous.batcher import DONATED
 from megatransformer_jax.generation.continuous.lanes import BatchShape
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, decode, start
 from megatransformer_jax.generation.endings import Ending
@@ -335,8 +336,10 @@ def _server_programs(
         arguments["advance"] = (params, batch.lanes, batch.cache, number, number)
 
     def lowering(name: str) -> Callable[[], Lowered]:
-        leaves, tree = jax.tree.flatten(arguments[name])
-        return lambda: lower_program(name, model, shape, tree, leaves)
+        function = functools.partial(getattr(programs, name), model, shape)
+        # A batcher flattens the arguments. The program is the same; here they keep their names.
+        program = jax.jit(function, donate_argnums=DONATED[name])
+        return lambda: program.lower(*arguments[name])
 
     return PhasePrograms(
         {name: lowering(name) for name in arguments},

@@ -39,6 +39,7 @@ TUTORIALS = [
 GUIDES = sorted({str(path.relative_to(REPOSITORY)) for path in pages(REPOSITORY)} - {*TUTORIALS})
 # What is not followed here, and why.
 COMMANDS = {
+    "compile": "needs libtpu and a process of its own; tests/runs/compile_test.py has both",
     "lm-eval": "reading lm-eval's thousands of tasks takes long; tests/cli/lm_eval_test.py runs it",
     "serve": "it goes on until it is stopped; tests/cli/serve_test.py runs and stops it",
 }

@@ -49,7 +49,7 @@ from megatransformer_jax.models.megatransformer import MegaTransformer
 # Iterations that are timed at once.
 _MEASURED_TICKS = 16
 # Which arguments behind the model and the shape are donated.
-_DONATED = {
+DONATED = {
     "place": (0,),
     "copy": (0,),
     "release": (0,),
@@ -429,7 +429,7 @@ def lower_program(
     sizes = [argument.num_leaves for argument in tree.children()]
     ends = list(itertools.accumulate(sizes))
     donated = [
-        leaf for place in _DONATED[name] for leaf in range(ends[place] - sizes[place], ends[place])
+        leaf for place in DONATED[name] for leaf in range(ends[place] - sizes[place], ends[place])
     ]
     program = jax.jit(
         lambda *given: function(*jax.tree.unflatten(tree, given)), donate_argnums=tuple(donated)

@@ -1,0 +1,139 @@
+"""Programs for slices that are not here: one process compiles them all, where libtpu is."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from megatransformer_jax.sharding.topology import QUIET_ENVIRONMENT
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="needs libtpu, which compiles for TPUs: pip install -e '.[tpu]'",
+    ),
+]
+
+# tiny with the head width of larger models.
+PROGRAM = """
+import contextlib, io, json, sys
+import megatransformer_jax as mt
+from megatransformer_jax.cli.commands import main
+from megatransformer_jax.config.option import UserError
+
+folder = sys.argv[1]
+TINY = [
+    "--config.preset=tiny", "--config.model.attention.num_heads=1", "--config.data.batch_size=8",
+    "--config.data.sequence_length=128",
+]
+
+def run(name, *words):
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        try:
+            main("compile", [*TINY, *words, f"--json={folder}/{name}.json"])
+            code = 0
+        except SystemExit as ended:
+            code = ended.code
+    return {"code": code, "shown": shown.getvalue()}
+
+found = {
+    "v4": run("v4", "--topology=v4-8", f"--hlo={folder}/v4.hlo"),
+    "v5e": run("v5e", "--topology=v5e-4", "--config.mesh.fsdp=4"),
+    "slices": run("slices", "--topology=v6e:2x2", "--slices=2", "--config.model.remat=full"),
+    "large": run(
+        "large", "--topology=v5e-1", "--phase=prefill", "--rows=65536", "--prompt_tokens=128",
+        "--new_tokens=64",
+    ),
+    "misfit": run("misfit", "--topology=v4-8", "--config.mesh.fsdp=3"),
+}
+report = mt.inspect(
+    "recurrent:tiny", topology="v5e-1", phase="decode", prompt_tokens=32, new_tokens=16
+)
+found["inspect"] = {"rows": report.rows, "shown": str(report)}
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def found(folder, repository):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(folder)],
+        cwd=repository,
+        env={**os.environ, **QUIET_ENVIRONMENT},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1]) | {"stderr": done.stderr}
+
+
+def read(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def test_a_train_step_for_v4_is_read(found, folder):
+    assert found["v4"]["code"] == 0
+    report = read(folder, "v4")
+    assert report["mesh"] == {"data": 4, "fsdp": 1, "tensor": 1, "sequence": 1}
+    assert report["attention"][0]["kernel"] == "splash"
+    (program,) = report["programs"]
+    mean, most = program["readings"]
+    # Iterations without gradients: 2 of 4 at the mean, 62 of 64 at most.
+    assert (mean["depth"], most["depth"]) == (4, 64)
+    (given,) = (loop for loop in mean["loops"] if loop["trips_are"] == "given")
+    assert given["trips"] == 2 and given["flops"] > 0
+    assert most["flops"] - mean["flops"] == pytest.approx(60 * given["flops"])
+    reductions = [item for item in mean["collectives"] if item["axes"] == ["data"]]
+    assert reductions and all(item["loop"] is None for item in reductions)
+    assert "splash in prelude, core and coda" in found["v4"]["shown"]
+    assert (folder / "v4.hlo").read_text().startswith("HloModule jit_train_step")
+
+
+def test_estimates_are_ordered_and_count_all_tokens(found, folder):
+    mean, most = read(folder, "v5e")["speeds"]
+    assert 0 < mean["floor_s"] < mean["no_overlap_s"] < most["no_overlap_s"]
+    assert mean["tokens"] == 8 * 128
+    assert mean["tokens_per_s"] == pytest.approx(1024 / mean["no_overlap_s"])
+    assert 0 < mean["utilisation"] < 1
+
+
+def test_weights_are_gathered_over_fsdp(found, folder):
+    (program,) = read(folder, "v5e")["programs"]
+    kinds = {item["kind"] for item in program["readings"][0]["collectives"]}
+    assert "all-gather" in kinds
+    assert "over" in found["v5e"]["shown"] and "fsdp" in found["v5e"]["shown"]
+
+
+def test_two_slices_meet_over_their_network(found, folder):
+    report = read(folder, "slices")
+    assert report["chips"] == 8 and report["layout"].startswith("data on 2 slices")
+    (program,) = report["programs"]
+    assert any(item["kind"] == "send" for item in program["readings"][0]["collectives"])
+
+
+def test_what_does_not_fit_ends_with_1(found, folder):
+    assert found["large"]["code"] == 1
+    report = read(folder, "large")
+    assert not report["fits"] and report["speeds"] == []
+    assert "HBM" in report["programs"][0]["problem"]
+    assert "does not fit v5e-1" in found["stderr"]
+
+
+def test_a_mesh_that_does_not_fit_is_bad_input(found):
+    assert found["misfit"]["code"] == 2
+    assert "The nearest mesh that fits is mesh.data=" in found["stderr"]
+
+
+def test_a_notebook_gets_the_same(found):
+    (row,) = found["inspect"]["rows"]
+    assert row["program"] == "decode" and row["fits"] and row["no_overlap_s"] > 0
+    assert "Loops of the decode" in found["inspect"]["shown"]
