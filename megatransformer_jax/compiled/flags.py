@@ -46,7 +46,10 @@ class Exchange(NamedTuple):
 
 
 def find_copies(course: Course, visits: Iterable[Visit]) -> list[Copy]:
-    """Copies of at least 1 MiB within main memory, most bytes in one call first."""
+    """Copies of at least 1 MiB from or to main memory, most bytes in one call first.
+
+    What is only fetched to memory on the chip, or put back, in the same layout, is left out.
+    """
     module = course.module
     results = _aliased_results(module)
     found = []
@@ -56,7 +59,9 @@ def find_copies(course: Course, visits: Iterable[Visit]) -> list[Copy]:
             continue
         from_op = module.computations[op.computation].operands(op)[0]
         to, before = op.shapes[0], from_op.shapes[0]
-        if (to.memory, before.memory) != (HBM, HBM) or to.padded_bytes < MIN_COPY:
+        in_hbm = (before.memory, to.memory).count(HBM)
+        is_moved_only = (to.dtype, to.minor_to_major) == (before.dtype, before.minor_to_major)
+        if to.padded_bytes < MIN_COPY or in_hbm < (2 if is_moved_only else 1):
             continue
         found.append(
             Copy(

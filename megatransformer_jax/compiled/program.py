@@ -34,7 +34,8 @@ def read_program(
       mesh: devices on each axis, in the order of `Mesh.shape`; those of all slices.
       chip: that it was compiled for.
       traced_trips: turns of loops whose number of turns depends on data: by a part of the loop's
-        `source`, such as {"_iterate_core": 4}, or one number for all of them. Others count once.
+        `source`, such as {"_iterate_core": 4}, the first that fits; or one number for all of them.
+        Others count once.
 
     Raises:
       UserError: if the text is not scheduled HLO, if the mesh does not have the program's devices,

@@ -1,0 +1,137 @@
+import pytest
+from tpu_programs import straight
+
+from megatransformer_jax.compiled.chips import CHIPS, chip_of
+from megatransformer_jax.compiled.hlo import parse_hlo
+from megatransformer_jax.compiled.program import read_program
+from megatransformer_jax.compiled.work import hbm_bytes, product_flops
+from megatransformer_jax.config.option import ConfigError
+
+X = "bf16[2,128,64,1,1]{1,2,4,3,0:T(8,128)(2,1)}"
+
+
+@pytest.mark.parametrize(
+    ("operation", "flops"),
+    [
+        # [2, 128, 64] times [2, 128, 4, 3, 16] over the first two, as the TPU compiler writes it.
+        (
+            "bf16[64,4,3,16,1]{0,3,2,1,4} convolution(%x, %y), "
+            "window={size=4x3x2 pad=3_3x2_2x0_0 rhs_reversal=1x1x0}, "
+            "dim_labels=2fb01_2i01o->b01f2",
+            2 * 2 * 128 * 64 * 4 * 3 * 16,
+        ),
+        # Every second place of a padded row of 8, three places at a time: 2 + 3 + 3 + 3 pairs.
+        (
+            "f32[2,4,5]{2,1,0} convolution(%row, %kernel), "
+            "window={size=3 stride=2 pad=1_1}, dim_labels=b0f_0io->b0f",
+            2 * 2 * 5 * 7 * (2 + 3 + 3 + 3),
+        ),
+        # A transposed convolution: of 16 places of the input with gaps only 8 hold something.
+        (
+            "f32[2,16,5]{2,1,0} convolution(%row, %kernel), "
+            "window={size=3 pad=1_2 lhs_dilate=2}, dim_labels=b0f_0io->b0f",
+            2 * 2 * 5 * 7 * (8 + 8 + 7),
+        ),
+        (
+            "f32[8,3,9]{2,1,0} dot(%left, %right), lhs_batch_dims={0}, rhs_batch_dims={0}, "
+            "lhs_contracting_dims={2}, rhs_contracting_dims={1}",
+            2 * 8 * 3 * 9 * 6,
+        ),
+        ("bf16[2,128,64,1,1]{1,2,4,3,0} negate(%x)", 0),
+    ],
+)
+def test_flops_of_products(operation, flops):
+    text = straight(
+        f"""
+        %x = {X} parameter(0)
+        %y = bf16[2,128,4,3,16]{{1,4,3,2,0}} parameter(1)
+        %row = f32[2,8,7]{{2,1,0}} parameter(2)
+        %kernel = f32[3,7,5]{{2,1,0}} parameter(3)
+        %left = f32[8,3,6]{{2,1,0}} parameter(4)
+        %right = f32[8,6,9]{{2,1,0}} parameter(5)
+        ROOT %z = {operation}
+        """
+    )
+    main = parse_hlo(text).main
+    assert product_flops(main, main.ops["z"]) == flops
+
+
+@pytest.mark.parametrize(
+    ("name", "products", "mask", "tiles"),
+    [
+        ("splash_mha_fwd_residuals", 2, "constant({ { { 1, 0 }, { 2, 1 } } })", 3),
+        ("splash_mqa_dq_no_residuals", 3, "constant({ { { 2, 2 }, { 2, 2 } } })", 4),
+        ("splash_mha_dkv", 4, "constant({...})", 3),  # Too long to be printed: causal.
+        ("another_kernel", 0, "constant({ { { 1, 0 }, { 2, 1 } } })", 0),
+    ],
+)
+def test_flops_of_attention_kernels(name, products, mask, tiles):
+    heads = "bf16[8,4,1024,64]{3,2,1,0}"
+    text = straight(
+        f"""
+        %q = {heads} parameter(0)
+        %next = s8[1,2,2]{{2,1,0}} constant({{ {{ {{ 0, 0 }}, {{ 0, 1 }} }} }})
+        %mask = s8[1,2,2]{{2,1,0}} {mask}
+        ROOT %{name}.3 = (f32[8,512,128]{{2,1,0}}, {heads}) custom-call(%next, %mask, %q, %q, %q), \
+custom_call_target="tpu_custom_call"
+        """
+    )
+    reading = read_program(text, {"data": 1}, CHIPS["v4"])
+    assert reading.flops == reading.kernel_flops == 2 * products * 8 * 4 * tiles * 512 * 512 * 64
+    assert [kernel.name for kernel in reading.kernels] == [name]
+
+
+PADDED = 4 * 8 * 1024 * 128 * 2  # 64 of 128 lanes are used.
+CACHE, PART = "bf16[4,8,1024,64]{3,2,1,0:T(8,128)(2,1)}", "bf16[4,8,1,64]{3,2,1,0:T(1,128)(2,1)}"
+CUT = 4 * 8 * 64 * 2
+FUSED = f"""
+%fill (a: {CACHE}, b: {PART}, i: s32[]) -> {CACHE} {{
+  %a = {CACHE} parameter(0)
+  %b = {PART} parameter(1)
+  %i = s32[] parameter(2)
+  %old = {PART} dynamic-slice(%a, %i, %i, %i, %i), dynamic_slice_sizes={{4,8,1,64}}
+  %new = {PART} add(%old, %b)
+  ROOT %all = {CACHE} dynamic-update-slice(%a, %new, %i, %i, %i, %i)
+}}
+
+%all_of_it (a.1: {CACHE}) -> {CACHE} {{
+  %a.1 = {CACHE} parameter(0)
+  ROOT %doubled = {CACHE} add(%a.1, %a.1)
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("operation", "moved"),
+    [
+        (f"{CACHE} negate(%cache)", 2 * PADDED),
+        (f"{CACHE} fusion(%cache), kind=kLoop, calls=%all_of_it", 2 * PADDED),
+        # A part is read, added to another and written to its place.
+        (f"{CACHE} fusion(%cache, %part, %i), kind=kLoop, calls=%fill", 2 * CUT + 2 * CUT),
+        (f"{PART} dynamic-slice(%cache, %i, %i, %i, %i)", 2 * CUT + CUT),
+        (f"{CACHE} dynamic-update-slice(%cache, %part, %i, %i, %i, %i)", 2 * CUT + CUT),
+        # From memory on the chip nothing is read.
+        ("bf16[4,8,1024,64]{3,2,1,0:T(8,128)(2,1)} negate(%near)", PADDED),
+        ("(bf16[4,8,1024,64]{2,3,1,0:T(8,128)(2,1)S(3)}, u32[]) copy-start(%near)", 4),
+        (f"({CACHE}) tuple(%cache)", 0),
+    ],
+)
+def test_bytes_of_operations(operation, moved):
+    text = straight(
+        f"""
+        %cache = {CACHE} parameter(0)
+        %part = {PART} parameter(1)
+        %i = s32[]{{:S(6)}} parameter(2)
+        %near = bf16[4,8,1024,64]{{2,3,1,0:T(8,128)(2,1)S(3)}} parameter(3)
+        ROOT %z = {operation}
+        """,
+        before=FUSED,
+    )
+    module = parse_hlo(text)
+    assert hbm_bytes(module, module.main.ops["z"]) == moved
+
+
+def test_chips_by_the_names_of_their_devices():
+    assert chip_of("TPU v5 lite") is CHIPS["v5e"]
+    with pytest.raises(ConfigError, match="'TPU v3' are not known; known are TPU v4, TPU v5 lite"):
+        chip_of("TPU v3")
