@@ -3,8 +3,9 @@
 JAX gives the compiler's sizes (`memory_analysis()`) but not which arrays they are made of. So this
 goes through the operations in their order and keeps, for each array in main memory, when it is made
 and when it is used last. Loops, updates in place and element-wise fusions write to the memory of
-what they were given. Arguments, results and constants are not counted. On four train steps for TPU
-v4 the sum is within 2% of the compiler's peak without arguments.
+what they were given. Arguments, results and constants are not counted. Of nine train steps for v4
+and v5e, up to huginn_3_5b's, eight come within 2% of the compiler's peak less the arguments, and
+one 5% above it.
 """
 
 import re

@@ -20,7 +20,7 @@ FLAGS = {
         "a reduce-scatter would send half as much."
     ),
     "resharding-in-loop": "The partitioner moves arrays between devices in a loop.",
-    "copied-argument": "Weights or caches are copied.",
+    "copied-argument": "Arguments (weights, optimiser state, caches) are copied.",
     "converted-weights": "Weights are converted to another type in each call.",
     "float32-on-wire": "float32 is sent although the program computes in bfloat16.",
 }
@@ -35,10 +35,18 @@ _MOVES = {"parameter", "bitcast", "copy", "transpose", "convert", "reshape", "tu
 
 
 class Exchange(NamedTuple):
-    """A collective with the operation that it was read from."""
+    """A collective with the operation that it was read from.
+
+    Attributes:
+      op: the operation.
+      collective: what was read from it.
+      in_loop: it stands in a loop of the program. The loops in which the compiler multiplies
+        matrices while it exchanges their parts are not among them.
+    """
 
     op: Op
     collective: Collective
+    in_loop: bool
 
 
 # ------------------------------------------------------------------------------
@@ -164,8 +172,8 @@ def _gradient_flags(module: Module, exchanges: Sequence[Exchange]) -> Iterator[F
         for op in module.main.parameters.values()
         if "params" in op.source and op.shapes
     ]
-    in_loop, whole = [], []
-    for op, collective in exchanges:
+    repeated, whole = [], []
+    for op, collective, in_loop in exchanges:
         is_backward = _BACKWARD in collective.source or not collective.source
         if collective.kind not in ("all-reduce", "reduce-scatter") or not is_backward:
             continue
@@ -176,13 +184,13 @@ def _gradient_flags(module: Module, exchanges: Sequence[Exchange]) -> Iterator[F
         ]
         share = sum(shape.num_bytes for shape, _ in gradients) / max(1, collective.logical_bytes)
         item = (collective.name, share * collective.total_wire_bytes, _place(collective))
-        if gradients and collective.loop is not None and collective.times > 1:
-            in_loop.append(item)
+        if gradients and in_loop and collective.times > 1:
+            repeated.append(item)
         cut = [shape for shape, cuts in gradients if cuts > 1 and collective.group_size % cuts == 0]
         if cut and collective.kind == "all-reduce":
             share = sum(shape.num_bytes for shape in cut) / max(1, collective.logical_bytes)
             whole.append((item[0], share * collective.total_wire_bytes, item[2]))
-    yield from _flag("gradient-in-loop", in_loop)
+    yield from _flag("gradient-in-loop", repeated)
     yield from _flag("all-reduced-gradient", whole)
 
 
@@ -225,10 +233,9 @@ def _resharding_flags(exchanges: Sequence[Exchange]) -> Iterator[Flag]:
     """Moves that the program asked for by name are left out."""
     items = [
         (collective.name, collective.total_wire_bytes, _place(collective))
-        for _, collective in exchanges
-        if collective.kind in ("all-to-all", "ragged-all-to-all", "collective-permute")
-        and collective.loop is not None
-        and collective.source.rsplit("/", 1)[-1] not in ("ppermute", "all_to_all")
+        for _, collective, in_loop in exchanges
+        if collective.kind in ("all-to-all", "ragged-all-to-all", "collective-permute") and in_loop
+        if collective.source.rsplit("/", 1)[-1] not in ("ppermute", "all_to_all")
     ]
     yield from _flag("resharding-in-loop", items)
 
@@ -273,10 +280,10 @@ def _float_flags(module: Module, exchanges: Sequence[Exchange]) -> Iterator[Flag
         for op in computation.ops.values()
         if op.opcode in ("dot", "convolution")
     }
-    everything = sum(collective.total_wire_bytes for _, collective in exchanges)
+    everything = sum(collective.total_wire_bytes for _, collective, _ in exchanges)
     items = [
         (collective.name, collective.total_wire_bytes, _place(collective))
-        for _, collective in exchanges
+        for _, collective, _ in exchanges
         if collective.dtype == "f32"
     ]
     sent = sum(size for _, size, _ in items)

@@ -50,7 +50,11 @@ def read_program(
     visits = list(course.visits())
     repeated = repeated_pieces(module)
     exchanges = [
-        Exchange(visit.op, read_collective(module, visit.op, own_mesh, *_where(module, visit)))
+        Exchange(
+            visit.op,
+            read_collective(module, visit.op, own_mesh, *_where(module, visit)),
+            in_loop=visit.loop is not None and visit.loop.source.endswith("while"),
+        )
         for visit in visits
         if collective_kind(visit.op) is not None and visit.op.name not in repeated
     ]

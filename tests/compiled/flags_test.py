@@ -69,6 +69,13 @@ def test_what_should_not_be_in_a_loop(operation, kind):
         assert "4 times in a loop" in flag.text
 
 
+def test_loops_that_multiply_while_they_exchange_are_not_the_programs():
+    permute = "%y = bf16[64,256]{1,0} collective-permute(%x), source_target_pairs={{0,1}}"
+    text = looping(permute, devices=4)
+    assert list(_flags(text)) == ["resharding-in-loop"]
+    assert _flags(text.replace("core/while", "mlp/btd,dpf->btpf/dot_general")) == {}
+
+
 def _decode(argument, *copies, dtype="bf16"):
     """A program that makes copies of an argument of 64 MiB, and one of 4 KiB."""
     lines = [
