@@ -82,6 +82,7 @@ def _window_pairs(
 KERNEL_TARGETS = ("tpu_custom_call", "mosaic_gpu", "__cudnn$fmha")
 # Products per tile of attention weights. The backward passes compute the weights again.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
+_LARGEST_TILE = 512
 
 
 def kernel_flops(module: Module, op: Op) -> float:
@@ -96,30 +97,36 @@ def kernel_flops(module: Module, op: Op) -> float:
     operands = [computation.ops[name] for name in op.operands]
     arrays = [operand for operand in operands if operand.shapes[0].dtype in ("bf16", "f16", "f32")]
     masks = [operand for operand in operands if operand.shapes[0].dtype == "s8"]
-    if len(arrays) < 2 or len(masks) < 2:
+    if len(arrays) < 2:
         return 0.0
     query, key = arrays[0].shapes[0].dims, arrays[1].shapes[0].dims
-    tiles, total = _computed_tiles(module, masks[1])
-    share = tiles / total
-    # The grid leaves out columns of tiles that no row needs, so its width is no measure of keys.
-    tile_rows = query[-2] / masks[1].shapes[0].dims[-2]
-    columns = max(masks[1].shapes[0].dims[-1] * tile_rows, 1)
-    keys = key[-2] if columns >= key[-2] else columns
-    pairs = math.prod(query[:-1]) * keys * share
-    return 2.0 * _SPLASH_PRODUCTS[pass_name.group(1)] * pairs * query[-1]
+    flops_per_pair = 2.0 * _SPLASH_PRODUCTS[pass_name.group(1)] * query[-1]
+    if len(masks) < 2:  # Nothing is masked but by segments.
+        return flops_per_pair * math.prod(query[:-1]) * key[-2]
+    grid = masks[1].shapes[0].dims
+    rows, keys = _tile(query[-2], grid[-2]), _tile(key[-2], grid[-1])
+    # The grid leaves out rows or columns of tiles that nothing needs; tiles are square then.
+    pairs = (rows or keys) * (keys or rows) * _computed_tiles(module, masks[1]) / grid[0]
+    return flops_per_pair * math.prod(query[:-2]) * pairs
 
 
-def _computed_tiles(module: Module, mask: Op) -> tuple[int, int]:
-    """Tiles that are not skipped, and all that the grid has."""
+def _tile(length: int, count: int) -> int:
+    """The side of a tile; 0 if the grid is not whole."""
+    side, rest = divmod(length, count)
+    return side if not rest and side <= _LARGEST_TILE else 0
+
+
+def _computed_tiles(module: Module, mask: Op) -> float:
+    """Tiles of the grid that are not skipped, those of all heads that have their own mask."""
     origin, total = module.origin(mask), mask.shapes[0].elements
     if origin.opcode == "constant" and "..." not in origin.literal:
         kinds = re.findall(r"\d+", origin.literal)
-        return (sum(kind != "0" for kind in kinds), len(kinds)) if kinds else (total, total)
+        return sum(kind != "0" for kind in kinds) if len(kinds) == total else total
     if origin.opcode == "broadcast":
-        return total, total
+        return total
     # Not printed: causal.
     rows = mask.shapes[0].dims[-2]
-    return rows + 1, 2 * rows
+    return total * (rows + 1) / (2 * rows)
 
 
 # ------------------------------------------------------------------------------

@@ -81,6 +81,30 @@ custom_call_target="tpu_custom_call"
     assert [kernel.name for kernel in reading.kernels] == [name]
 
 
+@pytest.mark.parametrize(
+    ("rows", "keys", "grid", "mask", "pairs"),
+    [
+        # 768 rows in tiles of 256, 1024 keys in tiles of 512.
+        (768, 1024, "1,3,2", "{ { { 1, 0 }, { 1, 0 }, { 2, 1 } } }", 4 * 256 * 512),
+        # A window of 512: of 8 x 8 tiles only 2 columns are in the grid.
+        (4096, 4096, "1,8,2", "{ { { 1, 0 }" + ", { 1, 1 }" * 7 + " } }", 15 * 512 * 512),
+        # Two heads with their own masks.
+        (512, 512, "2,1,1", "{ { { 1 } }, { { 0 } } }", 512 * 512 / 2),
+    ],
+)
+def test_tiles_of_kernels(rows, keys, grid, mask, pairs):
+    text = straight(
+        f"""
+        %q = bf16[2,{rows},64]{{2,1,0}} parameter(0)
+        %k = bf16[2,{keys},64]{{2,1,0}} parameter(1)
+        %mask = s8[{grid}]{{2,1,0}} constant({mask})
+        ROOT %splash_mha_fwd.1 = bf16[2,{rows},64]{{2,1,0}} custom-call(%mask, %mask, %q, %k, %k), \
+custom_call_target="tpu_custom_call"
+        """
+    )
+    assert read_program(text, {"data": 1}, CHIPS["v4"]).flops == 2 * 2 * 2 * pairs * 64
+
+
 PADDED = 4 * 8 * 1024 * 128 * 2  # 64 of 128 lanes are used.
 CACHE, PART = "bf16[4,8,1024,64]{3,2,1,0:T(8,128)(2,1)}", "bf16[4,8,1,64]{3,2,1,0:T(1,128)(2,1)}"
 CUT = 4 * 8 * 64 * 2
