@@ -12,11 +12,14 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Bool, Int
 
 from megatransformer_jax.nn.cache_rows import entries_spec
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache
 from megatransformer_jax.sharding.rules import Sharder
+
+_SLOTS_AT_A_TIME = 8
 
 
 def with_positions(
@@ -32,58 +35,95 @@ def with_positions(
     return cast(KVCache, changed)
 
 
+@struct.dataclass
+class NewRows:
+    """New keys and values of every stack.
+
+    Attributes:
+      outer: of prelude and coda.
+      core: of the core's slots; None without a core.
+      num_slots: slots of the core that may ever be read, for each sequence: iterations that its
+        tokens may take. What the others hold does not matter, so they are not written.
+    """
+
+    outer: tuple[KeyValues, KeyValues]
+    core: KeyValues | None
+    num_slots: Int[Array, "B"]
+
+
 def write_tokens(
     cache: KVCache,
-    rows: tuple[KeyValues, KeyValues | None, KeyValues],
+    rows: NewRows,
     num_steps: Int[Array, "B"],
     is_written: Bool[Array, "B"],
     sharder: Sharder,
 ) -> KVCache:
     """Entries and steps of one token per sequence at `next_position`, which stays as it is.
 
+    Slots that a token has not reached hold what its last iteration offered.
+
     Args:
       cache: before.
-      rows: of prelude, core and coda, sequences first: [B, E, K, 1, H].
+      rows: sequences first: [B, E, K, 1, H]; of the core's at least the slots that were reached.
       num_steps: iterations of the tokens.
       is_written: sequences that have a token; nothing of the others is touched.
       sharder: where the sequences are.
     """
-    old = (cache.prelude, cache.core, cache.coda)
-    arrays, tree = jax.tree.flatten(old)
-    new = jax.tree.leaves(rows)
-    starts = cache.next_position
+    old = ((cache.prelude, cache.coda), cache.core)
+    size = _slots_at_a_time(cache.num_slots)
+    layers = 0 if cache.core is None else cache.core.key.shape[0] // cache.num_slots
 
-    def put(
-        arrays: list[jax.Array], new: list[jax.Array], starts: jax.Array, is_written: jax.Array
-    ) -> list[jax.Array]:
+    def put(old: Any, rows: NewRows, *per_sequence: jax.Array) -> Any:
+        starts, num_steps, is_written = per_sequence
         # Those that have a token come first; a loop over them costs nothing for the others.
         order = jnp.argsort(~is_written)
+        num_slots = jnp.minimum(rows.num_slots, cache.num_slots)
 
-        def put_one(turn: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
+        def put_one(turn: jax.Array, old: Any) -> Any:
             sequence = order[turn]
-            corner = (0, sequence, 0, starts[sequence], 0)
-            return [
-                jax.lax.dynamic_update_slice(array, one[sequence][:, None], corner)
-                for array, one in zip(arrays, new, strict=True)
-            ]
+            at = (sequence, 0, starts[sequence], 0)
+
+            def put_entries(array: jax.Array, one: jax.Array) -> jax.Array:
+                new = one[sequence][:, None].astype(array.dtype)
+                return jax.lax.dynamic_update_slice(array, new, (0, *at))
+
+            def put_slots(block: jax.Array, core: Any) -> Any:
+                slots = block * size + jnp.arange(size)
+                slots = jnp.minimum(slots, jnp.maximum(num_steps[sequence], 1) - 1)
+
+                def put_some(array: jax.Array, one: jax.Array) -> jax.Array:
+                    by_slot = one[sequence].reshape(-1, layers, *one.shape[2:])
+                    new = by_slot[slots].reshape(size * layers, 1, *one.shape[2:])
+                    corner = (block * size * layers, *at)
+                    return jax.lax.dynamic_update_slice(array, new.astype(array.dtype), corner)
+
+                return jax.tree.map(put_some, core, rows.core)
+
+            outer, core = old
+            outer = jax.tree.map(put_entries, outer, rows.outer)
+            if core is not None:
+                num_blocks = -(-num_slots[sequence] // size)
+                core = jax.lax.fori_loop(0, num_blocks, put_slots, core)
+            return outer, core
 
         count = jnp.sum(is_written, dtype=jnp.int32)
-        written: list[jax.Array] = jax.lax.fori_loop(0, count, put_one, arrays)
-        return written
+        return jax.lax.fori_loop(0, count, put_one, old)
 
-    new = [one.astype(array.dtype) for one, array in zip(new, arrays, strict=True)]
     if sharder.mesh is not None:
         spec = sharder.rules.spec
-        entries = [entries_spec(array, sharder) for array in arrays]
-        firsts = [spec("batch", None, "kv_heads", None, None)] * len(new)
+        entries = jax.tree.map(lambda array: entries_spec(array, sharder), old)
+        firsts = jax.tree.map(
+            lambda array: spec("batch", *(None, "kv_heads", None, None)[: array.ndim - 1]), rows
+        )
         put = jax.shard_map(
             put,
             mesh=sharder.mesh,
-            in_specs=(entries, firsts, spec("batch"), spec("batch")),
+            in_specs=(entries, firsts, *(spec("batch"),) * 3),
             out_specs=entries,
             check_vma=False,
         )
-    prelude, core, coda = jax.tree.unflatten(tree, put(arrays, new, starts, is_written))
+    starts = cache.next_position
+    (prelude, coda), core = put(old, rows, starts, num_steps, is_written)
     columns = jnp.where(is_written, starts, cache.capacity)
     place = jax.vmap(lambda row, column, value: row.at[column].set(value, mode="drop"))
     written: Any = cache.replace(  # type: ignore[attr-defined]
@@ -93,6 +133,11 @@ def write_tokens(
         num_steps=place(cache.num_steps, columns, num_steps),
     )
     return cast(KVCache, written)
+
+
+def _slots_at_a_time(num_slots: int) -> int:
+    """How many are written together: some, so that loops are short, but few to no purpose."""
+    return max(size for size in range(1, _SLOTS_AT_A_TIME + 1) if num_slots % size == 0)
 
 
 def view_sequence(cache: KVCache, sequence: Int[Array, ""], sharder: Sharder) -> KVCache:
@@ -143,7 +188,7 @@ def view_sequence(cache: KVCache, sequence: Int[Array, ""], sharder: Sharder) ->
 
 def write_sequence(
     cache: KVCache,
-    rows: tuple[KeyValues, KeyValues | None, KeyValues],
+    rows: NewRows,
     sequence: Int[Array, ""],
     start: Int[Array, ""],
     num_kept: Int[Array, ""],
@@ -153,56 +198,71 @@ def write_sequence(
 
     Args:
       cache: of all sequences; positions and steps stay as they are.
-      rows: of prelude, core and coda: [E, 1, K, T, H], T at most the capacity.
+      rows: [E, 1, K, T, H], T at most the capacity; of one sequence.
       sequence: which.
       start: row of the first token.
       num_kept: how many there are; what stands in the other rows stays.
       sharder: where the sequences are.
     """
-    old = (cache.prelude, cache.core, cache.coda)
-    arrays, tree = jax.tree.flatten(old)
-    new = jax.tree.leaves(rows)
-    size = new[0].shape[3]
+    old = ((cache.prelude, cache.coda), cache.core)
+    size = rows.outer[0].key.shape[3]
     # A window that would reach over the end begins earlier, and its tokens stand later in it.
     corner = jnp.minimum(start, cache.capacity - size)
     shift = start - corner
     columns = jnp.arange(size)
     is_kept = (columns >= shift) & (columns < shift + num_kept)
-    new = [
-        jnp.roll(one.astype(array.dtype), shift, axis=3)
-        for one, array in zip(new, arrays, strict=True)
-    ]
+    source = jnp.maximum(columns - shift, 0)
     axes = None if sharder.mesh is None else sharder.rules.spec("batch")[0]
+    num_slots = _slots_at_a_time(cache.num_slots)
 
     def put(
-        arrays: list[jax.Array],
-        new: list[jax.Array],
+        old: Any,
+        rows: NewRows,
         sequence: jax.Array,
         corner: jax.Array,
-        is_kept: jax.Array,
-    ) -> list[jax.Array]:
-        local, is_mine = _local(sequence, arrays[0].shape[1], axes)
+        columns: tuple[jax.Array, jax.Array],
+    ) -> Any:
+        local, is_mine = _local(sequence, jax.tree.leaves(old)[0].shape[1], axes)
+        is_kept, source = columns
         is_kept = (is_kept & is_mine)[:, None]
 
-        def put_one(array: jax.Array, one: jax.Array) -> jax.Array:
-            at = (0, local, 0, corner, 0)
-            there = jax.lax.dynamic_slice(array, at, one.shape)
-            return jax.lax.dynamic_update_slice(array, jnp.where(is_kept, one, there), at)
+        def put_entries(
+            array: jax.Array, new: jax.Array, first: jax.Array | int = 0, count: int | None = None
+        ) -> jax.Array:
+            count = array.shape[0] if count is None else count
+            new = jax.lax.dynamic_slice_in_dim(new, first, count).astype(array.dtype)
+            new, at = jnp.take(new, source, axis=3), (first, local, 0, corner, 0)
+            there = jax.lax.dynamic_slice(array, at, new.shape)
+            return jax.lax.dynamic_update_slice(array, jnp.where(is_kept, new, there), at)
 
-        return [put_one(array, one) for array, one in zip(arrays, new, strict=True)]
+        outer, core = old
+        outer = jax.tree.map(put_entries, outer, rows.outer)
+        if core is None:
+            return outer, core
+        count = num_slots * core.key.shape[0] // cache.num_slots
+
+        def put_slots(block: jax.Array, core: Any) -> Any:
+            return jax.tree.map(
+                lambda array, new: put_entries(array, new, block * count, count), core, rows.core
+            )
+
+        num_blocks = -(-jnp.minimum(rows.num_slots[0], cache.num_slots) // num_slots)
+        return outer, jax.lax.fori_loop(0, num_blocks, put_slots, core)
 
     if sharder.mesh is not None:
         spec = sharder.rules.spec
-        entries = [entries_spec(array, sharder) for array in arrays]
-        own = [spec(None, None, "kv_heads", None, None)] * len(new)
+        entries = jax.tree.map(lambda array: entries_spec(array, sharder), old)
+        own = jax.tree.map(
+            lambda array: spec(*(None, None, "kv_heads", None, None)[: array.ndim]), rows
+        )
         put = jax.shard_map(
             put,
             mesh=sharder.mesh,
-            in_specs=(entries, own, spec(), spec(), spec()),
+            in_specs=(entries, own, spec(), spec(), (spec(), spec())),
             out_specs=entries,
             check_vma=False,
         )
-    prelude, core, coda = jax.tree.unflatten(tree, put(arrays, new, sequence, corner, is_kept))
+    (prelude, coda), core = put(old, rows, sequence, corner, (is_kept, source))
     written: Any = cache.replace(  # type: ignore[attr-defined]
         prelude=prelude, core=core, coda=coda
     )

@@ -3,8 +3,13 @@
 The work follows the rows in use, not the capacity: blocks of the cache are visited in a loop whose
 number of turns is traced, and their softmax is merged on the way (online softmax, arXiv 1805.02867,
 as flash attention does). Positions decide who sees whom, see `nn.kv_cache`.
+
+Sequences of very different lengths read blocks of their own (`CachedRows.lengths`): far blocks,
+which are larger, are read by those that reach them, one after another if they are few. A sequence
+merges the same blocks in the same order whoever is beside it, so its bits are the same, too.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -16,6 +21,12 @@ from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, LogitTerms
 
 # Row maximum, sum of exponentials, weighted sum of values; each [B, N, T, ...] in float32.
 _Partial = tuple[jax.Array, jax.Array, jax.Array]
+
+# Far blocks double in size up to so many times the first. They cost fewer turns of a loop, and a
+# sequence that ends inside one reads at most twice the rows that it has.
+_LARGEST_BLOCK = 4
+# At most one in so many sequences is few: then they are read one after another.
+_FEW = 4
 
 
 @struct.dataclass
@@ -31,6 +42,8 @@ class CachedRows:
       block_rows: rows per turn; divides S. 0: all in one, without a loop, used or not; for
         runtimes whose loops are slow.
       sequence: the one that is read, by a batch of one; `entry` is one number then. None: all.
+      lengths: rows in use of each sequence, 0 for those whose output nobody reads; for one new
+        token per sequence, with `block_rows`, on one device. None: `length` counts for all.
     """
 
     key: Float[Array, "E B K S H"]
@@ -40,6 +53,7 @@ class CachedRows:
     length: Int[Array, ""]
     block_rows: int = struct.field(pytree_node=False)
     sequence: Int[Array, ""] | None = None
+    lengths: Int[Array, "B"] | None = None
 
 
 def cached_attention(
@@ -69,18 +83,51 @@ def cached_attention(
       The mixed values, in the query's type.
     """
     terms = LogitTerms() if terms is None else terms
-    batch_size, num_rows, num_heads, width = query.shape
-    scaled = query.transpose(0, 2, 1, 3) * width**-0.5
+    scaled = query.transpose(0, 2, 1, 3) * query.shape[-1] ** -0.5
+    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+    queries = _Queries(scaled, query_positions, window, terms)
+    block_rows = cached.block_rows or cached.positions.shape[1]
+    if cached.lengths is not None:
+        assert cached.block_rows and query.shape[1] == 1
+        partial = _by_sequence(queries, key, value, key_positions, cached, cached.lengths)
+    else:
+        partial = _begin(*queries.against(key, value, key_positions))
 
-    def absorb(
-        partial: _Partial, key: jax.Array, value: jax.Array, positions: jax.Array
-    ) -> _Partial:
-        """Merges keys and values [B, K, S, H] at positions [B, S]."""
-        distance = (query_positions[:, :, None] - positions[:, None, :])[:, None]
+        def absorb_block(index: jax.Array | int, partial: _Partial) -> _Partial:
+            return _merge(partial, *queries.against_block(cached, index * block_rows, block_rows))
+
+        if cached.block_rows:
+            first = _first_row(query_positions, window) // block_rows
+            last = -(-cached.length // block_rows)
+            partial = jax.lax.fori_loop(first, last, absorb_block, partial)
+        else:
+            partial = absorb_block(0, partial)
+    peak, total, mixed = partial
+    # A query that saw nothing has only masked logits, whose exponentials are 1, not 0.
+    mixed = jnp.where(peak > MASKED_LOGIT / 2, mixed / total, 0.0)
+    return mixed.transpose(0, 2, 1, 3).astype(query.dtype)
+
+
+@struct.dataclass
+class _Queries:
+    """Queries [B, N, T, H], scaled, at positions [B, T], and what their logits are made of."""
+
+    scaled: jax.Array
+    positions: jax.Array
+    window: int | None = struct.field(pytree_node=False)
+    terms: LogitTerms
+
+    def against(
+        self, key: jax.Array, value: jax.Array, positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits [B, N, T, S] for keys [B, K, S, H] at positions [B, S], and the values."""
+        distance = (self.positions[:, :, None] - positions[:, None, :])[:, None]
         is_visible = (distance >= 0) & (positions >= 0)[:, None, None]
-        if window is not None:
-            is_visible &= distance < window
-        logits = _grouped_product("BKRH,BKSH->BKRS", scaled, key)
+        if self.window is not None:
+            is_visible &= distance < self.window
+        key = jnp.where((positions >= 0)[:, None, :, None], key, 0)
+        logits = _logits_of(self.scaled, key)
+        terms = self.terms
         if terms.softcap is not None:
             logits = terms.softcap * jnp.tanh(logits / terms.softcap)
         if terms.alibi_slopes is not None:
@@ -88,39 +135,112 @@ def cached_attention(
         # Hidden rows weigh 0, which times a value that is not finite is not 0. They can be rejected
         # drafts that overflowed, or what another sequence left there.
         value = jnp.where((positions >= 0)[:, None, :, None], value, 0)
-        return _merge(partial, jnp.where(is_visible, logits, MASKED_LOGIT), value)
+        return jnp.where(is_visible, logits, MASKED_LOGIT), value
 
-    block_rows = cached.block_rows or cached.positions.shape[1]
-
-    def absorb_block(index: jax.Array | int, partial: _Partial) -> _Partial:
-        start = index * block_rows
+    def against_block(
+        self, cached: CachedRows, start: jax.Array | int, num_rows: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """The same for rows of the cache, from `start` on."""
+        batch_size, capacity = self.positions.shape[0], cached.positions.shape[1]
         first = 0 if cached.sequence is None else cached.sequence
-        positions_shape = (batch_size, block_rows)
-        return absorb(
-            partial,
-            _block(cached.key, cached, start, batch_size, block_rows),
-            _block(cached.value, cached, start, batch_size, block_rows),
-            jax.lax.dynamic_slice(cached.positions, (first, start), positions_shape),
+        # A block that would reach over the end begins earlier; what it has seen before is hidden.
+        corner = start if capacity % num_rows == 0 else jnp.minimum(start, capacity - num_rows)
+        positions = jax.lax.dynamic_slice(
+            cached.positions, (first, corner), (batch_size, num_rows)
+        )
+        if capacity % num_rows:
+            positions = jnp.where(corner + jnp.arange(num_rows) >= start, positions, -1)
+        return self.against(
+            _block(cached.key, cached, corner, batch_size, num_rows),
+            _block(cached.value, cached, corner, batch_size, num_rows),
+            positions,
         )
 
-    shape = (batch_size, num_heads, num_rows)
-    nothing = (
-        jnp.full((*shape, 1), MASKED_LOGIT, jnp.float32),
-        jnp.zeros((*shape, 1), jnp.float32),
-        jnp.zeros((*shape, width), jnp.float32),
+
+def _by_sequence(
+    queries: _Queries,
+    key: jax.Array,
+    value: jax.Array,
+    key_positions: jax.Array,
+    cached: CachedRows,
+    lengths: jax.Array,
+) -> _Partial:
+    """One new token per sequence, each of which reads its own blocks."""
+    capacity, size = cached.positions.shape[1], cached.block_rows
+    own = queries.against(key, value, key_positions)
+    partial = _begin_two(own, queries.against_block(cached, 0, size))
+    if capacity == size:
+        return partial
+
+    def further(partial: _Partial) -> _Partial:
+        start, num_rows = size, size
+        while start < capacity and num_rows < size * _LARGEST_BLOCK:
+            partial = _absorb(queries, cached, lengths, start, num_rows, partial)
+            start, num_rows = start + num_rows, min(2 * num_rows, capacity)
+        if start >= capacity:
+            return partial
+
+        def absorb(index: jax.Array, partial: _Partial) -> _Partial:
+            return _absorb(queries, cached, lengths, index * num_rows, num_rows, partial)
+
+        last = -(-jnp.max(lengths) // num_rows)
+        absorbed: _Partial = jax.lax.fori_loop(start // num_rows, last, absorb, partial)
+        return absorbed
+
+    merged: _Partial = jax.lax.cond(
+        jnp.max(lengths) > size, further, lambda partial: partial, partial
     )
-    key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
-    partial = absorb(nothing, key, value, key_positions)
-    if cached.block_rows:
-        first = _first_block(query_positions, window, block_rows)
-        last = -(-cached.length // block_rows)
-        partial = jax.lax.fori_loop(first, last, absorb_block, partial)
-    else:
-        partial = absorb_block(0, partial)
-    peak, total, mixed = partial
-    # A query that saw nothing has only masked logits, whose exponentials are 1, not 0.
-    mixed = jnp.where(peak > MASKED_LOGIT / 2, mixed / total, 0.0)
-    return mixed.transpose(0, 2, 1, 3).astype(query.dtype)
+    return merged
+
+
+def _absorb(
+    queries: _Queries,
+    cached: CachedRows,
+    lengths: jax.Array,
+    start: jax.Array | int,
+    num_rows: int,
+    partial: _Partial,
+) -> _Partial:
+    """Merges a block into the sequences that reach it."""
+    batch_size = lengths.shape[0]
+    is_read = lengths > start
+    if queries.window is not None:
+        is_read &= queries.positions[:, 0] - queries.window + 1 < start + num_rows
+    count = jnp.sum(is_read, dtype=jnp.int32)
+
+    def all_at_once(partial: _Partial) -> _Partial:
+        return _merge(partial, *queries.against_block(cached, start, num_rows))
+
+    def one_by_one(partial: _Partial) -> _Partial:
+        order = jnp.argsort(~is_read)
+
+        def absorb_one(turn: jax.Array, partial: _Partial) -> _Partial:
+            sequence = order[turn]
+            take = functools.partial(
+                jax.lax.dynamic_slice_in_dim, start_index=sequence, slice_size=1
+            )
+            own: Any = queries
+            own = own.replace(scaled=take(queries.scaled), positions=take(queries.positions))
+            entry = cached.entry if jnp.ndim(cached.entry) == 0 else cached.entry[sequence]
+            view: Any = cached
+            view = view.replace(entry=entry, sequence=sequence)
+            seen = own.against_block(view, start, num_rows)
+            merged = _merge(jax.tree.map(take, partial), *seen)
+            put = functools.partial(
+                jax.lax.dynamic_update_slice_in_dim, start_index=sequence, axis=0
+            )
+            put_all: _Partial = jax.tree.map(put, partial, merged)
+            return put_all
+
+        absorbed: _Partial = jax.lax.fori_loop(0, count, absorb_one, partial)
+        return absorbed
+
+    if batch_size < _FEW:
+        return all_at_once(partial)
+    merged: _Partial = jax.lax.cond(
+        count * _FEW > batch_size, all_at_once, one_by_one, partial
+    )
+    return merged
 
 
 def _block(
@@ -140,6 +260,28 @@ def _block(
     return jax.vmap(of_sequence, in_axes=(1, 0))(array, jnp.asarray(cached.entry))
 
 
+def _begin(logits: jax.Array, value: jax.Array) -> _Partial:
+    """The first step of the online softmax, see `_merge`."""
+    peak = jnp.max(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - peak)
+    mixed = _grouped_product("BKRS,BKSH->BKRH", weights.astype(value.dtype), value)
+    return peak, jnp.sum(weights, axis=-1, keepdims=True), mixed
+
+
+def _begin_two(
+    own: tuple[jax.Array, jax.Array], others: tuple[jax.Array, jax.Array]
+) -> _Partial:
+    """The first step over one row and over a block, in fewer operations than one by one."""
+    (logit, own_value), (logits, value) = own, others
+    peak = jnp.maximum(logit, jnp.max(logits, axis=-1, keepdims=True))
+    own_weight, weights = jnp.exp(logit - peak), jnp.exp(logits - peak)
+    group = logit.shape[1] // own_value.shape[1]
+    own_value = jnp.repeat(own_value, group, axis=1)
+    mixed = _grouped_product("BKRS,BKSH->BKRH", weights.astype(value.dtype), value)
+    total = own_weight + jnp.sum(weights, axis=-1, keepdims=True)
+    return peak, total, mixed + own_weight * own_value.astype(jnp.float32)
+
+
 def _merge(partial: _Partial, logits: jax.Array, value: jax.Array) -> _Partial:
     """One step of the online softmax: logits [B, N, T, S] and values [B, K, S, H]."""
     peak, total, mixed = partial
@@ -154,6 +296,17 @@ def _merge(partial: _Partial, logits: jax.Array, value: jax.Array) -> _Partial:
     )
 
 
+def _logits_of(scaled: jax.Array, key: jax.Array) -> jax.Array:
+    """[B, N, T, H] times [B, K, S, H]: [B, N, T, S]."""
+    if scaled.shape[2] > 1:
+        return _grouped_product("BKRH,BKSH->BKRS", scaled, key)
+    # Keys on the left, as they lie: XLA's products on CPU would copy and transpose them otherwise.
+    batch_size, num_heads, _, width = scaled.shape
+    grouped = scaled.reshape(batch_size, key.shape[1], -1, width)
+    product = jnp.einsum("BKSH,BKRH->BKSR", key, grouped, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(product, 2, 3).reshape(batch_size, num_heads, 1, -1)
+
+
 def _grouped_product(equation: str, left: jax.Array, right: jax.Array) -> jax.Array:
     """[B, N, T, X] times [B, K, ...]: the query heads of a group and their rows are one axis R."""
     batch_size, num_heads, num_rows, last = left.shape
@@ -162,10 +315,10 @@ def _grouped_product(equation: str, left: jax.Array, right: jax.Array) -> jax.Ar
     return product.reshape(batch_size, num_heads, num_rows, -1)
 
 
-def _first_block(query_positions: jax.Array, window: int | None, block_rows: int) -> Any:
-    """The first block that a window reaches. A token's row is never below its position."""
+def _first_row(query_positions: jax.Array, window: int | None) -> Any:
+    """The first row that a window reaches. A token's row is never below its position."""
     if window is None:
         return 0
     far = jnp.iinfo(jnp.int32).max
     lowest = jnp.min(jnp.where(query_positions >= 0, query_positions, far))
-    return jnp.maximum(lowest - window + 1, 0) // block_rows
+    return jnp.maximum(lowest - window + 1, 0)

@@ -55,6 +55,7 @@ from megatransformer_jax.models.passes.tick import (
     select_rows,
 )
 from megatransformer_jax.nn.cache_sequences import (
+    NewRows,
     copy_rows,
     view_sequence,
     with_positions,
@@ -277,7 +278,9 @@ def _read_chunk(
     count = jnp.sum(is_token, dtype=jnp.int32)
     # Written after everything was read.
     after = known_after(start, read.hidden)
-    cache = write_sequence(cache, read.rows, row, after, count, model.sharder)
+    prelude, core, coda = read.rows
+    rows = NewRows((prelude, coda), core, settings.rules.depth)
+    cache = write_sequence(cache, rows, row, after, count, model.sharder)
     columns = jnp.where(is_token, places, cache.capacity)
     steps = cache.num_steps[row].at[columns].set(read.num_steps[0], mode="drop")
     cache = _changed(cache, num_steps=cache.num_steps.at[row].set(steps))
@@ -328,7 +331,7 @@ def turn(
     params = gather_weights(model, params)
     lanes, cache, old = batch.lanes, batch.cache, batch.lanes.tokens
     is_done = lanes.is_running & ~old.is_active
-    logits, rows = finish_tokens(model, params, old, cache)
+    logits, rows = finish_tokens(model, params, old, cache, lanes.settings.rules)
     logits = constrain_rows(model.sharder, logits)
     lanes, events = _with_new_tokens(model, shape, lanes, is_allowed, logits, is_done)
     start = known_after(cache.next_position, logits)

@@ -45,6 +45,7 @@ from megatransformer_jax.models.passes.depth_loop import (
     read_slot,
     with_cache,
 )
+from megatransformer_jax.nn.cache_sequences import NewRows
 from megatransformer_jax.nn.context import CachedPass, LayerContext
 from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for
 from megatransformer_jax.ops.cached_attention import CachedRows
@@ -191,7 +192,7 @@ def begin_tokens(
     config, columns = model.config, positions[:, None]
     places = jnp.maximum(columns, 0)
     outer = _context(model, params, ids, columns, config.width)
-    context = _reading(outer, read_prelude(cache), columns)
+    context = _reading(outer, read_prelude(cache), columns, _lengths(model, cache, columns))
     x, rows = apply_prelude(model, params, ids[:, None], places, context, cache)
     zeros = jnp.zeros(ids.shape, jnp.int32)
     tokens = Tokens(
@@ -257,9 +258,10 @@ def iterate_tokens(
     )
     core = core.replace(prepared=tokens.prepared, cache=cache)
     has_token, (min_waiting, max_ticks) = tokens.positions >= 0, limits
+    lengths = _lengths(model, cache, columns)
 
     def logits_of(state: jax.Array) -> jax.Array:
-        context = _reading(outer, read_entries(cache.coda, cache), columns)
+        context = _reading(outer, read_entries(cache.coda, cache), columns, lengths)
         return apply_head(model, params, apply_coda(model, params, state, context, cache)[0])
 
     def gate_of(state: jax.Array) -> jax.Array:
@@ -272,7 +274,7 @@ def iterate_tokens(
 
     def tick(carry: tuple[Tokens, jax.Array]) -> tuple[Tokens, jax.Array]:
         tokens, ticks = carry
-        new, rows = _iterate(core, tokens, columns)
+        new, rows = _iterate(core, tokens, columns, lengths)
         state = jnp.where(tokens.is_active[:, None, None], new, tokens.state)
         light = criteria.without_logits(rules.code)
         gate = gate_of(state) if light.needs_gate else None
@@ -297,13 +299,15 @@ def iterate_tokens(
     return iterated
 
 
-def _iterate(core: Pass, tokens: Tokens, columns: jax.Array) -> tuple[jax.Array, KeyValues]:
+def _iterate(
+    core: Pass, tokens: Tokens, columns: jax.Array, lengths: jax.Array | None
+) -> tuple[jax.Array, KeyValues]:
     """Each row's next state, and the core's new rows with those of this iteration."""
     cache = core.cache
     assert cache is not None and tokens.core is not None
     layers = core_layers(cache)
     slot = slot_for(tokens.iteration, cache.num_slots, cache.sharing)
-    context = _reading(core.context, read_slot(cache, slot, layers), columns)
+    context = _reading(core.context, read_slot(cache, slot, layers), columns, lengths)
     state, new = iterate_and_sow(core, tokens.state, context, tokens.iteration[:, None])
     # Tokens that have left write into the slot that nobody reads.
     entry = jnp.where(tokens.is_active, slot, cache.num_slots) * layers
@@ -336,36 +340,18 @@ def _measure_logits(
 # ------------------------------------------------------------------------------
 # From the core to the head.
 
-# Keys and values of prelude, core and coda, [B, E, K, 1, H] each.
-TokenRows = tuple[KeyValues, KeyValues | None, KeyValues]
-
 
 def finish_tokens(
-    model: MegaTransformer, params: Any, tokens: Tokens, cache: KVCache
-) -> tuple[Float[Array, "B V"], TokenRows]:
+    model: MegaTransformer, params: Any, tokens: Tokens, cache: KVCache, rules: RowRules
+) -> tuple[Float[Array, "B V"], NewRows]:
     """Coda and head of every row's state: logits, and all of the tokens' rows for the cache."""
     columns = tokens.positions[:, None]
     outer = _context(model, params, tokens.ids, columns, model.config.width)
-    context = _reading(outer, read_entries(cache.coda, cache), columns)
+    lengths = _lengths(model, cache, columns)
+    context = _reading(outer, read_entries(cache.coda, cache), columns, lengths)
     hidden, coda = apply_coda(model, params, tokens.state, context, cache)
     logits = apply_head(model, params, hidden)[:, 0]
-    core = None
-    if tokens.core is not None:
-        core = _with_unused_slots(tokens.core, tokens.iteration, cache)
-    return logits, (tokens.prelude, core, _rows_first(coda))
-
-
-def _with_unused_slots(rows: KeyValues, iteration: jax.Array, cache: KVCache) -> KeyValues:
-    """Slots that a token has not reached hold what its last iteration offered."""
-    num_slots = cache.num_slots
-    source = jnp.minimum(jnp.arange(num_slots), jnp.maximum(iteration, 1)[:, None] - 1)
-
-    def fill(array: jax.Array) -> jax.Array:
-        slots = array.reshape(array.shape[0], num_slots + 1, -1)
-        filled = jnp.take_along_axis(slots, source[..., None], axis=1)
-        return filled.reshape(array.shape[0], -1, *array.shape[2:])
-
-    return KeyValues(fill(rows.key), fill(rows.value))
+    return logits, NewRows((tokens.prelude, _rows_first(coda)), tokens.core, rules.depth)
 
 
 # ------------------------------------------------------------------------------
@@ -380,7 +366,20 @@ def _context(
     return with_values(model, params, context, ids[:, None])
 
 
-def _reading(context: LayerContext, rows: CachedRows, columns: jax.Array) -> LayerContext:
+def _lengths(
+    model: MegaTransformer, cache: KVCache, columns: jax.Array
+) -> Int[Array, "B"] | None:
+    """Rows that each token reads, where attention can tell sequences apart."""
+    if model.sharder.mesh is not None or not cache.block_rows:
+        return None
+    return jnp.where(columns[:, 0] >= 0, cache.next_position, 0)
+
+
+def _reading(
+    context: LayerContext, rows: CachedRows, columns: jax.Array, lengths: jax.Array | None
+) -> LayerContext:
+    own: Any = rows
+    rows = own.replace(lengths=lengths)
     return with_cache(context, CachedPass(rows, columns, columns))
 
 
