@@ -80,10 +80,11 @@ class ServingConfig:
         minimum=1,
         maximum=MAX_COUNT,
     )
-    short_chunk: int = option(
-        16,
-        "Prompt tokens of a short chunk: of short prompts, and while whole chunks would keep "
-        "running texts waiting for more than two tokens' time. At least chunk: there are none.",
+    short_chunks: tuple[int, ...] = option(
+        (8, 16),
+        "Prompt tokens of shorter chunks, a program each: for short prompts, and while whole ones "
+        "would keep running texts waiting for more than two tokens' time. Sizes from chunk on are "
+        "left out.",
         minimum=1,
         maximum=MAX_COUNT,
     )

@@ -92,8 +92,8 @@ def write_tokens(
                 slots = jnp.minimum(slots, jnp.maximum(num_steps[sequence], 1) - 1)
 
                 def put_some(array: jax.Array, one: jax.Array) -> jax.Array:
-                    by_slot = one[sequence].reshape(-1, layers, *one.shape[2:])
-                    new = by_slot[slots].reshape(size * layers, 1, *one.shape[2:])
+                    by_slot = one.reshape(one.shape[0], -1, layers, *one.shape[2:])
+                    new = by_slot[sequence, slots].reshape(size * layers, 1, *one.shape[2:])
                     corner = (block * size * layers, *at)
                     return jax.lax.dynamic_update_slice(array, new.astype(array.dtype), corner)
 

@@ -6,7 +6,8 @@ as flash attention does). Positions decide who sees whom, see `nn.kv_cache`.
 
 Sequences of very different lengths read blocks of their own (`CachedRows.lengths`): far blocks,
 which are larger, are read by those that reach them, one after another if they are few. A sequence
-merges the same blocks in the same order whoever is beside it, so its bits are the same, too.
+merges the same blocks in the same order whoever is beside it; only sums inside a block may be
+rounded in another way.
 """
 
 import functools
@@ -86,22 +87,16 @@ def cached_attention(
     scaled = query.transpose(0, 2, 1, 3) * query.shape[-1] ** -0.5
     key, value = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
     queries = _Queries(scaled, query_positions, window, terms)
-    block_rows = cached.block_rows or cached.positions.shape[1]
     if cached.lengths is not None:
         assert cached.block_rows and query.shape[1] == 1
         partial = _by_sequence(queries, key, value, key_positions, cached, cached.lengths)
     else:
         partial = _begin(*queries.against(key, value, key_positions))
-
-        def absorb_block(index: jax.Array | int, partial: _Partial) -> _Partial:
-            return _merge(partial, *queries.against_block(cached, index * block_rows, block_rows))
-
         if cached.block_rows:
-            first = _first_row(query_positions, window) // block_rows
-            last = -(-cached.length // block_rows)
-            partial = jax.lax.fori_loop(first, last, absorb_block, partial)
+            partial = _by_blocks(queries, cached, partial)
         else:
-            partial = absorb_block(0, partial)
+            rows = cached.positions.shape[1]
+            partial = _merge(partial, *queries.against_block(cached, 0, rows))
     peak, total, mixed = partial
     # A query that saw nothing has only masked logits, whose exponentials are 1, not 0.
     mixed = jnp.where(peak > MASKED_LOGIT / 2, mixed / total, 0.0)
@@ -155,6 +150,27 @@ class _Queries:
             _block(cached.value, cached, corner, batch_size, num_rows),
             positions,
         )
+
+
+def _by_blocks(queries: _Queries, cached: CachedRows, partial: _Partial) -> _Partial:
+    """All sequences read the same blocks: near ones, and far ones, which are larger."""
+    first, size = _first_row(queries.positions, queries.window), cached.block_rows
+    far = size * _LARGEST_BLOCK
+
+    def absorb_from(
+        begin: jax.Array | int, end: jax.Array, num_rows: int, partial: _Partial
+    ) -> _Partial:
+        def absorb(index: jax.Array, partial: _Partial) -> _Partial:
+            return _merge(partial, *queries.against_block(cached, index * num_rows, num_rows))
+
+        first, last = begin // num_rows, -(-end // num_rows)
+        absorbed: _Partial = jax.lax.fori_loop(first, last, absorb, partial)
+        return absorbed
+
+    if cached.positions.shape[1] <= far:
+        return absorb_from(first, cached.length, size, partial)
+    partial = absorb_from(first, jnp.minimum(cached.length, far), size, partial)
+    return absorb_from(jnp.maximum(first, far), cached.length, far, partial)
 
 
 def _by_sequence(

@@ -336,7 +336,8 @@ def _server_programs(
         arguments["advance"] = (params, batch.lanes, batch.cache, number, number)
 
     def lowering(name: str) -> Callable[[], Lowered]:
-        function = functools.partial(getattr(programs, name), model, shape)
+        sizes = (shape.chunk,) if name == "prefill" else ()
+        function = functools.partial(getattr(programs, name), model, shape, *sizes)
         # A batcher flattens the arguments. The program is the same; here they keep their names.
         program = jax.jit(function, donate_argnums=DONATED[name])
         return lambda: program.lower(*arguments[name])

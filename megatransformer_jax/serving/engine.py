@@ -60,7 +60,7 @@ def batch_shape(config: ServingConfig, lm: Any) -> BatchShape:
         capacity=min(config.capacity, lm.config.max_length),
         num_slots=config.cache_slots,
         chunk=config.chunk,
-        short_chunk=config.short_chunk,
+        short_chunks=config.short_chunks,
         criteria=config.criteria,
         num_top=config.max_logprobs,
         num_bias=MAX_LOGIT_BIAS,
@@ -76,10 +76,10 @@ def _costs(durations: Durations) -> Costs:
     tick = max(durations.tick, 1e-9)
     return Costs(
         turn=min(durations.turn / tick, _MAX_TURN),
-        chunk=durations.chunk / tick,
-        chunk_iteration=durations.chunk_iteration / tick,
-        short_chunk=durations.short_chunk / tick,
-        short_chunk_iteration=durations.short_chunk_iteration / tick,
+        chunks={
+            size: (once / tick, iteration / tick)
+            for size, (once, iteration) in durations.chunks.items()
+        },
     )
 
 
@@ -341,8 +341,6 @@ class Engine:
             max_ticks=config.max_ticks,
             max_prefill_share=config.max_prefill_share,
             max_bypasses=config.max_bypasses,
-            chunk=config.chunk,
-            short_chunk=min(config.short_chunk, config.chunk),
         )
         self._launches = Launches(
             batcher,

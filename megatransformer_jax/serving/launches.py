@@ -317,14 +317,15 @@ class Launches:
         )
         if launch.chunk is not None:
             chosen = next(item for item in reading if item.text.key == launch.chunk)
-            self._read_chunk(chosen, is_short=launch.is_short)
+            self._read_chunk(chosen, launch.chunk_size)
         if not launch.is_turn:
             if launch.chunk is not None:
                 self._batcher.wait()  # Else all of a long prompt would stand before who comes next.
             return None
         if launch.min_waiting:
-            self._batcher.advance(launch.min_waiting, launch.max_ticks)
-        events = self._batcher.turn()
+            events = self._batcher.step(launch.min_waiting, launch.max_ticks)
+        else:
+            events = self._batcher.turn()
         for item in entering:
             item.text.is_running = True
         items = {item.text.row: item for item in (*running, *entering)}
@@ -350,14 +351,14 @@ class Launches:
             self._send(item, events)
         return entering
 
-    def _read_chunk(self, item: Item, *, is_short: bool) -> None:
+    def _read_chunk(self, item: Item, size: int) -> None:
         text = item.text
         assert text.row is not None
         if text.job.scores_prompt:
             scores, _ = self._batcher.score(text.row)
             text.scores += _scored(text, scores)
         else:
-            self._batcher.prefill(text.row, is_short=is_short)
+            self._batcher.prefill(text.row, size)
         text.num_read = text.num_to_read - self._batcher.num_unread(text.row)
 
     def _read(self, launch: _Launch) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-# A chunk may take as long as so many tokens of the running texts, else it is a short one.
+# A chunk may take as long as so many tokens of the running texts.
 _MOST_STEPS = 2.0
 # Depths that are remembered of each row.
 NUM_DEPTHS = 16
@@ -49,8 +49,6 @@ class Policy:
       max_prefill_share: share of the time that prompts may take while texts are continued; above 0,
         at most 1.
       max_bypasses: how often other prompts may overtake one that is being read.
-      chunk: prompt tokens of a chunk.
-      short_chunk: prompt tokens of a short one.
     """
 
     rows: int
@@ -58,8 +56,6 @@ class Policy:
     max_ticks: int = 64
     max_prefill_share: float = 0.5
     max_bypasses: int = 16
-    chunk: int = 64
-    short_chunk: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,23 +64,19 @@ class Costs:
 
     Attributes:
       turn: of a turn.
-      chunk: of a chunk of a prompt, without the core.
-      chunk_iteration: of an iteration of the core over a chunk.
-      short_chunk: of a short one, without the core.
-      short_chunk_iteration: of an iteration of the core over a short one.
+      chunks: by the number of its tokens, a chunk of a prompt without the core, and an iteration of
+        the core over it. These are the sizes that there are.
     """
 
     turn: float = 1.5
-    chunk: float = 1.5
-    chunk_iteration: float = 1.0
-    short_chunk: float = 1.5
-    short_chunk_iteration: float = 1.0
+    chunks: Mapping[int, tuple[float, float]] = dataclasses.field(
+        default_factory=lambda: {16: (1.5, 1.0), 64: (1.5, 2.0)}
+    )
 
-    def of_chunk(self, depth: int, *, is_short: bool = False) -> float:
+    def of_chunk(self, size: int, depth: int) -> float:
         """Of a chunk that is read at a depth."""
-        if is_short:
-            return self.short_chunk + depth * self.short_chunk_iteration
-        return self.chunk + depth * self.chunk_iteration
+        once, iteration = self.chunks[size]
+        return once + depth * iteration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,14 +102,14 @@ class Launch:
 
     Attributes:
       chunk: key of the text whose prompt is read on; None for none.
-      is_short: whether by a short chunk.
+      chunk_size: how many tokens of it; 0 for none.
       min_waiting: of `advance`. 0: there is no `advance`, as enough rows wait already.
       max_ticks: of `advance`.
       is_turn: whether there is a turn (and an `advance` before it) at all.
     """
 
     chunk: Hashable | None
-    is_short: bool
+    chunk_size: int
     min_waiting: int
     max_ticks: int
     is_turn: bool
@@ -187,32 +179,35 @@ class Scheduler:
           reading: the prompts that are being read, in the order of their arrival.
         """
         is_turn = bool(running) or num_admitted > 0
-        chunk, is_short = None, False
+        chunk, size = None, 0
         if reading and (not is_turn or self._credit >= 0 or self.policy.max_prefill_share >= 1):
             chosen = self._choose_chunk(reading)
-            chunk, is_short = chosen.key, self._is_short(chosen, running)
+            chunk, size = chosen.key, self._chunk_size(chosen, running)
             if is_turn:
-                self._credit -= self.costs.of_chunk(chosen.depth, is_short=is_short)
+                self._credit -= self.costs.of_chunk(size, chosen.depth)
         if not running:
-            return Launch(chunk, is_short, 0, 0, is_turn)
+            return Launch(chunk, size, 0, 0, is_turn)
         choice = self._choose(running)
         min_waiting = max(choice.min_waiting - num_admitted, 0)
-        return Launch(chunk, is_short, min_waiting, choice.max_ticks, is_turn)
+        return Launch(chunk, size, min_waiting, choice.max_ticks, is_turn)
 
-    def _is_short(self, chosen: Reading, running: Mapping[Hashable, int]) -> bool:
-        """Whether short chunks read as fast, or a whole one would keep running texts too long."""
+    def _chunk_size(self, chosen: Reading, running: Mapping[Hashable, int]) -> int:
+        """Reads what is left fastest, unless that would keep running texts too long."""
+        whole = max(self.costs.chunks)
         if not chosen.may_be_short:
-            return False
-        whole = self.costs.of_chunk(chosen.depth)
-        short = self.costs.of_chunk(chosen.depth, is_short=True)
-        num_short = -(-min(chosen.num_left, self.policy.chunk) // self.policy.short_chunk)
-        if num_short * short <= whole:
-            return True
-        if not running or short >= whole:
-            return False
+            return whole
+        each = {size: self.costs.of_chunk(size, chosen.depth) for size in self.costs.chunks}
+        num_left = min(chosen.num_left, whole)
+        # Of equals the largest, which is fewer launches.
+        fastest = min(each, key=lambda size: (-(-num_left // size) * each[size], -size))
+        if not running:
+            return fastest
         depths = [depth for key in running for depth in self._depths.get(key, ())]
         step = self.costs.turn + float(np.mean(depths or list(running.values())))
-        return whole > _MOST_STEPS * step
+        if each[fastest] <= _MOST_STEPS * step:
+            return fastest
+        brief = [size for size in each if each[size] <= _MOST_STEPS * step]
+        return max(brief) if brief else min(each, key=lambda size: each[size])
 
     def _choose_chunk(self, reading: Sequence[Reading]) -> Reading:
         """The shortest rest first, unless an older prompt has been overtaken too often."""

@@ -45,7 +45,7 @@ def engine():
         rows=ROWS,
         capacity=CAPACITY,
         chunk=8,
-        short_chunk=3,
+        short_chunks=(3,),
         criteria=("fixed", "latent_diff"),
         max_depth=SLOTS,
         cache_slots=SLOTS,

@@ -392,4 +392,4 @@ def test_metrics_add_up_to_what_readers_got(start):
 def test_settled_options_make_the_batch():
     shape = Engine(LM, fake_config(rows=3, max_logprobs=7)).shape
     assert (shape.rows, shape.capacity, shape.num_slots, shape.num_top) == (3, 1024, 32, 7)
-    assert dataclasses.astuple(shape)[3:6] == (16, 16, ("fixed", "latent_diff", "kl"))
+    assert dataclasses.astuple(shape)[3:6] == (16, (8, 16), ("fixed", "latent_diff", "kl"))

@@ -129,7 +129,7 @@ def test_a_choice_that_is_as_good_is_kept():
 
 
 def test_prompts_get_their_share_of_the_time_while_texts_are_continued():
-    costs = Costs(turn=1.5, chunk=4.0, chunk_iteration=2.0)
+    costs = Costs(turn=1.5, chunks={64: (4.0, 2.0)})
     scheduler = Scheduler(Policy(8, max_prefill_share=0.25), costs)
     reading, running, num_chunks, decoding = (
         [Reading("long", 10**6, 8, may_be_short=False)],
@@ -148,29 +148,37 @@ def test_prompts_get_their_share_of_the_time_while_texts_are_continued():
 def test_prompts_have_all_of_the_time_while_no_text_is_continued():
     scheduler = Scheduler(Policy(8, max_prefill_share=0.01), Costs())
     for _ in range(10):
-        assert scheduler.next_launch({}, 0, [Reading("a", 5)]) == Launch("a", True, 0, 0, False)
+        assert scheduler.next_launch({}, 0, [Reading("a", 5)]) == Launch("a", 16, 0, 0, False)
 
 
 @pytest.mark.parametrize(
-    ("num_left", "num_running", "whole", "is_short"),
+    ("num_left", "num_running", "whole", "size"),
     [
-        (16, 0, 1.2, True),  # One short chunk is enough.
-        (17, 0, 1.2, False),  # Two take longer than a whole one.
-        (17, 0, 4.0, True),
-        (1000, 0, 3.9, False),
-        (1000, 8, 2.2, False),  # 1 + 8 * 2.2 is less than two tokens' time, 2 * (2 + 8).
-        (1000, 8, 3.0, True),
+        (4, 0, 1.2, 4),  # The smallest that is enough.
+        (5, 0, 1.2, 16),
+        (16, 0, 1.2, 16),
+        (17, 0, 1.2, 64),  # Two take longer than a whole one.
+        (17, 0, 4.0, 16),
+        (1000, 0, 3.9, 64),
+        (1000, 8, 2.2, 64),  # 1 + 8 * 2.2 is less than two tokens' time, 2 * (2 + 8).
+        (1000, 8, 3.0, 16),
     ],
 )
 def test_chunks_are_short_where_that_reads_as_fast_or_texts_would_wait(
-    num_left, num_running, whole, is_short
+    num_left, num_running, whole, size
 ):
-    costs = Costs(2.0, chunk=1.0, chunk_iteration=whole, short_chunk=1.0, short_chunk_iteration=1.0)
-    scheduler = Scheduler(Policy(8, chunk=64, short_chunk=16), costs)
+    costs = Costs(2.0, {4: (1.0, 0.7), 16: (1.0, 1.0), 64: (1.0, whole)})
     running = {number: 8 for number in range(num_running)}
-    assert scheduler.next_launch(running, 0, [Reading("a", num_left, 8)]).is_short == is_short
-    reading = [Reading("a", num_left, 8, may_be_short=False)]
-    assert not scheduler.next_launch(running, 0, reading).is_short
+    launch = lambda *reading: Scheduler(Policy(8), costs).next_launch(running, 0, reading)  # noqa: E731
+    assert launch(Reading("a", num_left, 8)).chunk_size == size
+    assert launch(Reading("a", num_left, 8, may_be_short=False)).chunk_size == 64
+    assert launch().chunk_size == 0
+
+
+def test_the_briefest_chunk_is_taken_where_all_keep_texts_waiting():
+    costs = Costs(2.0, {16: (90.0, 1.0), 32: (91.0, 1.0), 64: (1.0, 100.0)})
+    launch = Scheduler(Policy(8), costs).next_launch({1: 8}, 0, [Reading("a", 1000, 8)])
+    assert launch.chunk_size == 16
 
 
 def test_short_prompts_overtake_a_long_one_only_so_often():

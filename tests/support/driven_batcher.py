@@ -53,10 +53,10 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
         for row in list(reading):
             while row in reading and not waits():
                 may_be_short = texts[reading[row]].depth <= batcher.shape.num_slots
-                if batcher.prefill(row, is_short=may_be_short and waits()):
+                size = chance.choice(batcher.shape.chunks) if may_be_short and waits() else None
+                if batcher.prefill(row, size):
                     running[row] = reading.pop(row)
-        batcher.advance(min_waiting, max_ticks)
-        events = batcher.turn().fetch()
+        events = batcher.step(min_waiting, max_ticks).fetch()
         # A prompt of one token is read as soon as it is placed.
         for row, text in [*reading.items(), *running.items()]:
             if got[text].take(events, row):

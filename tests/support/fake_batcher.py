@@ -155,13 +155,13 @@ class FakeBatcher:
         held = self._rows[row]
         return len(held.text.ids) - 1 - held.num_read
 
-    def prefill(self, row, *, is_short=False):
+    def prefill(self, row, size=None):
         self._check()
         held = self._rows[row]
         if not held.is_entering:
             self.num_chunks += 1
             self._wait(2)
-            self._read(held, self.shape.chunk_size(is_short=is_short))
+            self._read(held, size or self.shape.chunk)
         return held.is_entering
 
     def score(self, row):
@@ -196,6 +196,10 @@ class FakeBatcher:
                 row.iteration += not self._is_waiting(row)
             self._ticks += 1
             self._wait(1)
+
+    def step(self, min_waiting, max_ticks):
+        self.advance(min_waiting, max_ticks)
+        return self.turn()
 
     def _is_waiting(self, row):
         return row.iteration >= _depth(row.text, row.ids)
@@ -255,10 +259,7 @@ class FakeBatcher:
         return Durations(
             tick=1.0,
             turn=2.0,
-            chunk=2.0,
-            chunk_iteration=0.0,
-            short_chunk=2.0,
-            short_chunk_iteration=0.0,
+            chunks=dict.fromkeys(self.shape.chunks, (2.0, 0.0)),
         )
 
     def cache_bytes(self):

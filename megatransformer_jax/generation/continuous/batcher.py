@@ -11,8 +11,7 @@ the other rows stay in the middle of theirs. What a row gives does not depend on
         pass
     events = batcher.turn()                # admits row 0: its last prompt token begins
     while ...:
-        batcher.advance(min_waiting=1, max_ticks=64)
-        events = batcher.turn()            # rows that wait get a token each
+        events = batcher.step(min_waiting=1, max_ticks=64)   # rows that wait get a token each
         host = events.fetch()              # waits for the device
 """
 
@@ -20,7 +19,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -46,7 +45,7 @@ from megatransformer_jax.generation.placement import for_rows, replicate
 from megatransformer_jax.generation.processors.processor import allowed_tokens
 from megatransformer_jax.models.megatransformer import MegaTransformer
 
-# Iterations that are timed at once.
+# Iterations that a token is timed for.
 _MEASURED_TICKS = 16
 # Which arguments behind the model and the shape are donated.
 DONATED = {
@@ -54,12 +53,12 @@ DONATED = {
     "copy": (0,),
     "release": (0,),
     "prefill": (1,),
-    "prefill_short": (1,),
     "place_image": (1,),
     "prefill_placed": (1,),
     "score": (1,),
     "advance": (1,),
     "turn": (2,),
+    "step": (2,),
     "empty_batch": (),
 }
 
@@ -71,18 +70,13 @@ class Durations:
     Attributes:
       tick: an iteration of all rows; without a core, a turn.
       turn: a turn.
-      chunk: a chunk of a prompt, without the core.
-      chunk_iteration: an iteration of the core over a chunk.
-      short_chunk: a short chunk, without the core.
-      short_chunk_iteration: an iteration of the core over a short chunk.
+      chunks: by its size, a chunk of a prompt without the core, and an iteration of the core over
+        it.
     """
 
     tick: float
     turn: float
-    chunk: float
-    chunk_iteration: float
-    short_chunk: float
-    short_chunk_iteration: float
+    chunks: Mapping[int, tuple[float, float]]
 
 
 class Batcher:
@@ -127,25 +121,25 @@ class Batcher:
         self._placed: dict[int, PlacedImages] = {}
 
     def compile(self, progress: Callable[[str], object] = lambda name: None) -> None:
-        """Compiles every program; otherwise each is compiled when it is first needed.
+        """Compiles every program but `advance`; each is otherwise compiled when first needed.
 
         Args:
           progress: is told each program's name when its turn comes.
         """
         settings = self._host(row_settings(RowText((0,), 1), self.shape, 1))
         prompt = self._prompt([])
-        row, lanes, cache = self._number(0), self._batch.lanes, self._batch.cache
+        row = self._number(0)
         arguments: dict[str, tuple[Any, ...]] = {
             "place": (self._batch, row, settings, prompt, row),
             "copy": (self._batch, row, row, row),
-            "prefill": (self._params, self._batch, row),
             "score": (self._params, self._batch, row),
-            "advance": (self._params, lanes, cache, row, row),
             "turn": (self._params, self._is_allowed, self._batch),
+            "step": (self._params, self._is_allowed, self._batch, row, row),
             "release": (self._batch, self._mask(())),
         }
-        if self.shape.has_short_chunks:
-            arguments["prefill_short"] = arguments["prefill"]
+        for size in self.shape.chunks:
+            progress(f"prefill {size}")
+            self._executable("prefill", (self._params, self._batch, row), size)
         if self.shape.with_images:
             placed = self._no_images(PromptPlaces(np.zeros(0, np.int32), np.zeros(0, bool), ()))
             pixels = self._host(np.zeros(self._model.config.image.shape, np.float32))
@@ -153,7 +147,7 @@ class Batcher:
             arguments["prefill_placed"] = (self._params, self._batch, row, placed)
         for name, given in arguments.items():
             progress(name)
-            if name != "advance" or self._has_core:
+            if name != "step" or self._has_core:
                 self._executable(name, given)
 
     def place(self, row: int, text: RowText) -> None:
@@ -206,7 +200,7 @@ class Batcher:
         self._batch = self._run("copy", self._batch, *numbers)
         self._num_read[row] = num_tokens
 
-    def prefill(self, row: int, *, is_short: bool = False) -> bool:
+    def prefill(self, row: int, size: int | None = None) -> bool:
         """Reads one chunk of the row's prompt; True once only its last token is left.
 
         That one enters by the next `turn`. True at once for a prompt of one token. How a prompt is
@@ -214,17 +208,17 @@ class Batcher:
 
         Args:
           row: which.
-          is_short: reads `shape.short_chunk` tokens. Prompts with images are read in whole chunks.
+          size: tokens of the chunk, one of `shape.chunks`. None: a whole one. Prompts with images
+            are read in whole chunks.
         """
-        is_short = is_short and self.shape.has_short_chunks and row not in self._placed
+        size = self.shape.chunk if size is None or row in self._placed else size
         if self.num_unread(row):
             given = (self._params, self._batch, self._number(row))
             if row in self._placed:
                 self._batch = self._run("prefill_placed", *given, self._placed[row])
             else:
-                name = "prefill_short" if is_short else "prefill"
-                self._batch = self._run(name, *given)
-            self._count_read(row, is_short=is_short)
+                self._batch = self._executable("prefill", given, size)(*jax.tree.leaves(given))
+            self._count_read(row, size)
         if not self.num_unread(row):
             self._placed.pop(row, None)
         return not self.num_unread(row)
@@ -243,7 +237,7 @@ class Batcher:
         assert row not in self._placed
         number = self._number(row)
         self._batch, scores = self._run("score", self._params, self._batch, number)
-        self._count_read(row)
+        self._count_read(row, self.shape.chunk)
         return scores, not self.num_unread(row)
 
     def num_unread(self, row: int) -> int:
@@ -261,6 +255,17 @@ class Batcher:
         batch = self._batch
         lanes = self._run("advance", self._params, batch.lanes, batch.cache, *limits)
         self._batch = programs.Batch(lanes, batch.cache)
+
+    def step(self, min_waiting: int, max_ticks: int) -> Events:
+        """`advance` and then `turn`, in one program."""
+        if not self._has_core:
+            return self.turn()
+        limits = (self._number(min_waiting), self._number(max_ticks))
+        events: Events
+        self._batch, events = self._run(
+            "step", self._params, self._is_allowed, self._batch, *limits
+        )
+        return events
 
     def turn(self) -> Events:
         """Gives each row that waits a token and starts the next; admits rows whose prompt is read.
@@ -285,30 +290,29 @@ class Batcher:
         Args:
           repeats: of which the shortest counts.
         """
-        chunk = self._measured_chunk(repeats, is_short=False)
-        short_chunk = chunk
-        if self.shape.has_short_chunks:
-            short_chunk = self._measured_chunk(repeats, is_short=True)
+        chunks = {size: self._measured_chunk(repeats, size) for size in self.shape.chunks}
         self.turn()
-        ticks, turns = [], []
+        # Almost all of a token's iterations, and then the last, after which it is written.
+        many, last = [], []
         for _ in range(repeats):
-            ticks.append(self._timed(lambda: self.advance(1, _MEASURED_TICKS)))
-            turns.append(self._timed(self.turn))
+            many.append(self._timed(lambda: self.step(1, _MEASURED_TICKS - 1)))
+            last.append(self._timed(lambda: self.step(1, 1)))
         self.release([0])
-        # Without a core a turn is all there is.
-        tick = min(ticks) / _MEASURED_TICKS if self._has_core else min(turns)
-        return Durations(tick, min(turns), *chunk, *short_chunk)
+        turn = tick = min(last)
+        if self._has_core:  # Else a turn is all there is.
+            tick = abs(min(many) - min(last)) / (_MEASURED_TICKS - 2)
+            turn = max(min(last) - tick, tick)  # As timings jitter.
+        return Durations(tick, turn, chunks)
 
-    def _measured_chunk(self, repeats: int, *, is_short: bool) -> tuple[float, float]:
+    def _measured_chunk(self, repeats: int, size: int) -> tuple[float, float]:
         """Seconds of a chunk without the core, and of an iteration of the core over it."""
-        size = self.shape.chunk_size(is_short=is_short)
-        size = max(min(size, self.shape.capacity - repeats - 2), 1)
+        length = max(min(size, self.shape.capacity - repeats - 2), 1)
         seconds = {}
         for depth in (1, _MEASURED_TICKS):
-            text, taken = RowText((0,) * (size + 1), repeats + 1, depth), []
+            text, taken = RowText((0,) * (length + 1), repeats + 1, depth), []
             for _ in range(repeats):
                 self.place(0, text)
-                taken.append(self._timed(lambda: self.prefill(0, is_short=is_short)))
+                taken.append(self._timed(lambda: self.prefill(0, size)))
             seconds[depth] = min(taken)
         per_iteration = (seconds[_MEASURED_TICKS] - seconds[1]) / (_MEASURED_TICKS - 1)
         per_iteration = max(per_iteration, 0.0)
@@ -342,20 +346,21 @@ class Batcher:
     def _has_core(self) -> bool:
         return self._model.config.is_recurrent
 
-    def _count_read(self, row: int, *, is_short: bool = False) -> None:
-        size = min(self.shape.chunk_size(is_short=is_short), self._capacity)
-        self._num_read[row] += min(size, self.num_unread(row))
+    def _count_read(self, row: int, size: int) -> None:
+        self._num_read[row] += min(size, self._capacity, self.num_unread(row))
 
     def _run(self, name: str, *arguments: Any) -> Any:
         return self._executable(name, arguments)(*jax.tree.leaves(arguments))
 
-    def _executable(self, name: str, arguments: tuple[Any, ...]) -> Any:
+    def _executable(self, name: str, arguments: tuple[Any, ...], *static: int) -> Any:
         # A program's arguments always have the same shapes.
-        if name not in self._programs:
+        key = " ".join((name, *map(str, static)))
+        if key not in self._programs:
             leaves, tree = jax.tree.flatten(arguments)
             signatures = tuple(map(_signature, leaves))
-            self._programs[name] = _compiled(name, self._model, self.shape, tree, signatures)
-        return self._programs[name]
+            fixed = (self._model, self.shape, *static)
+            self._programs[key] = _compiled(name, fixed, tree, signatures)
+        return self._programs[key]
 
     def _number(self, number: int) -> Any:
         return self._host(np.int32(number))
@@ -399,33 +404,10 @@ def _signature(leaf: Any) -> jax.ShapeDtypeStruct:
 
 @functools.lru_cache(maxsize=64)
 def _compiled(
-    name: str,
-    model: MegaTransformer,
-    shape: BatchShape,
-    tree: Any,
-    leaves: tuple[jax.ShapeDtypeStruct, ...],
+    name: str, static: tuple[Any, ...], tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
 ) -> Any:
     """A program for arguments of these shapes. Batchers of the same model and shape share it."""
-    return lower_program(name, model, shape, tree, leaves).compile()
-
-
-def lower_program(
-    name: str,
-    model: MegaTransformer,
-    shape: BatchShape,
-    tree: Any,
-    leaves: Sequence[jax.ShapeDtypeStruct],
-) -> jax.stages.Lowered:
-    """A program of `programs`, with the donations that a batcher makes, not compiled yet.
-
-    Args:
-      name: of the program.
-      model: the model.
-      shape: of the batch.
-      tree: structure of the program's arguments behind the shape.
-      leaves: shapes, types and shardings of its leaves.
-    """
-    function = functools.partial(getattr(programs, name), model, shape)
+    function = functools.partial(getattr(programs, name), *static)
     sizes = [argument.num_leaves for argument in tree.children()]
     ends = list(itertools.accumulate(sizes))
     donated = [
@@ -434,7 +416,7 @@ def lower_program(
     program = jax.jit(
         lambda *given: function(*jax.tree.unflatten(tree, given)), donate_argnums=tuple(donated)
     )
-    return program.lower(*leaves)
+    return program.lower(*leaves).compile()
 
 
 def _check(model: MegaTransformer, shape: BatchShape) -> None:

@@ -31,7 +31,7 @@ class BatchShape:
         blocks of the cache.
       num_slots: cache slots of each core layer (R).
       chunk: prompt tokens per pass.
-      short_chunk: prompt tokens of a short pass; from `chunk` on there are none.
+      short_chunks: prompt tokens of shorter passes; those from `chunk` on are left out.
       criteria: exit criteria that rows may name; 'fixed' always is one.
       num_top: most likeliest tokens that come with each new one.
       num_bias: most tokens of a row's `logit_bias`.
@@ -48,7 +48,7 @@ class BatchShape:
     capacity: int
     num_slots: int
     chunk: int = 64
-    short_chunk: int = 16
+    short_chunks: tuple[int, ...] = (8, 16)
     criteria: tuple[str, ...] = ("fixed", "latent_diff", "cosine")
     num_top: int = 20
     num_bias: int = 32
@@ -58,22 +58,18 @@ class BatchShape:
     with_images: bool = False
 
     def __post_init__(self) -> None:
-        numbers = ("rows", "capacity", "num_slots", "chunk", "short_chunk", "num_top", "num_bias")
-        for name in (*numbers, "num_ends"):
-            number = getattr(self, name)
+        names = ("rows", "capacity", "num_slots", "chunk", "num_top", "num_bias", "num_ends")
+        numbers = [(name, getattr(self, name)) for name in names]
+        for name, number in (*numbers, *(("short_chunks", size) for size in self.short_chunks)):
             if number < 1:
                 raise UserError(f"{name} of a batch is {number}; it must be at least 1.")
         for name in self.criteria:
             exit_criterion(name)
 
     @property
-    def has_short_chunks(self) -> bool:
-        """Whether there is a program for them."""
-        return self.short_chunk < self.chunk
-
-    def chunk_size(self, *, is_short: bool) -> int:
-        """Prompt tokens of a pass."""
-        return min(self.short_chunk, self.chunk) if is_short else self.chunk
+    def chunks(self) -> tuple[int, ...]:
+        """Prompt tokens of all passes that there are, ascending."""
+        return (*sorted({size for size in self.short_chunks if size < self.chunk}), self.chunk)
 
     @property
     def choice(self) -> Criteria:

@@ -5,10 +5,10 @@
 | place   | a text's settings and prompt into a row                         | not touched       |
 | copy    | a row's first tokens from another row                           | written, in place |
 | prefill | the next tokens of one row's prompt, but never its last         | written, in place |
-| _short  | the same, fewer at a time                                       | written, in place |
 | score   | the same, with log-probabilities of the tokens behind           | written, in place |
 | advance | iterations of the core, until enough rows wait                  | only read         |
 | turn    | rows that wait: coda, head, a new token, prelude of the next    | written, in place |
+| step    | advance and turn in one                                         | written, in place |
 | release | frees rows                                                      | not touched       |
 
 The last token of a prompt is not read beforehand: it enters its row as a new token does. So there
@@ -42,9 +42,9 @@ from megatransformer_jax.models.passes.cached import (
     NewTokens,
     TokensRead,
     apply_head,
-    known_after,
     read_tokens,
 )
+from megatransformer_jax.models.passes.depth_loop import known_after
 from megatransformer_jax.models.passes.tick import (
     FirstStates,
     RowRules,
@@ -190,17 +190,15 @@ def release(
 
 
 def prefill(
-    model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
+    model: MegaTransformer,
+    shape: BatchShape,
+    size: int,
+    params: Any,
+    batch: Batch,
+    row: Int[Array, ""],
 ) -> Batch:
-    """Reads up to `shape.chunk` tokens of a row's prompt behind those that are cached."""
-    return _read_chunk(model, shape, params, batch, row)[0]
-
-
-def prefill_short(
-    model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
-) -> Batch:
-    """The same, up to `shape.short_chunk` tokens."""
-    return _read_chunk(model, shape, params, batch, row, is_short=True)[0]
+    """Reads up to `size` tokens of a row's prompt behind those that are cached."""
+    return _read_chunk(model, shape, params, batch, row, size=size)[0]
 
 
 def place_image(
@@ -252,12 +250,12 @@ def _read_chunk(
     row: Int[Array, ""],
     placed: PlacedImages | None = None,
     *,
-    is_short: bool = False,
+    size: int | None = None,
 ) -> tuple[Batch, TokensRead, jax.Array]:
     lanes, cache = batch.lanes, batch.cache
     model, one = for_rows(model, shape.rows), for_rows(model, 1)
     settings, history = jax.tree.map(lambda all: all[row][None], lanes.settings), lanes.history
-    size = min(shape.chunk_size(is_short=is_short), cache.capacity)
+    size = min(size or shape.chunk, cache.capacity)
     start = cache.next_position[row]
     places = start + jnp.arange(size, dtype=jnp.int32)
     is_token = places < settings.num_places[0] - 1
@@ -350,6 +348,20 @@ def turn(
         events, is_running=lanes.is_running, iteration=lanes.tokens.iteration, ticks=lanes.ticks
     )
     return _constrained(model, lanes, cache), constrain_rows_of(model, events)
+
+
+def step(
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    is_allowed: Bool[Array, "V"],
+    batch: Batch,
+    min_waiting: Int[Array, ""],
+    max_ticks: Int[Array, ""],
+) -> tuple[Batch, Events]:
+    """`advance`, then `turn`: one program to start in place of two."""
+    lanes = advance(model, shape, params, batch.lanes, batch.cache, min_waiting, max_ticks)
+    return turn(model, shape, params, is_allowed, Batch(lanes, batch.cache))
 
 
 def _with_new_tokens(

@@ -336,8 +336,7 @@ def _launches(
                     pass
         if not holds:
             return
-        batcher.advance(min_waiting, deepest)
-        dispatched = batcher.turn(), dict(holds)
+        dispatched = batcher.step(min_waiting, deepest), dict(holds)
         if before is not None:
             yield before[0].fetch(), before[1]
         before = dispatched

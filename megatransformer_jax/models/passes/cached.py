@@ -22,6 +22,7 @@ from megatransformer_jax.models.megatransformer import (
 from megatransformer_jax.models.passes.depth_loop import (
     DepthResult,
     iterate_core,
+    known_after,
     stack_rows,
     with_cache,
 )
@@ -249,17 +250,6 @@ def token_states(
 
     over_tokens = jax.vmap(draw, in_axes=(None, 0, 0))
     return jax.vmap(over_tokens)(keys, places, injected)
-
-
-def known_after(index: jax.Array, array: jax.Array) -> jax.Array:
-    """The index, in a form that XLA can compute only when it has the array.
-
-    The cache must be written after everything is read. Otherwise XLA may write a layer's rows,
-    which are known early, before the layer has read the others, and copies the whole cache to be
-    able to. An optimisation barrier is gone by the time that XLA orders the two.
-    """
-    is_nan = jnp.isnan(array.ravel()[0]).astype(index.dtype)
-    return index + jnp.minimum(is_nan, 0)
 
 
 # ------------------------------------------------------------------------------

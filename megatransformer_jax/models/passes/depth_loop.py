@@ -108,7 +108,11 @@ def iterate_core(
         slot = slot_for(carry.iteration, cache.num_slots, cache.sharing)
         context = context_at(carry, slot)
         new_state, new_rows = iterate_and_sow(core, carry.state, context, carry.iteration)
-        rows = _put_slot(carry.rows, new_rows, slot * layers)
+        entry = slot * layers
+        if differ:
+            # Rows of tokens that have left were read from the same arrays.
+            entry = known_after(entry, new_state)
+        rows = _put_slot(carry.rows, new_rows, entry)
         is_active, memory = carry.is_active, carry.memory
         if differ:
             new_state = jnp.where(is_active[..., None], new_state, carry.state)
@@ -247,6 +251,17 @@ def _take_slot(rows: KeyValues, entry: Any, layers: int) -> KeyValues:
         return jax.lax.dynamic_slice_in_dim(array, entry, layers, axis=0)
 
     return KeyValues(take(rows.key), take(rows.value))
+
+
+def known_after(index: jax.Array, array: jax.Array) -> jax.Array:
+    """The index, in a form that XLA can compute only when it has the array.
+
+    What is updated in place must be written after everything that reads it. Otherwise XLA may write
+    a layer's rows, which are known early, before the layer has read the others, and copies all to
+    be able to. An optimisation barrier is gone by the time that XLA orders the two.
+    """
+    is_nan = jnp.isnan(array.ravel()[0]).astype(index.dtype)
+    return index + jnp.minimum(is_nan, 0)
 
 
 def _put_slot(rows: KeyValues, new: KeyValues, entry: Any) -> KeyValues:

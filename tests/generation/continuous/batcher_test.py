@@ -43,7 +43,7 @@ CRITERIA = {
     "kl": (0.005, 0.1),
     "learned_gate": (0.001, 0.05),
 }
-SHAPE = BatchShape(4, 64, 8, chunk=4, short_chunk=3, criteria=("latent_diff", "kl"), num_top=2)
+SHAPE = BatchShape(4, 64, 8, chunk=4, short_chunks=(3,), criteria=("latent_diff", "kl"), num_top=2)
 # Ends texts that draw it; the second never comes.
 END_IDS = (11, 30)
 
@@ -278,8 +278,7 @@ def test_likeliest_tokens_come_with_new_ones():
     made.place(2, RowText([1, 5, 9], 1, depth=2, logit_bias={7: 100.0}))
     made.prefill(3), made.prefill(2)
     made.turn()
-    made.advance(2, 9)
-    events = made.turn().fetch()
+    events = made.step(2, 9).fetch()
     wanted = np.asarray(jax.nn.log_softmax(all_logits(*make(TINY), [1, 5, 9], 2)[-1]))
     assert events.is_done.tolist() == [False, False, True, True]
     assert events.token.tolist()[2:] == [7, int(np.argmax(wanted))]
@@ -294,9 +293,10 @@ def test_the_cache_is_written_in_place():
     made = Batcher(*make(config), None, BatchShape(2, 4096, 32))
     made.advance(1, 1)
     made.turn()
+    made.step(1, 1)
     size = made.cache_bytes()
     assert size == 2 * (1 + 32 + 1) * 2 * 4096 * 16 * 4
-    for name in ("advance", "turn"):
+    for name in ("advance", "turn", "step"):
         memory = made.memory(name)
         assert memory.temp_size_in_bytes < size / 100
     assert made.memory("turn").alias_size_in_bytes > size
@@ -325,5 +325,6 @@ def test_what_does_not_fit_is_named():
 def test_durations_are_measured_before_any_text_comes():
     measured = batcher(TINY).durations(repeats=2)
     assert min(measured.tick, measured.turn) > 0
-    assert measured.chunk + measured.chunk_iteration > 0
+    assert list(measured.chunks) == [3, 4]
+    assert all(sum(seconds) > 0 for seconds in measured.chunks.values())
     assert not batcher(TINY).turn().fetch().is_running.any()
