@@ -8,6 +8,7 @@ Everything here is done in place if the cache is donated. On a mesh each device 
 what it holds, and a sequence that others need is sent to them.
 """
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -70,58 +71,10 @@ def write_tokens(
       sharder: where the sequences are.
     """
     old = ((cache.prelude, cache.coda), cache.core)
-    size = _slots_at_a_time(cache.num_slots)
-    layers = 0 if cache.core is None else cache.core.key.shape[0] // cache.num_slots
-
-    def put(old: Any, rows: NewRows, *per_sequence: jax.Array) -> Any:
-        starts, num_steps, is_written = per_sequence
-        # Those that have a token come first; a loop over them costs nothing for the others.
-        order = jnp.argsort(~is_written)
-        num_slots = jnp.minimum(rows.num_slots, cache.num_slots)
-
-        def put_one(turn: jax.Array, old: Any) -> Any:
-            sequence = order[turn]
-            at = (sequence, 0, starts[sequence], 0)
-
-            def put_entries(array: jax.Array, one: jax.Array) -> jax.Array:
-                new = one[sequence][:, None].astype(array.dtype)
-                return jax.lax.dynamic_update_slice(array, new, (0, *at))
-
-            def put_slots(block: jax.Array, core: Any) -> Any:
-                slots = block * size + jnp.arange(size)
-                slots = jnp.minimum(slots, jnp.maximum(num_steps[sequence], 1) - 1)
-
-                def put_some(array: jax.Array, one: jax.Array) -> jax.Array:
-                    by_slot = one.reshape(one.shape[0], -1, layers, *one.shape[2:])
-                    new = by_slot[sequence, slots].reshape(size * layers, 1, *one.shape[2:])
-                    corner = (block * size * layers, *at)
-                    return jax.lax.dynamic_update_slice(array, new.astype(array.dtype), corner)
-
-                return jax.tree.map(put_some, core, rows.core)
-
-            outer, core = old
-            outer = jax.tree.map(put_entries, outer, rows.outer)
-            if core is not None:
-                num_blocks = -(-num_slots[sequence] // size)
-                core = jax.lax.fori_loop(0, num_blocks, put_slots, core)
-            return outer, core
-
-        count = jnp.sum(is_written, dtype=jnp.int32)
-        return jax.lax.fori_loop(0, count, put_one, old)
-
+    put: Any = functools.partial(_put_tokens, cache.num_slots)
     if sharder.mesh is not None:
-        spec = sharder.rules.spec
-        entries = jax.tree.map(lambda array: entries_spec(array, sharder), old)
-        firsts = jax.tree.map(
-            lambda array: spec("batch", *(None, "kv_heads", None, None)[: array.ndim - 1]), rows
-        )
-        put = jax.shard_map(
-            put,
-            mesh=sharder.mesh,
-            in_specs=(entries, firsts, *(spec("batch"),) * 3),
-            out_specs=entries,
-            check_vma=False,
-        )
+        axes = ("batch", None, "kv_heads", None, None)
+        put = _on_each_device(put, old, rows, axes, (sharder.rules.spec("batch"),) * 3, sharder)
     starts = cache.next_position
     (prelude, coda), core = put(old, rows, starts, num_steps, is_written)
     columns = jnp.where(is_written, starts, cache.capacity)
@@ -133,6 +86,84 @@ def write_tokens(
         num_steps=place(cache.num_steps, columns, num_steps),
     )
     return cast(KVCache, written)
+
+
+def _put_tokens(
+    num_slots: int,
+    old: Any,
+    rows: NewRows,
+    starts: jax.Array,
+    num_steps: jax.Array,
+    is_written: jax.Array,
+) -> Any:
+    """What `write_tokens` does with the sequences of one device."""
+    size = _slots_at_a_time(num_slots)
+    # Those that have a token come first; a loop over them costs nothing for the others.
+    order = jnp.argsort(~is_written)
+
+    def put_one(turn: jax.Array, old: Any) -> Any:
+        sequence = order[turn]
+        at = (sequence, 0, starts[sequence], 0)
+
+        def put_entries(array: jax.Array, one: jax.Array) -> jax.Array:
+            new = one[sequence][:, None].astype(array.dtype)
+            return jax.lax.dynamic_update_slice(array, new, (0, *at))
+
+        def put_slots(block: jax.Array, core: Any) -> Any:
+            slots = block * size + jnp.arange(size)
+            slots = jnp.minimum(slots, jnp.maximum(num_steps[sequence], 1) - 1)
+
+            def put_some(array: jax.Array, one: jax.Array) -> jax.Array:
+                layers, shape = array.shape[0] // num_slots, one.shape[2:]
+                by_slot = one.reshape(one.shape[0], -1, layers, *shape)
+                new = by_slot[sequence, slots].reshape(size * layers, 1, *shape)
+                corner = (block * size * layers, *at)
+                return jax.lax.dynamic_update_slice(array, new.astype(array.dtype), corner)
+
+            return jax.tree.map(put_some, core, rows.core)
+
+        outer, core = old
+        outer = jax.tree.map(put_entries, outer, rows.outer)
+        if core is not None:
+            num_read = jnp.minimum(rows.num_slots[sequence], num_slots)
+            core = jax.lax.fori_loop(0, -(-num_read // size), put_slots, core)
+        return outer, core
+
+    return jax.lax.fori_loop(0, jnp.sum(is_written, dtype=jnp.int32), put_one, old)
+
+
+def _on_each_device(
+    put: Any, old: Any, rows: NewRows, axes: tuple[str | None, ...], others: Any, sharder: Sharder
+) -> Any:
+    """`put(old, rows, ...)` of what each device holds.
+
+    Args:
+      put: gives new entries for the old ones.
+      old: entries of the cache.
+      rows: new ones.
+      axes: of these; arrays with fewer have the first.
+      others: specs of the other arguments.
+      sharder: where all are.
+    """
+    old_leaves, old_tree = jax.tree.flatten(old)
+    row_leaves, row_tree = jax.tree.flatten(rows)
+
+    def put_leaves(old: list[jax.Array], rows: list[jax.Array], *others: Any) -> list[jax.Array]:
+        trees = jax.tree.unflatten(old_tree, old), jax.tree.unflatten(row_tree, rows)
+        return jax.tree.leaves(put(*trees, *others))
+
+    entries = [entries_spec(array, sharder) for array in old_leaves]
+    new = [sharder.rules.spec(*axes[: array.ndim]) for array in row_leaves]
+    mapped = jax.shard_map(
+        put_leaves,
+        mesh=sharder.mesh,
+        in_specs=(entries, new, *others),
+        out_specs=entries,
+        check_vma=False,
+    )
+    return lambda old, rows, *others: jax.tree.unflatten(
+        old_tree, mapped(jax.tree.leaves(old), jax.tree.leaves(rows), *others)
+    )
 
 
 def _slots_at_a_time(num_slots: int) -> int:
@@ -213,60 +244,55 @@ def write_sequence(
     is_kept = (columns >= shift) & (columns < shift + num_kept)
     source = jnp.maximum(columns - shift, 0)
     axes = None if sharder.mesh is None else sharder.rules.spec("batch")[0]
-    num_slots = _slots_at_a_time(cache.num_slots)
-
-    def put(
-        old: Any,
-        rows: NewRows,
-        sequence: jax.Array,
-        corner: jax.Array,
-        columns: tuple[jax.Array, jax.Array],
-    ) -> Any:
-        local, is_mine = _local(sequence, jax.tree.leaves(old)[0].shape[1], axes)
-        is_kept, source = columns
-        is_kept = (is_kept & is_mine)[:, None]
-
-        def put_entries(
-            array: jax.Array, new: jax.Array, first: jax.Array | int = 0, count: int | None = None
-        ) -> jax.Array:
-            count = array.shape[0] if count is None else count
-            new = jax.lax.dynamic_slice_in_dim(new, first, count).astype(array.dtype)
-            new, at = jnp.take(new, source, axis=3), (first, local, 0, corner, 0)
-            there = jax.lax.dynamic_slice(array, at, new.shape)
-            return jax.lax.dynamic_update_slice(array, jnp.where(is_kept, new, there), at)
-
-        outer, core = old
-        outer = jax.tree.map(put_entries, outer, rows.outer)
-        if core is None:
-            return outer, core
-        count = num_slots * core.key.shape[0] // cache.num_slots
-
-        def put_slots(block: jax.Array, core: Any) -> Any:
-            return jax.tree.map(
-                lambda array, new: put_entries(array, new, block * count, count), core, rows.core
-            )
-
-        num_blocks = -(-jnp.minimum(rows.num_slots[0], cache.num_slots) // num_slots)
-        return outer, jax.lax.fori_loop(0, num_blocks, put_slots, core)
-
+    put: Any = functools.partial(_put_sequence, cache.num_slots, axes)
     if sharder.mesh is not None:
-        spec = sharder.rules.spec
-        entries = jax.tree.map(lambda array: entries_spec(array, sharder), old)
-        own = jax.tree.map(
-            lambda array: spec(*(None, None, "kv_heads", None, None)[: array.ndim]), rows
-        )
-        put = jax.shard_map(
-            put,
-            mesh=sharder.mesh,
-            in_specs=(entries, own, spec(), spec(), (spec(), spec())),
-            out_specs=entries,
-            check_vma=False,
-        )
+        whole = sharder.rules.spec()
+        others = (whole, whole, (whole, whole))
+        put = _on_each_device(put, old, rows, (None, None, "kv_heads", None, None), others, sharder)
     (prelude, coda), core = put(old, rows, sequence, corner, (is_kept, source))
     written: Any = cache.replace(  # type: ignore[attr-defined]
         prelude=prelude, core=core, coda=coda
     )
     return cast(KVCache, written)
+
+
+def _put_sequence(
+    num_slots: int,
+    axes: Any,
+    old: Any,
+    rows: NewRows,
+    sequence: jax.Array,
+    corner: jax.Array,
+    columns: tuple[jax.Array, jax.Array],
+) -> Any:
+    """What `write_sequence` does on one device; the columns' are which count, and their tokens."""
+    local, is_mine = _local(sequence, jax.tree.leaves(old)[0].shape[1], axes)
+    is_kept, source = columns
+    is_kept = (is_kept & is_mine)[:, None]
+
+    def put_entries(
+        array: jax.Array, new: jax.Array, first: jax.Array | int = 0, count: int | None = None
+    ) -> jax.Array:
+        count = array.shape[0] if count is None else count
+        new = jax.lax.dynamic_slice_in_dim(new, first, count).astype(array.dtype)
+        new, at = jnp.take(new, source, axis=3), (first, local, 0, corner, 0)
+        there = jax.lax.dynamic_slice(array, at, new.shape)
+        return jax.lax.dynamic_update_slice(array, jnp.where(is_kept, new, there), at)
+
+    outer, core = old
+    outer = jax.tree.map(put_entries, outer, rows.outer)
+    if core is None:
+        return outer, core
+    size = _slots_at_a_time(num_slots)
+    count = size * core.key.shape[0] // num_slots
+
+    def put_slots(block: jax.Array, core: Any) -> Any:
+        return jax.tree.map(
+            lambda array, new: put_entries(array, new, block * count, count), core, rows.core
+        )
+
+    num_read = jnp.minimum(rows.num_slots[0], num_slots)
+    return outer, jax.lax.fori_loop(0, -(-num_read // size), put_slots, core)
 
 
 def copy_rows(

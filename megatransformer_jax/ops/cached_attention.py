@@ -237,7 +237,8 @@ def _absorb(
             )
             own: Any = queries
             own = own.replace(scaled=take(queries.scaled), positions=take(queries.positions))
-            entry = cached.entry if jnp.ndim(cached.entry) == 0 else cached.entry[sequence]
+            entries = jnp.asarray(cached.entry)
+            entry = entries[sequence] if entries.ndim else entries
             view: Any = cached
             view = view.replace(entry=entry, sequence=sequence)
             seen = own.against_block(view, start, num_rows)

@@ -108,11 +108,7 @@ def iterate_core(
         slot = slot_for(carry.iteration, cache.num_slots, cache.sharing)
         context = context_at(carry, slot)
         new_state, new_rows = iterate_and_sow(core, carry.state, context, carry.iteration)
-        entry = slot * layers
-        if differ:
-            # Rows of tokens that have left were read from the same arrays.
-            entry = known_after(entry, new_state)
-        rows = _put_slot(carry.rows, new_rows, entry)
+        rows = _put_slot(carry.rows, new_rows, _entry_to_write(core, slot * layers, new_state))
         is_active, memory = carry.is_active, carry.memory
         if differ:
             new_state = jnp.where(is_active[..., None], new_state, carry.state)
@@ -251,6 +247,17 @@ def _take_slot(rows: KeyValues, entry: Any, layers: int) -> KeyValues:
         return jax.lax.dynamic_slice_in_dim(array, entry, layers, axis=0)
 
     return KeyValues(take(rows.key), take(rows.value))
+
+
+def _entry_to_write(core: Pass, entry: jax.Array, new_state: jax.Array) -> jax.Array:
+    """The entry, known after those of tokens that have left were read from the same arrays.
+
+    On a mesh it is not worth it: devices would tell each other in every iteration.
+    """
+    assert core.rule is not None
+    if not core.rule.lets_tokens_differ or core.core.sharder.mesh is not None:
+        return entry
+    return known_after(entry, new_state)
 
 
 def known_after(index: jax.Array, array: jax.Array) -> jax.Array:
