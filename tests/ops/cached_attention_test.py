@@ -247,3 +247,53 @@ def test_no_array_as_large_as_the_cache_is_made():
     }
     assert "parameter" in operations
     assert operations <= {"parameter", "get-tuple-element"}
+
+
+# ------------------------------------------------------------------------------
+# Blocks of their own.
+
+# One long, several, and all; beyond a whole number of far blocks.
+SPREADS = [[600, 3, 70, 0, 20, 64, 65, 1], [600, 580, 300, 0, 64, 65, 1, 2], [600] * 8]
+
+
+@pytest.mark.parametrize("window", [None, 10, 400])
+@pytest.mark.parametrize("lengths", SPREADS)
+def test_sequences_read_their_own_blocks(lengths, window):
+    rng, size, capacity = np.random.default_rng(0), len(lengths), 640
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    query, key, value = draw(size, 1, N, H), draw(size, 1, 2, H), draw(size, 1, 2, H)
+    keys, values = draw(3, size, 2, capacity, H), draw(3, size, 2, capacity, H)
+    rows, lengths = jnp.arange(capacity), jnp.asarray(lengths)
+    positions = jnp.where(rows < lengths[:, None], rows, -1)
+    slopes = alibi_slopes(N)
+
+    @jax.jit
+    def mix(entry, lengths):
+        cached = CachedRows(keys, values, entry, positions, jnp.int32(600), 64, None, lengths)
+        places = positions.max(axis=1, keepdims=True) + 1
+        terms = LogitTerms(2.0, slopes)
+        return cached_attention(
+            query, key, value, places, places, cached, window=window, terms=terms
+        )
+
+    for entry in (1, jnp.asarray(rng.integers(0, 3, size))):
+        wanted = mix(entry, None)
+        np.testing.assert_allclose(mix(entry, lengths), wanted, atol=1e-6)
+        # Whoever is not read does not matter.
+        alone = jnp.where(jnp.arange(size) == 0, lengths, 0)
+        np.testing.assert_allclose(mix(entry, alone)[0], wanted[0], atol=1e-6)
+
+
+def test_far_blocks_are_read_by_those_that_reach_them_only():
+    """A row that is not reached may hold anything."""
+    lengths = jnp.asarray([500, 3, 4, 5, 6, 7, 8, 9])
+    rows = jnp.arange(512)
+    keys = jnp.where((rows < lengths[:, None])[None, :, None, :, None], 1.0, jnp.nan)
+    keys = jnp.broadcast_to(keys, (1, 8, 2, 512, H))
+    # Its position says that all of the first block can be seen.
+    positions = jnp.where(rows < jnp.maximum(lengths, 64)[:, None], rows, -1)
+    positions = jnp.where(jnp.arange(8)[:, None] == 0, positions, -1)
+    cached = CachedRows(keys, keys, 0, positions, jnp.int32(500), 64, None, lengths)
+    token = jnp.ones((8, 1, 2, H))
+    mixed = cached_attention(token, token, token, lengths[:, None], lengths[:, None], cached)
+    np.testing.assert_allclose(mixed, 1.0, atol=1e-6)
