@@ -15,6 +15,7 @@ from megatransformer_jax.ops.attention import (
     choose_kernel,
     kernel_obstacles,
 )
+from megatransformer_jax.ops.attention_exchange import Exchange, choose_exchange
 from megatransformer_jax.sharding.rules import Sharder
 
 
@@ -27,12 +28,16 @@ class KernelChoice:
       stacks: of 'prelude', 'core' and 'coda' those that get it.
       lengths: of the rows, media included.
       obstacles: why not the fused kernel of the platform, if that was asked for and there is one.
+      exchange: what the devices that rows are cut over exchange, see `ops.attention_exchange`.
+      row_devices: how many these are.
     """
 
     kernel: str
     stacks: tuple[str, ...]
     lengths: tuple[int, ...]
     obstacles: tuple[str, ...]
+    exchange: Exchange = "none"
+    row_devices: int = 1
 
 
 def kernel_choices(
@@ -54,19 +59,23 @@ def kernel_choices(
       UnsupportedKernelError: `model.attention.kernel` names one that cannot serve.
     """
     requested, fused = model.config.attention.kernel, PLATFORM_KERNELS[model.platform]
-    found: dict[tuple[str, tuple[str, ...], tuple[str, ...]], list[int]] = {}
+    sharder, kv_heads = sharder or model.sharder, model.config.attention.kv_heads
+    found: dict[tuple[str, tuple[str, ...], tuple[str, ...], Exchange], list[int]] = {}
     for length in lengths:
+        exchange = choose_exchange(sharder, length, length, kv_heads)
+        row_shards = sharder.ways("length") if exchange == "keys" else 1
         stacks: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for stack, width in _widths(model).items():
-            features = _features(model, width, length, is_training, sharder or model.sharder)
+            features = _features(model, width, length, is_training, row_shards)
             chosen = choose_kernel(requested, model.platform, features)
             obstacles = kernel_obstacles(fused, features) if requested == "auto" else []
             stacks.setdefault((chosen, tuple(obstacles)), []).append(stack)
         for (chosen, why), names in stacks.items():
-            found.setdefault((chosen, tuple(names), why), []).append(length)
+            found.setdefault((chosen, tuple(names), why, exchange), []).append(length)
+    devices = sharder.ways("length")
     return tuple(
-        KernelChoice(chosen, names, tuple(rows), why)
-        for (chosen, names, why), rows in found.items()
+        KernelChoice(chosen, names, tuple(rows), why, exchange, devices)
+        for (chosen, names, why, exchange), rows in found.items()
     )
 
 
@@ -74,6 +83,9 @@ def prompt_kernels(model: MegaTransformer) -> tuple[KernelChoice, ...]:
     """The kernels that read prompts whose padded length suits any of them. Passes with a cache have
     no fused kernel."""
     return kernel_choices(model, [SPLASH_BLOCK], is_training=False)
+
+
+EXCHANGED = {"heads": "heads exchanged for rows", "keys": "keys and values gathered"}
 
 
 def describe_choices(choices: Iterable[KernelChoice]) -> str:
@@ -86,6 +98,8 @@ def describe_choices(choices: Iterable[KernelChoice]) -> str:
         part = f"{choice.kernel} in {', '.join(others)}{' and ' if others else ''}{last}"
         if names_lengths:
             part += f" for rows of {', '.join(map(str, choice.lengths))}"
+        if choice.exchange != "none":
+            part += f", {EXCHANGED[choice.exchange]} over {choice.row_devices} devices"
         if choice.obstacles:
             part += f" (no fused kernel: {'; '.join(choice.obstacles)})"
         parts.append(part)
@@ -104,7 +118,7 @@ def _widths(model: MegaTransformer) -> dict[str, int]:
 
 
 def _features(
-    model: MegaTransformer, width: int, length: int, is_training: bool, sharder: Sharder
+    model: MegaTransformer, width: int, length: int, is_training: bool, row_shards: int
 ) -> AttentionFeatures:
     attention = model.config.attention
     return AttentionFeatures(
@@ -117,5 +131,5 @@ def _features(
         has_softcap=attention.logit_softcap is not None,
         has_alibi=model.config.positions.scheme == "alibi",
         has_dropout=is_training and attention.dropout_rate > 0.0,
-        row_shards=sharder.ways("length"),
+        row_shards=row_shards,
     )

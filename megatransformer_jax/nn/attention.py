@@ -54,8 +54,8 @@ class SelfAttention(nn.Module):
         if context.value_embedding is not None:
             value = self._add_embedding(value, x, context.value_embedding)
         query = self.sharder.constrain(query, "batch", "length", "heads", None)
-        key = self.sharder.constrain(key, "batch", None, "kv_heads", None)
-        value = self.sharder.constrain(value, "batch", None, "kv_heads", None)
+        key = self.sharder.constrain(key, "batch", "length", "kv_heads", None)
+        value = self.sharder.constrain(value, "batch", "length", "kv_heads", None)
         # For diagnostics; costs nothing unless a caller makes the collection mutable.
         self.sow("intermediates", "query_key_value", (query, key, value))
         if context.cached is not None:

@@ -6,9 +6,10 @@
 | cudnn  | gpu      | bfloat16/float16, H <= 128 and a multiple of 8; T and S even where the mask  |
 |        |          | must be dense (segments, cache); no soft-cap, ALiBi, dropout, cut rows       |
 | splash | tpu      | bfloat16/float32, H <= 256; T, S and a static query_offset that are          |
-|        |          | multiples of 128; no ALiBi, dropout, cut rows                                |
+|        |          | multiples of 128, cut rows too on each device; no ALiBi, dropout             |
 
-`auto` takes the platform's fused kernel if it serves the call, else xla.
+`auto` takes the platform's fused kernel if it serves the call, else xla. Rows are cut where mesh
+axis `sequence` is above 1 and devices cannot exchange heads for rows: `ops.attention_exchange`.
 """
 
 import dataclasses
@@ -18,6 +19,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.ops.attention_exchange import (
+    choose_exchange,
+    heads_to_rows,
+    rows_to_heads,
+    with_whole_rows,
+)
 from megatransformer_jax.ops.attention_xla import Dropout, LogitTerms, attention_xla
 from megatransformer_jax.ops.masks import AttentionMask, check_mask, dense_mask, zero_blind_rows
 from megatransformer_jax.sharding.rules import Sharder
@@ -76,7 +83,47 @@ def attention(
     terms = LogitTerms() if terms is None else terms
     _check_options(query, key, terms, dropout)
     check_mask(mask, query.shape[0], query.shape[1], key.shape[1])
-    features = AttentionFeatures(
+    sharder = kernel.sharder
+    exchange = choose_exchange(sharder, query.shape[1], key.shape[1], key.shape[2])
+    inner = with_whole_rows(sharder) if exchange == "heads" else sharder
+    features = _features(query, key, mask, terms, dropout, inner.ways("length"))
+    chosen = choose_kernel(kernel.name, kernel.platform, features)
+    if exchange != "none":
+        # What splash does with ids outside of its kernel is work per row, so it stays cut.
+        mask = _lay_out_ids(mask, sharder if chosen == "splash" else inner)
+    if exchange == "heads":
+        query, key, value = (rows_to_heads(array, sharder) for array in (query, key, value))
+    if chosen == "cudnn":
+        dense = features.needs_dense_mask
+        output = attention_cudnn(query, key, value, mask, needs_dense_mask=dense)
+    elif chosen == "splash":
+        # Imported here because Pallas loads slowly and only TPUs use it.
+        from megatransformer_jax.ops.attention_splash import attention_splash  # noqa: PLC0415
+
+        output = attention_splash(
+            query, key, value, mask, logit_softcap=terms.softcap, sharder=inner
+        )
+    else:
+        whole = ("batch", None, "kv_heads", None)
+        key, value = inner.constrain(key, *whole), inner.constrain(value, *whole)
+        are_whole = features.row_shards == 1
+        output = attention_xla(
+            query, key, value, mask, terms=terms, dropout=dropout, rows_are_whole=are_whole
+        )
+    if exchange == "heads":
+        output = heads_to_rows(output, sharder)
+    return output if head_mask is None else output * head_mask.astype(output.dtype)[:, None]
+
+
+def _features(
+    query: Array,
+    key: Array,
+    mask: AttentionMask,
+    terms: LogitTerms,
+    dropout: Dropout | None,
+    row_shards: int,
+) -> "AttentionFeatures":
+    return AttentionFeatures(
         dtype=query.dtype.name,
         head_width=query.shape[-1],
         query_length=query.shape[1],
@@ -88,30 +135,19 @@ def attention(
         has_softcap=terms.softcap is not None,
         has_alibi=terms.alibi_slopes is not None,
         has_dropout=dropout is not None and dropout.rate > 0.0,
-        row_shards=kernel.sharder.ways("length"),
+        row_shards=row_shards,
     )
-    chosen = choose_kernel(kernel.name, kernel.platform, features)
-    if chosen == "cudnn":
-        dense = features.needs_dense_mask
-        output = attention_cudnn(query, key, value, mask, needs_dense_mask=dense)
-    elif chosen == "splash":
-        # Imported here because Pallas loads slowly and only TPUs use it.
-        from megatransformer_jax.ops.attention_splash import attention_splash  # noqa: PLC0415
 
-        output = attention_splash(
-            query, key, value, mask, logit_softcap=terms.softcap, sharder=kernel.sharder
-        )
-    else:
-        output = attention_xla(
-            query,
-            key,
-            value,
-            mask,
-            terms=terms,
-            dropout=dropout,
-            rows_are_whole=features.row_shards == 1,
-        )
-    return output if head_mask is None else output * head_mask.astype(output.dtype)[:, None]
+
+def _lay_out_ids(mask: AttentionMask, sharder: Sharder) -> AttentionMask:
+    """Segment ids of all keys on every device. Without this the compiler may move a dense mask."""
+    if mask.query_segment_ids is None:
+        return mask
+    return dataclasses.replace(
+        mask,
+        query_segment_ids=sharder.constrain(mask.query_segment_ids, "batch", "length"),
+        key_segment_ids=sharder.constrain(mask.key_segment_ids, "batch", None),
+    )
 
 
 def _check_options(query: Array, key: Array, terms: LogitTerms, dropout: Dropout | None) -> None:
@@ -191,7 +227,7 @@ class AttentionFeatures:
     has_softcap: bool = False
     has_alibi: bool = False
     has_dropout: bool = False
-    row_shards: int = 1  # devices that the query rows are cut over
+    row_shards: int = 1  # devices that the query rows are cut over, once heads are exchanged
 
     @property
     def needs_dense_mask(self) -> bool:
@@ -246,11 +282,6 @@ def kernel_obstacles(kernel: str, features: AttentionFeatures) -> list[str]:
         obstacles.append("it has no ALiBi, but alibi_slopes is given")
     if features.has_dropout:
         obstacles.append("it has no dropout, but dropout_rate is above 0")
-    if features.row_shards > 1:
-        obstacles.append(
-            f"it needs whole rows, but they are cut over {features.row_shards} devices "
-            "(mesh axis 'sequence')"
-        )
     return obstacles
 
 
@@ -270,6 +301,11 @@ def _cudnn_obstacles(features: AttentionFeatures) -> list[str]:
             "with segments, a cache or an acausal window it needs even lengths, not "
             f"T={features.query_length}, S={features.key_length}"
         )
+    if features.row_shards > 1:
+        obstacles.append(
+            f"it needs whole rows, but they are cut over {features.row_shards} devices (mesh axis "
+            "'sequence'), among which the KV heads cannot be divided"
+        )
     return obstacles
 
 
@@ -283,12 +319,20 @@ def _splash_obstacles(features: AttentionFeatures) -> list[str]:
         )
     if features.static_offset is None:
         obstacles.append("it needs query_offset as a Python int, not an array")
+    shards = features.row_shards
     sizes = {
-        "T": features.query_length,
-        "S": features.key_length,
-        "query_offset": features.static_offset or 0,
+        "T": (features.query_length, SPLASH_BLOCK * shards),
+        "S": (features.key_length, SPLASH_BLOCK),
+        "query_offset": (features.static_offset or 0, SPLASH_BLOCK),
     }
-    odd = [f"{name}={size}" for name, size in sizes.items() if size % SPLASH_BLOCK]
+    odd = [f"{name}={size}" for name, (size, block) in sizes.items() if size % block]
     if odd:
-        obstacles.append(f"it needs multiples of {SPLASH_BLOCK}, not {', '.join(odd)}")
+        where = f" on each of {shards} devices" if shards > 1 else ""
+        obstacles.append(f"it needs multiples of {SPLASH_BLOCK}{where}, not {', '.join(odd)}")
+    if shards > 1 and (features.static_offset or features.key_length != features.query_length):
+        obstacles.append(
+            f"with rows cut over {shards} devices (mesh axis 'sequence') it needs the keys of "
+            f"these rows alone, not T={features.query_length}, S={features.key_length}, "
+            f"query_offset={features.static_offset}"
+        )
     return obstacles

@@ -46,6 +46,16 @@ class ShardingRules:
             }
         )
 
+    def with_whole_rows(self) -> "ShardingRules":
+        """The same table with heads cut over the axes of `length` as well, and rows not cut: what
+        attention looks like once devices have exchanged heads for rows."""
+        return dataclasses.replace(
+            self,
+            heads=_join(self.heads, self.length),
+            kv_heads=_join(self.kv_heads, self.length),
+            length=None,
+        )
+
     def _axis(self, name: str) -> MeshAxes:
         if name not in self.__dataclass_fields__:
             known = ", ".join(self.__dataclass_fields__)
@@ -57,6 +67,14 @@ def _drop(axes: MeshAxes, mesh_axis: str) -> MeshAxes:
     if isinstance(axes, tuple):
         return tuple(axis for axis in axes if axis != mesh_axis)
     return None if axes == mesh_axis else axes
+
+
+def _join(outer: MeshAxes, inner: MeshAxes) -> tuple[str, ...]:
+    return _names(outer) + _names(inner)
+
+
+def _names(axes: MeshAxes) -> tuple[str, ...]:
+    return axes if isinstance(axes, tuple) else () if axes is None else (axes,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +95,7 @@ class Sharder:
         if self.mesh is None:
             return 1
         axes = self.rules.spec(logical_axis)[0]
-        names = axes if isinstance(axes, tuple) else () if axes is None else (axes,)
-        return math.prod(self.mesh.shape[name] for name in names)
+        return math.prod(self.mesh.shape[name] for name in _names(axes))
 
     def constrain(self, array: jax.Array, *logical_axes: str | None) -> jax.Array:
         """Asks the compiler to lay `array` out by the table (identity without a mesh)."""

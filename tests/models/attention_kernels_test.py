@@ -118,12 +118,21 @@ def test_without_a_fused_kernel_or_a_wish_for_one_there_is_no_obstacle():
     )
 
 
-def test_a_mesh_that_cuts_rows_is_an_obstacle():
-    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 1, 1, 2), MESH_AXES)
-    (choice,) = kernel_choices(
-        build(dataclasses.replace(BASE, core_layers=0, recurrence=RecurrenceConfig())),
-        [128],
-        is_training=True,
-        sharder=Sharder(mesh),
-    )
-    assert choice.kernel == "xla" and "cut over 2 devices" in choice.obstacles[0]
+@pytest.mark.parametrize(
+    ("ways", "length", "said"),
+    [
+        (2, 128, "splash in prelude and coda, heads exchanged for rows over 2 devices"),
+        (4, 512, "splash in prelude and coda, keys and values gathered over 4 devices"),
+        (
+            4,
+            256,
+            "xla in prelude and coda, keys and values gathered over 4 devices (no fused kernel: it "
+            "needs multiples of 128 on each of 4 devices, not T=256)",
+        ),
+    ],
+)
+def test_a_mesh_that_cuts_rows_says_what_is_exchanged(ways, length, said):
+    mesh = Mesh(np.array(jax.devices()[:ways]).reshape(1, 1, 1, ways), MESH_AXES)
+    model = build(dataclasses.replace(BASE, core_layers=0, recurrence=RecurrenceConfig()))
+    choices = kernel_choices(model, [length], is_training=True, sharder=Sharder(mesh))
+    assert describe_choices(choices) == said

@@ -25,7 +25,7 @@ def test_auto_takes_the_platforms_fused_kernel(platform, kernel):
 LIMITS = [
     ({"has_alibi": True}, "ALiBi", set()),
     ({"has_dropout": True}, "dropout", set()),
-    ({"row_shards": 2}, "cut over 2 devices", set()),
+    ({"row_shards": 2}, "cut over 2 devices", {"splash"}),
     ({"has_softcap": True}, "soft-capping", {"splash"}),
     ({"dtype": "float32"}, "not float32", {"splash"}),
     ({"dtype": "float16"}, "not float16", {"cudnn"}),
@@ -58,6 +58,19 @@ def test_limits_fall_back_under_auto_and_are_errors_by_name(
     assert choose_kernel("auto", platform, features) == "xla"
     with pytest.raises(UnsupportedKernelError, match=message):
         choose_kernel(kernel, platform, features)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"row_shards": 4}, "multiples of 128 on each of 4 devices, not T=256"),
+        ({"row_shards": 2, "key_length": 512}, "rows alone, not T=256, S=512, query_offset=0"),
+        ({"row_shards": 2, "key_length": 384, "static_offset": 128}, "query_offset=128"),
+    ],
+)
+def test_limits_of_splash_where_rows_are_cut(change, message):
+    (obstacle,) = kernel_obstacles("splash", dataclasses.replace(PLAIN, **change))
+    assert message in obstacle
 
 
 def test_error_lists_every_obstacle_and_the_fix():

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from megatransformer_jax.ops.attention_splash import attention_splash
 from megatransformer_jax.ops.attention_xla import LogitTerms, attention_xla
 from megatransformer_jax.ops.masks import AttentionMask
-from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.sharding.rules import MESH_AXES, Sharder
 
 T, S, H = 128, 256, 64
 SEGMENTS = jnp.asarray(np.arange(S)[None].repeat(2, 0) // [[50], [150]], jnp.int32)
@@ -90,14 +90,53 @@ def test_equals_xla_with_one_kv_head(name, offset):
 
 
 def test_each_device_runs_its_batch_and_heads():
-    mesh = Mesh(
-        np.array(jax.devices()[:4]).reshape(2, 1, 2, 1), ("data", "fsdp", "tensor", "sequence")
-    )
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 1, 2, 1), MESH_AXES)
     mask, arrays = masks(0)["window_segments"], inputs()
     sharder = Sharder(mesh)
     output = attention_splash(*arrays, mask, sharder=sharder, interpret=True)
     assert output.sharding.is_equivalent_to(sharder.sharding("batch", None, "heads", None), 4)
     np.testing.assert_allclose(output, attention_xla(*arrays, mask), atol=5e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "length"),
+    [
+        ("causal_segments", (2, 1, 1, 2), 512),  # Queries are swapped.
+        ("causal_segments", (1, 2, 1, 2), 256),  # Halves of these rows would have no whole tile.
+        ("window", (1, 1, 2, 2), 256),
+        ("full", (1, 1, 1, 2), 256),
+    ],
+)
+def test_rows_cut_over_devices_equal_xla_in_value_and_gradient(name, sizes, length):
+    ids = jnp.asarray(np.arange(length)[None].repeat(2, 0) // [[50], [150]])
+    mask = {
+        "causal_segments": AttentionMask(query_segment_ids=ids, key_segment_ids=ids),
+        "window": AttentionMask(window=140),
+        "full": AttentionMask(is_causal=False),
+    }[name]
+    mesh = Mesh(np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes), MESH_AXES)
+    keys, sharder = jax.random.split(jax.random.key(0), 4), Sharder(mesh)
+    kv_heads = sizes[2]
+    *arrays, pulled = [
+        jax.random.normal(key, (2, length, heads, 8))
+        for key, heads in zip(keys, (2, kv_heads, kv_heads, 2), strict=True)
+    ]
+
+    def splash(*arrays):
+        return attention_splash(*arrays, mask, logit_softcap=5.0, sharder=sharder, interpret=True)
+
+    def xla(*arrays):
+        return attention_xla(*arrays, mask, terms=LogitTerms(5.0))
+
+    results = []
+    for attended in (splash, xla):
+        output, pull = jax.vjp(attended, *arrays)
+        results.append((output, *pull(pulled)))
+    assert results[0][0].sharding.is_equivalent_to(
+        sharder.sharding("batch", "length", "heads", None), 4
+    )
+    for ours, theirs in zip(*results, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["causal", "full", "window_segments"])

@@ -298,7 +298,7 @@ def test_rows_cut_over_devices_stay_whole_in_the_program():
         np.array(jax.devices()[:2]).reshape(1, 1, 1, 2), ("data", "fsdp", "tensor", "sequence")
     )
     sharder = Sharder(mesh)
-    query, key, value = random_inputs(2, 256, query_length=256)
+    query, key, value = random_inputs(1, 256, query_length=256)
     run = jax.jit(
         lambda q, k, v: attend(q, k, v, AttentionMask(), platform="cpu", sharder=sharder),
         in_shardings=(

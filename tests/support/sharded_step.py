@@ -25,6 +25,8 @@ MESHES = {
     "fsdp": MeshConfig(data=2, fsdp=4),
     "tensor": MeshConfig(data=2, fsdp=2, tensor=2),
     "sequence": MeshConfig(data=2, fsdp=2, sequence=2),
+    # More parts than key/value heads: keys are gathered where "sequence" exchanges heads.
+    "keys": MeshConfig(fsdp=2, tensor=2, sequence=2),
 }
 # Plain gradient descent with a large rate: a wrong gradient moves the parameters by as much.
 OPTIMIZER = optax.sgd(1.0)
