@@ -6,11 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
     SplashAttentionKernel,
 )
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from megatransformer_jax.ops.attention_exchange import gather_rows, swap_halves, swapped_rows
@@ -96,17 +97,16 @@ def _attend_cut_rows(
     """
     rules, axes, ways = sharder.rules, sharder.rules.length, sharder.ways("length")
     length, num_heads = query.shape[1], query.shape[2] // sharder.ways("heads")
-    tile_mask, block_rows = _tile_mask(mask, length, length), length // ways
+    block_rows = length // ways
     swaps = mask.is_causal and mask.window is None and block_rows % (2 * TILE_SIZES[-1]) == 0
-    if swaps:
-        tile_mask.q_sequence, block_rows = swapped_rows(length, ways), block_rows // 2
+    tile_mask = _tile_mask(mask, length, length, swapped_rows(length, ways) if swaps else None)
+    block_rows = block_rows // 2 if swaps else block_rows
     if isinstance(tile_mask, splash.FullMask):  # All devices have the same one.
         kernel = make(splash.FullMask((block_rows, length)), num_heads, block_rows)
         tiles: Any = PartitionSpec()
     else:
         kernel = make(tile_mask, num_heads, block_rows, row_shards=ways)
-        cuts = NamedSharding(sharder.mesh, rules.spec(None, "length"))
-        tiles = kernel.manual_sharding_spec(cuts)
+        tiles = kernel.manual_sharding_spec(sharder.sharding(None, "length"))
 
     def local(
         kernel: SplashAttentionKernel,
@@ -148,7 +148,8 @@ def _run(
     segments = (
         None if query_ids is None or key_ids is None else splash.SegmentIds(query_ids, key_ids)
     )
-    return jax.vmap(kernel)(*heads_first, segments).transpose(0, 2, 1, 3)
+    output: Any = jax.vmap(kernel)(*heads_first, segments)
+    return output.transpose(0, 2, 1, 3)
 
 
 def _make_kernel(
@@ -171,14 +172,20 @@ def _make_kernel(
     )
 
 
-def _tile_mask(mask: AttentionMask, query_length: int, key_length: int) -> splash.Mask:
-    """The causal and window rules in the kernel's terms."""
-    is_limited = mask.window is not None and mask.window < key_length
-    past = mask.window - 1 if is_limited else None
+def _tile_mask(
+    mask: AttentionMask, query_length: int, key_length: int, rows: np.ndarray | None = None
+) -> splash.Mask:
+    """The causal and window rules in the kernel's terms; `rows` numbers the queries if they are not
+    in order."""
+    window = key_length if mask.window is None else mask.window
+    past = window - 1 if window < key_length else None
     future = 0 if mask.is_causal else None
     if past is None and future is None:
         return splash.FullMask((query_length, key_length))
-    return splash.LocalMask((query_length, key_length), (past, future), offset=mask.query_offset)
+    tiles = splash.LocalMask((query_length, key_length), (past, future), offset=mask.query_offset)
+    if rows is not None:
+        tiles.q_sequence = rows
+    return tiles
 
 
 def _block_sizes(query_length: int, key_length: int) -> splash.BlockSizes:
