@@ -404,6 +404,9 @@ def _speed(
 # ------------------------------------------------------------------------------
 # How many rows fit.
 
+# Halving ends at this part of the rows that are known to fit.
+_PRECISION = 16
+
 
 def _find_headroom(
     config: RunConfig,
@@ -440,7 +443,7 @@ def _find_headroom(
         more = max(0, int(room / slope) // step * step) if slope > 0 else None
         return Headroom(2 * least, None, None if more is None else 2 * least + more)
     fits, too_many = least, 2 * least
-    while too_many - fits > step:
+    while too_many - fits > max(step, least // _PRECISION):
         middle = (fits + too_many) // 2 // step * step
         middle = max(middle, fits + step)
         if needed_by(middle) is None:
