@@ -140,9 +140,7 @@ class _Queries:
         first = 0 if cached.sequence is None else cached.sequence
         # A block that would reach over the end begins earlier; what it has seen before is hidden.
         corner = start if capacity % num_rows == 0 else jnp.minimum(start, capacity - num_rows)
-        positions = jax.lax.dynamic_slice(
-            cached.positions, (first, corner), (batch_size, num_rows)
-        )
+        positions = jax.lax.dynamic_slice(cached.positions, (first, corner), (batch_size, num_rows))
         if capacity % num_rows:
             positions = jnp.where(corner + jnp.arange(num_rows) >= start, positions, -1)
         return self.against(
@@ -254,9 +252,7 @@ def _absorb(
 
     if batch_size < _FEW:
         return all_at_once(partial)
-    merged: _Partial = jax.lax.cond(
-        count * _FEW > batch_size, all_at_once, one_by_one, partial
-    )
+    merged: _Partial = jax.lax.cond(count * _FEW > batch_size, all_at_once, one_by_one, partial)
     return merged
 
 
@@ -285,9 +281,7 @@ def _begin(logits: jax.Array, value: jax.Array) -> _Partial:
     return peak, jnp.sum(weights, axis=-1, keepdims=True), mixed
 
 
-def _begin_two(
-    own: tuple[jax.Array, jax.Array], others: tuple[jax.Array, jax.Array]
-) -> _Partial:
+def _begin_two(own: tuple[jax.Array, jax.Array], others: tuple[jax.Array, jax.Array]) -> _Partial:
     """The first step over one row and over a block, in fewer operations than one by one."""
     (logit, own_value), (logits, value) = own, others
     peak = jnp.maximum(logit, jnp.max(logits, axis=-1, keepdims=True))

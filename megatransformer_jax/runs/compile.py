@@ -344,10 +344,10 @@ def _traced_trips(
                 "/while/body/while": iterations,
                 "/while": compiling.new_tokens,
             }
-    # A server's rows are half full, and `advance` counts for one iteration.
+    # A server's rows are half full.
     capacity = compiling.capacity or min(DEFAULT_CAPACITY, config.model.max_length)
     trips = {_ATTENTION_LOOP: _blocks(capacity // 2)}
-    return trips | {")/while": iterations} if name == "prefill" else trips
+    return trips | {")/while": iterations} if name in ("prefill", "step") else trips
 
 
 def _blocks(rows: int) -> int:
@@ -390,8 +390,8 @@ def _speed(
             tokens *= compiling.new_tokens
     calls = dict.fromkeys(readings, 1)
     if compiling.phase == "serve":
-        # All rows in step: so many iterations and a turn give each of them a token.
-        calls = {"turn": 1} | ({"advance": depth or 1} if "advance" in readings else {})
+        # All rows keep step: so many iterations and a turn give each of them a token.
+        calls = {"step" if "step" in readings else "turn": 1}
     floor = sum(readings[name].estimate.floor_s * count for name, count in calls.items())
     slow = sum(readings[name].estimate.no_overlap_s * count for name, count in calls.items())
     share = None

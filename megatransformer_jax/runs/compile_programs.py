@@ -333,7 +333,7 @@ def _server_programs(
         "turn": (params, allowed, batch),
     }
     if config.model.is_recurrent:
-        arguments["advance"] = (params, batch.lanes, batch.cache, number, number)
+        arguments["step"] = (params, allowed, batch, number, number)
 
     def lowering(name: str) -> Callable[[], Lowered]:
         sizes = (shape.chunk,) if name == "prefill" else ()

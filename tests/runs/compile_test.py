@@ -44,6 +44,7 @@ found = {
     "v4": run("v4", "--topology=v4-8", f"--hlo={folder}/v4.hlo"),
     "v5e": run("v5e", "--topology=v5e-4", "--config.mesh.fsdp=4"),
     "slices": run("slices", "--topology=v6e:2x2", "--slices=2", "--config.model.remat=full"),
+    "serve": run("serve", "--topology=v4-8", "--phase=serve", "--rows=4", "--depth=6"),
     "large": run(
         "large", "--topology=v5e-1", "--phase=prefill", "--rows=65536", "--prompt_tokens=128",
         "--new_tokens=64",
@@ -118,6 +119,16 @@ def test_two_slices_meet_over_their_network(found, folder):
     assert report["chips"] == 8 and report["layout"].startswith("data on 2 slices")
     (program,) = report["programs"]
     assert any(item["kind"] == "send" for item in program["readings"][0]["collectives"])
+
+
+def test_a_servers_programs_give_each_row_a_token(found, folder):
+    report = read(folder, "serve")
+    assert [program["name"] for program in report["programs"]] == ["prefill", "turn", "step"]
+    readings = {program["name"]: program["readings"][0] for program in report["programs"]}
+    assert 6 in {loop["trips"] for loop in readings["step"]["loops"]}
+    assert readings["step"]["hbm_bytes"] > readings["turn"]["hbm_bytes"]
+    (speed,) = report["speeds"]
+    assert (speed["depth"], speed["tokens"]) == (6, 4)
 
 
 def test_what_does_not_fit_ends_with_1(found, folder):

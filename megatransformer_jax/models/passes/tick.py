@@ -366,9 +366,7 @@ def _context(
     return with_values(model, params, context, ids[:, None])
 
 
-def _lengths(
-    model: MegaTransformer, cache: KVCache, columns: jax.Array
-) -> Int[Array, "B"] | None:
+def _lengths(model: MegaTransformer, cache: KVCache, columns: jax.Array) -> Int[Array, "B"] | None:
     """Rows that each token reads, where attention can tell sequences apart."""
     if model.sharder.mesh is not None or not cache.block_rows:
         return None
