@@ -4,10 +4,14 @@ import ast
 import itertools
 
 import pytest
+from tpu_chips import torus
 
 from megatransformer_jax.config.build import configure, experiment_folder, experiment_names
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.run import RunConfig
+from megatransformer_jax.runs.cost import make_report
+from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh
+from megatransformer_jax.sharding.topology import parse_topology
 
 # All but the one whose argument is a model.
 NAMES = tuple(name for name in experiment_names() if name != "retrofit")
@@ -91,3 +95,33 @@ def test_each_config_states_its_command_and_result(name: str) -> None:
     text = ast.get_docstring(source(name)) or ""
     assert f"megatransformer train --config={name}" in text
     assert "Expected" in text
+
+
+PODS = {
+    "recurrent_pod": ("v4-8", 1),
+    "recurrent_pod:v5e_16": ("v5e-16", 1),
+    "huginn_pod": ("v4-128", 1),
+    "huginn_pod:v5e_256": ("v5e-256", 1),
+    "huginn_pod:two_slices": ("v4-128", 2),
+    "huginn_pod:v5e_256,two_slices": ("v5e-256", 2),
+    "multimodal_pod": ("v4-32", 1),
+}
+
+
+@pytest.mark.parametrize("reference", PODS)
+def test_the_mesh_of_a_run_for_a_slice_can_be_laid_on_it(reference: str) -> None:
+    topology = parse_topology(*PODS[reference])
+    x, y, *z = topology.box
+    chips = [chip for number in range(topology.slices) for chip in torus(x, y, *z or [1], number)]
+    config = parse(reference)
+    mesh = make_mesh(config.mesh, chips)
+    check_run_fits_mesh(config, mesh)
+    assert mesh.size == topology.chips
+    assert mesh.shape["data"] == config.mesh.data  # As it says, not what is left.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["recurrent_pod:v5e_16", "huginn_pod", "huginn_pod:v5e_256"])
+def test_a_run_for_a_slice_fits_its_chips(reference: str) -> None:
+    device = PODS[reference][0].partition("-")[0]
+    assert device in make_report(parse(reference), device).fits

@@ -95,9 +95,9 @@ def test_huginn_fits_because_of_remat_and_mesh() -> None:
     assert with_xla == pytest.approx(26.64, rel=0.15)
     assert predicted({"model": {**by_xla, "remat": "none"}}) > 100
     alone = {"mesh": {"fsdp": 1}, "data": {"batch_size": 1}}
-    assert predicted({"model": by_xla, **alone}) > 60
+    assert predicted({"model": by_xla, **alone}) > 32 * 1.5  # Of a v4.
     # The fused kernel keeps no attention weights.
-    assert predicted({}) < 0.6 * with_xla
+    assert predicted({}) < with_xla - 8
 
 
 def test_a_gpu_is_only_known_where_there_is_one() -> None:

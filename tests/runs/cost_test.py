@@ -117,7 +117,8 @@ def test_a_mesh_divides_the_state_and_the_batch(small_run: Values, report: CostR
     assert alone.parameters / 4 < memory.parameters < alone.parameters / 3
     assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=0.01)
     assert memory.gathered == 2 * memory.parameters
-    assert memory.per_iteration == pytest.approx(alone.per_iteration / 4, rel=0.01)
+    # Rows are cut in four, heads and hidden units in two more; the states between layers are not.
+    assert alone.per_iteration / 8 < memory.per_iteration < alone.per_iteration / 5
 
 
 def test_accumulation_halves_what_is_kept_and_adds_a_sum_of_gradients(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -10,31 +9,11 @@ import subprocess
 import sys
 
 import pytest
+from tpu_chips import Chip, torus
 
 from megatransformer_jax.config.loop import DataMeshConfig, MeshConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.sharding.mesh import describe_layout, make_mesh, share_of_batch
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What JAX tells of one device."""
-
-    id: int
-    coords: tuple[int, int, int]
-    slice_index: int = 0
-    core_on_chip: int = 0
-    device_kind: str = "TPU v4"
-    platform: str = "tpu"
-    process_index: int = 0
-
-
-def torus(x: int, y: int, z: int, slice_index: int = 0, cores: int = 1) -> list[Chip]:
-    places = itertools.product(range(z), range(y), range(x), range(cores))
-    return [
-        Chip(slice_index * x * y * z * cores + number, (a, b, c), slice_index, core)
-        for number, (c, b, a, core) in enumerate(places)
-    ]
 
 
 def test_an_axis_takes_a_part_of_an_axis_of_the_torus():

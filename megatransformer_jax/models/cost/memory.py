@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.models.cost.residuals import LOOP_LENGTH, KeptBytes, kept_bytes
+from megatransformer_jax.models.cost.residuals import LOOP_LENGTH, TPU_LANES, KeptBytes, kept_bytes
 from megatransformer_jax.models.megatransformer import MegaTransformer, abstract_params
 from megatransformer_jax.types import MediaBatch
 
@@ -26,9 +26,11 @@ class ActivationMemory:
     Attributes:
       once: kept outside the gradient iterations: prelude, coda, copies of weights in another type.
       per_iteration: kept for each iteration with gradients.
-      one_iteration: held while the gradients of one iteration are computed.
-      logits: float32 logits, and their gradient in the compute type.
+      one_iteration: held while the gradients of one iteration are computed, those of the core's
+        weights included that are summed over iterations in another type than the parameters'.
+      logits: float32 logits, and what else is there when their gradient is computed.
       after_loop: the part of `once` that is let go before the loop's backward pass.
+      weights: the part of `once` that are copies of weights.
     """
 
     once: int
@@ -36,6 +38,7 @@ class ActivationMemory:
     one_iteration: int
     logits: int
     after_loop: int
+    weights: int
 
     def total(self, backprop_depth: int) -> int:
         """The most of it at one time, with gradients through this many iterations."""
@@ -49,6 +52,7 @@ def activation_memory(
     length: int,
     media: MediaBatch | None = None,
     learned: tuple[int, int] = (0, 0),
+    tensor: int = 1,
 ) -> ActivationMemory:
     """Estimates what one (micro-)batch of [rows, length] tokens keeps for the backward pass.
 
@@ -60,27 +64,76 @@ def activation_memory(
       media: shapes of the batch's images and sound on one device, whose encoders and codas count
         as well.
       learned: images and clips on one device that decoders compute.
+      tensor: devices of the mesh axis of this name, over which heads, hidden units and vocabulary
+        are cut.
     """
+    model = model.copy(config=_share(model.config, tensor))
     config = model.config
-    itemsize = jnp.dtype(jnp.float32).itemsize + model.policy.compute.itemsize
-    logits = rows * length * config.vocab_size * itemsize
     kept = _kept(model, rows, length, media, learned)
     layers = max(1, config.prelude_layers + config.coda_layers)
     whole = kept
     if config.remat != "none":
         plain = model.copy(config=dataclasses.replace(config, remat="none"))
         whole = _kept(plain, rows, length, media, learned)
-    once, one_iteration, after_loop = kept.once, whole.one_iteration, 0
-    if model.platform != "cpu":
-        if config.remat == "none":  # An iteration's values are copied out of the long arrays.
-            once, one_iteration = once + kept.per_iteration, 0
-        return ActivationMemory(once, kept.per_iteration, one_iteration, logits, after_loop)
-    # Outside of loops CPU's compiler moves most of what is computed again in front of the backward
-    # pass; measured, a quarter of what remat could save is saved.
-    if not config.scan_layers:
-        once = (3 * whole.once + kept.once) // 4
-    after_loop = once * config.coda_layers // layers
-    return ActivationMemory(once, kept.per_iteration, whole.per_iteration, logits, after_loop)
+    logits = rows * length * config.vocab_size
+    float32, compute = jnp.dtype(jnp.float32).itemsize, model.policy.compute.itemsize
+    if model.platform == "cpu":
+        # Outside of loops CPU's compiler moves most of what is computed again in front of the
+        # backward pass; measured, a quarter of what remat could save is saved.
+        once = kept.once
+        if not config.scan_layers:
+            once = (3 * whole.once + kept.once) // 4
+        at_once, after_loop = whole.per_iteration, once * config.coda_layers // layers
+        return ActivationMemory(
+            once,
+            kept.per_iteration,
+            at_once,
+            logits * (float32 + compute),
+            after_loop,
+            kept.weights,
+        )
+    # Values of the iteration in hand are copied out of the long arrays; without remat a layer's.
+    at_once = whole.one_iteration + kept.per_iteration
+    if config.remat == "none":
+        at_once = kept.per_iteration // max(1, config.core_layers)
+    if model.policy.compute != model.policy.param:
+        at_once += _core_size(model) * compute
+    # Behind a core the gradient of the logits is stored; otherwise the head's products compute it.
+    head = logits * compute if config.is_recurrent else config.vocab_size * config.width * float32
+    return ActivationMemory(
+        once=kept.once,
+        per_iteration=kept.per_iteration,
+        one_iteration=at_once,
+        logits=logits * float32 + head,
+        after_loop=(kept.once - kept.weights) * config.coda_layers // layers,
+        weights=kept.weights,
+    )
+
+
+def _share(config: ModelConfig, tensor: int) -> ModelConfig:
+    """A model with the sizes that one device of the mesh axis `tensor` has.
+
+    Heads stay whole where layers of two widths have heads of two widths, and so do the decoders of
+    images and sound.
+    """
+    if tensor == 1:
+        return config
+    attention, mlp, head_dim = config.attention, config.mlp, config.head_dim(config.width)
+    if head_dim == config.head_dim(config.core_width):
+        attention = dataclasses.replace(
+            attention,
+            num_heads=-(-attention.num_heads // tensor),
+            num_kv_heads=-(-attention.kv_heads // tensor),
+            head_dim=head_dim,
+        )
+    if mlp.kind != "peer":
+        mlp = dataclasses.replace(mlp, hidden_width=-(-mlp.hidden_width // tensor))
+    vocab_size = -(-config.vocab_size // tensor)
+    return dataclasses.replace(config, vocab_size=vocab_size, attention=attention, mlp=mlp)
+
+
+def _core_size(model: MegaTransformer) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model).get("core", ())))
 
 
 def cache_bytes_per_token(config: ModelConfig, depth: int, dtype: jnp.dtype) -> int:
@@ -142,7 +195,8 @@ def _kept(
     integers = jax.ShapeDtypeStruct((rows, length), jnp.int32)
     draw = jax.ShapeDtypeStruct((), jnp.int32)
     arguments = (abstract_params(model), integers, integers, draw, media)
-    return kept_bytes(outputs, *arguments, fuses=model.platform != "cpu")
+    lanes = TPU_LANES if model.platform == "tpu" else 1
+    return kept_bytes(outputs, *arguments, fuses=model.platform != "cpu", lanes=lanes)
 
 
 def _media_losses(
