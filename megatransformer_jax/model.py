@@ -89,7 +89,8 @@ class Model:
 
     Attributes:
       module: the Linen module; it holds no weights.
-      params: nested dict of arrays, on the first local device.
+      params: nested dict of float32 arrays, on the first local device. A loaded model that computes
+        in another type has them as NumPy arrays on the host, to save and to quantise.
       config: the architecture.
       tokenizer: between text and ids. None: inputs must be ids.
       trained_depth: mean iterations of the core in training, the default depth. None: no core.
@@ -145,7 +146,7 @@ class Model:
         steps, key = jnp.int32(self._depth(depth) or 0), _key(seed)
         with out_of_memory_is_bad_input():
             output = jax.block_until_ready(
-                _forward(self.module, self.params, tokens, segment_ids, steps, key, readout)
+                _forward(self.module, self.weights, tokens, segment_ids, steps, key, readout)
             )
         return Output(output.logits, output.latent, tokens, lengths)
 
@@ -305,7 +306,7 @@ class Model:
             found = jax.block_until_ready(
                 trace_iterations(
                     self.module,
-                    self.params,
+                    self.weights,
                     tokens,
                     segment_ids,
                     _key(seed),
@@ -399,6 +400,14 @@ class Model:
             known = ", ".join(map(repr, ("run", *FOREIGN_FORMATS)))
             raise ConfigError("format", f"{format!r} is unknown; known: {known}.")
         return path
+
+    @property
+    def weights(self) -> Any:
+        """`params` as passes compute with them: matrices in the type of activations, on the device.
+
+        Rounded when first asked for, and kept. The same arrays if the type is that of `params`.
+        """
+        return self._loaded.weights
 
     @property
     def num_parameters(self) -> int:

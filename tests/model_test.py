@@ -52,6 +52,21 @@ def test_texts_and_ids_are_the_same_inputs(lm: mt.Model) -> None:
         assert found.lengths == (7,)
 
 
+def test_a_model_that_computes_in_bfloat16_saves_what_it_was_given(
+    lm: mt.Model, tmp_path: pathlib.Path
+) -> None:
+    """Its weights are rounded for passes alone."""
+    lm.save(tmp_path / "first")
+    half = mt.load(tmp_path / "first", precision="bfloat16")
+    assert half.weights is not half.params
+    found = half(TEXT, depth=2)
+    wanted = _forward(half.module, lm.params, found.tokens, None, jnp.int32(2), jax.random.key(0))
+    np.testing.assert_array_equal(found.logits, wanted.logits)
+    again = mt.load(half.save(tmp_path / "second"))
+    jax.tree.map(np.testing.assert_array_equal, again.params, lm.params)
+    assert again.weights["prelude"] is not None and again(TEXT).logits.dtype == jnp.float32
+
+
 def test_padding_changes_nothing(lm: mt.Model) -> None:
     """The first states are random, so only where there is nothing random can rows be compared."""
     still = mt.create(

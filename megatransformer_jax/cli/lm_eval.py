@@ -283,7 +283,7 @@ class LoadedMegaTransformerLM(MegaTransformerLM):
             )
         return cls(
             loaded.model,
-            loaded.params,
+            loaded.weights,
             loaded.tokenizer,
             depth=loaded.trained_depth if arguments.depth is None else arguments.depth,
             batch_size=arguments.batch_size,

@@ -303,9 +303,7 @@ def _round(
     num_final = state.history.lengths - before
     cache = write_staggered_rows(
         state.cache,
-        refined.prelude,
-        refined.core,
-        refined.coda,
+        refined.rows,
         wavefront.iterations,
         jnp.arange(iterations.shape[1]) < num_final[:, None],
         # Adds nothing, but is known only when the cache has been read, see `cached_forward`.
@@ -386,9 +384,7 @@ def _narrowest(
             refined = refined.replace(  # type: ignore[attr-defined]
                 state=_pad(refined.state, missing, 1),
                 change=_pad(refined.change, missing, 1),
-                prelude=_pad(refined.prelude, missing, 3),
-                core=_pad(refined.core, missing, 3),
-                coda=_pad(refined.coda, missing, 3),
+                rows=_pad(refined.rows, missing, 3),
             )
             return refined, _pad(choice, missing, 1)
 

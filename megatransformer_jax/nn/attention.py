@@ -11,14 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.conv import FAN_IN, ZEROS
-from megatransformer_jax.nn.kv_cache import KeyValues
 from megatransformer_jax.nn.loop_parameters import Loop, with_low_rank
 from megatransformer_jax.nn.norms import rms_normalize
 from megatransformer_jax.nn.parameters import Initializer, WeightInit, matrix, vector
 from megatransformer_jax.nn.quantized import einsum, multiply, record_input
 from megatransformer_jax.ops.attention import Kernel, attention
 from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, Dropout, LogitTerms, masked_softmax
-from megatransformer_jax.ops.cached_attention import cached_attention
+from megatransformer_jax.ops.cached_attention import apart, cached_attention, side_by_side
 from megatransformer_jax.ops.positions import apply_rotary
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -95,10 +94,12 @@ class SelfAttention(nn.Module):
         """Hands the new keys and values out; those of inactive tokens are the frozen ones."""
         if cached.frozen is not None and cached.is_active is not None:
             is_active = cached.is_active[:, :, None, None]
-            key = jnp.where(is_active, key, cached.frozen.key[layer].transpose(0, 2, 1, 3))
-            value = jnp.where(is_active, value, cached.frozen.value[layer].transpose(0, 2, 1, 3))
-        new = KeyValues(key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3))
-        self.sow(NEW_ROWS, "key_values", new)
+            frozen_key, frozen_value = apart(cached.frozen[layer], key.shape[-1])
+            key = jnp.where(is_active, key, frozen_key.transpose(0, 2, 1, 3))
+            value = jnp.where(is_active, value, frozen_value.transpose(0, 2, 1, 3))
+        width = cached.rows.pairs.shape[-1]
+        pairs = side_by_side(key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), width)
+        self.sow(NEW_ROWS, "pairs", pairs)
         return key, value
 
     def _attend_to_cache(
@@ -118,7 +119,7 @@ class SelfAttention(nn.Module):
             value,
             cached.query_positions,
             cached.key_positions,
-            rows.replace(entry=rows.entry + layer),
+            rows.replace(entry=rows.entry + layer, sharder=self.sharder),
             window=context.mask.window,
             terms=LogitTerms(config.logit_softcap, context.alibi_slopes),
         )

@@ -4,6 +4,7 @@
 of a sequence may stand anywhere; the functions here use that.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, drop_rows
+from megatransformer_jax.nn.kv_cache import KVCache, NewPairs, drop_rows
 from megatransformer_jax.sharding.rules import Sharder
 
 # ------------------------------------------------------------------------------
@@ -20,9 +21,7 @@ from megatransformer_jax.sharding.rules import Sharder
 
 def write_staggered_rows(
     cache: KVCache,
-    prelude: KeyValues,
-    core: KeyValues,
-    coda: KeyValues,
+    rows: NewPairs,
     num_steps: Int[Array, "B T"],
     is_kept: Bool[Array, "B T"],
     starts: Int[Array, "B"],
@@ -35,27 +34,26 @@ def write_staggered_rows(
 
     Args:
       cache: before.
-      prelude: T new rows, [layers, B, K, T, H].
-      core: [layers, B, K, T, H]; every slot gets them, so that a reader of any iteration finds what
-        the token offered last.
-      coda: [layers, B, K, T, H].
+      rows: of the T tokens. The core's are [layers, B, K, T, P], and every slot gets them, so that
+        a reader of any iteration finds what the token offered last.
       num_steps: iterations of the tokens.
       is_kept: in each sequence a first part of the rows; maybe none.
       starts: row of each sequence's first token.
       sharder: where the sequences are.
     """
-    assert cache.core is not None
+    prelude, core, coda = rows
+    assert core is not None
     count = jnp.sum(is_kept, axis=1, dtype=jnp.int32)
     positions = cache.next_position[:, None] + jnp.arange(is_kept.shape[1], dtype=jnp.int32)
     old = (cache.prelude, cache.core, cache.coda, cache.positions, cache.num_steps)
     new = (
         prelude,
-        _in_every_slot(core, cache.num_slots),
+        jnp.tile(core, (cache.num_slots, 1, 1, 1, 1)),
         coda,
         jnp.where(is_kept, positions, -1),
         jnp.where(is_kept, num_steps, 0),
     )
-    put: Any = _put(old, new, starts, sharder)
+    put: Any = _put(old, new, starts, cache.lanes, sharder)
     written: Any = cache.replace(  # type: ignore[attr-defined]
         prelude=put[0],
         core=put[1],
@@ -68,21 +66,16 @@ def write_staggered_rows(
     return written
 
 
-def _in_every_slot(rows: KeyValues, num_slots: int) -> KeyValues:
-    repeats = (num_slots, 1, 1, 1, 1)
-    return KeyValues(jnp.tile(rows.key, repeats), jnp.tile(rows.value, repeats))
-
-
-def _put(old: Any, new: Any, starts: jax.Array, sharder: Sharder) -> Any:
-    """Arrays [E, B, K, S, H] or [B, S] with T new rows of each sequence at its start."""
+def _put(old: Any, new: Any, starts: jax.Array, lanes: int, sharder: Sharder) -> Any:
+    """Arrays [E, B, K, S, P] or [B, S] with T new rows of each sequence at its start."""
     arrays, tree = jax.tree.flatten(old)
     rows = jax.tree.leaves(new)
-    put = _put_here
+    put = functools.partial(_put_here, lanes)
     if sharder.mesh is not None:
         # Each device writes its own sequences; the compiler would bring all of them together.
         specs = [entries_spec(array, sharder) for array in arrays]
         put = jax.shard_map(
-            _put_here,
+            put,
             mesh=sharder.mesh,
             in_specs=(specs, specs, sharder.rules.spec("batch")),
             out_specs=specs,
@@ -91,25 +84,59 @@ def _put(old: Any, new: Any, starts: jax.Array, sharder: Sharder) -> Any:
     return jax.tree.unflatten(tree, put(arrays, rows, starts))
 
 
+# Rows that a TPU writes at once.
+_TILE_ROWS = 16
+
+
+def put_rows(
+    array: Float[Array, "E B K S P"],
+    rows: Float[Array, "E2 1 K T P"],
+    corner: tuple[Any, Any, Any],
+    lanes: int,
+) -> Float[Array, "E B K S P"]:
+    """The array with T rows of some entries of a sequence, in place.
+
+    To write rows that are no whole tile, a TPU would copy the whole cache into a layout in which it
+    can. So there the tiles that hold them are read and written back.
+
+    Args:
+      array: of the cache.
+      rows: T of them must fit behind the first.
+      corner: the first entry, the sequence, and the first row.
+      lanes: of the cache.
+    """
+    entry, sequence, start = corner
+    if lanes == 1:
+        return jax.lax.dynamic_update_slice(array, rows, (entry, sequence, 0, start, 0))
+    num_rows, capacity = rows.shape[3], array.shape[3]
+    size = min(-(-(num_rows + _TILE_ROWS - 1) // _TILE_ROWS) * _TILE_ROWS, capacity)
+    first = jnp.minimum(start // _TILE_ROWS * _TILE_ROWS, capacity - size)
+    at = (entry, sequence, 0, first, 0)
+    tiles = jax.lax.dynamic_slice(array, at, (*rows.shape[:3], size, rows.shape[-1]))
+    tiles = jax.lax.dynamic_update_slice_in_dim(tiles, rows, start - first, axis=3)
+    return jax.lax.dynamic_update_slice(array, tiles, at)
+
+
 def entries_spec(array: jax.Array, sharder: Sharder) -> jax.sharding.PartitionSpec:
-    """How arrays [E, B, K, S, H] or [B, S] of a cache are cut."""
+    """How arrays [E, B, K, S, P] or [B, S] of a cache are cut."""
     if array.ndim == 5:
         return sharder.rules.spec(None, "batch", "kv_heads", None, None)
     return sharder.rules.spec("batch", None)
 
 
-def _put_here(arrays: list[jax.Array], rows: list[jax.Array], starts: jax.Array) -> list[jax.Array]:
+def _put_here(
+    lanes: int, arrays: list[jax.Array], rows: list[jax.Array], starts: jax.Array
+) -> list[jax.Array]:
     # One by one this is done in place; as a scatter XLA transposes the cache for it.
     def put_sequence(sequence: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
         start = starts[sequence]
 
         def put_one(array: jax.Array, new: jax.Array) -> jax.Array:
-            has_entries = array.ndim == 5
-            one = jax.lax.dynamic_slice_in_dim(new, sequence, 1, axis=int(has_entries))
-            at: tuple[Any, ...] = (sequence, start)
-            if has_entries:
-                at = (0, sequence, 0, start, 0)
-            return jax.lax.dynamic_update_slice(array, one.astype(array.dtype), at)
+            axis = int(array.ndim == 5)
+            one = jax.lax.dynamic_slice_in_dim(new, sequence, 1, axis=axis).astype(array.dtype)
+            if axis:
+                return put_rows(array, one, (0, sequence, start), lanes)
+            return jax.lax.dynamic_update_slice(array, one, (sequence, start))
 
         return [put_one(array, new) for array, new in zip(arrays, rows, strict=True)]
 
@@ -151,7 +178,7 @@ def reorder_new_rows(
 
         moved: Any = cache.replace(  # type: ignore[attr-defined]
             **{
-                # Keys and values: [entries, B, K, S, H].
+                # Keys and values: [entries, B, K, S, P].
                 name: jax.tree.map(lambda array: move(array, 1, 3), getattr(cache, name))
                 for name in ("prelude", "core", "coda")
             },
@@ -206,7 +233,7 @@ def keep_rows(
         is_behind = jnp.any((ends < start) & (num_kept > 0))
 
         def move(array: jax.Array) -> jax.Array:
-            return _move_up(array, is_behind, start, ends, num_rows, sharder)
+            return _move_up(array, is_behind, start, ends, num_rows, sharder, cache.lanes)
 
         def move_numbers(array: jax.Array, unused: int) -> jax.Array:
             return _move_numbers_up(array, unused, start, ends, num_kept, num_rows)
@@ -223,13 +250,14 @@ def keep_rows(
 
 
 def _move_up(
-    array: Float[Array, "E B K S H"],
+    array: Float[Array, "E B K S P"],
     is_moved: Bool[Array, ""],
     start: Int[Array, ""],
     ends: Int[Array, "B"],
     num_rows: int,
     sharder: Sharder,
-) -> Float[Array, "E B K S H"]:
+    lanes: int,
+) -> Float[Array, "E B K S P"]:
     """Copies `num_rows` rows at `start` to each sequence's end, which is not behind it."""
 
     def copy_all(
@@ -240,8 +268,7 @@ def _move_up(
         def copy(sequence: jax.Array, array: jax.Array) -> jax.Array:
             shape = (entries, 1, heads, num_rows, width)
             rows = jax.lax.dynamic_slice(array, (0, sequence, 0, start, 0), shape)
-            corner = (0, sequence, 0, ends[sequence], 0)
-            return jax.lax.dynamic_update_slice(array, rows, corner)
+            return put_rows(array, rows, (0, sequence, ends[sequence]), lanes)
 
         # One by one this is done in place; as a scatter XLA transposes the cache for it. And a loop
         # of no turns, not a branch, as branches may copy the cache.

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Int
 
-from megatransformer_jax.nn.cache_rows import entries_spec
-from megatransformer_jax.nn.kv_cache import KeyValues, KVCache
+from megatransformer_jax.nn.cache_rows import entries_spec, put_rows
+from megatransformer_jax.nn.kv_cache import KVCache
 from megatransformer_jax.sharding.rules import Sharder
 
 _SLOTS_AT_A_TIME = 8
@@ -38,7 +38,7 @@ def with_positions(
 
 @struct.dataclass
 class NewRows:
-    """New keys and values of every stack.
+    """New pairs of every stack.
 
     Attributes:
       outer: of prelude and coda.
@@ -47,8 +47,8 @@ class NewRows:
         tokens may take. What the others hold does not matter, so they are not written.
     """
 
-    outer: tuple[KeyValues, KeyValues]
-    core: KeyValues | None
+    outer: tuple[jax.Array, jax.Array]
+    core: jax.Array | None
     num_slots: Int[Array, "B"]
 
 
@@ -65,13 +65,13 @@ def write_tokens(
 
     Args:
       cache: before.
-      rows: sequences first: [B, E, K, 1, H]; of the core's at least the slots that were reached.
+      rows: sequences first: [B, E, K, 1, P]; of the core's at least the slots that were reached.
       num_steps: iterations of the tokens.
       is_written: sequences that have a token; nothing of the others is touched.
       sharder: where the sequences are.
     """
     old = ((cache.prelude, cache.coda), cache.core)
-    put: Any = functools.partial(_put_tokens, cache.num_slots)
+    put: Any = functools.partial(_put_tokens, cache.num_slots, cache.lanes)
     if sharder.mesh is not None:
         axes = ("batch", None, "kv_heads", None, None)
         put = _on_each_device(put, old, rows, axes, (sharder.rules.spec("batch"),) * 3, sharder)
@@ -90,6 +90,7 @@ def write_tokens(
 
 def _put_tokens(
     num_slots: int,
+    lanes: int,
     old: Any,
     rows: NewRows,
     starts: jax.Array,
@@ -103,11 +104,11 @@ def _put_tokens(
 
     def put_one(turn: jax.Array, old: Any) -> Any:
         sequence = order[turn]
-        at = (sequence, 0, starts[sequence], 0)
+        start = starts[sequence]
 
         def put_entries(array: jax.Array, one: jax.Array) -> jax.Array:
             new = one[sequence][:, None].astype(array.dtype)
-            return jax.lax.dynamic_update_slice(array, new, (0, *at))
+            return put_rows(array, new, (0, sequence, start), lanes)
 
         def put_slots(block: jax.Array, core: Any) -> Any:
             slots = block * size + jnp.arange(size)
@@ -117,8 +118,8 @@ def _put_tokens(
                 layers, shape = array.shape[0] // num_slots, one.shape[2:]
                 by_slot = one.reshape(one.shape[0], -1, layers, *shape)
                 new = by_slot[sequence, slots].reshape(size * layers, 1, *shape)
-                corner = (block * size * layers, *at)
-                return jax.lax.dynamic_update_slice(array, new.astype(array.dtype), corner)
+                corner = (block * size * layers, sequence, start)
+                return put_rows(array, new.astype(array.dtype), corner, lanes)
 
             return jax.tree.map(put_some, core, rows.core)
 
@@ -229,14 +230,14 @@ def write_sequence(
 
     Args:
       cache: of all sequences; positions and steps stay as they are.
-      rows: [E, 1, K, T, H], T at most the capacity; of one sequence.
+      rows: [E, 1, K, T, P], T at most the capacity; of one sequence.
       sequence: which.
       start: row of the first token.
       num_kept: how many there are; what stands in the other rows stays.
       sharder: where the sequences are.
     """
     old = ((cache.prelude, cache.coda), cache.core)
-    size = rows.outer[0].key.shape[3]
+    size = rows.outer[0].shape[3]
     # A window that would reach over the end begins earlier, and its tokens stand later in it.
     corner = jnp.minimum(start, cache.capacity - size)
     shift = start - corner
@@ -284,7 +285,7 @@ def _put_sequence(
     if core is None:
         return outer, core
     size = _slots_at_a_time(num_slots)
-    count = size * core.key.shape[0] // num_slots
+    count = size * core.shape[0] // num_slots
 
     def put_slots(block: jax.Array, core: Any) -> Any:
         return jax.tree.map(

@@ -3,7 +3,6 @@
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from megatransformer_jax.nn.kv_cache import KeyValues
 from megatransformer_jax.nn.loop_parameters import Loop
 from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
@@ -14,7 +13,7 @@ from megatransformer_jax.ops.positions import RotaryTable
 class CachedPass:
     """How the layers of one stack read a cache while T new tokens pass through them.
 
-    Each attention layer sows its new keys and values, [B, K, T, H], as `key_values` into the
+    Each attention layer sows its new keys and values, [B, K, T, P], as `pairs` into the
     collection `NEW_ROWS`; whoever runs the pass writes them to the cache.
 
     Attributes:
@@ -22,7 +21,7 @@ class CachedPass:
       query_positions: places of the new tokens; -1 for padding.
       key_positions: the same, with -1 also for new tokens that must not be seen.
       is_active: new tokens that still iterate; the others offer `frozen`. None: all.
-      frozen: keys and values that inactive tokens offer in place of new ones, [L, B, K, T, H].
+      frozen: pairs that inactive tokens offer in place of new ones.
       is_first: the cache is empty, so the new tokens see each other only, through
         `LayerContext.mask`, and any attention kernel can serve.
     """
@@ -31,7 +30,7 @@ class CachedPass:
     query_positions: Int[Array, "B T"]
     key_positions: Int[Array, "B T"]
     is_active: Bool[Array, "B T"] | None = None
-    frozen: KeyValues | None = None
+    frozen: Float[Array, "L B K T P"] | None = None
     is_first: bool = struct.field(pytree_node=False, default=False)
 
 

@@ -33,27 +33,21 @@ EXITED_READS = ("latest", "skip")
 # Rows that attention reads at a time; a capacity is a multiple of it. Few rows waste little on CPU,
 # where a turn of a loop is cheap; accelerators want larger products.
 BLOCK_ROWS = {"cpu": 64, "gpu": 256, "tpu": 256}
-
-
-@struct.dataclass
-class KeyValues:
-    """Keys and values of one or of several entries: [B, K, S, H] or [E, B, K, S, H] each.
-
-    Entries are layers, or layers of slots: entry = slot * layers + layer.
-    """
-
-    key: Float[Array, "*E B K S H"]
-    value: Float[Array, "*E B K S H"]
+# Numbers of the last axis that are stored and multiplied together, full or not.
+LANES = {"cpu": 1, "gpu": 1, "tpu": 128}
 
 
 @struct.dataclass
 class KVCache:
     """What the model remembers of the tokens so far.
 
+    Entries are layers, or layers of slots: entry = slot * layers + layer. In each, a row has a key
+    and a value per head, which stand side by side as a pair, see `pair_width`.
+
     Attributes:
-      prelude: [layers, B, K, S, H].
-      core: [slots * layers, B, K, S, H]; None without a core.
-      coda: [layers, B, K, S, H].
+      prelude: [layers, B, K, S, P].
+      core: [slots * layers, B, K, S, P]; None without a core.
+      coda: [layers, B, K, S, P].
       positions: place of each row's token in its sequence; -1 for padding and unused rows.
       num_steps: iterations that each row's token took; 0 for padding and unused rows.
       next_position: where each sequence goes on = tokens it has so far.
@@ -63,13 +57,14 @@ class KVCache:
       exited_reads: what a deeper reader gets of a token that took fewer iterations: 'latest', its
         last key and value; 'skip', nothing.
       block_rows: rows that attention reads at a time; 0: all.
+      lanes: see `CachedRows`.
       is_medium: rows that hold places of images or sound; None if there can be none.
       sequence: of a view, the one sequence that a batch of one reads. None: all, as usual.
     """
 
-    prelude: KeyValues
-    core: KeyValues | None
-    coda: KeyValues
+    prelude: Float[Array, "E B K S P"]
+    core: Float[Array, "E2 B K S P2"] | None
+    coda: Float[Array, "E3 B K S P"]
     positions: Int[Array, "B S"]
     num_steps: Int[Array, "B S"]
     next_position: Int[Array, "B"]
@@ -78,6 +73,7 @@ class KVCache:
     sharing: str = struct.field(pytree_node=False)
     exited_reads: str = struct.field(pytree_node=False)
     block_rows: int = struct.field(pytree_node=False)
+    lanes: int = struct.field(pytree_node=False, default=1)
     is_medium: Bool[Array, "B S"] | None = None
     sequence: Int[Array, ""] | None = None
 
@@ -115,6 +111,22 @@ def rows_to_blocks(rows: int, platform: str) -> int:
     """The capacity, a whole number of blocks, that holds `rows` rows."""
     block = BLOCK_ROWS[platform]
     return -(-rows // block) * block
+
+
+def pair_width(head_width: int, platform: str) -> int:
+    """Numbers of a row's key and value side by side (P): each stands at the beginning of a half.
+
+    A whole number of lanes. A TPU stores arrays with fewer by another axis, or leaves the others
+    empty. By another axis it cannot write single rows, so each call of a program would copy the
+    whole cache twice. Keys and values of heads of 64 fill 128 lanes together; apart they would
+    leave half of the cache empty.
+    """
+    lanes = LANES[platform]
+    return -(-2 * head_width // lanes) * lanes
+
+
+# Pairs of new tokens for the prelude, the core (None without one) and the coda: [E, B, K, T, P].
+NewPairs = tuple[jax.Array, jax.Array | None, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,10 +181,10 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> KVCache:
     """An empty cache for the model of this config."""
     batch_size, rows, num_slots = shape.batch_size, shape.rows, shape.num_slots
 
-    def entries(count: int, width: int) -> KeyValues:
-        dims = (count, batch_size, config.attention.kv_heads, rows, config.head_dim(width))
-        # Two arrays, not one twice: each is donated.
-        return KeyValues(jnp.zeros(dims, shape.dtype), jnp.zeros(dims, shape.dtype))
+    def entries(count: int, width: int) -> jax.Array:
+        pair = pair_width(config.head_dim(width), shape.platform)
+        dims = (count, batch_size, config.attention.kv_heads, rows, pair)
+        return jnp.zeros(dims, shape.dtype)
 
     core = None
     if config.is_recurrent:
@@ -189,13 +201,14 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> KVCache:
         sharing=shape.sharing,
         exited_reads=shape.exited_reads,
         block_rows=BLOCK_ROWS[shape.platform],
+        lanes=LANES[shape.platform],
         is_medium=jnp.zeros((batch_size, rows), bool) if shape.with_media else None,
     )
 
 
 def write_rows(
     cache: KVCache,
-    rows: tuple[KeyValues, KeyValues | None, KeyValues],
+    rows: NewPairs,
     positions: Int[Array, "B T"],
     num_steps: Int[Array, "B T"],
     is_medium: Bool[Array, "B T"] | None = None,
@@ -206,20 +219,17 @@ def write_rows(
 
     Args:
       cache: before.
-      rows: keys and values of prelude, core and coda, in the shapes of the cache but for T rows.
+      rows: of the T tokens.
       positions: of the new rows; -1 for padding.
       num_steps: iterations of the new rows.
       is_medium: which of them are of media; None: none.
     """
 
-    def put(old: KeyValues | None, new: KeyValues | None) -> KeyValues | None:
+    def put(old: jax.Array | None, new: jax.Array | None) -> jax.Array | None:
         if old is None or new is None:
             return None
         at = (0, 0, 0, cache.length, 0)
-        return KeyValues(
-            jax.lax.dynamic_update_slice(old.key, new.key.astype(old.key.dtype), at),
-            jax.lax.dynamic_update_slice(old.value, new.value.astype(old.value.dtype), at),
-        )
+        return jax.lax.dynamic_update_slice(old, new.astype(old.dtype), at)
 
     def put_ints(old: jax.Array, new: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(old, new, (0, cache.length))
@@ -310,10 +320,8 @@ def drop_rows(cache: KVCache, is_kept: Bool[Array, "B T"]) -> KVCache:
 def _map_sequences(cache: KVCache, change: Callable[[jax.Array, int], jax.Array]) -> KVCache:
     """The cache with every array that has an axis of sequences changed; `change` is told which."""
 
-    def change_entries(entries: KeyValues | None) -> KeyValues | None:
-        if entries is None:
-            return None
-        return KeyValues(change(entries.key, 1), change(entries.value, 1))
+    def change_entries(entries: jax.Array | None) -> jax.Array | None:
+        return None if entries is None else change(entries, 1)
 
     changed: Any = cache.replace(  # type: ignore[attr-defined]
         prelude=change_entries(cache.prelude),

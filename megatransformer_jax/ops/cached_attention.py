@@ -19,6 +19,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.ops.attention_xla import MASKED_LOGIT, LogitTerms
+from megatransformer_jax.sharding.rules import Sharder
 
 # Row maximum, sum of exponentials, weighted sum of values; each [B, N, T, ...] in float32.
 _Partial = tuple[jax.Array, jax.Array, jax.Array]
@@ -35,26 +36,46 @@ class CachedRows:
     """One entry of a cache as attention reads it.
 
     Attributes:
-      key: all entries.
-      value: all entries.
+      pairs: keys and values of all entries, as `side_by_side` leaves them.
       entry: which of them: one for all sequences, or one for each.
       positions: place of each row's token in its sequence; -1 hides the row.
       length: rows in use; later blocks are not read.
       block_rows: rows per turn; divides S. 0: all in one, without a loop, used or not; for
         runtimes whose loops are slow.
+      lanes: numbers of the last axis that the device takes at once; 1: any. Halves that are no
+        whole number of them are not cut apart, as that would move each number to another lane.
+        Queries with zeros in place of the values multiply the pairs, at the same price.
+      sharder: where the sequences and heads are.
       sequence: the one that is read, by a batch of one; `entry` is one number then. None: all.
       lengths: rows in use of each sequence, 0 for those whose output nobody reads; for one new
         token per sequence, with `block_rows`, on one device. None: `length` counts for all.
     """
 
-    key: Float[Array, "E B K S H"]
-    value: Float[Array, "E B K S H"]
+    pairs: Float[Array, "E B K S P"]
     entry: Int[Array, ""] | Int[Array, "B"] | int
     positions: Int[Array, "B S"]
     length: Int[Array, ""]
     block_rows: int = struct.field(pytree_node=False)
+    lanes: int = struct.field(pytree_node=False, default=1)
+    sharder: Sharder = struct.field(pytree_node=False, default=Sharder())
     sequence: Int[Array, ""] | None = None
     lengths: Int[Array, "B"] | None = None
+
+
+def side_by_side(
+    key: Float[Array, "*rows H"], value: Float[Array, "*rows H"], width: int
+) -> Float[Array, "*rows P"]:
+    """Pairs of `width` numbers; what a half leaves over is 0."""
+    over = ((0, 0),) * (key.ndim - 1) + ((0, width // 2 - key.shape[-1]),)
+    return jnp.concatenate([jnp.pad(key, over), jnp.pad(value, over)], axis=-1)
+
+
+def apart(
+    pairs: Float[Array, "*rows P"], head_width: int
+) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows H"]]:
+    """Keys and values of pairs."""
+    half = pairs.shape[-1] // 2
+    return pairs[..., :head_width], pairs[..., half : half + head_width]
 
 
 def cached_attention(
@@ -115,7 +136,10 @@ class _Queries:
     def against(
         self, key: jax.Array, value: jax.Array, positions: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Logits [B, N, T, S] for keys [B, K, S, H] at positions [B, S], and the values."""
+        """Logits [B, N, T, S] for keys [B, K, S, H] at positions [B, S], and the values.
+
+        Both may be the same pairs [B, K, S, P].
+        """
         distance = (self.positions[:, :, None] - positions[:, None, :])[:, None]
         is_visible = (distance >= 0) & (positions >= 0)[:, None, None]
         if self.window is not None:
@@ -143,11 +167,10 @@ class _Queries:
         positions = jax.lax.dynamic_slice(cached.positions, (first, corner), (batch_size, num_rows))
         if capacity % num_rows:
             positions = jnp.where(corner + jnp.arange(num_rows) >= start, positions, -1)
-        return self.against(
-            _block(cached.key, cached, corner, batch_size, num_rows),
-            _block(cached.value, cached, corner, batch_size, num_rows),
-            positions,
-        )
+        pairs = _block(cached, corner, batch_size, num_rows)
+        if pairs.shape[-1] // 2 % cached.lanes:
+            return self.against(pairs, pairs, positions)
+        return self.against(*apart(pairs, self.scaled.shape[-1]), positions)
 
 
 def _by_blocks(queries: _Queries, cached: CachedRows, partial: _Partial) -> _Partial:
@@ -256,28 +279,54 @@ def _absorb(
     return merged
 
 
-def _block(
-    array: jax.Array, cached: CachedRows, start: Any, batch_size: int, block_rows: int
-) -> jax.Array:
-    """Keys or values [B, K, block_rows, H] of the sequences that read."""
-    _, _, heads, _, width = array.shape
+def _block(cached: CachedRows, start: Any, batch_size: int, block_rows: int) -> jax.Array:
+    """Pairs [B, K, block_rows, P] of the sequences that read."""
+    _, _, heads, _, width = cached.pairs.shape
     first = 0 if cached.sequence is None else cached.sequence
     if jnp.ndim(cached.entry) == 0:
         corner = (cached.entry, first, 0, start, 0)
         shape = (1, batch_size, heads, block_rows, width)
-        return jax.lax.dynamic_slice(array, corner, shape)[0]
+        return jax.lax.dynamic_slice(cached.pairs, corner, shape)[0]
+    if cached.lanes > 1:
+        return _block_of_each(cached, start, block_rows)
 
     def of_sequence(rows: jax.Array, entry: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice(rows, (entry, 0, start, 0), (1, heads, block_rows, width))[0]
 
-    return jax.vmap(of_sequence, in_axes=(1, 0))(array, jnp.asarray(cached.entry))
+    return jax.vmap(of_sequence, in_axes=(1, 0))(cached.pairs, jnp.asarray(cached.entry))
+
+
+def _block_of_each(cached: CachedRows, start: Any, block_rows: int) -> jax.Array:
+    """The same where each sequence reads its own entry, one slice per sequence.
+
+    For a gather over all sequences a TPU copies the whole cache into another layout.
+    """
+
+    def take(pairs: jax.Array, entries: jax.Array, start: jax.Array) -> jax.Array:
+        _, batch_size, heads, _, width = pairs.shape
+        shape = (1, 1, heads, block_rows, width)
+        corners = [(entries[number], number, 0, start, 0) for number in range(batch_size)]
+        return jnp.concatenate([jax.lax.dynamic_slice(pairs, at, shape)[0] for at in corners])
+
+    sharder = cached.sharder
+    if sharder.mesh is not None:
+        # Each device reads its own sequences.
+        spec = sharder.rules.spec
+        take = jax.shard_map(
+            take,
+            mesh=sharder.mesh,
+            in_specs=(spec(None, "batch", "kv_heads", None, None), spec("batch"), spec()),
+            out_specs=spec("batch", "kv_heads", None, None),
+            check_vma=False,
+        )
+    return take(cached.pairs, jnp.asarray(cached.entry), jnp.asarray(start))
 
 
 def _begin(logits: jax.Array, value: jax.Array) -> _Partial:
     """The first step of the online softmax, see `_merge`."""
     peak = jnp.max(logits, axis=-1, keepdims=True)
     weights = jnp.exp(logits - peak)
-    mixed = _grouped_product("BKRS,BKSH->BKRH", weights.astype(value.dtype), value)
+    mixed = _mix(weights, value, value.shape[-1])
     return peak, jnp.sum(weights, axis=-1, keepdims=True), mixed
 
 
@@ -288,27 +337,33 @@ def _begin_two(own: tuple[jax.Array, jax.Array], others: tuple[jax.Array, jax.Ar
     own_weight, weights = jnp.exp(logit - peak), jnp.exp(logits - peak)
     group = logit.shape[1] // own_value.shape[1]
     own_value = jnp.repeat(own_value, group, axis=1)
-    mixed = _grouped_product("BKRS,BKSH->BKRH", weights.astype(value.dtype), value)
+    mixed = _mix(weights, value, own_value.shape[-1])
     total = own_weight + jnp.sum(weights, axis=-1, keepdims=True)
     return peak, total, mixed + own_weight * own_value.astype(jnp.float32)
 
 
 def _merge(partial: _Partial, logits: jax.Array, value: jax.Array) -> _Partial:
-    """One step of the online softmax: logits [B, N, T, S] and values [B, K, S, H]."""
+    """One step of the online softmax: logits [B, N, T, S] and values [B, K, S, H], or pairs."""
     peak, total, mixed = partial
     new_peak = jnp.maximum(peak, jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - new_peak)
     shrink = jnp.exp(peak - new_peak)
-    added = _grouped_product("BKRS,BKSH->BKRH", weights.astype(value.dtype), value)
     return (
         new_peak,
         total * shrink + jnp.sum(weights, axis=-1, keepdims=True),
-        mixed * shrink + added,
+        mixed * shrink + _mix(weights, value, mixed.shape[-1]),
     )
 
 
+def _mix(weights: jax.Array, value: jax.Array, width: int) -> jax.Array:
+    """Weights [B, N, T, S] times values, or pairs: [B, N, T, H] of the values."""
+    mixed = _grouped_product("BKRS,BKSH->BKRH", weights.astype(value.dtype), value)
+    return mixed if mixed.shape[-1] == width else apart(mixed, width)[1]
+
+
 def _logits_of(scaled: jax.Array, key: jax.Array) -> jax.Array:
-    """[B, N, T, H] times [B, K, S, H]: [B, N, T, S]."""
+    """[B, N, T, H] times [B, K, S, H], or pairs: [B, N, T, S]."""
+    scaled = jnp.pad(scaled, ((0, 0),) * 3 + ((0, key.shape[-1] - scaled.shape[-1]),))
     if scaled.shape[2] > 1:
         return _grouped_product("BKRH,BKSH->BKRS", scaled, key)
     # Keys on the left, as they lie: XLA's products on CPU would copy and transpose them otherwise.

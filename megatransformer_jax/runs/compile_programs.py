@@ -36,8 +36,8 @@ from megatransformer_jax.models.attention_kernels import KernelChoice, kernel_ch
 from megatransformer_jax.models.exit_criteria import DepthRule
 from megatransformer_jax.models.megatransformer import (
     MegaTransformer,
-    abstract_params,
     build_model,
+    computed_types,
     param_axes,
 )
 from megatransformer_jax.models.passes.cached import NewTokens
@@ -164,7 +164,7 @@ class _Placement:
 
     def params(self) -> Any:
         """Of the model, as `load_model` places them."""
-        shapes = abstract_params(self.model)
+        shapes = computed_types(self.model)
         if self.model.sharder.mesh is None:
             return self.replicated(shapes)
         sharder = _Shapes(self.model.sharder.mesh, self.model.sharder.rules)

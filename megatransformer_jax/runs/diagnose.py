@@ -66,7 +66,10 @@ def diagnose_run(
     subject = _subject(config, loaded)
     chosen = [kind for kind in kinds_of(subject) if kind != _DRAWS]
     diagnoser = Diagnoser(subject, chosen)
-    moment = Moment(loaded.params, key_data=None, step=config.train.steps, previous=0)
+    # Gradients are those of training, so of parameters that are not rounded.
+    moment = Moment(
+        jax.device_put(loaded.params), key_data=None, step=config.train.steps, previous=0
+    )
     findings = diagnoser.present(diagnoser.measure(moment), moment)
     folder = make_folder("output", str(output or source / "diagnostics" / f"step_{step}"))
     write_images(findings, folder)

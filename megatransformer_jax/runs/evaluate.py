@@ -164,7 +164,7 @@ def score_batches(
             sums = []
             for batch in batches:
                 on_device = jax.device_put(batch, jax.local_devices()[0])
-                step = eval_step(loaded.params, on_device, depth_argument(depth))
+                step = eval_step(loaded.weights, on_device, depth_argument(depth))
                 sums.append(jax.device_get(step[0]))
                 progress.advance(task)
             scores.append(mean_scores(depth, sums))

@@ -226,7 +226,7 @@ class MediaMeasures:
         num_steps, device = depth_argument(depth), jax.local_devices()[0]
         sums = [
             jax.device_get(
-                self._eval_step(self._loaded.params, jax.device_put(batch, device), num_steps)
+                self._eval_step(self._loaded.weights, jax.device_put(batch, device), num_steps)
             )
             for batch in self._batches
         ]

@@ -1,6 +1,7 @@
 """Reads a model for generation: the workdir of a run, or a checkpoint folder of another project."""
 
 import dataclasses
+import functools
 import pathlib
 import typing
 from typing import Any, Literal
@@ -48,6 +49,7 @@ from megatransformer_jax.models.megatransformer import (
     MegaTransformer,
     abstract_params,
     build_model,
+    computed_weights,
     param_axes,
 )
 from megatransformer_jax.sharding.rules import Sharder
@@ -74,7 +76,9 @@ class LoadedModel:
     Attributes:
       config: the architecture.
       model: the module, without a mesh.
-      params: its parameters, on the first local device or where `load_model` was told to.
+      params: its parameters, on the first local device or where `load_model` was told to. NumPy
+        arrays on the host if passes compute in another type, so that the device has room for
+        `weights` alone.
       tokenizer: between text and ids; of a reasoning task its symbols. None: the folder has none,
         so that prompts must be ids.
       trained_depth: mean iterations in training, None without a core.
@@ -99,9 +103,14 @@ class LoadedModel:
         """What it was trained on: 'text' (also if no run says), 'reasoning' or 'media'."""
         return "text" if self.run_config is None else self.run_config.task
 
+    @functools.cached_property
+    def weights(self) -> Any:
+        """The parameters as passes compute with them, on the device; made once."""
+        return computed_weights(self.model, self.params)
+
     def generator(self, config: GenerationConfig) -> Generator:
         """Generates with this model as `config` says, which must have been checked against it."""
-        return Generator(self.model, self.params, self.tokenizer, config, self.trained_depth)
+        return Generator(self.model, self.weights, self.tokenizer, config, self.trained_depth)
 
 
 def load_model(
@@ -283,8 +292,10 @@ def _load_foreign(
 
 def _placer(model: MegaTransformer, sharder: Sharder | None) -> Place:
     """Puts each parameter where it belongs as soon as it is read: cut over the mesh of all
-    processes, of which each reads the whole file, or on the first local device.
+    processes, of which each reads the whole file, or on the first local device, or on the host.
     """
+    if sharder is None and _stays_on_host(model):
+        return lambda path, tensor: tensor
     if sharder is None:
         device = jax.local_devices()[0]
         return lambda path, tensor: jax.device_put(tensor, device)
@@ -296,6 +307,11 @@ def _placer(model: MegaTransformer, sharder: Sharder | None) -> Place:
         )
 
     return place
+
+
+def _stays_on_host(model: MegaTransformer) -> bool:
+    """Whether the device is to hold other arrays than the parameters, see `LoadedModel.weights`."""
+    return model.policy.compute != model.policy.param
 
 
 def _load_run(
@@ -315,6 +331,8 @@ def _load_run(
         tokenizer = _run_tokenizer(config, folder, run["vocabulary"])
         model = _build(config.model, precision or config.train.precision)
         params = restore_evaluation_params(checkpoints, number, model, config, sharder, weights)
+        if sharder is None and _stays_on_host(model):
+            params = jax.device_get(params)
     finally:
         checkpoints.close()
     which = f" ({step})" if isinstance(step, str) else ""

@@ -88,7 +88,7 @@ def _calibrate(
         for number, batch in enumerate(_calibration_batches(loaded, config)):
             on_device = jax.device_put(batch, jax.local_devices()[0])
             batch_key = jax.random.fold_in(key, number)
-            more = input_moments(loaded.model, loaded.params, on_device, batch_key, paths)
+            more = input_moments(loaded.model, loaded.weights, on_device, batch_key, paths)
             total = add_moments(total, more)
             progress.advance(task)
     if total is None:
@@ -167,8 +167,8 @@ def compare_models(
         task = progress.add_task("comparing", total=len(batches) * len(depths))
         rows = measure_divergence(
             loaded.model,
-            reference.params,
-            loaded.params,
+            reference.weights,
+            loaded.weights,
             [jax.device_put(batch, jax.local_devices()[0]) for batch in batches],
             depths,
             state_key(options, loaded.run_config),

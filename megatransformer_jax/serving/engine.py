@@ -84,7 +84,7 @@ def _costs(durations: Durations) -> Costs:
 
 
 def _make_batcher(lm: Any, shape: BatchShape) -> Batcher:
-    return Batcher(lm.module, lm.params, lm.tokenizer, shape)
+    return Batcher(lm.module, lm.weights, lm.tokenizer, shape)
 
 
 class _ClosedEarly(Exception):

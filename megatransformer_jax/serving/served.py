@@ -182,6 +182,7 @@ def settle(
     settled = dataclasses.replace(config, name=config.name or default_name, capacity=capacity)
     settled = _settle_core(settled, lm)
     if free_bytes is None:
+        jax.block_until_ready(lm.weights)  # What they take is not free.
         free_bytes = free_memory(jax.local_devices()[0])
     check_memory(settled, lm, free_bytes)
     return settled
@@ -239,7 +240,9 @@ def check_memory(config: ServingConfig, lm: Model, free_bytes: int) -> None:
     rows, capacity, slots = config.rows, config.capacity or 0, config.cache_slots or 1
 
     def needed(rows: int, capacity: int, slots: int) -> int:
-        per_token = cache_bytes_per_token(lm.config, slots, lm.module.policy.compute)
+        per_token = cache_bytes_per_token(
+            lm.config, slots, lm.module.policy.compute, lm.module.platform
+        )
         return rows * capacity * per_token // _parts(lm.module, rows)
 
     total = needed(rows, capacity, slots)

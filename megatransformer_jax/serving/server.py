@@ -115,7 +115,7 @@ class Server:
             served = served_model(model, self.config, int(time.time()))
             lens = None
             if served.has_lens:
-                lens = Lens(model.module, model.params, served, self.config)
+                lens = Lens(model.module, model.weights, served, self.config)
             # Where the batcher compiles nothing, the lens does so when it is asked.
             prepare = lens.compile if lens is not None and make_batcher is None else None
             self.engine = Engine(model, self.config, make_batcher, prepare)

@@ -250,9 +250,9 @@ def test_the_cache_holds_the_final_text():
             )
             for part, atol in (("prelude", 1e-5), ("core", 1e-3), ("coda", 1e-3)):
                 got, wanted = getattr(state.cache, part), getattr(whole, part)
-                np.testing.assert_allclose(
-                    got.value[:, row, :, at], wanted.value[:, row, :, wanted_at], atol=atol
-                )
+                values = slice(got.shape[-1] // 2, None)
+                got, wanted = got[:, row, :, at, values], wanted[:, row, :, wanted_at, values]
+                np.testing.assert_allclose(got, wanted, atol=atol)
 
 
 def test_decoding_can_go_on_from_there():

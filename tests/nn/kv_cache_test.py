@@ -16,9 +16,9 @@ from megatransformer_jax.nn.kv_cache import (
     BLOCK_ROWS,
     SHARINGS,
     CacheShape,
-    KeyValues,
     drop_rows,
     init_cache,
+    pair_width,
     repeat_sequences,
     rows_to_blocks,
     slot_for,
@@ -26,6 +26,7 @@ from megatransformer_jax.nn.kv_cache import (
     visible_positions,
     write_rows,
 )
+from megatransformer_jax.ops.cached_attention import apart
 
 CONFIG = ModelConfig(width=8, prelude_layers=1, core_layers=2, coda_layers=0)
 PLAIN = ModelConfig(width=8, core_layers=0, recurrence=RecurrenceConfig())
@@ -46,7 +47,7 @@ def filled(start, positions):
         shape = (count, batch_size, HEADS, num_rows, HEAD_DIM)
         entry, sequence, _, row, _ = np.meshgrid(*map(np.arange, shape), indexing="ij")
         number = 1000.0 * entry + 100 * sequence + row + start
-        return KeyValues(jnp.asarray(number, jnp.float32), jnp.asarray(-number, jnp.float32))
+        return jnp.asarray(np.concatenate([number, -number], axis=-1), jnp.float32)
 
     steps = np.where(np.asarray(positions) >= 0, 1 + np.arange(num_rows), 0)
     rows = (entries(1), entries(2 * SLOTS), entries(0))
@@ -95,14 +96,22 @@ def test_a_new_cache_is_empty():
     cache = empty(capacity=65)
     assert cache.capacity == 128
     assert cache.block_rows == BLOCK_ROWS["cpu"]
-    assert cache.prelude.key.shape == (1, 2, HEADS, 128, HEAD_DIM)
-    assert cache.core.value.shape == (2 * SLOTS, 2, HEADS, 128, HEAD_DIM)
-    assert cache.coda.key.shape == (0, 2, HEADS, 128, HEAD_DIM)
+    assert cache.prelude.shape == (1, 2, HEADS, 128, 2 * HEAD_DIM)
+    assert cache.core.shape == (2 * SLOTS, 2, HEADS, 128, 2 * HEAD_DIM)
+    assert cache.coda.shape == (0, 2, HEADS, 128, 2 * HEAD_DIM)
     assert np.all(cache.positions == -1)
     assert not np.any(cache.num_steps)
     assert cache.length == 0
     assert empty(PLAIN).core is None
-    assert empty(dtype=jnp.dtype(jnp.bfloat16)).core.key.dtype == jnp.bfloat16
+    assert empty(dtype=jnp.dtype(jnp.bfloat16)).core.dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("head_width", "width"), [(16, 128), (64, 128), (80, 256), (96, 256), (128, 256), (192, 384)]
+)
+def test_pairs_fill_whole_lanes_of_a_tpu(head_width, width):
+    assert pair_width(head_width, "tpu") == width
+    assert pair_width(head_width, "cpu") == pair_width(head_width, "gpu") == 2 * head_width
 
 
 @pytest.mark.parametrize("platform", BLOCK_ROWS)
@@ -142,7 +151,7 @@ def test_rows_are_written_one_pass_after_the_other():
     for entries, count in ((cache.prelude, 1), (cache.core, 2 * SLOTS)):
         number = np.arange(count)[:, None, None] * 1000.0 + 100 * np.arange(2)[:, None]
         number = number + np.arange(1, 6)
-        for array, sign in ((entries.key, 1), (entries.value, -1)):
+        for array, sign in zip(apart(entries, HEAD_DIM), (1, -1), strict=True):
             for head, channel in np.ndindex(HEADS, HEAD_DIM):
                 np.testing.assert_array_equal(array[:, :, head, :5, channel], sign * number)
             assert not np.any(array[..., 5:, :])
@@ -151,15 +160,15 @@ def test_rows_are_written_one_pass_after_the_other():
 def test_rows_are_rounded_to_the_caches_type():
     cache = empty(dtype=jnp.dtype(jnp.bfloat16))
     cache = write_rows(cache, *filled(1.0009765625, [[0], [0]]))
-    assert cache.core.key.dtype == jnp.bfloat16
-    assert cache.core.key[0, 0, 0, 0, 0] == 1
+    assert cache.core.dtype == jnp.bfloat16
+    assert cache.core[0, 0, 0, 0, 0] == 1
 
 
 def test_a_plain_model_has_no_core_to_write():
     (outer, *_), *numbers = filled(1, [[0], [0]])
     cache = write_rows(empty(PLAIN), (outer, None, outer), *numbers)
     assert cache.core is None
-    assert cache.coda.key[0, 1, 0, 0, 0] == 101
+    assert cache.coda[0, 1, 0, 0, 0] == 101
 
 
 def test_readers_that_skip_see_only_who_wrote_their_slot():
@@ -207,7 +216,7 @@ def test_dropped_rows_are_freed_or_hidden():
     cache = write_rows(cache, *filled(9, [[4], [2]]))
     assert cache.length == 5
     assert cache.positions[:, :5].tolist() == [[0, 1, 2, 3, 4], [-1, 0, 1, -1, 2]]
-    np.testing.assert_array_equal(cache.core.key[0, 1, 0, :5, 0], [101, 102, 103, 104, 109])
+    np.testing.assert_array_equal(cache.core[0, 1, 0, :5, 0], [101, 102, 103, 104, 109])
 
 
 def test_all_or_nothing_can_be_dropped():
@@ -249,5 +258,5 @@ def test_what_is_kept_is_a_sequence_without_holes_in_rows_that_are_not_too_early
         (where,) = np.nonzero(np.asarray(cache.positions[row]) >= 0)
         assert cache.positions[row][where].tolist() == list(range(len(numbers)))
         assert np.all(where >= np.arange(len(where)))  # What windows rely on.
-        assert cache.prelude.key[0, row, 0, where, 0].tolist() == numbers
+        assert cache.prelude[0, row, 0, where, 0].tolist() == numbers
         assert np.all((cache.num_steps[row] > 0) == (cache.positions[row] >= 0))

@@ -7,12 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.ops.attention_xla import LogitTerms
-from megatransformer_jax.ops.cached_attention import CachedRows, cached_attention
+from megatransformer_jax.ops.cached_attention import CachedRows, cached_attention, side_by_side
 from megatransformer_jax.ops.positions import alibi_slopes
+from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.rules import Sharder
 
 B, T, N, H, ENTRIES, ENTRY = 2, 3, 4, 8, 2, 1
 BLOCK, CAPACITY = 64, 256
+NO_MESH = Sharder()
 LENGTHS = [0, 1, 63, 64, 65, 200, 256]
 # KV heads, window, soft-cap, ALiBi. Windows: less than a block, and across two borders.
 OPTIONS = [
@@ -67,7 +71,10 @@ def random_inputs(kv_heads, length, *, capacity=CAPACITY, dtype=jnp.float32, see
     return arrays, jnp.asarray(query_positions), jnp.asarray(positions)
 
 
-@functools.partial(jax.jit, static_argnames=("window", "softcap", "has_alibi", "block"))
+@functools.partial(
+    jax.jit,
+    static_argnames=("window", "softcap", "has_alibi", "block", "lanes", "width", "sharder"),
+)
 def attend(
     arrays,
     query_positions,
@@ -79,15 +86,20 @@ def attend(
     softcap=None,
     has_alibi=False,
     block=BLOCK,
+    lanes=1,
+    width=2 * H,
+    entry=ENTRY,
+    sharder=NO_MESH,
 ):
     query, key, value, cached_key, cached_value = arrays
+    pairs = side_by_side(cached_key, cached_value, width)
     return cached_attention(
         query,
         key,
         value,
         query_positions,
         query_positions if key_positions is None else key_positions,
-        CachedRows(cached_key, cached_value, ENTRY, positions, length, block),
+        CachedRows(pairs, entry, positions, length, block, lanes, sharder),
         window=window,
         terms=LogitTerms(softcap, alibi_slopes(N) if has_alibi else None),
     )
@@ -142,6 +154,21 @@ def test_all_rows_at_once_are_the_same():
         )
 
 
+@pytest.mark.parametrize("width", [2 * H, 4 * H], ids=["multiplied whole", "cut apart"])
+def test_pairs_in_lanes_are_the_same(width):
+    """As a TPU holds them; with one entry for all sequences, and with one for each."""
+    inputs = (*random_inputs(2, 200), 200)
+    mesh = Sharder(make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4]))
+    for entry in (ENTRY, jnp.asarray([1, 0])):
+        wanted = attend(*inputs, window=130, entry=entry)
+        for sharder in (NO_MESH, mesh):
+            options = {"lanes": 2 * H, "width": width, "sharder": sharder}
+            got = attend(*inputs, window=130, entry=entry, **options)
+            np.testing.assert_allclose(got, wanted, atol=2e-6)
+    # The second sequence has read another entry.
+    assert np.abs(got - attend(*inputs, window=130))[1].max() > 1e-2
+
+
 def test_bfloat16():
     arrays, query_positions, positions = random_inputs(2, 200, dtype=jnp.bfloat16)
     got = attend(arrays, query_positions, positions, 200, window=130, softcap=2.0)
@@ -176,16 +203,18 @@ def test_unused_capacity_changes_no_bit(length, window):
     np.testing.assert_array_equal(small, large)
 
 
+@pytest.mark.parametrize("lanes", [1, 2 * H])
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -1e38])
-def test_what_hidden_rows_hold_does_not_matter(garbage):
+def test_what_hidden_rows_hold_does_not_matter(garbage, lanes):
     """Gaps and unused rows can hold what a sequence left there that has run away."""
     arrays, query_positions, positions = random_inputs(2, 200)
     is_hidden = (positions < 0)[None, :, None, :, None]
     dirty = [jnp.where(is_hidden, garbage, array) for array in arrays[3:]]
     # Padding among the new tokens, too.
     new = [jnp.where((query_positions < 0)[..., None, None], garbage, a) for a in arrays[:3]]
-    got = attend([*new, *dirty], query_positions, positions, 200)
-    np.testing.assert_array_equal(got, attend(arrays, query_positions, positions, 200))
+    got = attend([*new, *dirty], query_positions, positions, 200, lanes=lanes)
+    wanted = attend(arrays, query_positions, positions, 200, lanes=lanes)
+    np.testing.assert_array_equal(got, wanted)
 
 
 def test_blocks_that_no_query_reaches_are_not_read():
@@ -235,15 +264,19 @@ def test_large_logits_do_not_overflow():
 def test_no_array_as_large_as_the_cache_is_made():
     """The compiled program takes blocks out of the cache and makes nothing of its size."""
     capacity = 1024
-    arrays, query_positions, positions = random_inputs(2, 200, capacity=capacity)
-    program = jax.jit(
-        lambda arrays, length: attend(arrays, query_positions, positions, length, window=130)
-    )
-    text = program.lower(arrays, 200).compile().as_text()
+    (*new, cached_key, cached_value), own, positions = random_inputs(2, 200, capacity=capacity)
+
+    @jax.jit
+    def program(new, pairs, length):
+        rows = CachedRows(pairs, ENTRY, positions, length, BLOCK)
+        return cached_attention(*new, own, own, rows, window=130)
+
+    pairs = side_by_side(cached_key, cached_value, 2 * H)
+    text = program.lower(new, pairs, 200).compile().as_text()
     operations = {
         line.split("(")[0].split()[-1]
         for line in text.splitlines()
-        if f",{capacity},{H}]" in line.split(" = ")[-1].split("(")[0]
+        if f",{capacity},{2 * H}]" in line.split(" = ")[-1].split("(")[0]
     }
     assert "parameter" in operations
     assert operations <= {"parameter", "get-tuple-element"}

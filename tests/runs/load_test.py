@@ -127,7 +127,12 @@ def test_precision_is_the_runs_or_the_callers(sentencepiece_run):
     assert load_model(sentencepiece_run[0]).model.policy.compute == jnp.float32
     loaded = load_model(sentencepiece_run[0], precision="bfloat16")
     assert loaded.model.policy.compute == jnp.bfloat16
-    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.float32)}
+    # The parameters stay on the host; the device has what passes compute with.
+    leaves = jax.tree.leaves(loaded.params)
+    assert {(type(leaf), leaf.dtype) for leaf in leaves} == {(np.ndarray, jnp.dtype(jnp.float32))}
+    assert loaded.weights["embedding"]["embedding"].dtype == jnp.bfloat16
+    assert loaded.weights["final_norm"]["scale"].dtype == jnp.float32
+    assert loaded.weights is loaded.weights
     with pytest.raises(
         UserError, match=r"precision: 'half' is unknown; known: auto, float32, bfloat16"
     ):

@@ -55,6 +55,6 @@ def test_a_batch_on_a_mesh_equals_one_on_a_device(wanted, mesh_name, rows):
     is_cut = rows != 3
     cut = ("data", "fsdp") if is_cut else None
     heads = "tensor" if MESHES[mesh_name].tensor > 1 else None
-    core = batcher.batch.cache.core.key
+    core = batcher.batch.cache.core
     spec = PartitionSpec(None, cut, heads, None, None)
     assert core.sharding.is_equivalent_to(jax.NamedSharding(core.sharding.mesh, spec), 5)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.models.cost.residuals import LOOP_LENGTH, TPU_LANES, KeptBytes, kept_bytes
 from megatransformer_jax.models.megatransformer import MegaTransformer, abstract_params
+from megatransformer_jax.nn.kv_cache import pair_width
 from megatransformer_jax.types import MediaBatch
 
 
@@ -136,15 +137,22 @@ def _core_size(model: MegaTransformer) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(abstract_params(model).get("core", ())))
 
 
-def cache_bytes_per_token(config: ModelConfig, depth: int, dtype: jnp.dtype) -> int:
+def cache_bytes_per_token(
+    config: ModelConfig, depth: int, dtype: jnp.dtype, platform: str = "cpu"
+) -> int:
     """Bytes of keys and values that one token adds to a full cache.
 
     A full cache has a slot for every layer of prelude and coda, and for every core layer in each of
-    the `depth` iterations.
+    the `depth` iterations. On a TPU heads whose width is not a multiple of 64 take more than their
+    numbers, see `nn.kv_cache.pair_width`.
     """
-    outer = (config.prelude_layers + config.coda_layers) * config.head_dim(config.width)
-    inner = depth * config.core_layers * config.head_dim(config.core_width)
-    return 2 * config.attention.kv_heads * (outer + inner) * jnp.dtype(dtype).itemsize
+    outer = (config.prelude_layers + config.coda_layers) * _pair(config, config.width, platform)
+    inner = depth * config.core_layers * _pair(config, config.core_width, platform)
+    return config.attention.kv_heads * (outer + inner) * jnp.dtype(dtype).itemsize
+
+
+def _pair(config: ModelConfig, width: int, platform: str) -> int:
+    return pair_width(config.head_dim(width), platform)
 
 
 def tree_bytes(tree: Any) -> int:

@@ -27,7 +27,7 @@ from megatransformer_jax.models.passes.depth_loop import (
     with_cache,
 )
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
-from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, constrain_cache, write_rows
+from megatransformer_jax.nn.kv_cache import KVCache, NewPairs, constrain_cache, write_rows
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
@@ -140,14 +140,14 @@ class TokensRead:
       hidden: the coda's output of every token.
       state: the core's last state; the prelude's output without a core.
       num_steps: iterations of each token; 0 for padding.
-      rows: keys and values for the cache's prelude, core (None without one) and coda.
+      rows: for the cache.
       memory: see `CachedOutput`.
     """
 
     hidden: Float[Array, "B T D"]
     state: Float[Array, "B T D2"]
     num_steps: Int[Array, "B T"]
-    rows: tuple[KeyValues, KeyValues | None, KeyValues]
+    rows: NewPairs
     memory: Any
 
 
@@ -263,7 +263,7 @@ def apply_prelude(
     places: jax.Array,
     context: LayerContext,
     cache: KVCache,
-) -> tuple[jax.Array, KeyValues]:
+) -> tuple[jax.Array, jax.Array]:
     """Embedding and prelude of tokens [B, T]: [B, T, D], and the rows for the cache."""
     x, sown = _apply(model, params, tokens, places, context, method="run_prelude")
     return x, _rows_of(model.config, sown, "prelude", cache.prelude, x)
@@ -271,7 +271,7 @@ def apply_prelude(
 
 def apply_coda(
     model: MegaTransformer, params: Any, state: jax.Array, context: LayerContext, cache: KVCache
-) -> tuple[jax.Array, KeyValues]:
+) -> tuple[jax.Array, jax.Array]:
     """The coda's output [B, T, D] from the core's state, and the rows for the cache."""
     (_, hidden), sown = _apply(model, params, state, context, method="run_coda")
     return hidden, _rows_of(model.config, sown, "coda", cache.coda, hidden)
@@ -282,16 +282,18 @@ def apply_head(model: MegaTransformer, params: Any, hidden: jax.Array) -> jax.Ar
     return cast(jax.Array, model.apply({"params": params}, hidden, method="run_head"))
 
 
-def read_entries(entries: KeyValues, cache: KVCache, first: jax.Array | int = 0) -> CachedRows:
+def read_entries(
+    entries: Float[Array, "E B K S P"], cache: KVCache, first: jax.Array | int = 0
+) -> CachedRows:
     """The cache as a stack's layers read it; `first` is the entry of the first layer."""
     return CachedRows(
-        entries.key,
-        entries.value,
+        entries,
         first,
         cache.positions,
         cache.length,
         cache.block_rows,
-        cache.sequence,
+        cache.lanes,
+        sequence=cache.sequence,
     )
 
 
@@ -314,10 +316,9 @@ def _apply(
 
 
 def _rows_of(
-    config: ModelConfig, sown: dict[str, Any], stack: str, entries: KeyValues, x: jax.Array
-) -> KeyValues:
+    config: ModelConfig, sown: dict[str, Any], stack: str, entries: jax.Array, x: jax.Array
+) -> jax.Array:
     """A stack's new rows; of no layers if it has none."""
     if stack in sown:
         return stack_rows(sown[stack], stack_owners(config, stack))
-    shape = (0, x.shape[0], entries.key.shape[2], x.shape[1], entries.key.shape[-1])
-    return KeyValues(jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype))
+    return jnp.zeros((0, x.shape[0], entries.shape[2], x.shape[1], entries.shape[-1]), x.dtype)

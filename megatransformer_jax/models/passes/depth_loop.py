@@ -29,7 +29,7 @@ from megatransformer_jax.models.gate_readout import (
     read_iteration,
 )
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
-from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for, visible_positions
+from megatransformer_jax.nn.kv_cache import KVCache, slot_for, visible_positions
 from megatransformer_jax.nn.layer_sharing import earlier_uses, stack_owners
 from megatransformer_jax.ops.cached_attention import CachedRows
 
@@ -43,14 +43,14 @@ class DepthResult:
     Attributes:
       state: the core's last state of each token.
       read: what coda and head read; the same, unless the rule has a read-out.
-      rows: keys and values for the cache, [slots * layers, B, K, T, H].
+      rows: pairs for the cache.
       num_steps: iterations that each token took; 0 for padding.
       memory: what the rule's criterion keeps of the last iteration.
     """
 
     state: Float[Array, "B T D"]
     read: Float[Array, "B T D"]
-    rows: KeyValues
+    rows: Float[Array, "E B K T P"]
     num_steps: Int[Array, "B T"]
     memory: Any = None
 
@@ -59,7 +59,7 @@ class DepthResult:
 class _Carry:
     iteration: jax.Array
     state: jax.Array
-    rows: KeyValues
+    rows: jax.Array
     is_active: jax.Array
     num_steps: jax.Array
     memory: Any
@@ -108,7 +108,9 @@ def iterate_core(
         slot = slot_for(carry.iteration, cache.num_slots, cache.sharing)
         context = context_at(carry, slot)
         new_state, new_rows = iterate_and_sow(core, carry.state, context, carry.iteration)
-        rows = _put_slot(carry.rows, new_rows, _entry_to_write(core, slot * layers, new_state))
+        new_rows = new_rows.astype(carry.rows.dtype)
+        entry = _entry_to_write(core, slot * layers, new_state)
+        rows = jax.lax.dynamic_update_slice_in_dim(carry.rows, new_rows, entry, axis=0)
         is_active, memory = carry.is_active, carry.memory
         if differ:
             new_state = jnp.where(is_active[..., None], new_state, carry.state)
@@ -125,12 +127,11 @@ def iterate_core(
         is_active &= carry.iteration + 1 < _per_sequence(rule.depth)
         return _Carry(carry.iteration + 1, new_state, rows, is_active, num_steps, memory, reading)
 
-    empty = no_rows(core, cache.core.key.shape[0], state.shape[1])
-    empty = core.core.sharder.constrain(empty, None, "batch", "kv_heads", None, None)
+    empty = no_rows(core, cache.core.shape[0], state.shape[1])
     carry = _Carry(
         iteration=jnp.int32(0),
         state=state,
-        rows=KeyValues(empty, empty),
+        rows=core.core.sharder.constrain(empty, None, "batch", "kv_heads", None, None),
         is_active=positions >= 0,
         num_steps=jnp.zeros(positions.shape, jnp.int32),
         memory=criterion.init(state, core.core.config.vocab_size),
@@ -147,7 +148,7 @@ def iterate_and_sow(
     state: Float[Array, "B T D"],
     context: LayerContext,
     iteration: Int[Array, ""] | Int[Array, "B T"],
-) -> tuple[Float[Array, "B T D"], KeyValues]:
+) -> tuple[Float[Array, "B T D"], Float[Array, "L B K T P"]]:
     """One iteration in another context: the next state, and the core's new rows for the cache."""
     context = at_iteration(core.core.config, context, iteration)
     new_state, sown = core.core.apply(
@@ -178,19 +179,19 @@ def _logits_for(
 def core_layers(cache: KVCache) -> int:
     """Layers of the core; the cache has an entry for each in every slot."""
     assert cache.core is not None
-    return cache.core.key.shape[0] // cache.num_slots
+    return int(cache.core.shape[0] // cache.num_slots)
 
 
-def no_rows(core: Pass, entries: int, num_columns: int) -> Float[Array, "E B K T H"]:
-    """Zeros in the shape of `entries` layers' new keys, or values, at so many columns."""
+def no_rows(core: Pass, entries: int, num_columns: int) -> Float[Array, "E B K T P"]:
+    """Zeros in the shape of `entries` layers' new pairs at so many columns."""
     assert core.cache is not None and core.cache.core is not None
-    shape, batch_size = core.cache.core.key.shape, core.prepared.shape[0]
+    shape, batch_size = core.cache.core.shape, core.prepared.shape[0]
     rows = (entries, batch_size, shape[2], num_columns, shape[-1])
     return jnp.zeros(rows, core.prepared.dtype)
 
 
-def stack_rows(sown: Any, owners: tuple[int, ...]) -> KeyValues:
-    """The keys and values that a stack's layers have sown: [L, B, K, T, H].
+def stack_rows(sown: Any, owners: tuple[int, ...]) -> Float[Array, "L B K T P"]:
+    """The pairs that a stack's layers have sown.
 
     Args:
       sown: by the layers' weights.
@@ -198,10 +199,10 @@ def stack_rows(sown: Any, owners: tuple[int, ...]) -> KeyValues:
     """
     # `sow` collects into tuples: weights that several layers share have one entry for each.
     each = [
-        sown[f"layer_{owner}"]["attention"]["key_values"][use]
+        sown[f"layer_{owner}"]["attention"]["pairs"][use]
         for owner, use in zip(owners, earlier_uses(owners), strict=True)
     ]
-    return KeyValues(jnp.stack([rows.key for rows in each]), jnp.stack([r.value for r in each]))
+    return jnp.stack(each)
 
 
 def with_cache(context: LayerContext, cached: CachedPass) -> LayerContext:
@@ -221,17 +222,17 @@ def read_slot(cache: KVCache, slot: Any, layers: int) -> CachedRows:
     """The core's entries as the iteration of a slot reads them: one slot for all, or one each."""
     assert cache.core is not None
     return CachedRows(
-        cache.core.key,
-        cache.core.value,
+        cache.core,
         slot * layers,
         visible_positions(cache, slot),
         cache.length,
         cache.block_rows,
-        cache.sequence,
+        cache.lanes,
+        sequence=cache.sequence,
     )
 
 
-def _frozen_rows(carry: _Carry, cache: KVCache, slot: Any, layers: int) -> KeyValues:
+def _frozen_rows(carry: _Carry, cache: KVCache, slot: Any, layers: int) -> jax.Array:
     """What tokens that have left offer in this iteration.
 
     While slots are used for the first time: what they offered one iteration ago, so their latest.
@@ -239,14 +240,7 @@ def _frozen_rows(carry: _Carry, cache: KVCache, slot: Any, layers: int) -> KeyVa
     """
     previous = slot_for(carry.iteration - 1, cache.num_slots, cache.sharing)
     source = jnp.where(carry.iteration < cache.num_slots, jnp.maximum(previous, 0), slot)
-    return _take_slot(carry.rows, source * layers, layers)
-
-
-def _take_slot(rows: KeyValues, entry: Any, layers: int) -> KeyValues:
-    def take(array: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(array, entry, layers, axis=0)
-
-    return KeyValues(take(rows.key), take(rows.value))
+    return jax.lax.dynamic_slice_in_dim(carry.rows, source * layers, layers)
 
 
 def _entry_to_write(core: Pass, entry: jax.Array, new_state: jax.Array) -> jax.Array:
@@ -271,24 +265,17 @@ def known_after(index: jax.Array, array: jax.Array) -> jax.Array:
     return index + jnp.minimum(is_nan, 0)
 
 
-def _put_slot(rows: KeyValues, new: KeyValues, entry: Any) -> KeyValues:
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), entry, axis=0)
-
-    return KeyValues(put(rows.key, new.key), put(rows.value, new.value))
-
-
-def _fill_unused_slots(rows: KeyValues, num_iterations: jax.Array, layers: int) -> KeyValues:
+def _fill_unused_slots(rows: jax.Array, num_iterations: jax.Array, layers: int) -> jax.Array:
     """Slots that no iteration reached hold what the last one offered."""
-    entries = rows.key.shape[0]
-    last = _take_slot(rows, (num_iterations - 1) * layers, layers)
-    is_used = jnp.arange(entries) < num_iterations * layers
+    num_slots = rows.shape[0] // layers
+    last = jax.lax.dynamic_slice_in_dim(rows, (num_iterations - 1) * layers, layers)
 
-    def fill(array: jax.Array, last: jax.Array) -> jax.Array:
-        repeated = jnp.tile(last, (entries // layers, 1, 1, 1, 1))
-        return jnp.where(is_used[:, None, None, None, None], array, repeated)
+    def fill(slot: jax.Array, rows: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(rows, last, slot * layers, axis=0)
 
-    return KeyValues(fill(rows.key, last.key), fill(rows.value, last.value))
+    # A loop of no turns, if all were reached, where a selection would move all rows twice.
+    filled: jax.Array = jax.lax.fori_loop(num_iterations, num_slots, fill, rows)
+    return filled
 
 
 def _per_sequence(number: jax.Array) -> jax.Array:

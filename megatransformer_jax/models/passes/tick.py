@@ -47,7 +47,7 @@ from megatransformer_jax.models.passes.depth_loop import (
 )
 from megatransformer_jax.nn.cache_sequences import NewRows
 from megatransformer_jax.nn.context import CachedPass, LayerContext
-from megatransformer_jax.nn.kv_cache import KeyValues, KVCache, slot_for
+from megatransformer_jax.nn.kv_cache import KVCache, slot_for
 from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
 
@@ -64,7 +64,7 @@ class Tokens:
       positions: where they stand in their sequences; -1 for rows without one.
       state: the core's state; what the coda reads once the token has left.
       prepared: see `Pass.prepared`; None without a core, as all that follows.
-      prelude: new rows [B, layers, K, 1, H].
+      prelude: new rows [B, layers, K, 1, P].
       core: new rows of every slot, and behind them those of one that nobody reads.
       iteration: iterations done; 0 without a core.
       is_active: tokens that still iterate.
@@ -75,8 +75,8 @@ class Tokens:
     positions: Int[Array, "B"]
     state: Float[Array, "B 1 D"]
     prepared: Float[Array, "B 1 D"] | None
-    prelude: KeyValues
-    core: KeyValues | None
+    prelude: Float[Array, "B E K 1 P"]
+    core: Float[Array, "B E2 K 1 P2"] | None
     iteration: Int[Array, "B"]
     is_active: Bool[Array, "B"]
     memory: Any
@@ -301,7 +301,7 @@ def iterate_tokens(
 
 def _iterate(
     core: Pass, tokens: Tokens, columns: jax.Array, lengths: jax.Array | None
-) -> tuple[jax.Array, KeyValues]:
+) -> tuple[jax.Array, jax.Array]:
     """Each row's next state, and the core's new rows with those of this iteration."""
     cache = core.cache
     assert cache is not None and tokens.core is not None
@@ -312,11 +312,8 @@ def _iterate(
     # Tokens that have left write into the slot that nobody reads.
     entry = jnp.where(tokens.is_active, slot, cache.num_slots) * layers
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        update = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, 0))
-        return update(old, jnp.moveaxis(new, 1, 0).astype(old.dtype), entry)
-
-    return state, KeyValues(put(tokens.core.key, new.key), put(tokens.core.value, new.value))
+    put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice_in_dim(old, new, at, 0))
+    return state, put(tokens.core, jnp.moveaxis(new, 1, 0).astype(tokens.core.dtype), entry)
 
 
 def _measure_logits(
@@ -381,15 +378,14 @@ def _reading(
     return with_cache(context, CachedPass(rows, columns, columns))
 
 
-def _rows_first(rows: KeyValues) -> KeyValues:
-    """[E, B, K, 1, H] to [B, E, K, 1, H]."""
-    return KeyValues(jnp.moveaxis(rows.key, 1, 0), jnp.moveaxis(rows.value, 1, 0))
+def _rows_first(rows: Float[Array, "E B K 1 P"]) -> Float[Array, "B E K 1 P"]:
+    return jnp.moveaxis(rows, 1, 0)
 
 
-def empty_core_rows(cache: KVCache) -> KeyValues | None:
+def empty_core_rows(cache: KVCache) -> Float[Array, "B E K 1 P"] | None:
     """Zeros for every slot of the core and one more; None without a core."""
     if cache.core is None:
         return None
-    entries, batch_size, heads, _, width = cache.core.key.shape
+    entries, batch_size, heads, _, width = cache.core.shape
     shape = (batch_size, entries + core_layers(cache), heads, 1, width)
-    return KeyValues(jnp.zeros(shape, cache.core.key.dtype), jnp.zeros(shape, cache.core.key.dtype))
+    return jnp.zeros(shape, cache.core.dtype)

@@ -36,7 +36,7 @@ from megatransformer_jax.models.passes.depth_loop import (
     with_cache,
 )
 from megatransformer_jax.nn.context import CachedPass, LayerContext
-from megatransformer_jax.nn.kv_cache import KeyValues, KVCache
+from megatransformer_jax.nn.kv_cache import KVCache, NewPairs
 from megatransformer_jax.ops.cached_attention import CachedRows
 from megatransformer_jax.ops.masks import AttentionMask
 
@@ -50,16 +50,13 @@ class Refined:
     Attributes:
       state: the core's states.
       change: |h - h'| / |h|, h' being the state before the round.
-      prelude: keys and values [layers, B, K, W, H].
-      core: of each position's last iteration.
-      coda: of the last states.
+      rows: pairs of W new tokens; those of the core are of each position's last iteration, those of
+        the coda of the last states.
     """
 
     state: Float[Array, "B W D"]
     change: Float[Array, "B W"]
-    prelude: KeyValues
-    core: KeyValues
-    coda: KeyValues
+    rows: NewPairs
 
 
 @struct.dataclass
@@ -134,7 +131,7 @@ def refine(
     hidden, coda = apply_coda(model, params, new_state, outer, cache)
     change, _ = _CHANGE.measure(state.astype(jnp.float32), Observation(new_state))
     logits = apply_head(model, params, hidden)
-    return Refined(new_state, change, prelude, core_rows, coda), logits
+    return Refined(new_state, change, (prelude, core_rows, coda)), logits
 
 
 def _begin(
@@ -156,12 +153,12 @@ def _begin(
     return jnp.where(is_new[..., None], first, state)
 
 
-def _iterate(core: Pass, state: jax.Array, columns: Columns) -> tuple[jax.Array, KeyValues]:
+def _iterate(core: Pass, state: jax.Array, columns: Columns) -> tuple[jax.Array, jax.Array]:
     """The states after their iterations, and the keys and values of the last ones."""
     assert core.cache is not None
     iterations = columns.iterations
 
-    def iterate(index: jax.Array, carry: tuple[jax.Array, KeyValues]) -> Any:
+    def iterate(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> Any:
         state, rows = carry
         is_active = index < iterations
         cached: Any = core.context.cached
@@ -172,6 +169,6 @@ def _iterate(core: Pass, state: jax.Array, columns: Columns) -> tuple[jax.Array,
 
     # A position without an iteration is none, and seen by nobody.
     nothing = no_rows(core, core_layers(core.cache), state.shape[1])
-    carry = (state, KeyValues(nothing, nothing))
-    done: tuple[jax.Array, KeyValues] = jax.lax.fori_loop(0, jnp.max(iterations), iterate, carry)
+    carry = (state, nothing)
+    done: tuple[jax.Array, jax.Array] = jax.lax.fori_loop(0, jnp.max(iterations), iterate, carry)
     return done

@@ -69,6 +69,8 @@ def test_cache_has_a_slot_per_layer_and_iteration() -> None:
     for depth, slots in ((0, 4), (1, 6), (8, 20)):
         assert cache_bytes_per_token(config, depth, jnp.dtype("float32")) == slots * slot * 4
         assert cache_bytes_per_token(config, depth, jnp.dtype("bfloat16")) == slots * slot * 2
+        on_tpu = cache_bytes_per_token(config, depth, jnp.dtype("bfloat16"), "tpu")
+        assert on_tpu == slots * 2 * 128 * 2  # Key and value fill 128 lanes of a TPU together.
 
 
 def test_cache_follows_the_width_of_the_core() -> None:

@@ -137,7 +137,7 @@ def test_compute_in_bfloat16():
     cache = empty_cache(config, 2, num_slots=DEPTH, dtype=jnp.bfloat16)
     everything = jnp.ones(tokens.shape, bool)
     logits, _, cache = in_passes(model, params, tokens, everything, cache, rule(DEPTH), [3, 3])
-    assert cache.core.key.dtype == jnp.bfloat16
+    assert cache.core.dtype == jnp.bfloat16
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, wanted, atol=0.05 * np.abs(wanted).max())
 
