@@ -98,7 +98,8 @@ def test_a_cache_that_does_not_fit_says_what_to_lower() -> None:
 def test_each_accelerator_of_a_mesh_holds_a_part_of_the_cache() -> None:
     config = ServingConfig(rows=8, capacity=128, cache_slots=4)
     model = lm()
-    per_token = 2 * 16 * 4 * (4 + TINY.prelude_layers + TINY.coda_layers)
+    # On a TPU key and value of each of the four heads fill 128 lanes together.
+    per_token = 4 * 128 * 4 * (4 + TINY.prelude_layers + TINY.coda_layers)
     sharder = Sharder(make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()))
     model.module = model.module.copy(sharder=sharder, platform="tpu")
     of_each = 8 * 256 * per_token // 8  # 256 rows: the blocks of an accelerator's cache.
