@@ -113,7 +113,10 @@ def put_rows(
     first = jnp.minimum(start // _TILE_ROWS * _TILE_ROWS, capacity - size)
     at = (entry, sequence, 0, first, 0)
     tiles = jax.lax.dynamic_slice(array, at, (*rows.shape[:3], size, rows.shape[-1]))
-    tiles = jax.lax.dynamic_update_slice_in_dim(tiles, rows, start - first, axis=3)
+    place = first + jnp.arange(size) - start
+    if num_rows > 1:
+        rows = jnp.take(rows, jnp.clip(place, 0, num_rows - 1), axis=3)
+    tiles = jnp.where(((place >= 0) & (place < num_rows))[:, None], rows, tiles)
     return jax.lax.dynamic_update_slice(array, tiles, at)
 
 

@@ -302,7 +302,8 @@ def test_sequences_read_their_own_blocks(lengths, window):
 
     @jax.jit
     def mix(entry, lengths):
-        cached = CachedRows(keys, values, entry, positions, jnp.int32(600), 64, None, lengths)
+        pairs = side_by_side(keys, values, 2 * H)
+        cached = CachedRows(pairs, entry, positions, jnp.int32(600), 64, lengths=lengths)
         places = positions.max(axis=1, keepdims=True) + 1
         terms = LogitTerms(2.0, slopes)
         return cached_attention(
@@ -326,7 +327,8 @@ def test_far_blocks_are_read_by_those_that_reach_them_only():
     # Its position says that all of the first block can be seen.
     positions = jnp.where(rows < jnp.maximum(lengths, 64)[:, None], rows, -1)
     positions = jnp.where(jnp.arange(8)[:, None] == 0, positions, -1)
-    cached = CachedRows(keys, keys, 0, positions, jnp.int32(500), 64, None, lengths)
+    pairs = side_by_side(keys, keys, 2 * H)
+    cached = CachedRows(pairs, 0, positions, jnp.int32(500), 64, lengths=lengths)
     token = jnp.ones((8, 1, 2, H))
     mixed = cached_attention(token, token, token, lengths[:, None], lengths[:, None], cached)
     np.testing.assert_allclose(mixed, 1.0, atol=1e-6)

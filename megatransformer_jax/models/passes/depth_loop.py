@@ -108,9 +108,7 @@ def iterate_core(
         slot = slot_for(carry.iteration, cache.num_slots, cache.sharing)
         context = context_at(carry, slot)
         new_state, new_rows = iterate_and_sow(core, carry.state, context, carry.iteration)
-        new_rows = new_rows.astype(carry.rows.dtype)
-        entry = _entry_to_write(core, slot * layers, new_state)
-        rows = jax.lax.dynamic_update_slice_in_dim(carry.rows, new_rows, entry, axis=0)
+        rows = _put_slot(carry.rows, new_rows, _entry_to_write(core, slot * layers, new_state))
         is_active, memory = carry.is_active, carry.memory
         if differ:
             new_state = jnp.where(is_active[..., None], new_state, carry.state)
@@ -263,6 +261,10 @@ def known_after(index: jax.Array, array: jax.Array) -> jax.Array:
     """
     is_nan = jnp.isnan(array.ravel()[0]).astype(index.dtype)
     return index + jnp.minimum(is_nan, 0)
+
+
+def _put_slot(rows: jax.Array, new: jax.Array, entry: Any) -> jax.Array:
+    return jax.lax.dynamic_update_slice_in_dim(rows, new.astype(rows.dtype), entry, axis=0)
 
 
 def _fill_unused_slots(rows: jax.Array, num_iterations: jax.Array, layers: int) -> jax.Array:
