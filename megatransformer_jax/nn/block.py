@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.attention import SelfAttention
 from megatransformer_jax.nn.context import NEW_ROWS, LayerContext
+from megatransformer_jax.nn.cut_matrices import PRODUCT
 from megatransformer_jax.nn.layer_sharing import scan_layers
 from megatransformer_jax.nn.loop_parameters import scaled_update
 from megatransformer_jax.nn.mlp import Mlp
@@ -217,8 +218,12 @@ def remat_policy(remat: str) -> Callable[..., bool] | None:
         case "full":
             return jax.checkpoint_policies.nothing_saveable
         case "dots":
-            return jax.checkpoint_policies.save_from_both_policies(
-                jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _is_convolution
+            policies = jax.checkpoint_policies
+            return policies.save_from_both_policies(
+                policies.save_from_both_policies(
+                    policies.dots_with_no_batch_dims_saveable, _is_convolution
+                ),
+                policies.save_only_these_names(PRODUCT),
             )
     raise ValueError(f"remat={remat!r} has no policy; it must be 'full' or 'dots'")
 

@@ -7,8 +7,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.model import STACKS, ModelConfig
+from megatransformer_jax.nn.cut_matrices import CutMatrix
 from megatransformer_jax.nn.parameters import WeightInit, matrix, table, vector
-from megatransformer_jax.nn.quantized import einsum, record_input, take_rows
+from megatransformer_jax.nn.quantized import einsum, is_plain_matrix, record_input, take_rows
 from megatransformer_jax.ops.positions import sinusoidal_embedding
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -35,6 +36,9 @@ class TextEmbedding(nn.Module):
         config, axes = self.config, ("vocab", "embed")
         shape = (config.vocab_size, config.width)
         self.table = matrix(self, "embedding", self.inits.embedding, shape, axes, self.policy)
+        if isinstance(self.table, CutMatrix):
+            # Lookup and tied head then share the copies, and their gradients are summed as one.
+            self.table = self.table.copied()
         if config.positions.scheme == "learned":
             shape = (config.max_length, config.width)
             self.position_table = matrix(
@@ -59,7 +63,9 @@ class TextEmbedding(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Embeds tokens; adds learned or sinusoidal positions after scaling."""
         # A lookup cannot use a table whose width is cut as the batch is: gather it first.
-        table = self.sharder.gather_params(self.table, ("vocab", "embed"))
+        table = self.table
+        if is_plain_matrix(table):
+            table = self.sharder.gather_params(table, ("vocab", "embed"))
         x = take_rows(table, tokens) * embedding_scale(self.config)
         if self.config.positions.scheme == "learned":
             x = x + jnp.take(self.position_table, positions, axis=0)

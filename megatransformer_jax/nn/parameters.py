@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.nn.quantized import is_quantized_matrix
+from megatransformer_jax.nn.quantized import is_plain_matrix
 from megatransformer_jax.types import DTypePolicy
 
 # ------------------------------------------------------------------------------
@@ -78,8 +78,8 @@ def _declare(
 ) -> Any:
     if module.has_variable("params", name):
         stored: Any = nn.meta.unbox(module.get_variable("params", name))
-        # The arrays that a quantised matrix is stored in have shapes of other meaning.
-        if not is_quantized_matrix(stored):
+        # The arrays of a quantised matrix, or of copies, have shapes of other meaning.
+        if is_plain_matrix(stored):
             check_shapes(module, name, stored, jax.ShapeDtypeStruct(shape, dtype))
         return stored
     # Linen keeps the box with the axes to itself and returns what is in it.

@@ -20,6 +20,8 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int, Num
 
+from megatransformer_jax.nn.cut_matrices import CutMatrix
+
 # Collection that layers sow the inputs of their matrices into, by the names of the matrices; a
 # calibration reads it.
 PRODUCT_INPUTS = "product_inputs"
@@ -143,6 +145,11 @@ def is_quantized_matrix(node: Any) -> bool:
     return isinstance(node, QuantizedMatrix)
 
 
+def is_plain_matrix(node: Any) -> bool:
+    """Whether a node of a tree of parameters is an array of the shape that its module declares."""
+    return not isinstance(node, QuantizedMatrix | CutMatrix)
+
+
 def matrix_sides(shape: tuple[int, ...], num_inputs: int) -> tuple[int, int]:
     """Inputs and outputs of a parameter of this shape; `num_inputs` as in `QuantizedMatrix`."""
     if not num_inputs:
@@ -166,6 +173,8 @@ def record_input(module: nn.Module, name: str, x: Float[Array, "*rows K"]) -> No
 
 def multiply(x: Float[Array, "*rows K"], kernel: Any) -> Float[Array, "*rows N"]:
     """x W for a matrix [K, N]."""
+    if isinstance(kernel, CutMatrix):
+        return kernel.product("b...k,kn->b...n", x)
     return kernel.times(x) if isinstance(kernel, QuantizedMatrix) else x @ kernel
 
 
@@ -181,12 +190,16 @@ def einsum(equation: str, x: Float[Array, "*rows K"], kernel: Any, **options: An
     """
     if isinstance(kernel, QuantizedMatrix):
         return kernel.times(x, options.get("preferred_element_type"))
+    if isinstance(kernel, CutMatrix):
+        return kernel.product(equation, x, **options)
     return jnp.einsum(equation, x, kernel, **options)
 
 
 def take_rows(table: Any, rows: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of a table of embeddings."""
-    return table.take(rows) if isinstance(table, QuantizedMatrix) else jnp.take(table, rows, axis=0)
+    if isinstance(table, QuantizedMatrix | CutMatrix):
+        return table.take(rows)
+    return jnp.take(table, rows, axis=0)
 
 
 # ------------------------------------------------------------------------------

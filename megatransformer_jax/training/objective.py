@@ -27,9 +27,11 @@ from megatransformer_jax.models.megatransformer import (
     LAST_STATE,
     MegaTransformer,
     gather_weights,
+    param_axes,
     with_xla_attention,
 )
 from megatransformer_jax.models.passes.observed import open_batch, random_signs, squared_jacobian
+from megatransformer_jax.nn.cut_matrices import cut_matrices
 from megatransformer_jax.types import Batch, MediaBatch, ModelOutput
 
 # ------------------------------------------------------------------------------
@@ -346,9 +348,11 @@ def make_objective(
         params: Any, part: Batch, num_steps: jax.Array, key: jax.Array, place: Place
     ) -> tuple[jax.Array, ObjectiveSums]:
         state_key, dropout_key = jax.random.split(key)
+        num_rows = part.tokens.shape[0]
+        copied = cut_matrices(params, param_axes(model), model.sharder, num_rows)
         output: Any
         output, sown = model.apply(
-            {"params": params},
+            {"params": copied},
             part.tokens,
             positions=part.positions,
             segment_ids=part.segment_ids,
