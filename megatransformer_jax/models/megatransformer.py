@@ -26,12 +26,12 @@ from megatransformer_jax.models.media.parts import MediaParts
 from megatransformer_jax.nn.adapters import ExitGate, identity
 from megatransformer_jax.nn.block import Stack
 from megatransformer_jax.nn.context import LayerContext
-from megatransformer_jax.nn.cut_matrices import CutMatrix
+from megatransformer_jax.nn.cut_matrices import gather_matrix
 from megatransformer_jax.nn.embedding import TextEmbedding, ValueEmbedding
 from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import axes_of, check_shapes, matrix, weight_init
-from megatransformer_jax.nn.quantized import is_plain_matrix
+from megatransformer_jax.nn.quantized import is_matrix_node, is_quantized_matrix
 from megatransformer_jax.ops.interleave import Layout, interleave, place_media, take_places
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
@@ -386,8 +386,8 @@ class MegaTransformer(nn.Module):
     def _declare_core(self) -> Any:
         if self.has_variable("params", "core"):
             stored: Any = nn.meta.unbox(self.get_variable("params", "core"))
-            nodes = jax.tree.leaves(stored, is_leaf=_is_matrix)
-            if all(map(is_plain_matrix, nodes)):
+            nodes = jax.tree.leaves(stored, is_leaf=is_matrix_node)
+            if not any(map(is_matrix_node, nodes)):
                 expected = _abstract_core(self.config, self.policy, self.platform)
                 check_shapes(self, "core", stored, expected)
             return stored
@@ -561,17 +561,9 @@ def _gather(params: Any, axes: Any, policy: DTypePolicy, sharder: Sharder) -> An
         # Of a quantised matrix this says what type its products have.
         return weight.astype(policy.compute) if is_matrix else weight
 
-    def gather(weight: Any, names: tuple[str | None, ...]) -> Any:
-        if isinstance(weight, CutMatrix):
-            return weight.copied()
-        return sharder.gather_params(weight, names)
-
-    in_compute = jax.tree.map(to_compute, params, axes, is_leaf=_is_matrix)
-    return jax.tree.map(gather, in_compute, axes, is_leaf=_is_matrix)
-
-
-def _is_matrix(node: Any) -> bool:
-    return not is_plain_matrix(node)
+    in_compute = jax.tree.map(to_compute, params, axes, is_leaf=is_matrix_node)
+    gather = functools.partial(gather_matrix, sharder=sharder)
+    return jax.tree.map(gather, in_compute, axes, is_leaf=is_matrix_node)
 
 
 def _with_xla_attention(config: ModelConfig) -> ModelConfig:

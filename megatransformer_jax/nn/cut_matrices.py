@@ -138,6 +138,13 @@ def cut_matrices(params: Any, axes: Any, sharder: Sharder, num_rows: int) -> Any
     return unflatten_dict({path: read(path, leaf) for path, leaf in flat.items()})
 
 
+def gather_matrix(weight: Any, axes: tuple[str | None, ...], sharder: Sharder) -> Any:
+    """A parameter, whole on every fsdp device."""
+    if isinstance(weight, CutMatrix):
+        return weight.copied()
+    return sharder.gather_params(weight, axes)
+
+
 def _by_device(x: Any, num_devices: int) -> Any:
     """[B, ...] to [G, B/G, ...]: each device keeps the rows that it has."""
     return x.reshape(num_devices, x.shape[0] // num_devices, *x.shape[1:])

@@ -7,9 +7,9 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.model import STACKS, ModelConfig
-from megatransformer_jax.nn.cut_matrices import CutMatrix
+from megatransformer_jax.nn.cut_matrices import CutMatrix, gather_matrix
 from megatransformer_jax.nn.parameters import WeightInit, matrix, table, vector
-from megatransformer_jax.nn.quantized import einsum, is_plain_matrix, record_input, take_rows
+from megatransformer_jax.nn.quantized import einsum, record_input, take_rows
 from megatransformer_jax.ops.positions import sinusoidal_embedding
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -63,9 +63,7 @@ class TextEmbedding(nn.Module):
     ) -> Float[Array, "B T D"]:
         """Embeds tokens; adds learned or sinusoidal positions after scaling."""
         # A lookup cannot use a table whose width is cut as the batch is: gather it first.
-        table = self.table
-        if is_plain_matrix(table):
-            table = self.sharder.gather_params(table, ("vocab", "embed"))
+        table = gather_matrix(self.table, ("vocab", "embed"), self.sharder)
         x = take_rows(table, tokens) * embedding_scale(self.config)
         if self.config.positions.scheme == "learned":
             x = x + jnp.take(self.position_table, positions, axis=0)

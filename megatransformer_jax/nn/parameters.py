@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.nn.quantized import is_plain_matrix
+from megatransformer_jax.nn.quantized import is_matrix_node
 from megatransformer_jax.types import DTypePolicy
 
 # ------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def _declare(
     if module.has_variable("params", name):
         stored: Any = nn.meta.unbox(module.get_variable("params", name))
         # The arrays of a quantised matrix, or of copies, have shapes of other meaning.
-        if is_plain_matrix(stored):
+        if not is_matrix_node(stored):
             check_shapes(module, name, stored, jax.ShapeDtypeStruct(shape, dtype))
         return stored
     # Linen keeps the box with the axes to itself and returns what is in it.

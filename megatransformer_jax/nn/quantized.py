@@ -145,9 +145,9 @@ def is_quantized_matrix(node: Any) -> bool:
     return isinstance(node, QuantizedMatrix)
 
 
-def is_plain_matrix(node: Any) -> bool:
-    """Whether a node of a tree of parameters is an array of the shape that its module declares."""
-    return not isinstance(node, QuantizedMatrix | CutMatrix)
+def is_matrix_node(node: Any) -> bool:
+    """Whether a node of a tree of parameters stands for an array that its module declares."""
+    return isinstance(node, QuantizedMatrix | CutMatrix)
 
 
 def matrix_sides(shape: tuple[int, ...], num_inputs: int) -> tuple[int, int]:
