@@ -123,6 +123,15 @@ def test_of_a_reasoning_run(run: Callable[..., str], reasoning_run: pathlib.Path
     assert shown.count("|") > 8
 
 
+def test_without_a_gpu_the_benchmark_of_one_says_so(
+    run: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("gpu")
+    assert ended.value.code == 2
+    assert "--platform=gpu: JAX found 'cpu' devices only" in capsys.readouterr().err
+
+
 class Parsed(Exception):
     """A benchmark has read its command line."""
 
