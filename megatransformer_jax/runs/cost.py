@@ -249,9 +249,10 @@ def _train_memory(
     has_own_copies = model.policy.compute != model.policy.param
     gathered = 0
     if shape["fsdp"] > 1:
-        # Copies in another type are gathered, and copied once more into the order of loops.
+        # Copies in another type are gathered; about three quarters of them are there once more, in
+        # the order of axes that loops read.
         whole = (merged or parameters) * shape["fsdp"]
-        gathered = activations.weights if has_own_copies else whole
+        gathered = activations.weights * 3 // 4 if has_own_copies else whole
     return TrainMemory(
         parameters=parameters,
         optimizer=tree_bytes(state.opt_state),

@@ -21,7 +21,7 @@ def case(
 ) -> Any:
     """A row: the run, and MiB of one device that the compiled step takes."""
     changes = {"model": {"remat": remat}, "mesh": {"data": 1} | mesh}
-    changes["train"] = {"precision": "bfloat16"}
+    changes |= {"train": {"precision": "bfloat16"}}
     return pytest.param(device, merge(values, changes), mib, id=f"{name}-{device}-{remat}")
 
 
@@ -61,6 +61,19 @@ CASES = (
         "full",
         {"fsdp": 16},
         1248.5,
+    ),
+    # As the report of `megatransformer compile` has it: arguments and all temporaries.
+    case(
+        "recurrent_pod",
+        "v5e",
+        {
+            "preset": "recurrent_medium",
+            "data": {"batch_size": 64, "sequence_length": 2048},
+            "train": {"accumulation": 2},
+        },
+        "none",
+        {"data": 16},
+        9207,
     ),
     case(
         "gpt2_small",
