@@ -82,6 +82,12 @@ def run(
             r"PEER / dense: \d",
         ),
         (
+            "gpu",
+            "--platform=cpu --preset=tiny --batch=2 --length=16 --prompt=8 --new=4 --rows=1 "
+            "--rounds=1",
+            r"causal +xla: right: output [\s\S]+ train step +[\s\S]+ of the bound; first call",
+        ),
+        (
             "serving",
             "--width=16 --rows=2 --texts=6 --new=8 --slots=2 --rounds=1 --long-prompt=0",
             r"\| mixed \| \d+ \| [\d.]+ \(",

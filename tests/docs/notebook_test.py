@@ -8,6 +8,7 @@ import threading
 import nbclient
 import nbformat
 import pytest
+from cheap_compilation import CHEAP_COMPILATION
 
 
 @pytest.fixture
@@ -80,8 +81,7 @@ def test_a_checkout_and_a_source_that_is_given_come_first(notebook, repository, 
 @pytest.mark.slow
 def test_it_runs(notebook, tmp_path, monkeypatch):
     # One device, as most readers have, and programs that are cheap to compile.
-    flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("XLA_FLAGS", CHEAP_COMPILATION)
     client = nbclient.NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     )
