@@ -167,10 +167,15 @@ class _Queries:
         positions = jax.lax.dynamic_slice(cached.positions, (first, corner), (batch_size, num_rows))
         if capacity % num_rows:
             positions = jnp.where(corner + jnp.arange(num_rows) >= start, positions, -1)
-        pairs = _block(cached, corner, batch_size, num_rows)
+        block, width = (corner, batch_size, num_rows), self.scaled.shape[-1]
+        if cached.lanes == 1:
+            # Each by itself: what is hidden is then not even loaded, as loads and masks are fused.
+            key, value = (_block(cached, *block, (first, width)) for first in (0, width))
+            return self.against(key, value, positions)
+        pairs = _block(cached, *block)
         if pairs.shape[-1] // 2 % cached.lanes:
             return self.against(pairs, pairs, positions)
-        return self.against(*apart(pairs, self.scaled.shape[-1]), positions)
+        return self.against(*apart(pairs, width), positions)
 
 
 def _by_blocks(queries: _Queries, cached: CachedRows, partial: _Partial) -> _Partial:
@@ -279,19 +284,27 @@ def _absorb(
     return merged
 
 
-def _block(cached: CachedRows, start: Any, batch_size: int, block_rows: int) -> jax.Array:
-    """Pairs [B, K, block_rows, P] of the sequences that read."""
-    _, _, heads, _, width = cached.pairs.shape
+def _block(
+    cached: CachedRows,
+    start: Any,
+    batch_size: int,
+    block_rows: int,
+    part: tuple[int, int] | None = None,
+) -> jax.Array:
+    """Pairs [B, K, block_rows, P] of the sequences that read, or a part of each: first and size."""
+    heads = cached.pairs.shape[2]
+    first_number, width = (0, cached.pairs.shape[-1]) if part is None else part
     first = 0 if cached.sequence is None else cached.sequence
     if jnp.ndim(cached.entry) == 0:
-        corner = (cached.entry, first, 0, start, 0)
+        corner = (cached.entry, first, 0, start, first_number)
         shape = (1, batch_size, heads, block_rows, width)
         return jax.lax.dynamic_slice(cached.pairs, corner, shape)[0]
     if cached.lanes > 1:
         return _block_of_each(cached, start, block_rows)
 
     def of_sequence(rows: jax.Array, entry: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_slice(rows, (entry, 0, start, 0), (1, heads, block_rows, width))[0]
+        shape = (1, heads, block_rows, width)
+        return jax.lax.dynamic_slice(rows, (entry, 0, start, first_number), shape)[0]
 
     return jax.vmap(of_sequence, in_axes=(1, 0))(cached.pairs, jnp.asarray(cached.entry))
 

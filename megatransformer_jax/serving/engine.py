@@ -77,8 +77,8 @@ def _costs(durations: Durations) -> Costs:
     return Costs(
         turn=min(durations.turn / tick, _MAX_TURN),
         chunks={
-            size: (once / tick, iteration / tick)
-            for size, (once, iteration) in durations.chunks.items()
+            size: (once / tick, first / tick, last / tick)
+            for size, (once, first, last) in durations.chunks.items()
         },
     )
 

@@ -309,6 +309,7 @@ class Launches:
                     item.text.key,
                     item.text.num_to_read - item.text.num_read,
                     item.text.row_text.depth,
+                    item.text.num_read / self._batcher.shape.capacity,
                     may_be_short=not self._shares_slots(item.text)
                     and not item.text.job.scores_prompt,
                 )
@@ -318,7 +319,9 @@ class Launches:
         if launch.chunk is not None:
             chosen = next(item for item in reading if item.text.key == launch.chunk)
             self._read_chunk(chosen, launch.chunk_size)
-        if not launch.is_turn:
+            # If that was the rest, the turn of this launch lets it in.
+            entering += self._end_reading()
+        if not (launch.is_turn or entering):
             if launch.chunk is not None:
                 self._batcher.wait()  # Else all of a long prompt would stand before who comes next.
             return None

@@ -19,8 +19,12 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-# A chunk may take as long as so many tokens of the running texts.
-_MOST_STEPS = 2.0
+# A chunk may take as long as so many tokens of the running texts: then they get theirs in less than
+# three times the usual time.
+_MOST_STEPS = 1.5
+# A text whose prompt has been read waits for a row to finish as long as so many turns take, before
+# there is a turn for it alone.
+_TURNS_TO_ENTER = 2.0
 # Depths that are remembered of each row.
 NUM_DEPTHS = 16
 # Launches after which `min_waiting` is chosen again while the same rows run.
@@ -64,19 +68,20 @@ class Costs:
 
     Attributes:
       turn: of a turn.
-      chunks: by the number of its tokens, a chunk of a prompt without the core, and an iteration of
-        the core over it. These are the sizes that there are.
+      chunks: by the number of its tokens, a chunk of a prompt without the core, an iteration of the
+        core over the first one, and over the last of a full row. These are the sizes that there
+        are.
     """
 
     turn: float = 1.5
-    chunks: Mapping[int, tuple[float, float]] = dataclasses.field(
-        default_factory=lambda: {16: (1.5, 1.0), 64: (1.5, 2.0)}
+    chunks: Mapping[int, tuple[float, float, float]] = dataclasses.field(
+        default_factory=lambda: {16: (1.5, 1.0, 1.0), 64: (1.5, 2.0, 2.0)}
     )
 
-    def of_chunk(self, size: int, depth: int) -> float:
-        """Of a chunk that is read at a depth."""
-        once, iteration = self.chunks[size]
-        return once + depth * iteration
+    def of_chunk(self, size: int, depth: int, place: float = 0.0) -> float:
+        """Of a chunk that is read at a depth, where so large a part of the row has been read."""
+        once, first, last = self.chunks[size]
+        return once + depth * (first + place * (last - first))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +92,14 @@ class Reading:
       key: of its text.
       num_left: tokens that are left to read, at least one.
       depth: iterations of each, at most.
+      place: tokens that have been read, of those that a row holds.
       may_be_short: whether it may be read in short chunks.
     """
 
     key: Hashable
     num_left: int
     depth: int = 1
+    place: float = 0.0
     may_be_short: bool = True
 
 
@@ -184,19 +191,25 @@ class Scheduler:
             chosen = self._choose_chunk(reading)
             chunk, size = chosen.key, self._chunk_size(chosen, running)
             if is_turn:
-                self._credit -= self.costs.of_chunk(size, chosen.depth)
+                self._credit -= self.costs.of_chunk(size, chosen.depth, chosen.place)
         if not running:
             return Launch(chunk, size, 0, 0, is_turn)
         choice = self._choose(running)
-        min_waiting = max(choice.min_waiting - num_admitted, 0)
-        return Launch(chunk, size, min_waiting, choice.max_ticks, is_turn)
+        min_waiting, max_ticks = choice.min_waiting, choice.max_ticks
+        if num_admitted:
+            min_waiting = max(min_waiting - num_admitted, 1)
+            max_ticks = min(max_ticks, max(round(_TURNS_TO_ENTER * self.costs.turn), 1))
+        return Launch(chunk, size, min_waiting, max_ticks, is_turn)
 
     def _chunk_size(self, chosen: Reading, running: Mapping[Hashable, int]) -> int:
         """Reads what is left fastest, unless that would keep running texts too long."""
         whole = max(self.costs.chunks)
         if not chosen.may_be_short:
             return whole
-        each = {size: self.costs.of_chunk(size, chosen.depth) for size in self.costs.chunks}
+        each = {
+            size: self.costs.of_chunk(size, chosen.depth, chosen.place)
+            for size in self.costs.chunks
+        }
         num_left = min(chosen.num_left, whole)
         # Of equals the largest, which is fewer launches.
         fastest = min(each, key=lambda size: (-(-num_left // size) * each[size], -size))

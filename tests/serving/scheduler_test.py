@@ -75,9 +75,9 @@ def test_a_fixed_number_is_kept():
     assert scheduler.next_launch({row: 4 for row in range(2)}, 0, []).min_waiting == 2
     # A text that enters needs a turn as much as one that waits.
     assert scheduler.next_launch({row: 4 for row in range(8)}, 2, []).min_waiting == 1
-    assert scheduler.next_launch({row: 4 for row in range(8)}, 5, []) == Launch(
-        None, False, 0, 64, True
-    )
+    # But not for that alone, unless it would wait for longer than two turns take.
+    launch = scheduler.next_launch({row: 4 for row in range(8)}, 5, [])
+    assert launch == Launch(None, 0, 1, 3, True)
 
 
 def test_the_simulation_counts_tokens_as_a_loop_does():
@@ -129,7 +129,7 @@ def test_a_choice_that_is_as_good_is_kept():
 
 
 def test_prompts_get_their_share_of_the_time_while_texts_are_continued():
-    costs = Costs(turn=1.5, chunks={64: (4.0, 2.0)})
+    costs = Costs(turn=1.5, chunks={64: (4.0, 2.0, 2.0)})
     scheduler = Scheduler(Policy(8, max_prefill_share=0.25), costs)
     reading, running, num_chunks, decoding = (
         [Reading("long", 10**6, 8, may_be_short=False)],
@@ -160,14 +160,14 @@ def test_prompts_have_all_of_the_time_while_no_text_is_continued():
         (17, 0, 1.2, 64),  # Two take longer than a whole one.
         (17, 0, 4.0, 16),
         (1000, 0, 3.9, 64),
-        (1000, 8, 2.2, 64),  # 1 + 8 * 2.2 is less than two tokens' time, 2 * (2 + 8).
-        (1000, 8, 3.0, 16),
+        (1000, 8, 1.7, 64),  # 1 + 8 * 1.7 is less than 1.5 tokens' time, 1.5 * (2 + 8).
+        (1000, 8, 1.8, 16),
     ],
 )
 def test_chunks_are_short_where_that_reads_as_fast_or_texts_would_wait(
     num_left, num_running, whole, size
 ):
-    costs = Costs(2.0, {4: (1.0, 0.7), 16: (1.0, 1.0), 64: (1.0, whole)})
+    costs = Costs(2.0, {4: (1.0, 0.7, 0.7), 16: (1.0, 1.0, 1.0), 64: (1.0, whole, whole)})
     running = {number: 8 for number in range(num_running)}
     launch = lambda *reading: Scheduler(Policy(8), costs).next_launch(running, 0, reading)  # noqa: E731
     assert launch(Reading("a", num_left, 8)).chunk_size == size
@@ -176,9 +176,20 @@ def test_chunks_are_short_where_that_reads_as_fast_or_texts_would_wait(
 
 
 def test_the_briefest_chunk_is_taken_where_all_keep_texts_waiting():
-    costs = Costs(2.0, {16: (90.0, 1.0), 32: (91.0, 1.0), 64: (1.0, 100.0)})
+    costs = Costs(2.0, {16: (90.0, 1.0, 1.0), 32: (91.0, 1.0, 1.0), 64: (1.0, 100.0, 100.0)})
     launch = Scheduler(Policy(8), costs).next_launch({1: 8}, 0, [Reading("a", 1000, 8)])
     assert launch.chunk_size == 16
+
+
+def test_chunks_become_shorter_as_a_row_fills():
+    costs = Costs(2.0, {16: (1.0, 0.5, 1.0), 64: (1.0, 1.0, 3.0)})
+    sizes = [
+        Scheduler(Policy(8), costs)
+        .next_launch({1: 8}, 0, [Reading("a", 100, 8, place)])
+        .chunk_size
+        for place in (0.0, 0.3, 0.5, 0.9)
+    ]
+    assert sizes == [64, 64, 16, 16]
 
 
 def test_short_prompts_overtake_a_long_one_only_so_often():

@@ -259,7 +259,7 @@ class FakeBatcher:
         return Durations(
             tick=1.0,
             turn=2.0,
-            chunks=dict.fromkeys(self.shape.chunks, (2.0, 0.0)),
+            chunks=dict.fromkeys(self.shape.chunks, (2.0, 0.0, 0.0)),
         )
 
     def cache_bytes(self):

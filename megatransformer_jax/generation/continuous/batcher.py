@@ -70,13 +70,13 @@ class Durations:
     Attributes:
       tick: an iteration of all rows; without a core, a turn.
       turn: a turn.
-      chunks: by its size, a chunk of a prompt without the core, and an iteration of the core over
-        it.
+      chunks: by its size, a chunk of a prompt without the core, an iteration of the core over it at
+        the beginning of a row, and at its end.
     """
 
     tick: float
     turn: float
-    chunks: Mapping[int, tuple[float, float]]
+    chunks: Mapping[int, tuple[float, float, float]]
 
 
 class Batcher:
@@ -304,19 +304,30 @@ class Batcher:
             turn = max(min(last) - tick, tick)  # As timings jitter.
         return Durations(tick, turn, chunks)
 
-    def _measured_chunk(self, repeats: int, size: int) -> tuple[float, float]:
-        """Seconds of a chunk without the core, and of an iteration of the core over it."""
+    def _measured_chunk(self, repeats: int, size: int) -> tuple[float, float, float]:
+        """Seconds of a chunk without the core, and of an iteration of the core over two of them."""
         length = max(min(size, self.shape.capacity - repeats - 2), 1)
-        seconds = {}
-        for depth in (1, _MEASURED_TICKS):
-            text, taken = RowText((0,) * (length + 1), repeats + 1, depth), []
-            for _ in range(repeats):
-                self.place(0, text)
-                taken.append(self._timed(lambda: self.prefill(0, size)))
-            seconds[depth] = min(taken)
-        per_iteration = (seconds[_MEASURED_TICKS] - seconds[1]) / (_MEASURED_TICKS - 1)
-        per_iteration = max(per_iteration, 0.0)
-        return max(seconds[1] - per_iteration, 0.0), per_iteration
+        end = max(self.shape.capacity - length - repeats - 2, 0)
+        shallow = self._seconds_to_read(repeats, size, length, 0, 1)
+        iterations = []
+        # The beginning last, so that the row is short for what is measured next.
+        for start in (end, 0):
+            deep = self._seconds_to_read(repeats, size, length, start, _MEASURED_TICKS)
+            iterations.append(max((deep - shallow) / (_MEASURED_TICKS - 1), 0.0))
+        last, first = iterations
+        return max(shallow - first, 0.0), first, max(first, last)
+
+    def _seconds_to_read(
+        self, repeats: int, size: int, length: int, start: int, depth: int
+    ) -> float:
+        """The shortest time of a chunk of `length` tokens behind `start` others."""
+        text, taken = RowText((0,) * (start + length + 1), repeats + 1, depth), []
+        for _ in range(repeats):
+            self.place(0, text)
+            if start:  # As if they had been read: what is there takes as long.
+                self.copy(0, 0, start)
+            taken.append(self._timed(lambda: self.prefill(0, size)))
+        return min(taken)
 
     def _timed(self, function: Callable[[], object]) -> float:
         self.wait()
