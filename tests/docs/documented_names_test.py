@@ -23,11 +23,19 @@ from megatransformer_jax.config.run_kinds import AllOptions
 
 OPTIONS = {option.path for option in options_of(AllOptions)}
 # A file of the workdir, and attributes of `mt.Model`.
-NO_OPTIONS = {"train.log", "model.module", "model.params", "model.py"}
+NO_OPTIONS = {"train.log", "model.module", "model.params", "model.weights", "model.py"}
 SECTIONS = {path for path, _, _ in sections_of(AllOptions)}
 # Names in code font that stand for something of another project, or of the reader's.
 ELSEWHERE = {
-    *("CUDA_VISIBLE_DEVICES", "QArray", "coco_captions", "pydoc_data", "topics"),
+    *(
+        "CUDA_VISIBLE_DEVICES",
+        "GpuTargetConfigProto",
+        "QArray",
+        "cost_analysis",
+        "coco_captions",
+        "pydoc_data",
+        "topics",
+    ),
     *("lm", "utils", "tiff", "mp3", "my_run", "my_features"),
 }
 

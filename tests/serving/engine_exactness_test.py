@@ -38,7 +38,7 @@ KINDS = (
 def engine():
     model, params = make(TINY)
     lm = types.SimpleNamespace(
-        config=TINY, tokenizer=PIECES, trained_depth=DEPTH, module=model, params=params
+        config=TINY, tokenizer=PIECES, trained_depth=DEPTH, module=model, weights=params
     )
     config = ServingConfig(
         name="tiny",

@@ -138,7 +138,7 @@ def test_answers_are_those_of_the_generator():
     ]
     model, params = tiny_media.parts()
     lm = types.SimpleNamespace(
-        config=tiny_media.CONFIG, tokenizer=TOKENIZER, trained_depth=3, module=model, params=params
+        config=tiny_media.CONFIG, tokenizer=TOKENIZER, trained_depth=3, module=model, weights=params
     )
     jobs, wanted = [], []
     for parts, fields in asked_for:

@@ -184,9 +184,7 @@ def test_the_briefest_chunk_is_taken_where_all_keep_texts_waiting():
 def test_chunks_become_shorter_as_a_row_fills():
     costs = Costs(2.0, {16: (1.0, 0.5, 1.0), 64: (1.0, 1.0, 3.0)})
     sizes = [
-        Scheduler(Policy(8), costs)
-        .next_launch({1: 8}, 0, [Reading("a", 100, 8, place)])
-        .chunk_size
+        Scheduler(Policy(8), costs).next_launch({1: 8}, 0, [Reading("a", 100, 8, place)]).chunk_size
         for place in (0.0, 0.3, 0.5, 0.9)
     ]
     assert sizes == [64, 64, 16, 16]
