@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.generation.continuous.lanes import Events, PromptScores
+from megatransformer_jax.generation.continuous.lanes import DeviceEvents, Events, PromptScores
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.serving.metrics import Metrics
 from megatransformer_jax.serving.prefixes import Found, Prefixes
@@ -79,7 +79,7 @@ class Item:
 class _Launch:
     """What the device was told to do and has not been asked about."""
 
-    events: Events
+    events: DeviceEvents
     items: dict[int, Item]  # That run, by row.
     min_waiting: int
 

@@ -227,7 +227,7 @@ class FakeBatcher:
                 row.is_entering, row.is_running = False, True
             events["iteration"][number] = row.iteration
             events["is_running"][number] = row.is_running
-        return Events(**events)
+        return types.SimpleNamespace(fetch=lambda: Events(**events))
 
     def _give(self, events, number, row):
         token, log_prob, reason = _next(row.text, row.ids)

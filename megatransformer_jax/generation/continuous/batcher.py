@@ -36,7 +36,7 @@ from megatransformer_jax.generation.continuous.images import (
 )
 from megatransformer_jax.generation.continuous.lanes import (
     BatchShape,
-    Events,
+    DeviceEvents,
     PromptScores,
     RowText,
     row_settings,
@@ -63,6 +63,26 @@ DONATED = {
 }
 
 
+_GIVES_NO_BATCH = ("advance", "empty_batch", "place_image")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flat:
+    """A tree as its leaves: to take it apart and together takes longer than to start a program."""
+
+    leaves: Sequence[Any]
+    tree: Any
+
+    @classmethod
+    def of(cls, tree: Any) -> "_Flat":
+        """A tree, taken apart."""
+        return cls(*jax.tree.flatten(tree))
+
+    def whole(self) -> Any:
+        """The tree."""
+        return jax.tree.unflatten(self.tree, self.leaves)
+
+
 @dataclasses.dataclass(frozen=True)
 class Durations:
     """Seconds that things take.
@@ -82,7 +102,7 @@ class Durations:
 class Batcher:
     """Compiles the programs of a batch and owns its arrays on the device. For one thread.
 
-    No method but `wait` waits for the device; `Events.fetch` and `PromptScores.fetch` do.
+    No method but `wait` waits for the device; `DeviceEvents.fetch` and `PromptScores.fetch` do.
 
     Args:
       model: the model, on a mesh or not.
@@ -103,7 +123,7 @@ class Batcher:
         _check(model, shape)
         self.shape = shape
         self._model = model
-        self._params = params
+        self._params = _Flat.of(params)
         self._programs: dict[str, Any] = {}
         self._sharder = for_rows(model, shape.rows).sharder
         self._tokenizer = tokenizer
@@ -112,8 +132,8 @@ class Batcher:
         if tokenizer is not None:
             is_allowed = allowed_tokens(tokenizer, size).is_allowed
         self._is_allowed = replicate(self._sharder, is_allowed)
-        self._batch: programs.Batch = self._run("empty_batch", params)
-        self._capacity = self._batch.cache.capacity
+        self._batch = _Flat.of(self._run("empty_batch", params))
+        self._capacity = self.batch.cache.capacity
         # Of each row: the places of its prompt, and how many of them have been read.
         self._lengths = [1] * shape.rows
         self._num_read = [0] * shape.rows
@@ -169,7 +189,7 @@ class Batcher:
             )
         settings = self._host(row_settings(text, self.shape, num_places))
         length = self._number(len(text.ids))
-        self._batch = self._run(
+        self._change(
             "place", self._batch, self._number(row), settings, self._prompt(text.ids), length
         )
         self._lengths[row], self._num_read[row] = num_places, 0
@@ -197,7 +217,7 @@ class Batcher:
         """
         assert 0 <= num_tokens < self._lengths[row]
         numbers = (self._number(number) for number in (source, row, num_tokens))
-        self._batch = self._run("copy", self._batch, *numbers)
+        self._change("copy", self._batch, *numbers)
         self._num_read[row] = num_tokens
 
     def prefill(self, row: int, size: int | None = None) -> bool:
@@ -215,9 +235,9 @@ class Batcher:
         if self.num_unread(row):
             given = (self._params, self._batch, self._number(row))
             if row in self._placed:
-                self._batch = self._run("prefill_placed", *given, self._placed[row])
+                self._change("prefill_placed", *given, self._placed[row])
             else:
-                self._batch = self._executable("prefill", given, size)(*jax.tree.leaves(given))
+                self._change("prefill", *given, static=(size,))
             self._count_read(row, size)
         if not self.num_unread(row):
             self._placed.pop(row, None)
@@ -236,7 +256,7 @@ class Batcher:
             return None, True
         assert row not in self._placed
         number = self._number(row)
-        self._batch, scores = self._run("score", self._params, self._batch, number)
+        scores = self._change("score", self._params, self._batch, number)
         self._count_read(row, self.shape.chunk)
         return scores, not self.num_unread(row)
 
@@ -252,37 +272,35 @@ class Batcher:
         if not self._has_core:
             return
         limits = (self._number(min_waiting), self._number(max_ticks))
-        batch = self._batch
+        batch = self.batch
         lanes = self._run("advance", self._params, batch.lanes, batch.cache, *limits)
-        self._batch = programs.Batch(lanes, batch.cache)
+        self._batch = _Flat.of(programs.Batch(lanes, batch.cache))
 
-    def step(self, min_waiting: int, max_ticks: int) -> Events:
+    def step(self, min_waiting: int, max_ticks: int) -> DeviceEvents:
         """`advance` and then `turn`, in one program."""
         if not self._has_core:
             return self.turn()
         limits = (self._number(min_waiting), self._number(max_ticks))
-        events: Events
-        self._batch, events = self._run(
-            "step", self._params, self._is_allowed, self._batch, *limits
-        )
+        events: DeviceEvents
+        events = self._change("step", self._params, self._is_allowed, self._batch, *limits)
         return events
 
-    def turn(self) -> Events:
+    def turn(self) -> DeviceEvents:
         """Gives each row that waits a token and starts the next; admits rows whose prompt is read.
 
         A row that ends is neither running nor free: its cached rows stay until another `place`.
         """
-        events: Events
-        self._batch, events = self._run("turn", self._params, self._is_allowed, self._batch)
+        events: DeviceEvents
+        events = self._change("turn", self._params, self._is_allowed, self._batch)
         return events
 
     def release(self, rows: Sequence[int]) -> None:
         """Stops rows, wherever they are. Their cached rows stay until another `place`."""
-        self._batch = self._run("release", self._batch, self._mask(rows))
+        self._change("release", self._batch, self._mask(rows))
 
     def wait(self) -> None:
         """Waits until the device has done everything that it was told so far."""
-        jax.block_until_ready((self._batch.lanes.ticks, self._batch.cache.length))
+        jax.block_until_ready(self._batch.leaves)
 
     def durations(self, repeats: int = 4) -> Durations:
         """Measures what things take now; drops what row 0 holds, so call it before any text comes.
@@ -338,7 +356,7 @@ class Batcher:
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values, over all devices."""
-        cache = self._batch.cache
+        cache = self.batch.cache
         entries = jax.tree.leaves((cache.prelude, cache.core, cache.coda))
         return sum(array.nbytes for array in entries)
 
@@ -349,7 +367,8 @@ class Batcher:
     @property
     def batch(self) -> programs.Batch:
         """All that changes, as it is on the device."""
-        return self._batch
+        batch: programs.Batch = self._batch.whole()
+        return batch
 
     # --------------------------------------------------------------------------
 
@@ -360,14 +379,28 @@ class Batcher:
     def _count_read(self, row: int, size: int) -> None:
         self._num_read[row] += min(size, self._capacity, self.num_unread(row))
 
-    def _run(self, name: str, *arguments: Any) -> Any:
-        return self._executable(name, arguments)(*jax.tree.leaves(arguments))
+    def _run(self, name: str, *arguments: Any, static: tuple[int, ...] = ()) -> Any:
+        leaves: list[Any] = []
+        for argument in arguments:
+            is_flat = isinstance(argument, _Flat)
+            leaves += argument.leaves if is_flat else jax.tree.leaves(argument)
+        return self._executable(name, arguments, *static)(*leaves)
+
+    def _change(self, name: str, *arguments: Any, static: tuple[int, ...] = ()) -> Any:
+        """Runs a program that makes a batch, which is the batch now; what else it makes."""
+        leaves, other = self._run(name, *arguments, static=static)
+        self._batch = _Flat(leaves, self._batch.tree)
+        return other
 
     def _executable(self, name: str, arguments: tuple[Any, ...], *static: int) -> Any:
         # A program's arguments always have the same shapes.
         key = " ".join((name, *map(str, static)))
         if key not in self._programs:
-            leaves, tree = jax.tree.flatten(arguments)
+            whole = tuple(
+                argument.whole() if isinstance(argument, _Flat) else argument
+                for argument in arguments
+            )
+            leaves, tree = jax.tree.flatten(whole)
             signatures = tuple(map(_signature, leaves))
             fixed = (self._model, self.shape, *static)
             self._programs[key] = _compiled(name, fixed, tree, signatures)
@@ -424,10 +457,15 @@ def _compiled(
     donated = [
         leaf for place in DONATED[name] for leaf in range(ends[place] - sizes[place], ends[place])
     ]
-    program = jax.jit(
-        lambda *given: function(*jax.tree.unflatten(tree, given)), donate_argnums=tuple(donated)
-    )
-    return program.lower(*leaves).compile()
+
+    def program(*given: Any) -> Any:
+        made = function(*jax.tree.unflatten(tree, given))
+        if name in _GIVES_NO_BATCH:
+            return made
+        batch, other = made if isinstance(made, tuple) else (made, None)
+        return jax.tree.leaves(batch), other
+
+    return jax.jit(program, donate_argnums=tuple(donated)).lower(*leaves).compile()
 
 
 def _check(model: MegaTransformer, shape: BatchShape) -> None:

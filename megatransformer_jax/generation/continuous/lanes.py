@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Int
@@ -274,7 +275,7 @@ class Lanes:
 
 @struct.dataclass
 class Events:
-    """What one turn did to each row, [B] each; arrays of the device until `fetch`.
+    """What one turn did to each row, [B] each.
 
     Attributes:
       is_done: rows that got a token, or ended without one (EXHAUSTED).
@@ -300,10 +301,47 @@ class Events:
     iteration: Any
     ticks: Any
 
-    def fetch(self) -> "Events":
-        """The same with NumPy arrays; waits for the device."""
-        fetched: Events = jax.tree.map(np.asarray, jax.device_get(self))
-        return fetched
+    def packed(self) -> "DeviceEvents":
+        """The same in two arrays."""
+        ticks = jnp.broadcast_to(self.ticks, self.token.shape)
+        numbers = [getattr(self, name) for name in _EVENT_NUMBERS] + [ticks]
+        columns = jnp.stack([number.astype(jnp.int32) for number in numbers], axis=1)
+        return DeviceEvents(
+            jnp.concatenate([columns, self.top_ids], axis=1),
+            jnp.concatenate([self.log_prob[:, None], self.top_log_probs], axis=1),
+        )
+
+
+# The columns of `DeviceEvents.numbers`, before ticks and `top_ids`.
+_EVENT_NUMBERS = ("is_done", "token", "depth", "reason", "is_running", "iteration")
+
+
+@struct.dataclass
+class DeviceEvents:
+    """`Events` on the device, in few arrays because each is sent by itself.
+
+    Attributes:
+      numbers: int32 [B, numbers], all that are no log-probabilities.
+      log_probs: float32 [B, 1 + num_top], `log_prob` and `top_log_probs`.
+    """
+
+    numbers: Any
+    log_probs: Any
+
+    def fetch(self) -> Events:
+        """All of them as NumPy arrays; waits for the device."""
+        numbers, log_probs = jax.device_get((self.numbers, self.log_probs))
+        first = len(_EVENT_NUMBERS)
+        given = dict(zip(_EVENT_NUMBERS, numbers.T, strict=False))
+        for name in ("is_done", "is_running"):
+            given[name] = given[name].astype(bool)
+        return Events(
+            **given,
+            log_prob=log_probs[:, 0],
+            top_ids=numbers[:, first + 1 :],
+            top_log_probs=log_probs[:, 1:],
+            ticks=numbers[0, first],
+        )
 
 
 @struct.dataclass

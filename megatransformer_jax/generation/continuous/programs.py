@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from megatransformer_jax.generation.continuous.images import PlacedImages, embed_image
 from megatransformer_jax.generation.continuous.lanes import (
     BatchShape,
+    DeviceEvents,
     Events,
     Lanes,
     PromptScores,
@@ -319,7 +320,7 @@ def turn(
     params: Any,
     is_allowed: Bool[Array, "V"],
     batch: Batch,
-) -> tuple[Batch, Events]:
+) -> tuple[Batch, DeviceEvents]:
     """A token for each row that waits, and the start of the next; admits rows that are read.
 
     Coda and head read the cache without the rows' present tokens; then these are written; then the
@@ -347,7 +348,7 @@ def turn(
     events = _changed(
         events, is_running=lanes.is_running, iteration=lanes.tokens.iteration, ticks=lanes.ticks
     )
-    return _constrained(model, lanes, cache), constrain_rows_of(model, events)
+    return _constrained(model, lanes, cache), constrain_rows_of(model, events.packed())
 
 
 def step(
@@ -358,7 +359,7 @@ def step(
     batch: Batch,
     min_waiting: Int[Array, ""],
     max_ticks: Int[Array, ""],
-) -> tuple[Batch, Events]:
+) -> tuple[Batch, DeviceEvents]:
     """`advance`, then `turn`: one program to start in place of two."""
     lanes = advance(model, shape, params, batch.lanes, batch.cache, min_waiting, max_ticks)
     return turn(model, shape, params, is_allowed, Batch(lanes, batch.cache))

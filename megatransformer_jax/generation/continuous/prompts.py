@@ -24,7 +24,12 @@ from megatransformer_jax.config.generation import (
 from megatransformer_jax.config.option import ConfigError, UserError, declared_values, unknown_key
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.continuous.batcher import Batcher
-from megatransformer_jax.generation.continuous.lanes import BatchShape, Events, RowText
+from megatransformer_jax.generation.continuous.lanes import (
+    BatchShape,
+    DeviceEvents,
+    Events,
+    RowText,
+)
 from megatransformer_jax.generation.endings import (
     END_OF_TEXT,
     EXHAUSTED,
@@ -325,7 +330,7 @@ def _launches(
     waiting = list(range(len(texts)))[::-1]
     holds: dict[int, int] = {}
     deepest = max(text.depth for text in texts)
-    before: tuple[Events, Mapping[int, int]] | None = None
+    before: tuple[DeviceEvents, Mapping[int, int]] | None = None
     while True:
         holds = {row: number for row, number in holds.items() if found[number].is_running}
         for row in range(num_rows):
