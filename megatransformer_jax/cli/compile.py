@@ -100,7 +100,7 @@ def compile_run(parsed: Parsed) -> None:
             "--config.preset=recurrent_small --topology=v4-8.",
         )
     for name in ("json", "hlo"):
-        _check_folder(name, getattr(options, name))
+        _check_file(name, getattr(options, name))
     use_described_devices()
     # It imports JAX, which reads its environment then.
     from rich.console import Console  # noqa: PLC0415
@@ -227,11 +227,15 @@ def _clock(seconds: float) -> str:
 # Files.
 
 
-def _check_folder(name: str, path: str | None) -> None:
-    """Compiling may take long, so that a wrong folder is told before."""
-    if path is not None and not pathlib.Path(path).expanduser().parent.is_dir():
-        folder = pathlib.Path(path).expanduser().parent
-        raise ConfigError(name, f"folder {folder} does not exist; make it first.")
+def _check_file(name: str, path: str | None) -> None:
+    """Compiling may take long, so that a wrong path is told before."""
+    if path is None:
+        return
+    file = pathlib.Path(path).expanduser()
+    if not file.parent.is_dir():
+        raise ConfigError(name, f"folder {file.parent} does not exist; make it first.")
+    if file.is_dir():
+        raise ConfigError(name, f"{path} is a folder; name a file in it.")
 
 
 def _write_programs(path: str, report: "CompileReport") -> None:

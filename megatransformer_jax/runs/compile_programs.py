@@ -281,6 +281,13 @@ def _generation(
     config: RunConfig, compiling: CompileConfig, place: _Placement
 ) -> tuple[_Generation, int]:
     """The shapes; and columns of the prompts."""
+    total = compiling.prompt_tokens + compiling.new_tokens
+    if total > config.model.max_length:
+        raise ConfigError(
+            "prompt_tokens",
+            f"{compiling.prompt_tokens}, with new_tokens={compiling.new_tokens}, is more than the "
+            f"model's max_length={config.model.max_length}; lower prompt_tokens or new_tokens.",
+        )
     rows, depth = compiling.num_rows, trained_depth(config)
     options = {
         "strategy": "greedy",

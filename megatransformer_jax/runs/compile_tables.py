@@ -202,6 +202,11 @@ def _loops(reading: ProgramReading, name: str) -> Table:
         "traffic per call. known: by the compiler; given: by the depth and the sizes; assumed: "
         "depends on data, counted once. Loops without FLOPs that move less than 1 MiB are left out."
     )
+    if not reading.flops:
+        table.caption += (
+            " Products of a single row are computed element by element and not counted as FLOPs; "
+            "memory takes the time."
+        )
     return table
 
 

@@ -31,6 +31,8 @@ _BOXES_3D = (
     (8, 16, 16),
 )
 _BOXES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
+# Describing more takes minutes and gigabytes.
+MAX_CHIPS = 65_536
 # Sides of the box of chips that share a host, where the slice is not smaller.
 _HOST_SIDE = 2
 # What libtpu is told before it describes a slice; otherwise it looks for a TPU and complains that
@@ -141,7 +143,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     if number is None:
         box = tuple(map(int, extents.split("x")))
         _check_box(name, kind, box)
-        return Topology(kind.name, box, slices)
+        return _checked_size(Topology(kind.name, box, slices))
     found = kind.accelerators()
     asked = f"{kind.name}-{int(number)}"
     if asked not in found:
@@ -152,7 +154,16 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
             f"{name!r}: there is no such accelerator; known: {', '.join(found)} (the number "
             f"counts {unit}). Or give the box of chips, as {kind.name}:{example}.",
         )
-    return Topology(kind.name, found[asked], slices)
+    return _checked_size(Topology(kind.name, found[asked], slices))
+
+
+def _checked_size(topology: Topology) -> Topology:
+    if topology.chips > MAX_CHIPS:
+        raise ConfigError(
+            "topology" if topology.slices == 1 else "slices",
+            f"{topology} has {topology.chips} chips; at most {MAX_CHIPS} are described.",
+        )
+    return topology
 
 
 def _check_box(name: str, kind: SliceKind, box: tuple[int, ...]) -> None:

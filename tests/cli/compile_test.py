@@ -37,6 +37,13 @@ def test_options_that_cannot_be_used(words, message):
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize("option", ["json", "hlo"])
+def test_files_are_checked_before_anything_is_compiled(option, tmp_path):
+    for path, message in [(tmp_path, "is a folder"), (tmp_path / "a" / "b", "does not exist")]:
+        with pytest.raises(UserError, match=message):
+            COMMAND.run(parse(COMMAND, [*RUN, "--topology=v4-8", f"--{option}={path}"]))
+
+
 def test_a_run_is_needed():
     with pytest.raises(UserError, match=r"is missing; name an experiment or a size"):
         COMMAND.run(parse(COMMAND, ["--topology=v4-8"]))

@@ -49,6 +49,7 @@ found = {
         "large", "--topology=v5e-1", "--phase=prefill", "--rows=65536", "--prompt_tokens=128",
         "--new_tokens=64",
     ),
+    "long": run("long", "--topology=v4-8", "--phase=decode", "--new_tokens=9"),
     "misfit": run("misfit", "--topology=v4-8", "--config.mesh.fsdp=3"),
 }
 report = mt.inspect(
@@ -144,7 +145,15 @@ def test_a_mesh_that_does_not_fit_is_bad_input(found):
     assert "The nearest mesh that fits is mesh.data=" in found["stderr"]
 
 
+def test_texts_that_are_too_long_are_bad_input(found):
+    assert found["long"]["code"] == 2
+    message = "--prompt_tokens: 512, with new_tokens=9, is more than the model's max_length=256"
+    assert message in found["stderr"]
+
+
 def test_a_notebook_gets_the_same(found):
     (row,) = found["inspect"]["rows"]
     assert row["program"] == "decode" and row["fits"] and row["no_overlap_s"] > 0
-    assert "Loops of the decode" in found["inspect"]["shown"]
+    shown = " ".join(found["inspect"]["shown"].split())
+    assert "Loops of the decode" in shown
+    assert "Products of a single row are computed element by element" in shown

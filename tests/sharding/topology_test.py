@@ -45,6 +45,8 @@ def test_numbers_of_a_kind_count_what_its_clouds_count():
         ("v5e:3x4", 1, "topology", "each host has 2x2 chips"),
         ("v5e:4x0", 1, "topology", "box of 2 dimensions"),
         ("v4-8", 0, "slices", "0 slices"),
+        ("v4:64x64x64", 1, "topology", "262144 chips; at most 65536"),
+        ("v4-8", 2**31 - 1, "slices", "at most 65536"),
     ],
 )
 def test_what_is_not_a_slice_names_those_there_are(name, slices, path, message):
