@@ -20,6 +20,7 @@ The bytes are those of `benchmarks.generate`: weights in the compute type, keys 
 import argparse
 import dataclasses
 import json
+import pathlib
 import sys
 from typing import Any
 
@@ -96,6 +97,11 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if (arguments.peak is None) != (arguments.bandwidth is None):
         parser.error("--peak and --bandwidth: give both or neither")
+    for name in ("batch", "length", "prompt", "new", "rows", "rounds"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name}: {getattr(arguments, name)} is not allowed; at least 1")
+    if arguments.json and not pathlib.Path(arguments.json).parent.is_dir():
+        parser.error(f"--json: the folder of {arguments.json} does not exist; make it first")
     # Decoding appends one token more than it passes through the model.
     arguments.capacities = (arguments.prompt + arguments.new + 1,)
     return arguments

@@ -126,10 +126,10 @@ def _memory(report: CompileReport) -> Table:
             continue
         parts = (memory.arguments, memory.outputs, memory.temporaries, memory.total)
         table.add_row(program.name, *map(format_bytes, parts), "yes", taken)
-    table.caption = " ".join(problems) or (
-        "As the compiler counts them; arguments that are overwritten are not among the results. On "
-        "v4 temporaries include the 128 MiB of CMEM, which is not a part of HBM."
-    )
+    counted = "As the compiler counts them; the results leave out arguments that are overwritten."
+    if report.topology.kind == "v4":
+        counted += " Temporaries include the 128 MiB of CMEM, which is not a part of HBM."
+    table.caption = " ".join(problems) or counted
     return table
 
 

@@ -164,3 +164,16 @@ def test_documented_commands_are_accepted(
                         run(name, *shlex.split(rest, comments=True))
                     seen.add(name)
     assert {"train_step", "generate", "strategies", "peer", "cold_start", "stability"} <= seen
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("--new=0", "--new: 0 is not allowed; at least 1"), ("--json=no/such/file", "does not exist")],
+)
+def test_the_benchmark_of_a_gpu_checks_its_options_first(
+    run: Callable[..., str], capsys: pytest.CaptureFixture[str], word: str, message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("gpu", "--platform=cpu", word)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
