@@ -347,7 +347,8 @@ def _traced_trips(
     # A server's rows are half full.
     capacity = compiling.capacity or min(DEFAULT_CAPACITY, config.model.max_length)
     trips = {_ATTENTION_LOOP: _blocks(capacity // 2)}
-    return trips | {")/while": iterations} if name in ("prefill", "step") else trips
+    loop = {"prefill": ")/while", "step": "/advance/while"}.get(name)
+    return trips if loop is None else trips | {loop: iterations}
 
 
 def _blocks(rows: int) -> int:

@@ -309,7 +309,10 @@ def advance(
     params = gather_weights(model, params)
     rules = lanes.settings.rules
     limits = (min_waiting, max_ticks)
-    tokens, ticks = iterate_tokens(model, params, lanes.tokens, cache, rules, shape.choice, limits)
+    with jax.named_scope("advance"):  # Tells this loop from those of `turn` in a compiled step.
+        tokens, ticks = iterate_tokens(
+            model, params, lanes.tokens, cache, rules, shape.choice, limits
+        )
     lanes = _changed(lanes, tokens=tokens, ticks=lanes.ticks + ticks)
     return constrain_lanes(model, lanes)
 
