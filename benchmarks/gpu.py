@@ -112,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def require_device(platform: str) -> str:
-    """The name of the device; ends the command if there is none of this platform."""
+    """The name of the first device of the platform; exits if it has none."""
     found = jax.default_backend()
     if found != platform:
         print(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from megatransformer_jax.cli.checkpoint_commands import AVERAGE, EXPORT, OLD_OUTPUT, PRUNE
 from megatransformer_jax.cli.flags import PROGRAM, Command, Parsed
-from megatransformer_jax.cli.launch import PLAIN_WIDTH, errors_in_one_line, run_command
+from megatransformer_jax.cli.launch import PLAIN_WIDTH, errors_in_one_line, run_command, write_file
 from megatransformer_jax.cli.model_options import (
     OLD_MODEL_NAMES,
     model_folder,
@@ -210,16 +210,7 @@ def inspect(parsed: Parsed) -> None:
         console.width = PLAIN_WIDTH
     print_tables(console, report, config)
     if options.output is not None:
-        _write("output", options.output, json.dumps(report.to_dict(), indent=2) + "\n")
-
-
-def _write(name: str, path: str, text: str) -> None:
-    try:
-        pathlib.Path(path).expanduser().write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            name, f"{path} cannot be written ({error.strerror}); choose another file."
-        ) from error
+        write_file("output", options.output, json.dumps(report.to_dict(), indent=2) + "\n")
 
 
 INSPECT = Command(

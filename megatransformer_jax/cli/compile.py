@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from megatransformer_jax.cli.flags import PROGRAM, Command, Parsed
-from megatransformer_jax.cli.launch import PLAIN_WIDTH
+from megatransformer_jax.cli.launch import PLAIN_WIDTH, write_file
 from megatransformer_jax.config.compiling import CompileConfig
 from megatransformer_jax.config.option import (
     ConfigError,
@@ -128,7 +128,7 @@ def _compile(console: "Console", config: "BaseRunConfig", options: CompileOption
     report = dataclasses.replace(report, flags=flags)
     print_compiled(console, compile_tables(report))
     if options.json is not None:
-        _write("json", options.json, json.dumps(report.to_dict(), indent=2) + "\n")
+        write_file("json", options.json, json.dumps(report.to_dict(), indent=2) + "\n")
     if options.hlo is not None:
         _write_programs(options.hlo, report)
     return report.fits
@@ -146,7 +146,7 @@ def _search(console: "Console", config: "BaseRunConfig", options: CompileOptions
     chips = parse_topology(options.topology, options.slices).chips
     print_compiled(console, [search_table(found, chips)])
     if options.json is not None:
-        _write("json", options.json, json.dumps(found.to_dict(), indent=2) + "\n")
+        write_file("json", options.json, json.dumps(found.to_dict(), indent=2) + "\n")
     return found.fits
 
 
@@ -174,8 +174,8 @@ def use_described_devices() -> None:
 def _watched(work: Callable[[Callable[[str], object]], _T]) -> _T:
     """What `work` returns, with a live line in a terminal, else a line a minute, while it goes on.
 
-    The lines go to stderr, so that the tables can be piped. The compiler does not listen to Ctrl-C;
-    in a thread of its own it need not.
+    The lines go to stderr, so that the tables can be piped. The compiler ignores Ctrl-C,
+    so it runs in a thread of its own.
 
     Args:
       work: gets a function that is to be told what is being done.
@@ -245,16 +245,7 @@ def _write_programs(path: str, report: "CompileReport") -> None:
             continue
         name = program.name.replace(" ", "_")
         single = file if len(report.programs) == 1 else file.with_stem(f"{file.stem}_{name}")
-        _write("hlo", str(single), program.hlo)
-
-
-def _write(name: str, path: str, text: str) -> None:
-    try:
-        pathlib.Path(path).expanduser().write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            name, f"{path} cannot be written ({error.strerror}); choose another file."
-        ) from error
+        write_file("hlo", str(single), program.hlo)
 
 
 COMMAND = Command(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -121,3 +122,17 @@ def wants_help(arguments: Sequence[str]) -> bool:
 def wants_full_help(arguments: Sequence[str]) -> bool:
     """Whether it asks for every option of a run."""
     return any(word in ("-helpfull", "--helpfull") for word in arguments)
+
+
+def write_file(name: str, path: str, text: str) -> None:
+    """Writes what option `name` asked for to its file.
+
+    Raises:
+      ConfigError: if it cannot be written.
+    """
+    try:
+        pathlib.Path(path).expanduser().write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            name, f"{path} cannot be written ({error.strerror}); choose another file."
+        ) from error

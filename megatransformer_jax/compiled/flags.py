@@ -195,7 +195,7 @@ def _gradient_flags(module: Module, exchanges: Sequence[Exchange]) -> Iterator[F
 
 
 def _cuts(shape: Shape, weights: Iterable[tuple[int, ...]], times: int) -> int:
-    """Into how many parts a weight of this shape is cut on the devices; 0 if it is no weight's.
+    """How many devices share a weight of this shape; 0 if no weight has this shape.
 
     Args:
       shape: of what is reduced.

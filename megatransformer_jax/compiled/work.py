@@ -32,7 +32,7 @@ def product_flops(computation: Computation, op: Op) -> float:
 
 
 def _convolution_flops(op: Op, output: Shape, lhs: Shape, kernel: Shape) -> float:
-    """Positions of the window that fall into padding or between elements are no work."""
+    """FLOPs, without the positions of the window that fall into padding or between elements."""
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", op.attributes)
     if labels is None:
         return 0.0

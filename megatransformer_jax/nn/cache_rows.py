@@ -96,8 +96,8 @@ def put_rows(
 ) -> Float[Array, "E B K S P"]:
     """The array with T rows of some entries of a sequence, in place.
 
-    To write rows that are no whole tile, a TPU would copy the whole cache into a layout in which it
-    can. So there the tiles that hold them are read and written back.
+    A TPU writes whole tiles. To write less it would first copy the whole cache into another layout,
+    so the tiles that hold the rows are read and written back instead.
 
     Args:
       array: of the cache.

@@ -3,7 +3,7 @@
 Every device multiplies its rows of the batch by a whole copy of the matrix, and finds the gradient
 of its copy. Where XLA is left to sum these gradients it does so where the product stands, which may
 be inside the loop over iterations; and on TPU it sums whole matrices on every device (all-reduce),
-unless the parts that fsdp cuts are multiples of its tiles and there is no axis `data` besides.
+unless the parts that fsdp cuts are multiples of its tiles and the axis `data` has one device.
 
 Here the copies are an axis of an array, which is cut over the devices. So nothing is summed until
 we do it: once per matrix and step, in the compute type, by one reduce-scatter over fsdp and a sum

@@ -6,8 +6,8 @@ as flash attention does). Positions decide who sees whom, see `nn.kv_cache`.
 
 Sequences of very different lengths read blocks of their own (`CachedRows.lengths`): far blocks,
 which are larger, are read by those that reach them, one after another if they are few. A sequence
-merges the same blocks in the same order whoever is beside it; only sums inside a block may be
-rounded in another way.
+merges the same blocks in the same order whatever else is in the batch; only the rounding of sums
+inside a block may differ.
 """
 
 import functools

@@ -220,7 +220,7 @@ def compile_for_topology(
       progress: told what is being done.
 
     Raises:
-      ConfigError: if mesh, model and sizes do not fit each other, or there is no such slice.
+      ConfigError: if mesh, model and sizes do not fit together, or the slice does not exist.
       UserError: if libtpu is missing, or cannot be used in this process.
     """
     config = require_transformer(run)

@@ -115,7 +115,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
       slices: how many of them.
 
     Raises:
-      ConfigError: of the option `topology` or `slices`, if there are no such slices.
+      ConfigError: of the option `topology` or `slices`, if such slices do not exist.
 
     Examples:
       >>> str(parse_topology("v4-128")), parse_topology("v4-128").chips

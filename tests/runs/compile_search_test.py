@@ -1,11 +1,10 @@
 """Which trials a search makes, in which order; nothing is compiled."""
 
-import dataclasses
-import itertools
 import math
 import types
 
 import pytest
+from tpu_chips import torus
 
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.compiling import CompileConfig
@@ -15,20 +14,6 @@ from megatransformer_jax.runs.compile import Speed
 from megatransformer_jax.runs.compile_search import Candidate, search
 
 COMPILING = CompileConfig(topology="v4-8")
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    id: int
-    coords: tuple[int, int, int]
-    slice_index: int = 0
-    core_on_chip: int = 0
-    device_kind: str = "TPU v4"
-    platform: str = "tpu"
-    process_index: int = 0
-
-
-CHIPS = [Chip(x + 2 * y, (x, y, 0)) for y, x in itertools.product(range(2), repeat=2)]
 
 
 @pytest.fixture
@@ -43,7 +28,7 @@ def tried(monkeypatch):
         speeds = (Speed(8, 0.5, seconds, 1024, 0.5),) if fits else ()
         return types.SimpleNamespace(fits=fits, speeds=speeds, programs=())
 
-    monkeypatch.setattr(compile_search, "describe_devices", lambda topology: CHIPS)
+    monkeypatch.setattr(compile_search, "describe_devices", lambda topology: torus(2, 2, 1))
     monkeypatch.setattr(compile_search, "compile_for_topology", compile_for_topology)
     monkeypatch.setattr(compile_search, "_expected_bytes", lambda config, kind: 0)
     return runs

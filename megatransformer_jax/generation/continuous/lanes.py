@@ -321,7 +321,7 @@ class DeviceEvents:
     """`Events` on the device, in few arrays because each is sent by itself.
 
     Attributes:
-      numbers: int32 [B, numbers], all that are no log-probabilities.
+      numbers: int32 [B, numbers], everything but the log-probabilities.
       log_probs: float32 [B, 1 + num_top], `log_prob` and `top_log_probs`.
     """
 

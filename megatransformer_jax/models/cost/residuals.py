@@ -44,7 +44,7 @@ _STORED = (
 # What goes into these is stored too: no loop and no kernel starts from values in the making.
 _READ_STORED = ("conv_general_dilated", "pallas_call", "scan", "while")
 # A product computes its factors while it reads them, unless that takes one of these for each
-# element. Those of each row, as in norms, are no matter: they are this many times fewer.
+# element. One of these per row, as in norms, does not count: there are this many times fewer.
 _ELEMENTS_PER_ROW = 64
 _NOT_INTO_PRODUCTS = (
     "atan2",
