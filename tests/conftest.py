@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jaxtyping
+import array_checks
 import pytest
 from cheap_compilation import CHEAP_COMPILATION
 
@@ -41,12 +41,11 @@ gc.set_threshold(50_000, 20, 20)
 
 # Array shapes and types are checked here and not in production. Configuration has its own checks,
 # whose messages are tested, so it is left out.
-jaxtyping.install_import_hook(
+array_checks.install(
     [
         f"megatransformer_jax.{layer}"
         for layer in ("ops", "nn", "models", "losses", "generation", "training", "evaluation")
-    ],
-    "beartype.beartype",
+    ]
 )
 
 
@@ -80,6 +79,11 @@ def _room_for_compiled_programs() -> Iterator[None]:
         import jax  # noqa: PLC0415
 
         jax.clear_caches()
+
+
+def pytest_sessionfinish() -> None:
+    """pytest's own searches for cycles come after this; in the heap of all tests they take long."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
