@@ -359,6 +359,12 @@ class CheckpointManager:
         self._manager.wait_until_finished()
         self._remove_trash()
 
+    def join(self) -> None:
+        """Waits for the present save like `wait`, but from a thread that only watches it."""
+        thread = self._manager._finalize_thread.get()
+        if thread is not None:
+            thread.join()
+
     def close(self) -> None:
         """Waits for saves and for the removal of temporary folders, and releases the manager."""
         self.wait()

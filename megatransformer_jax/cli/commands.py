@@ -1,5 +1,6 @@
 """All commands of `megatransformer`: their names, and those that take a few lines."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -17,6 +18,7 @@ from megatransformer_jax.cli.model_options import (
     model_option,
     step_option,
 )
+from megatransformer_jax.cli.supervise import Outcome, supervised
 from megatransformer_jax.config.option import (
     MAX_COUNT,
     ConfigError,
@@ -107,10 +109,16 @@ class NoOptions:
 def train(parsed: Parsed) -> None:
     """Runs the training that the configuration describes."""
     config = _require_run(parsed, "train")
-    # JAX reads its environment when it is imported, which is set just before.
-    from megatransformer_jax.runs.train import train as train_run  # noqa: PLC0415
+    watched: contextlib.AbstractContextManager[Outcome | None] = contextlib.nullcontext()
+    if config.distributed.enabled:
+        watched = supervised(shows_native_errors=config.logging.level == "debug")
+    with watched as outcome:
+        # JAX reads its environment when it is imported, which is set just before.
+        from megatransformer_jax.runs.train import train as train_run  # noqa: PLC0415
 
-    train_run(config)
+        result = train_run(config)
+        if outcome is not None:
+            outcome.is_stopped = not result.is_finished
 
 
 TRAIN = Command(

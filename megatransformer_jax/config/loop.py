@@ -123,6 +123,12 @@ class SavingConfig:
     """What is kept and how often. A save has parameters, optimiser, step, data iterator, config."""
 
     every_steps: int = option(100, "Steps between saves; the last step is always saved.", minimum=1)
+    every_minutes: float | None = option(
+        None,
+        "Also saves when this many minutes have passed since the last save. Process 0 looks at "
+        "its clock every logging.every_steps steps. Default (None): by steps alone.",
+        above=0,
+    )
     keep_last: int = option(2, "Newest checkpoints kept.", minimum=1)
     keep_best: int = option(1, "Best checkpoints kept, by best_metric; 0: none.", minimum=0)
     keep_every_steps: int | None = option(
@@ -445,6 +451,15 @@ class DistributedConfig:
     coordinator: str | None = option(None, "host:port of process 0.")
     num_processes: int | None = option(None, "Number of processes.", minimum=1)
     process_id: int | None = option(None, "Index of this process, from 0.", minimum=0)
+    heartbeat_seconds: int = option(
+        100,
+        "A process that has not been heard of for so long is lost, and the others end with exit "
+        "code 3.",
+        minimum=1,
+    )
+    initialization_seconds: int = option(
+        300, "How long the processes wait for each other at the start.", minimum=1
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -460,6 +475,17 @@ class DistributedConfig:
                 "coordinator",
                 f"coordinator={self.coordinator!r}, num_processes={self.num_processes!r}, "
                 f"process_id={self.process_id!r}: give all three, or none.",
+            )
+
+    @rule("heartbeat_seconds", "initialization_seconds")
+    def _one_process_waits_for_no_other(self) -> None:
+        """Keep the default with enabled=False."""
+        if not self.enabled:
+            require_defaults(
+                self,
+                ("heartbeat_seconds", "initialization_seconds"),
+                "with enabled=False",
+                "set enabled=True",
             )
 
     @rule("process_id")

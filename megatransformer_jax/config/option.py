@@ -29,10 +29,19 @@ MAX_COUNT = 2**31 - 1
 _POWERS: dict[float, str] = {MAX_SEED: "2^32 - 1", MAX_COUNT: "2^31 - 1"}
 
 
+# Exit codes of commands: the same command will fail again; something outside of it has failed, so
+# that it may succeed later.
+BAD_INPUT = 2
+TRY_AGAIN = 3
+
+
 class UserError(ValueError):
     """Input that cannot be used. Entry points print it without a traceback and exit with 2.
 
     The message names what was wrong, the value, what is allowed and the fix.
+
+    Attributes:
+      exit_code: of a command that it ends: 2, or 3 if the same command may succeed later.
 
     Examples:
       >>> try:
@@ -41,6 +50,8 @@ class UserError(ValueError):
       ...     print(str(error)[:49])
       train.step: no such option; did you mean 'steps'?
     """
+
+    exit_code = BAD_INPUT
 
 
 class ConfigError(UserError):

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from megatransformer_jax.checkpoints.compatibility import flatten_config
 from megatransformer_jax.checkpoints.manager import CheckpointManager
+from megatransformer_jax.checkpoints.save_times import SaveTimer, SaveTimes
 from megatransformer_jax.config.build import save_config, to_dict
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_base import TASKS, BaseRunConfig
@@ -38,7 +39,11 @@ from megatransformer_jax.runs.workdir import (
     use_compilation_cache,
 )
 from megatransformer_jax.sharding.mesh import describe_layout
-from megatransformer_jax.training.distributed import start_distributed
+from megatransformer_jax.training.distributed import (
+    LostProcess,
+    naming_lost_processes,
+    start_distributed,
+)
 from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.loop import (
     CheckpointHook,
@@ -57,8 +62,13 @@ from megatransformer_jax.training.writers import build_writer
 
 
 def train(config: BaseRunConfig) -> LoopResult:
-    """Trains until `train.steps`, resuming if the workdir has a checkpoint."""
-    with contextlib.ExitStack() as stack:
+    """Trains until `train.steps`, resuming if the workdir has a checkpoint.
+
+    Raises:
+      UserError: see `Run`.
+      LostProcess: if another process of the run has ended or cannot be reached.
+    """
+    with contextlib.ExitStack() as stack, naming_lost_processes():
         return Run(config, stack).finish()
 
 
@@ -100,7 +110,8 @@ class Run:
             stack.enter_context(log_file(self.workdir / "train.log", config.logging.level))
             stack.enter_context(hold_workdir(self.workdir))
         self._checkpoints = CheckpointManager(self.workdir / "checkpoints", config.checkpoint)
-        stack.callback(self._checkpoints.close)
+        stack.push(self._close_checkpoints)
+        self._save_times = SaveTimes(self._checkpoints.join)
         config, plan = plan_memory(config, self._checkpoints)
         check_workdir(config, self._checkpoints)
         self.task: Task = open_task(config, self.workdir, stack, plan)
@@ -110,6 +121,14 @@ class Run:
         self._open_records()
         self._step_function = self.task.step_function()
         self._has_stepped = False
+
+    def _close_checkpoints(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
+    ) -> None:
+        """Unless another process is lost: a save that goes on would wait for it."""
+        if not isinstance(error, LostProcess):
+            self._save_times.finish()
+            self._checkpoints.close()
 
     def _open_records(self) -> None:
         """What metrics go to: writers, the metrics file, the screen."""
@@ -166,7 +185,7 @@ class Run:
         if self.step >= self.config.train.steps:
             logging.info("all %d steps are done; raise train.steps to go on.", self.step)
         result = self._loop()
-        self._checkpoints.wait()
+        self._wait_for_saves()
         if not result.is_finished:
             logging.warning(
                 "stopped after step %d of %d; everything is saved. The same command resumes.",
@@ -204,10 +223,9 @@ class Run:
     def _hooks(self) -> list[Hook]:
         """Validation comes before the checkpoint, which is saved with its scores."""
 
-        def save(step: int, state: TrainState, scores: Mapping[str, float]) -> None:
-            self._save(step, state, scores)
-
-        checkpoints = [CheckpointHook(self.config.checkpoint.every_steps, save)]
+        saving = self.config.checkpoint
+        timer = None if saving.every_minutes is None else SaveTimer(saving.every_minutes)
+        checkpoints = [CheckpointHook(saving.every_steps, self._save, timer)]
         return [
             ScoreHook(self.config.evaluation.every_steps, self.task.scores, self.params_of),
             *(checkpoints if self._is_kept else []),
@@ -223,11 +241,20 @@ class Run:
         """Saves a checkpoint of the present step, unless there is one, and waits for it."""
         if self._checkpoints.latest_step() != self.step:
             self._save(self.step, self.state, {})
-        self._checkpoints.wait()
+        self._wait_for_saves()
 
-    def _save(self, step: int, state: TrainState, scores: Mapping[str, float]) -> None:
+    def _save(
+        self, step: int, state: TrainState, scores: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        """Starts a save; returns how long it, and the one before, took."""
         info = run_info(self.config, self.task.digest)
-        self._checkpoints.save(step, state, self.task.batches.get_state(), info, scores)
+        with self._save_times.measure(step):
+            self._checkpoints.save(step, state, self.task.batches.get_state(), info, scores)
+        return self._save_times.take()
+
+    def _wait_for_saves(self) -> None:
+        self._checkpoints.wait()
+        self._save_times.finish()
 
     def params_of(self, state: TrainState) -> Any:
         """The parameters that validation, samples and the summary use."""

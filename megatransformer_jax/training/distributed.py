@@ -1,11 +1,14 @@
 """Joins several processes into one run, and makes global arrays of what each one read."""
 
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from megatransformer_jax.config.loop import DistributedConfig
-from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.option import TRY_AGAIN, ConfigError, UserError
 from megatransformer_jax.sharding.mesh import share_of_batch
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch
@@ -22,9 +25,13 @@ def start_distributed(config: DistributedConfig) -> None:
     """
     if not config.enabled:
         return
+    timeouts = {
+        "initialization_timeout": config.initialization_seconds,
+        "heartbeat_timeout_seconds": config.heartbeat_seconds,
+    }
     if config.coordinator is None:
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(**timeouts)
         except ValueError as error:  # What JAX found is not enough.
             raise ConfigError(
                 "distributed.coordinator",
@@ -37,7 +44,62 @@ def start_distributed(config: DistributedConfig) -> None:
         coordinator_address=config.coordinator,
         num_processes=config.num_processes,
         process_id=config.process_id,
+        **timeouts,
     )
+
+
+class LostProcess(UserError):
+    """Another process of the run has ended or cannot be reached, so this one cannot go on."""
+
+    exit_code = TRY_AGAIN
+
+
+@contextlib.contextmanager
+def naming_lost_processes() -> Iterator[None]:
+    """In a run of several processes: what fails in the block for want of another is `LostProcess`.
+
+    Devices and JAX's coordination service report a lost process as an error of the program that
+    waits for it. Errors that the program makes itself, such as too little memory, are not changed.
+
+    Raises:
+      LostProcess: instead of such errors.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = lost_process_reason(error) if jax.process_count() > 1 else None
+        if reason is None:
+            raise
+        raise LostProcess(
+            f"process {jax.process_index()} of {jax.process_count()} waited for another, which has "
+            f"ended or cannot be reached ({reason}); start all processes again: the run goes on "
+            "from its newest checkpoint."
+        ) from error
+
+
+# How devices and the coordination service call it.
+_LOST = re.compile(
+    r"UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|[Gg]loo|[Cc]onnection (?:reset|closed)"
+    r"|unhealthy|[Hh]eartbeat|timed out"
+)
+_REASON_LENGTH = 160
+
+
+def lost_process_reason(error: BaseException) -> str | None:
+    """What a device or the coordination service said of a lost process; None of other errors.
+
+    Examples:
+      >>> lost_process_reason(jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed"))
+      'UNAVAILABLE: Socket closed'
+      >>> lost_process_reason(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
+    """
+    one: BaseException | None = error
+    while one is not None:
+        text = " ".join(str(one).split())
+        if isinstance(one, jax.errors.JaxRuntimeError) and _LOST.search(text):
+            return text[:_REASON_LENGTH]
+        one = one.__cause__ or one.__context__
+    return None
 
 
 def make_global(array: Any, sharder: Sharder, *axes: str | None) -> jax.Array:

@@ -17,6 +17,7 @@ import jax
 from absl import logging
 from jax.experimental import multihost_utils
 
+from megatransformer_jax.checkpoints.save_times import SaveTimer
 from megatransformer_jax.training.progress import Progress
 from megatransformer_jax.training.recorder import MetricRecorder
 from megatransformer_jax.training.state import TrainState
@@ -59,6 +60,14 @@ class Hook(Protocol):
         """
 
 
+@runtime_checkable
+class TimedHook(Hook, Protocol):
+    """A hook that is also called when it asks for it."""
+
+    def is_wanted(self) -> bool:
+        """Whether to be called after the present step; asked at each report, by all processes."""
+
+
 def is_due(hook: Hook, step: int, *, is_last: bool, is_stopping: bool) -> bool:
     """Whether `hook` is to be called after `step`."""
     regular = hook.every_steps > 0 and step % hook.every_steps == 0
@@ -74,7 +83,8 @@ class CheckpointHook:
 
     Args:
       every_steps: steps between saves; the last step and an early stop are saved too.
-      save: called with (step, state, validation scalars by name).
+      save: called with (step, state, validation scalars by name); returns numbers to write.
+      timer: says when to save besides. None: never.
     """
 
     at_end = True
@@ -82,18 +92,27 @@ class CheckpointHook:
     skips_bad_steps = True
 
     def __init__(
-        self, every_steps: int, save: Callable[[int, TrainState, Mapping[str, float]], None]
+        self,
+        every_steps: int,
+        save: Callable[[int, TrainState, Mapping[str, float]], Mapping[str, float]],
+        timer: SaveTimer | None = None,
     ):
         self.every_steps = every_steps
         self._save = save
+        self._timer = timer
+
+    def is_wanted(self) -> bool:
+        """Whether the timer says so."""
+        return self._timer is not None and self._timer.is_due()
 
     def __call__(
         self, step: int, state: TrainState, scalars: Mapping[str, float]
     ) -> Mapping[str, float]:
         """Starts the save; it ends in the background."""
         scores = {name: v for name, v in scalars.items() if name.startswith("validation/")}
-        self._save(step, state, scores)
-        return {}
+        if self._timer is not None:
+            self._timer.restart()
+        return self._save(step, state, scores)
 
 
 class SampleHook:
@@ -170,9 +189,12 @@ class StopRequest:
 
     def is_due(self, step: int) -> bool:
         """Whether to stop after `step`. Every process must ask at every step."""
-        if self._is_multi_process:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._requested
+        if not self._is_multi_process:
+            return self._requested
+        is_agreed = multihost_utils.reached_preemption_sync_point(step)
+        if is_agreed:
+            logging.warning("a process of this run was asked to stop: saving step %d.", step)
+        return is_agreed
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._restore_handlers()
@@ -266,12 +288,14 @@ def train_loop(
 
         is_last = step == total_steps
         is_stopping = services.stop.is_due(step) and not is_last
+        is_report = is_last or is_stopping or step % services.log_every_steps == 0
         due = [
             hook
             for hook in services.hooks
             if is_due(hook, step, is_last=is_last, is_stopping=is_stopping)
+            or (is_report and isinstance(hook, TimedHook) and hook.is_wanted())
         ]
-        if is_last or is_stopping or step % services.log_every_steps == 0:
+        if is_report:
             recorder.report(step)
         elif due:
             recorder.flush()  # A checkpoint must find its steps in the metrics file.

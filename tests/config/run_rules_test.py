@@ -301,6 +301,12 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     ),
     ("_process_is_one_of_them", DistributedConfig, {**JOINED, "process_id": 2}, "process_id"),
     (
+        "_one_process_waits_for_no_other",
+        DistributedConfig,
+        {"heartbeat_seconds": 30},
+        "heartbeat_seconds",
+    ),
+    (
         "_kept_steps_are_saved_steps",
         CheckpointConfig,
         {"every_steps": 100, "keep_every_steps": 250},

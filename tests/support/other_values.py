@@ -50,6 +50,8 @@ COMPANIONS = {
         "--config.distributed.coordinator=h:1",
         "--config.distributed.num_processes=4",
     ],
+    "distributed.heartbeat_seconds": ["--config.distributed.enabled"],
+    "distributed.initialization_seconds": ["--config.distributed.enabled"],
     "logging.wandb_project": ["--config.logging.writers=wandb"],
     "logging.writers": ["--config.logging.wandb_project=mine"],
 }

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from absl import logging as absl_logging
 
+from megatransformer_jax.checkpoints.save_times import SaveTimer
 from megatransformer_jax.training.loop import (
     CheckpointHook,
     LoopServices,
@@ -217,7 +218,7 @@ def test_no_checkpoint_is_saved_after_a_bad_step_but_at_the_end(tmp_path, last_i
     saved, validated = [], []
     hooks = [
         RecordingHook(1, log=validated),
-        CheckpointHook(1, lambda step, state, loss: saved.append(step)),
+        CheckpointHook(1, lambda step, state, loss: saved.append(step) or {}),
     ]
     run = Run(tmp_path, batches, total_steps=5)
     run(hooks, log_every_steps=100)
@@ -230,7 +231,7 @@ def test_a_stop_in_the_middle_of_bad_steps_is_saved(tmp_path):
     saved = []
     stop = StopRequest()
     stop.is_due = lambda step: step == 3
-    save = CheckpointHook(1, lambda step, state, loss: saved.append(step))
+    save = CheckpointHook(1, lambda step, state, loss: saved.append(step) or {})
     Run(tmp_path, [np.float32(0)] + [np.float32(np.nan)] * 4, total_steps=5)([save], stop=stop)
     assert saved == [1, 3]
 
@@ -251,7 +252,7 @@ def test_a_signal_ends_the_run_after_the_step_and_saves(tmp_path, number):
         return jax.device_put(batch)
 
     placed = []
-    save = CheckpointHook(100, lambda step, state, scores: saved.append((step, scores)))
+    save = CheckpointHook(100, lambda step, state, scores: saved.append((step, scores)) or {})
     run = Run(tmp_path, total_steps=6)
     before = signal.getsignal(number)
     with StopRequest() as stop:
@@ -329,11 +330,28 @@ def test_last_step_is_saved_with_its_validation_scalars(tmp_path):
     saved = []
     hooks = [
         RecordingHook(4, at_end=True, result={"validation/loss": 0.25, "other/x": 1.0}),
-        CheckpointHook(2, lambda step, state, scores: saved.append((step, scores))),
+        CheckpointHook(2, lambda step, state, scores: saved.append((step, scores)) or {}),
     ]
     Run(tmp_path, total_steps=5)(hooks)
     scores = {"validation/loss": 0.25}
     assert saved == [(2, {}), (4, scores), (5, scores)]
+
+
+def test_a_save_by_the_clock_comes_at_a_report_and_counts_from_the_last_save(tmp_path):
+    """Reports after 2, 4, 6 ..., a save by steps after 5, and a step takes half a minute."""
+    saved, minutes = [], iter(np.arange(0, 50, 0.5))
+    clock = [0.0]
+
+    def place(batch):
+        clock[0] = 60 * next(minutes)
+        return jax.device_put(batch)
+
+    timer = SaveTimer(1.5, now=lambda: clock[0])
+    save = CheckpointHook(5, lambda step, state, scores: saved.append(step) or {}, timer)
+    batches = [np.float32(0)] * 7 + [np.float32(np.nan)] + [np.float32(0)] * 4
+    Run(tmp_path, batches, total_steps=12)([save], place=place)
+    # 8 is due as well (1.5 minutes after 5), but its update was skipped; 10 is due by its number.
+    assert saved == [4, 5, 10, 12]
 
 
 def test_samples_are_logged_and_written(tmp_path, caplog):
