@@ -25,13 +25,12 @@ def start_distributed(config: DistributedConfig) -> None:
     """
     if not config.enabled:
         return
-    timeouts = {
-        "initialization_timeout": config.initialization_seconds,
-        "heartbeat_timeout_seconds": config.heartbeat_seconds,
-    }
     if config.coordinator is None:
         try:
-            jax.distributed.initialize(**timeouts)
+            jax.distributed.initialize(
+                initialization_timeout=config.initialization_seconds,
+                heartbeat_timeout_seconds=config.heartbeat_seconds,
+            )
         except ValueError as error:  # What JAX found is not enough.
             raise ConfigError(
                 "distributed.coordinator",
@@ -44,7 +43,8 @@ def start_distributed(config: DistributedConfig) -> None:
         coordinator_address=config.coordinator,
         num_processes=config.num_processes,
         process_id=config.process_id,
-        **timeouts,
+        initialization_timeout=config.initialization_seconds,
+        heartbeat_timeout_seconds=config.heartbeat_seconds,
     )
 
 

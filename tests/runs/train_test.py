@@ -189,7 +189,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, small_run):
 
 
 def test_processes_without_a_cluster_are_refused(tmp_path, small_run, monkeypatch):
-    def initialize():
+    def initialize(**timeouts):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)

@@ -1,6 +1,7 @@
 """The loop, its recorder and its hooks, with a step that trains one number."""
 
 import io
+import itertools
 import logging
 import os
 import re
@@ -339,7 +340,7 @@ def test_last_step_is_saved_with_its_validation_scalars(tmp_path):
 
 def test_a_save_by_the_clock_comes_at_a_report_and_counts_from_the_last_save(tmp_path):
     """Reports after 2, 4, 6 ..., a save by steps after 5, and a step takes half a minute."""
-    saved, minutes = [], iter(np.arange(0, 50, 0.5))
+    saved, minutes = [], itertools.count(step=0.5)
     clock = [0.0]
 
     def place(batch):
