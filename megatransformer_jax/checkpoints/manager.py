@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers
 from megatransformer_jax.checkpoints import compatibility
 from megatransformer_jax.config.loop import CheckpointConfig, SavingConfig
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.failures import SaveFailed, fix_of, storage_problem
 
 _STATE, _DATA, _RUN = "state", "data", "run"
 
@@ -148,21 +150,48 @@ class CheckpointManager:
       directory: where they are; made if absent.
       config: which are kept. None: for reading only. The folder must be there and is left as it
         is, so that a run may be writing to it at the same time.
+      before_commit: called in the background when a save is about to become a checkpoint, by the
+        process that makes it one; what it raises prevents that, and `wait` raises it.
+
+    Raises:
+      UserError: if the folder cannot be used.
+      DamagedCheckpoint: if the scores of a checkpoint cannot be read.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], config: SavingConfig | None):
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        config: SavingConfig | None,
+        before_commit: Callable[[], None] | None = None,
+    ):
         self._directory = Path(directory).absolute()
         self._config = config
+        self._saving_step: int | None = None
+        self._has_failed = False
         self._remove_trash()
-        self._manager = ocp.CheckpointManager(
-            self._directory,
-            options=_options(config),
-            item_handlers={
-                _STATE: ocp.StandardCheckpointHandler(),
-                _DATA: ocp.JsonCheckpointHandler(),
-                _RUN: ocp.JsonCheckpointHandler(),
-            },
-        )
+        if self._directory.is_file():
+            raise UserError(
+                f"{self._directory} is a file, not the folder of checkpoints; put the folder back, "
+                "or name another workdir."
+            )
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=_options(config, before_commit),
+                item_handlers={
+                    _STATE: ocp.StandardCheckpointHandler(),
+                    _DATA: ocp.JsonCheckpointHandler(),
+                    _RUN: ocp.JsonCheckpointHandler(),
+                },
+            )
+        except OSError as error:
+            problem = storage_problem(error)
+            raise UserError(
+                f"{self._directory} cannot be used for checkpoints ({problem}); {fix_of(error)}."
+            ) from error
+        except ValueError as error:  # It reads the scores of all checkpoints.
+            self._check_scores()
+            raise error
 
     @property
     def directory(self) -> Path:
@@ -228,24 +257,27 @@ class CheckpointManager:
 
         Raises:
           ValueError: if the manager is for reading only.
+          SaveFailed: if this save, or the one before it, cannot be written.
         """
         if self._config is None:
             raise ValueError("opened for reading only; give a CheckpointConfig to save")
         if step in self._manager.all_steps():
             return
         self.wait()
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{
-                    _STATE: ocp.args.StandardSave(state),
-                    _DATA: ocp.args.JsonSave(dict(iterator_state)),
-                    _RUN: ocp.args.JsonSave(dict(run)),
-                }
-            ),
-            metrics=dict(scores or {}),
-            force=True,
-        )
+        self._saving_step = step
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    **{
+                        _STATE: ocp.args.StandardSave(state),
+                        _DATA: ocp.args.JsonSave(dict(iterator_state)),
+                        _RUN: ocp.args.JsonSave(dict(run)),
+                    }
+                ),
+                metrics=dict(scores or {}),
+                force=True,
+            )
 
     def run_info(self, step: int) -> dict[str, Any]:
         """The `run` mapping that was saved with a checkpoint.
@@ -354,9 +386,10 @@ class CheckpointManager:
         """Waits until every save is on disk and removes what is no longer kept.
 
         Raises:
-          Exception: what went wrong in the background, such as a full disk.
+          SaveFailed: if a save could not be written, such as for a full disk.
         """
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
         self._remove_trash()
 
     def join(self) -> None:
@@ -365,13 +398,33 @@ class CheckpointManager:
         if thread is not None:
             thread.join()
 
+    def check(self) -> None:
+        """Raises what went wrong with a save in the background; waits for none.
+
+        Raises:
+          SaveFailed: see `wait`.
+        """
+        thread = self._manager._finalize_thread.get()
+        if thread is not None and not thread.is_alive():
+            with self._writing():
+                self._manager.wait_until_finished()
+
     def close(self) -> None:
-        """Waits for saves and for the removal of temporary folders, and releases the manager."""
-        self.wait()
-        # Orbax waits for it when it saves but not here; where nothing was saved, the exit of Python
-        # would cut it off, with a traceback on stderr.
-        self._manager._maybe_await_cleanup_tmp_directory()
-        self._manager.close()
+        """Waits for saves and for the removal of temporary folders, and releases the manager.
+
+        Raises:
+          SaveFailed: see `wait`; not a second time.
+        """
+        try:
+            if not self._has_failed:
+                self.wait()
+        finally:
+            # What else fails is of the same cause, which has been told.
+            with contextlib.suppress(Exception) if self._has_failed else contextlib.nullcontext():
+                # Orbax waits for it when it saves but not here; where nothing was saved, the exit
+                # of Python would cut it off, with a traceback on stderr.
+                self._manager._maybe_await_cleanup_tmp_directory()
+                self._manager.close()
 
     def _read_parts(self, wanted: Any, step: int) -> Any:
         with self._reading(step), ocp.PyTreeCheckpointer() as checkpointer:
@@ -389,20 +442,78 @@ class CheckpointManager:
             return tree_shapes(self._manager.item_metadata(step)[_STATE])
 
     @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in one line what could not be saved, why, and what is whole."""
+        try:
+            yield
+        except UserError:  # Of `before_commit`.
+            self._has_failed = True
+            raise
+        except Exception as error:
+            self._has_failed = True
+            problem = storage_problem(error)
+            if problem is None:
+                raise
+            step = self._saving_step
+            name = "checkpoints" if step is None else f"the checkpoint of step {step}"
+            raise SaveFailed(
+                f"{name} could not be saved in {self._directory} ({problem}). {self.way_out(error)}"
+            ) from error
+
+    def way_out(self, error: BaseException) -> str:
+        """What to do about storage that failed, and where the run goes on, as sentences."""
+        thread = self._manager._finalize_thread.get()
+        is_unsure = self._has_failed or (thread is not None and thread.is_alive())
+        whole = [
+            step
+            for step in self.steps()
+            if not (is_unsure and step == self._saving_step)
+            if (self._directory / str(step)).exists()
+        ]
+        then = (
+            f"it resumes from step {whole[-1]}, the newest whole checkpoint."
+            if whole
+            else "no checkpoint is whole yet, so it starts afresh."
+        )
+        fix = fix_of(error)
+        return f"{fix[0].upper()}{fix[1:]}, then start the same command again: {then}"
+
+    @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         """Says which checkpoint is damaged where Orbax would name a missing key or a bad byte."""
         try:
             yield
-        except (KeyError, ValueError, OSError) as error:
-            earlier = [other for other in self.steps() if other < step]
-            then = f"resume from step {earlier[-1]}" if earlier else "start afresh"
-            # The text of a KeyError is the repr of its argument.
-            text = error.args[0] if isinstance(error, KeyError) and error.args else error
-            reason = " ".join(str(text).split())[:200]
-            raise DamagedCheckpoint(
-                f"the checkpoint {self._directory / str(step)} is damaged ({reason}); delete that "
-                f"folder to {then}."
-            ) from error
+        except Exception as error:
+            # Orbax raises a bare Exception where an array's bytes are missing.
+            is_bare = type(error) is Exception and isinstance(error.__cause__, _DAMAGES)
+            if not (is_bare or isinstance(error, _DAMAGES)):
+                raise
+            raise self._damaged(step, self.steps(), error) from error
+
+    def _damaged(
+        self, step: int, steps: Iterable[int], error: BaseException
+    ) -> "DamagedCheckpoint":
+        """The error that names a checkpoint and the way out."""
+        earlier = [other for other in sorted(steps) if other < step]
+        then = f"resume from step {earlier[-1]}" if earlier else "start afresh"
+        # The text of a KeyError is the repr of its argument.
+        text = error.args[0] if isinstance(error, KeyError) and error.args else error
+        reason = " ".join(str(text).split())[:200]
+        return DamagedCheckpoint(
+            f"the checkpoint {self._directory / str(step)} is damaged ({reason}); delete that "
+            f"folder to {then}."
+        )
+
+    def _check_scores(self) -> None:
+        """Names the checkpoint whose scores cannot be read."""
+        steps = [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
+        for step in steps:
+            file = self._directory / str(step) / "metrics" / "metrics"
+            try:
+                if file.exists():
+                    json.loads(file.read_text())
+            except ValueError as error:
+                raise self._damaged(step, steps, error) from error
 
     def _remove_trash(self) -> None:
         if self._config is None:
@@ -413,7 +524,13 @@ class CheckpointManager:
             logging.debug("removed old checkpoints in %s", trash)
 
 
-def _options(config: SavingConfig | None) -> ocp.CheckpointManagerOptions:
+# What reading a checkpoint raises that lacks a file, a part of one, or a byte.
+_DAMAGES = (KeyError, ValueError, OSError)
+
+
+def _options(
+    config: SavingConfig | None, before_commit: Callable[[], None] | None
+) -> ocp.CheckpointManagerOptions:
     # Orbax stores and reads metrics only with `best_fn`; what is kept is up to the policy.
     metrics: dict[str, Any] = {"best_fn": _unused, "best_mode": "min"}
     if config is None:
@@ -424,6 +541,12 @@ def _options(config: SavingConfig | None) -> ocp.CheckpointManagerOptions:
         preservation_policy=retention_policy(config),
         cleanup_tmp_directories=True,
         todelete_subdir=_TRASH,
+        async_options=ocp.AsyncOptions(
+            post_finalization_callback=before_commit,
+            # Where a folder cannot be made in the background, Orbax's threads wait for it for five
+            # minutes, and the process with them.
+            create_directories_asynchronously=False,
+        ),
         **metrics,
     )
 

@@ -71,6 +71,10 @@ def overview() -> str:
             "",
             f"{PROGRAM} COMMAND --help lists the options of a command. In Python: "
             "import megatransformer_jax as mt.",
+            "",
+            "Exit codes: 0 done, or stopped by a signal with everything saved; 2 bad input, so the "
+            "same command fails again;",
+            "3 storage, a lock or another process failed, so the same command may succeed later.",
         ]
     )
 

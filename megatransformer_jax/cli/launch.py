@@ -9,13 +9,14 @@ from collections.abc import Iterator, Sequence
 from absl import logging
 
 from megatransformer_jax.cli.flags import Command, help_page, named_as_written, parse
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.option import TRY_AGAIN, ConfigError, UserError
 from megatransformer_jax.config.run_base import BaseRunConfig
+from megatransformer_jax.failures import is_full, storage_problem
 from megatransformer_jax.runs.workdir import LineFormatter, quiet_libraries
 
-# Exit codes.
-BAD_INPUT = 2
-INTERRUPTED = 130  # As a shell reports a program that Ctrl-C has ended.
+# The exit code that a shell reports of a program that Ctrl-C has ended. Those of errors are in
+# `UserError.exit_code`.
+INTERRUPTED = 130
 
 # A pipe or a file has no width, and a table should not be cut there.
 PLAIN_WIDTH = 140
@@ -24,8 +25,8 @@ PLAIN_WIDTH = 140
 def run_command(command: Command, arguments: Sequence[str]) -> None:
     """Does what a command line asks for.
 
-    Bad input (`UserError`) is printed without a traceback, exit code 2; Ctrl-C is one line, exit
-    code 130.
+    Bad input (`UserError`) is printed without a traceback, exit code 2, or 3 if the same command
+    may succeed later; Ctrl-C is one line, exit code 130.
 
     Args:
       command: the command.
@@ -58,12 +59,24 @@ def drop_output() -> None:
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Ends the program on bad input (exit code 2) and on Ctrl-C (130), without a traceback."""
+    """Ends the program without a traceback.
+
+    Exit codes: that of a `UserError`, 2 or 3; a disk that is full or may not be written to: 3;
+    Ctrl-C: 130.
+    """
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        print(
+            f"error: {storage_problem(error)}; make room, then start the same command again.",
+            file=sys.stderr,
+        )
+        sys.exit(TRY_AGAIN)
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
         sys.stdout.flush()

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_base import TASKS, BaseRunConfig
 from megatransformer_jax.config.run_kinds import VaeRunConfig, VocoderRunConfig
 from megatransformer_jax.evaluation.validation import ScoreHook
+from megatransformer_jax.failures import SaveFailed, is_full, storage_problem
 from megatransformer_jax.runs.build import (
     MemoryPlan,
     check_augmentation,
@@ -46,6 +47,7 @@ from megatransformer_jax.training.distributed import (
 )
 from megatransformer_jax.training.evaluation_params import evaluation_params
 from megatransformer_jax.training.loop import (
+    CheckHook,
     CheckpointHook,
     Hook,
     LoopResult,
@@ -181,7 +183,16 @@ class Run:
         return dict(self._recorder.last)
 
     def finish(self) -> LoopResult:
-        """Steps to the end of the run, with its hooks, then the summary."""
+        """Steps to the end of the run, with its hooks, then the summary.
+
+        Raises:
+          SaveFailed: if something of the run cannot be written.
+          TooManyBadSteps: if too many steps in a row were not finite.
+        """
+        with self._writing():
+            return self._finish()
+
+    def _finish(self) -> LoopResult:
         if self.step >= self.config.train.steps:
             logging.info("all %d steps are done; raise train.steps to go on.", self.step)
         result = self._loop()
@@ -198,7 +209,7 @@ class Run:
         return result
 
     def _loop(self) -> LoopResult:
-        with self._progress, StopRequest() as stop:
+        with self._progress, StopRequest(has_steps=self.has_unsaved_steps) as stop:
             services = LoopServices(
                 hooks=self._hooks(),
                 recorder=self._recorder,
@@ -223,14 +234,29 @@ class Run:
     def _hooks(self) -> list[Hook]:
         """Validation comes before the checkpoint, which is saved with its scores."""
 
+        checks = [CheckHook(self.config.logging.every_steps, self._checkpoints.check)]
         saving = self.config.checkpoint
         timer = None if saving.every_minutes is None else SaveTimer(saving.every_minutes)
         checkpoints = [CheckpointHook(saving.every_steps, self._save, timer)]
         return [
+            *(checks if self._is_kept else []),
             ScoreHook(self.config.evaluation.every_steps, self.task.scores, self.params_of),
             *(checkpoints if self._is_kept else []),
             *self.task.observers(self.params_of, self._writer),
         ]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says in one line what could not be written for a full disk, and what is saved."""
+        try:
+            yield
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise SaveFailed(
+                f"{self.workdir} cannot be written to ({storage_problem(error)}). "
+                f"{self._checkpoints.way_out(error)}"
+            ) from error
 
     @property
     def has_unsaved_steps(self) -> bool:

@@ -177,8 +177,8 @@ def _is_of_others(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def log_file(path: pathlib.Path, level: str) -> Iterator[None]:
-    """Also appends what is logged to a file."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    """Also appends what is logged to a file. A disk that is full ends the file, not the run."""
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(LineFormatter(has_date=True))
     if level != "debug":
         handler.addFilter(_own_or_important)
@@ -191,7 +191,29 @@ def log_file(path: pathlib.Path, level: str) -> Iterator[None]:
         handler.close()
 
 
+class _LogFile(logging.FileHandler):
+    """Does without a line that cannot be written, and says so once."""
+
+    _is_failing = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Instead of a traceback per line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_failing:
+            self._is_failing = True  # The warning comes here too.
+            absl_logging.warning("%s cannot be written (%s).", self.baseFilename, error.strerror)
+
+    def close(self) -> None:
+        """Gives up what is not written yet and cannot be."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def _own_or_important(record: logging.LogRecord) -> bool:
+    if record.exc_info and "/orbax/" in record.pathname:
+        return False  # What failed is raised later, and told in one line.
     is_important = record.levelno >= logging.WARNING
     is_own = pathlib.Path(record.pathname).is_relative_to(_PACKAGE)
     return is_important or is_own or "site-packages" not in record.pathname

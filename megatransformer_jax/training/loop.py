@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
@@ -115,6 +116,30 @@ class CheckpointHook:
         return self._save(step, state, scores)
 
 
+class CheckHook:
+    """Ends the run when something in the background has failed, such as a save.
+
+    Args:
+      every_steps: steps between two looks.
+      check: raises what has failed; it waits for nothing.
+    """
+
+    at_end = False
+    at_stop = False
+    skips_bad_steps = False
+
+    def __init__(self, every_steps: int, check: Callable[[], None]):
+        self.every_steps = every_steps
+        self._check = check
+
+    def __call__(
+        self, step: int, state: TrainState, scalars: Mapping[str, float]
+    ) -> Mapping[str, float]:
+        """Looks."""
+        self._check()
+        return {}
+
+
 class SampleHook:
     """Shows samples of the model and writes them as text.
 
@@ -159,13 +184,25 @@ class StopRequest:
     The first signal asks the loop to finish its step, save and leave; a second Ctrl-C interrupts
     at once. With several processes all must leave after the same step, so JAX's preemption
     service, which listens for SIGTERM in each process, agrees on one.
+
+    Before the first step there is nothing to save, and to compile it may take minutes. SIGTERM then
+    ends a run of one process at once, with exit code 143 as without a handler.
+
+    Args:
+      has_steps: whether there are steps to save already.
+      before_exit: called before the process ends at once.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, has_steps: bool = False, before_exit: Callable[[], None] | None = None
+    ) -> None:
         self._requested = False
+        self._has_steps = has_steps
+        self._before_exit = before_exit
         self._previous: dict[int, Any] = {}
         self._notice: threading.Thread | None = None
         self._is_multi_process = jax.process_count() > 1
+        self._pipe: _SignalPipe | None = None
 
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is not threading.main_thread():
@@ -174,9 +211,12 @@ class StopRequest:
         wanted = (signal.SIGINT,) if self._is_multi_process else (signal.SIGINT, signal.SIGTERM)
         for number in wanted:
             self._previous[number] = signal.signal(number, self._on_signal)
+        if not (self._has_steps or self._is_multi_process):
+            self._pipe = _SignalPipe(self._exit_at_once)
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self._close_pipe()
         self._restore_handlers()
         if self._notice is not None:
             self._notice.join()
@@ -189,6 +229,8 @@ class StopRequest:
 
     def is_due(self, step: int) -> bool:
         """Whether to stop after `step`. Every process must ask at every step."""
+        self._has_steps = True
+        self._close_pipe()
         if not self._is_multi_process:
             return self._requested
         is_agreed = multihost_utils.reached_preemption_sync_point(step)
@@ -196,9 +238,25 @@ class StopRequest:
             logging.warning("a process of this run was asked to stop: saving step %d.", step)
         return is_agreed
 
+    def _exit_at_once(self, number: int) -> None:
+        """In a thread of its own: the main thread may be in the compiler."""
+        if self._has_steps or number != signal.SIGTERM:
+            return
+        logging.warning("SIGTERM: no step has been made, so there is nothing to save; stopped.")
+        if self._before_exit is not None:
+            self._before_exit()
+        os._exit(128 + number)
+
+    def _close_pipe(self) -> None:
+        pipe, self._pipe = self._pipe, None
+        if pipe is not None:
+            pipe.close()
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._restore_handlers()
         self.request()
+        if self._pipe is not None and number == signal.SIGTERM:
+            return  # The process is about to end.
         # The signal may have come in the middle of a line of the log, which the main thread cannot
         # write into again: Python raises an error that would undo all of this.
         self._notice = threading.Thread(
@@ -214,6 +272,35 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+class _SignalPipe:
+    """Calls a function in another thread as soon as a signal comes.
+
+    Python's own handlers wait until the main thread is back from native code, such as the compiler.
+
+    Args:
+      call: gets the number of each signal.
+    """
+
+    def __init__(self, call: Callable[[int], None]):
+        self._call = call
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._previous = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the thread; signals go where they went before."""
+        signal.set_wakeup_fd(self._previous)
+        self._writer.close()
+        self._thread.join()
+        self._reader.close()
+
+    def _listen(self) -> None:
+        while number := self._reader.recv(1):
+            self._call(number[0])
 
 
 # ------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Collects every step's metrics on the device, and fetches, checks and writes them in batches."""
 
+import contextlib
+import itertools
 import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -31,10 +33,11 @@ class MetricsFile:
     Args:
       path: the file; made if absent.
       last_step: the step that the run continues from. Lines of later steps, written by an
-        interrupted run after its last checkpoint, are dropped: those steps are run again.
+        interrupted run after its last checkpoint, are dropped: those steps are run again. Lines
+        that cannot be read are left out with a warning, and the file as it was is kept.
 
     Raises:
-      UserError: if a line cannot be read, except for the last of several (see `_read_lines`).
+      UserError: if no line can be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], last_step: int):
@@ -50,20 +53,50 @@ class MetricsFile:
         self._file.flush()
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file. `write` has told of a disk that is full."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _truncate(self, last_step: int) -> None:
         if not self._path.exists():
             return
-        rows, is_cut = _read_lines(self._path)
+        rows, broken, is_cut = _read_lines(self._path)
+        if broken and not rows:
+            raise UserError(
+                f"{self._path}, line {broken[0][0]}: {broken[0][1]!r} is not a step's metrics, and "
+                "no other line is; move the file away to begin a new one."
+            )
+        if broken:
+            self._keep_damaged(broken)
         if is_cut:
             logging.warning(
                 "%s: its last line is cut off, as after a power failure, and is dropped.",
                 self._path,
             )
-        kept = [line for line, row in rows if row["step"] <= last_step]
-        write_atomically(self._path, "".join(kept))
+        kept = [(line, row["step"]) for line, row in rows if row["step"] <= last_step]
+        write_atomically(self._path, "".join(line for line, _ in kept))
+        steps = {step for _, step in kept}
+        missing = sorted(set(range(min(steps, default=last_step + 1), last_step + 1)) - steps)
+        if missing:
+            logging.warning(
+                "%s has no metrics of %d of the steps up to %d, where the run goes on: %s.",
+                self._path,
+                len(missing),
+                last_step,
+                _first(missing),
+            )
+
+    def _keep_damaged(self, broken: Sequence[tuple[int, str]]) -> None:
+        names = (f"{self._path.name}.damaged{number or ''}" for number in itertools.count())
+        copy = next(path for path in map(self._path.with_name, names) if not path.exists())
+        write_atomically(copy, self._path.read_bytes())
+        logging.warning(
+            "%s: what cannot be read is left out, line %s (%r); the file as it was is %s.",
+            self._path,
+            _first([number for number, _ in broken]),
+            broken[0][1],
+            copy.name,
+        )
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
@@ -72,30 +105,47 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
     Raises:
       UserError: if a line cannot be read, except for the last of several (see `_read_lines`).
     """
+    lines = _read_lines(Path(path))
+    for number, text in lines.broken:
+        raise UserError(
+            f"{path}, line {number}: {text!r} is not a step's metrics; resume the run, which "
+            "leaves it out, or remove that line, or move the file away to begin a new one."
+        )
     return [
         {name: value if name == "step" else float(value) for name, value in row.items()}
-        for _, row in _read_lines(Path(path))[0]
+        for _, row in lines.rows
     ]
 
 
-def _read_lines(path: Path) -> tuple[list[tuple[str, dict[str, Any]]], bool]:
-    """Lines with their rows, and whether the last line was cut and is left out.
+class _Lines(NamedTuple):
+    """Lines with their rows, and numbers and beginnings of lines that cannot be read."""
+
+    rows: list[tuple[str, dict[str, Any]]]
+    broken: list[tuple[int, str]]
+    is_cut: bool  # The last line, which is then in neither.
+
+
+def _read_lines(path: Path) -> _Lines:
+    """The lines of a file of metrics.
 
     A process killed while it wrote leaves a last line without its end; a machine without power may
-    leave one of other bytes.
+    leave one of other bytes. Any other line that cannot be read was damaged later.
     """
     lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
-    rows = []
+    found = _Lines([], [], is_cut=False)
     for number, line in enumerate(lines, start=1):
         row = _row(line)
         if row is not None:
-            rows.append((line, row))
-        elif number < len(lines) or (not rows and line.endswith("\n")):
-            raise UserError(
-                f"{path}, line {number}: {line.strip()[:60]!r} is not a step's metrics; remove "
-                "that line, or move the file away to begin a new one."
-            )
-    return rows, len(rows) < len(lines)
+            found.rows.append((line, row))
+        elif number == len(lines) and (found.rows or not line.endswith("\n")):
+            return found._replace(is_cut=True)
+        else:
+            found.broken.append((number, line.strip()[:60]))
+    return found
+
+
+def _first(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if numbers[8:] else "")
 
 
 def _row(line: str) -> dict[str, Any] | None:

@@ -2,6 +2,8 @@
 
 import html
 import os
+import pathlib
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -147,12 +149,14 @@ class TensorBoardWriter:
         import tensorboardX  # noqa: PLC0415
 
         purge_step = start_step if start_step > 0 else None
+        earlier = _event_files(directory)
         self._writer = tensorboardX.SummaryWriter(
             os.fspath(directory),
             purge_step=purge_step,
             # The rest of the name is the second, which two quick starts may share.
             filename_suffix=f".{start_step:08d}",
         )
+        _put_last(_event_files(directory) - earlier, earlier)
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes one number per name."""
@@ -206,6 +210,28 @@ class TensorBoardWriter:
     def close(self) -> None:
         """Flushes and closes the event file."""
         self._writer.close()
+
+
+# TensorBoard reads the files of a folder in the order of their names, which have the second.
+_EVENT_FILE = re.compile(r"events\.out\.tfevents\.(\d+)(\..*)")
+
+
+def _event_files(directory: str | os.PathLike[str]) -> set[pathlib.Path]:
+    folder = pathlib.Path(directory)
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {path for path in paths if _EVENT_FILE.fullmatch(path.name)}
+
+
+def _put_last(new: set[pathlib.Path], earlier: set[pathlib.Path]) -> None:
+    """Renames a file that would come before those of earlier starts: a clock may be set back.
+
+    It may be open: what is written goes on into it.
+    """
+    newest = max((int(_EVENT_FILE.sub(r"\1", path.name)) for path in earlier), default=-1)
+    for path in new:
+        if int(_EVENT_FILE.sub(r"\1", path.name)) <= newest:
+            name = _EVENT_FILE.sub(rf"events.out.tfevents.{newest + 1:010d}\2", path.name)
+            path.rename(path.with_name(name))
 
 
 def _tags(name: str, is_single: bool, count: int) -> list[str]:

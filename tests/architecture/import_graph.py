@@ -14,6 +14,7 @@ LAYERS: Mapping[str, int] = {
     "streams": 0,
     "extras": 0,
     "files": 0,
+    "failures": 0,
     "sharding": 0,
     "compiled": 1,
     "ops": 1,

@@ -23,6 +23,7 @@ from absl import logging
 from megatransformer_jax.cli.flags import Command
 from megatransformer_jax.cli.launch import run_command
 from megatransformer_jax.config.option import UserError, option
+from megatransformer_jax.failures import SaveFailed
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -37,6 +38,10 @@ def show(parsed):
         signal.pause()
     if parsed.options.greeting == "fail":
         raise UserError("corpus.txt: is empty; name another file.")
+    if parsed.options.greeting == "fail later":
+        raise SaveFailed("the bucket does not answer.")
+    if parsed.options.greeting == "disk full":
+        raise OSError(28, "No space left on device", "out.txt")
     print(parsed.options.greeting, parsed.config.model.width, os.environ.get("GIVEN"))
 
 COMMAND = Command("show", "Shows what a command sees.", Options, show, takes_run=True)
@@ -102,6 +107,21 @@ def test_ctrl_c_is_one_line(program: pathlib.Path) -> None:
     )
     assert done.returncode == 130
     assert done.stderr == "interrupted.\n"
+
+
+@pytest.mark.parametrize(
+    ("greeting", "problem"),
+    [
+        ("fail later", "the bucket does not answer."),
+        ("disk full", "out.txt: No space left on device; make room, then start the same command"),
+    ],
+)
+def test_what_may_succeed_later_has_its_own_exit_code(
+    program: pathlib.Path, greeting: str, problem: str
+) -> None:
+    done = run_program(program, "--config.preset=tiny", f"--greeting={greeting}")
+    assert done.returncode == 3
+    assert f"error: {problem}" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_log_lines_begin_with_the_time(program: pathlib.Path) -> None:

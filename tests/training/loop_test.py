@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import signal
+import threading
 import time
 
 import jax
@@ -15,7 +16,9 @@ import pytest
 from absl import logging as absl_logging
 
 from megatransformer_jax.checkpoints.save_times import SaveTimer
+from megatransformer_jax.config.option import UserError
 from megatransformer_jax.training.loop import (
+    CheckHook,
     CheckpointHook,
     LoopServices,
     SampleHook,
@@ -264,6 +267,42 @@ def test_a_signal_ends_the_run_after_the_step_and_saves(tmp_path, number):
     assert signal.getsignal(number) is before
 
 
+def test_sigterm_before_the_first_step_ends_the_process_at_once(monkeypatch, caplog):
+    """The compiler may hold the main thread for minutes, and there is nothing to save."""
+    ended, released = threading.Event(), []
+    codes = []
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    with StopRequest(before_exit=lambda: released.append(True)) as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended.wait(10)
+        assert (codes, released) == ([128 + signal.SIGTERM], [True])
+        assert "there is nothing to save" in caplog.text
+        stop.is_due(1)
+    # After a step it is saved.
+    for has_steps in (True, False):
+        with StopRequest(has_steps=has_steps) as stop:
+            if not has_steps:
+                assert not stop.is_due(1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.is_due(2)
+    assert len(codes) == 1
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_what_failed_in_the_background_ends_the_run_at_the_next_report(tmp_path):
+    looks = []
+
+    def check():
+        looks.append(True)
+        if len(looks) == 2:
+            raise UserError("the save failed")
+
+    run = Run(tmp_path, total_steps=9)
+    with pytest.raises(UserError, match="the save failed"):
+        run([CheckHook(3, check)])
+    assert len(read_metrics(run.path)) == 6
+
+
 def test_the_second_ctrl_c_interrupts_at_once():
     # Workers of pytest-xdist ignore Ctrl-C, programs do not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -300,7 +339,7 @@ def test_a_signal_in_the_middle_of_a_line_of_the_log_is_not_lost():
     logger = logging.getLogger()
     logger.addHandler(handler)
     try:
-        with StopRequest() as stop:
+        with StopRequest(has_steps=True) as stop:
             absl_logging.error("step 3")
         assert stop.is_due(3)
     finally:

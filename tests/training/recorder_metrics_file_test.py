@@ -64,11 +64,39 @@ def test_a_cut_last_line_is_dropped_with_a_warning(tmp_path, tail, caplog):
 
 
 @pytest.mark.parametrize("garbage", ["garbage", '{"loss": 1.0}', "3", '{"step": 1, "lo', ""])
-def test_any_other_line_that_cannot_be_read_is_named(tmp_path, garbage):
+def test_any_other_line_that_cannot_be_read_is_named_and_a_run_goes_on(tmp_path, garbage, caplog):
     path = tmp_path / "m.jsonl"
-    text = f'{{"step": 1, "loss": 1.0}}\n{garbage}\n{{"step": 2, "loss": 0.5}}\n'
+    text = f'{{"step": 1, "loss": 1.0}}\n{garbage}\n{{"step": 3, "loss": 0.5}}\n'
+    for copy in ("m.jsonl.damaged", "m.jsonl.damaged1"):
+        path.write_text(text)
+        with pytest.raises(UserError, match=r"m\.jsonl, line 2: .* resume the run, which leaves"):
+            read_metrics(path)
+        assert path.read_text() == text
+        with caplog.at_level("WARNING", logger="absl"):
+            MetricsFile(path, 3).close()
+        assert [row["step"] for row in read_metrics(path)] == [1, 3]
+        assert (tmp_path / copy).read_text() == text
+        assert f"line 2 ({garbage!r}); the file as it was is {copy}" in caplog.text
+    assert "no metrics of 1 of the steps up to 3, where the run goes on: 2." in caplog.text
+
+
+def test_lines_that_are_lost_are_told_and_a_file_that_was_moved_away_is_not(tmp_path, caplog):
+    path = tmp_path / "m.jsonl"
+    with caplog.at_level("WARNING", logger="absl"):
+        file = MetricsFile(path, 4)  # The lines up to step 4 are elsewhere.
+        file.write([(5, {"loss": 1.0}), (6, {"loss": 1.0})])
+        file.close()
+        MetricsFile(path, 6).close()
+        assert caplog.text == ""
+        MetricsFile(path, 20).close()
+    assert "m.jsonl has no metrics of 14 of the steps up to 20" in caplog.text
+    assert caplog.messages[0].endswith(": 7, 8, 9, 10, 11, 12, 13, 14, ....")
+
+
+@pytest.mark.parametrize("text", ["garbage\n", "a\nb\n", "a\nb"])
+def test_a_file_of_something_else_is_left_alone(tmp_path, text):
+    path = tmp_path / "m.jsonl"
     path.write_text(text)
-    for read in (lambda: MetricsFile(path, 2), lambda: read_metrics(path)):
-        with pytest.raises(UserError, match=r"m\.jsonl, line 2: .* move the file away"):
-            read()
-    assert path.read_text() == text
+    with pytest.raises(UserError, match="and no other line is; move the file away"):
+        MetricsFile(path, 2)
+    assert [one.name for one in tmp_path.iterdir()] == ["m.jsonl"] and path.read_text() == text

@@ -50,6 +50,20 @@ def test_a_resumed_run_hides_the_steps_it_runs_again(tmp_path):
     assert points == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
 
 
+def test_a_clock_that_is_set_back_keeps_the_order_of_starts(tmp_path, monkeypatch):
+    """TensorBoard reads files by name, and names have the second."""
+    for start_step, value in ((0, 1.0), (3, 2.0), (4, 3.0)):
+        writer = build_writer(LoggingConfig(), tmp_path, is_primary=True, start_step=start_step)
+        for step in range(start_step or 1, 6):
+            writer.write_scalars(step, {"loss": value})
+        writer.close()
+        monkeypatch.setattr("time.time", lambda: 1_000_000_000.0)
+    names = sorted(path.name for path in (tmp_path / "events").iterdir())
+    assert [name.rpartition(".")[2] for name in names] == ["00000000", "00000003", "00000004"]
+    points = [(p.step, p.value) for p in events(tmp_path / "events").Scalars("loss")]
+    assert points == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 3.0), (5, 3.0)]
+
+
 def test_tensorboard_reads_back_the_sound_that_was_written(tmp_path):
     writer = build_writer(LoggingConfig(), tmp_path, is_primary=True)
     wave = np.sin(np.arange(400.0) / 8)[None, :, None]
