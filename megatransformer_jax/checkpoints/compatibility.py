@@ -35,7 +35,12 @@ FREE_ON_RESUME = (
 )
 
 # The same numbers in another order of additions.
-SAME_UP_TO_ROUNDING = ("model.remat", "model.attention.kernel", "model.recurrence.unroll")
+SAME_UP_TO_ROUNDING = (
+    "model.remat",
+    "model.attention.kernel",
+    "model.recurrence.unroll",
+    "model.recurrence.kept_every",
+)
 
 # A user's code, which is corrected where it fails; what a name stands for cannot be compared.
 USER_CODE = ("data.augmentation.back_translation",)

@@ -26,7 +26,7 @@ KINDS = (
     "collective-broadcast",
 )
 # What the TPU compiler calls when it cuts a collective into pieces that it puts into computations.
-_START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
+START, DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 Groups = tuple[tuple[int, ...], ...]
 
 # ------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def repeated_pieces(module: Module) -> frozenset[str]:
         for op in computation.ops.values():
             if collective_kind(op) is None:
                 continue
-            if _START in targets:
+            if START in targets:
                 begun.add(op.number("channel_id"))
             else:
                 others[op.name] = op.number("channel_id")
@@ -246,7 +246,7 @@ def _is_cut_at_once(module: Module, op: Op) -> bool:
 
 
 def _is_begun(module: Module, computation: Computation) -> bool:
-    if any(op.target == _START for op in computation.ops.values()):
+    if any(op.target == START for op in computation.ops.values()):
         return True
     callers = module.callers.get(computation.name, [])
     return any(caller.opcode == "async-start" for caller in callers)

@@ -115,6 +115,11 @@ class Course:
             1,
         )
 
+    def seconds(self, op: Op) -> float:
+        """That one run of an operation takes at least, without exchanges."""
+        cost, times = self._cost_of(op)
+        return times * (cost.compute_s + cost.memory_s)
+
     def flops(self, op: Op) -> float:
         """Of one run of an operation, with what is fused into it."""
         if op.target in KERNEL_TARGETS:

@@ -1,7 +1,8 @@
 """The one entry to this folder: `read_program`."""
 
+import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from megatransformer_jax.compiled.buffers import NUM_SHOWN, fullest_moment
 from megatransformer_jax.compiled.chips import Chip
@@ -14,6 +15,7 @@ from megatransformer_jax.compiled.collectives import (
 from megatransformer_jax.compiled.course import Course, Visit
 from megatransformer_jax.compiled.flags import Exchange, find_copies, find_flags
 from megatransformer_jax.compiled.hlo import Module, parse_hlo
+from megatransformer_jax.compiled.overlap import hidden_seconds
 from megatransformer_jax.compiled.reading import Collective, Estimate, Kernel, Loop, ProgramReading
 from megatransformer_jax.compiled.work import KERNEL_TARGETS
 from megatransformer_jax.config.option import UserError
@@ -58,7 +60,7 @@ def read_program(
         for visit in visits
         if collective_kind(visit.op) is not None and visit.op.name not in repeated
     ]
-    collectives = tuple(exchange.collective for exchange in exchanges)
+    collectives = _timed(course, [exchange.collective for exchange in exchanges])
     cost, moment = course.cost(module.main), fullest_moment(course)
     copies = find_copies(course, visits)
     return ProgramReading(
@@ -71,7 +73,8 @@ def read_program(
             floor_s=cost.flops / chip.bf16_flops,
             compute_s=cost.compute_s,
             memory_s=cost.memory_s,
-            exchange_s=sum(_seconds(collective, chip) for collective in collectives),
+            exchange_s=sum(item.total_wire_bytes / _rate(item, chip) for item in collectives),
+            hidden_s=sum(item.times * item.hidden_s for item in collectives),
         ),
         loops=tuple(_loop(course, visit) for visit in visits if visit.op.opcode == "while"),
         collectives=collectives,
@@ -94,9 +97,19 @@ def _where(module: Module, visit: Visit) -> tuple[str | None, int]:
     return None if visit.loop is None else module.body(visit.loop).name, visit.times
 
 
-def _seconds(collective: Collective, chip: Chip) -> float:
-    rate = chip.dcn_bandwidth if collective.is_between_slices else chip.ici_bandwidth
-    return collective.total_wire_bytes / rate
+def _timed(course: Course, collectives: Iterable[Collective]) -> tuple[Collective, ...]:
+    """The same with the seconds that they take, and those that other operations hide."""
+    seconds = {item.name: item.wire_bytes / _rate(item, course.chip) for item in collectives}
+    hidden = hidden_seconds(course, seconds)
+    return tuple(
+        dataclasses.replace(item, seconds=seconds[item.name], hidden_s=hidden.get(item.name, 0.0))
+        for item in collectives
+    )
+
+
+def _rate(collective: Collective, chip: Chip) -> float:
+    """Bytes per second of the links that an exchange goes over."""
+    return chip.dcn_bandwidth if collective.is_between_slices else chip.ici_bandwidth
 
 
 def _loop(course: Course, visit: Visit) -> Loop:

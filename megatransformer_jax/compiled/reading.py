@@ -55,6 +55,8 @@ class Collective:
       times: in one call.
       is_async: computation can go on meanwhile.
       source: where it was written.
+      seconds: that it takes each time, at the rate of its links.
+      hidden_s: of these, those in which other operations run.
     """
 
     name: str
@@ -69,6 +71,8 @@ class Collective:
     times: int
     is_async: bool
     source: str
+    seconds: float = 0.0
+    hidden_s: float = 0.0
 
     @property
     def total_wire_bytes(self) -> float:
@@ -164,26 +168,34 @@ class Flag:
 class Estimate:
     """How long one call takes at least, and if nothing overlaps.
 
-    Neither is a measurement. The floor cannot be beaten. The other adds up, operation by
-    operation, the longer of FLOPs over peak and bytes over bandwidth, and then the collectives; it
-    leaves out how well a shape fills the matrix unit and the gaps between operations.
+    None is a measurement. The floor cannot be beaten. Without overlap operations are added up one
+    by one, each as the longer of FLOPs over peak and bytes over bandwidth, and then the
+    collectives; with it, the time of collectives in which the schedule has other operations is left
+    out. Both ignore how well a shape fills the matrix unit and the gaps between operations.
 
     Attributes:
       floor_s: all FLOPs at the chip's peak rate.
       compute_s: of the operations that computing bounds.
       memory_s: of the operations that memory bounds.
       exchange_s: of the collectives, on one axis of the torus or between slices.
+      hidden_s: of these seconds, those in which other operations run.
     """
 
     floor_s: float
     compute_s: float
     memory_s: float
     exchange_s: float
+    hidden_s: float = 0.0
 
     @property
     def no_overlap_s(self) -> float:
         """One after the other."""
         return self.compute_s + self.memory_s + self.exchange_s
+
+    @property
+    def scheduled_s(self) -> float:
+        """With exchanges next to computation, as far as the schedule has it so."""
+        return self.no_overlap_s - self.hidden_s
 
     def utilisation(self, useful_flops: float, chip: Chip) -> float:
         """Share of the chip's peak rate that is put to use without overlap (MFU).
@@ -262,6 +274,7 @@ class ProgramReading:
         """For JSON."""
         values = dataclasses.asdict(self)
         values["estimate"]["no_overlap_s"] = self.estimate.no_overlap_s
+        values["estimate"]["scheduled_s"] = self.estimate.scheduled_s
         return values | {
             "kernel_flops": self.kernel_flops,
             "hbm_bytes_outside_loops": self.hbm_bytes_outside_loops,

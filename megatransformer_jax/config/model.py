@@ -172,8 +172,10 @@ class ModelConfig:
         "none",
         "What is recomputed in the backward pass. none: nothing. full: each core iteration and "
         "each other layer, those of encoders and decoders of images and sound included. dots: the "
-        "same, but products and convolutions with weights are kept.",
-        choices=("none", "full", "dots"),
+        "same, but products and convolutions with weights are kept. offload: as full, but what is "
+        "kept, the states between iterations and between other layers of the transformer, waits in "
+        "the host's memory, which on a CPU is the same.",
+        choices=("none", "full", "dots", "offload"),
     )
     scan_layers: bool = option(
         False,
@@ -259,6 +261,16 @@ class ModelConfig:
                 "sharing.scheme",
                 f"{self.sharing.scheme!r} with residual='admin': layers that share weights share "
                 "omega, which depends on the place; use 'none'.",
+            )
+
+    @rule("recurrence.kept_every")
+    def _groups_are_recomputed(self) -> None:
+        """Above 1 only with remat other than 'none'."""
+        if self.recurrence.kept_every > 1 and self.remat == "none":
+            raise ConfigError(
+                "recurrence.kept_every",
+                f"{self.recurrence.kept_every} with remat='none' keeps all values of every "
+                "iteration, so none need be computed again; set remat='full', or leave it at 1.",
             )
 
     @rule("scan_layers")

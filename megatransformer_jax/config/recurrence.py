@@ -133,8 +133,33 @@ class RecurrenceConfig:
         minimum=1,
     )
 
+    kept_every: int = option(
+        1,
+        "With model.remat, the loop with gradients keeps the state before every n-th iteration "
+        "alone. The states between are computed again from it, which costs one more forward pass "
+        "of these iterations and keeps backprop_depth / n + n states instead of backprop_depth.",
+        minimum=1,
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("kept_every")
+    def _groups_fill_the_loop(self) -> None:
+        """Divides backprop_depth."""
+        if self.backprop_depth % self.kept_every:
+            raise ConfigError(
+                "kept_every",
+                f"{self.kept_every} does not divide backprop_depth={self.backprop_depth}; use a "
+                "divisor of it.",
+            )
+
+    @property
+    def kept_states(self) -> int:
+        """States of the loop with gradients that are in memory at one time."""
+        if self.kept_every == 1:
+            return self.backprop_depth
+        return self.backprop_depth // self.kept_every + self.kept_every
 
     @rule("mean_steps", "backprop_depth")
     def _depths_fit_max_steps(self) -> None:

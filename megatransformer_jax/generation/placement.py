@@ -38,7 +38,7 @@ def for_rows(model: MegaTransformer, num_rows: int) -> MegaTransformer:
     if sharder.mesh is not None:
         batch = sharder.rules.batch if num_rows % sharder.ways("batch") == 0 else None
         rules = dataclasses.replace(sharder.rules, batch=batch, length=None)
-        sharder = Sharder(sharder.mesh, rules)
+        sharder = dataclasses.replace(sharder, rules=rules)
     if attention.kernel != "xla":
         # A kernel named for training need not serve a prompt's shape.
         attention = dataclasses.replace(attention, kernel="auto")

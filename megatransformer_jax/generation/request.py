@@ -128,6 +128,7 @@ class CachePlan:
             config.sharing,
             config.exited_reads,
             with_media,
+            model.sharder.num_heads(model.config.attention.kv_heads),
         )
 
 

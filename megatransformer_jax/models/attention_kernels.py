@@ -59,7 +59,8 @@ def kernel_choices(
       UnsupportedKernelError: `model.attention.kernel` names one that cannot serve.
     """
     requested, fused = model.config.attention.kernel, PLATFORM_KERNELS[model.platform]
-    sharder, kv_heads = sharder or model.sharder, model.config.attention.kv_heads
+    sharder = sharder or model.sharder
+    kv_heads = sharder.num_heads(model.config.attention.kv_heads)
     found: dict[tuple[str, tuple[str, ...], tuple[str, ...], Exchange], list[int]] = {}
     for length in lengths:
         exchange = choose_exchange(sharder, length, length, kv_heads)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Key
 
 from megatransformer_jax.config.model import ModelConfig, RecurrenceConfig
@@ -32,7 +33,7 @@ from megatransformer_jax.models.gate_readout import (
     read_iteration,
 )
 from megatransformer_jax.nn.adapters import build_adapter
-from megatransformer_jax.nn.block import Stack, remat_policy
+from megatransformer_jax.nn.block import KEPT_STATE, Stack, remat_policy
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import embedding_scale
 from megatransformer_jax.nn.kv_cache import KVCache
@@ -196,6 +197,8 @@ class Pass:
 def _step(
     core: Pass, state: jax.Array, iteration: jax.Array | int, step: jax.Array | int
 ) -> jax.Array:
+    if core.core.config.remat == "offload":
+        state = checkpoint_name(state, KEPT_STATE)
     rngs = {}
     if core.dropout_key is not None:
         rngs = {"dropout": jax.random.fold_in(core.dropout_key, step)}
@@ -217,6 +220,7 @@ def recur(
     backprop_depth: int,
     unroll: int = 1,
     trains_state: bool = False,
+    kept_every: int = 1,
 ) -> Float[Array, "B T D"]:
     """Iterates the core `num_steps` times.
 
@@ -229,6 +233,8 @@ def recur(
       unroll: iterations of the second phase that are laid out per turn of its scan.
       trains_state: gradients flow into `state` too, where no more than `backprop_depth` iterations
         follow it.
+      kept_every: of the states before iterations with gradients every n-th is kept; the others are
+        computed again. Divides `backprop_depth`.
 
     Returns:
       The state after the last iteration; rows whose count is 0 keep theirs.
@@ -250,7 +256,18 @@ def recur(
         state = jnp.where(begin >= num_stopped, first, state)
     # Draws below backprop_depth make the first of these iterations negative: before every begin.
     steps = total - backprop_depth + jnp.arange(backprop_depth)
-    state, _ = jax.lax.scan(lambda s, i: (advance(core, s, i), None), state, steps, unroll=unroll)
+
+    def scan(core: Pass, state: jax.Array, steps: jax.Array) -> jax.Array:
+        state, _ = jax.lax.scan(
+            lambda s, i: (advance(core, s, i), None), state, steps, unroll=unroll
+        )
+        return state
+
+    if kept_every == 1:
+        return scan(core, state, steps)
+    group = jax.checkpoint(scan, policy=jax.checkpoint_policies.nothing_saveable)
+    groups = steps.reshape(-1, kept_every)
+    state, _ = jax.lax.scan(lambda s, steps: (group(core, s, steps), None), state, groups)
     return state
 
 

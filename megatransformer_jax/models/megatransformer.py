@@ -354,6 +354,7 @@ class MegaTransformer(nn.Module):
                 backprop_depth=backprop_depth,
                 unroll=unroll,
                 trains_state=config.recurrence.trains_state,
+                kept_every=config.recurrence.kept_every,
             )
         else:
             if backprop_depth:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.nn.context import NEW_ROWS, CachedPass, LayerContext
 from megatransformer_jax.nn.conv import FAN_IN, ZEROS
+from megatransformer_jax.nn.cut_matrices import fill_heads
 from megatransformer_jax.nn.loop_parameters import Loop, with_low_rank
 from megatransformer_jax.nn.norms import rms_normalize
 from megatransformer_jax.nn.parameters import Initializer, WeightInit, matrix, vector
@@ -83,8 +84,8 @@ class SelfAttention(nn.Module):
             value,
             context.mask,
             Kernel(self.platform, config.kernel, self.sharder),
-            terms=LogitTerms(config.logit_softcap, context.alibi_slopes),
-            head_mask=None if context.head_mask is None else context.head_mask[layer],
+            terms=self._terms(context),
+            head_mask=self._head_mask(context, layer),
             dropout=dropout,
         )
 
@@ -111,7 +112,6 @@ class SelfAttention(nn.Module):
         cached: CachedPass,
         layer: int | jax.Array,
     ) -> jax.Array:
-        config = self.config.attention
         rows: Any = cached.rows
         mixed = cached_attention(
             query,
@@ -121,26 +121,36 @@ class SelfAttention(nn.Module):
             cached.key_positions,
             rows.replace(entry=rows.entry + layer, sharder=self.sharder),
             window=context.mask.window,
-            terms=LogitTerms(config.logit_softcap, context.alibi_slopes),
+            terms=self._terms(context),
         )
-        if context.head_mask is None:
-            return mixed
-        return mixed * context.head_mask[layer].astype(mixed.dtype)[:, None]
+        head_mask = self._head_mask(context, layer)
+        return mixed if head_mask is None else mixed * head_mask.astype(mixed.dtype)[:, None]
+
+    def _terms(self, context: LayerContext) -> LogitTerms:
+        slopes = context.alibi_slopes
+        slopes = None if slopes is None else self.sharder.fill_heads(slopes)
+        return LogitTerms(self.config.attention.logit_softcap, slopes)
+
+    def _head_mask(self, context: LayerContext, layer: int | jax.Array) -> jax.Array | None:
+        mask = context.head_mask
+        return None if mask is None else self.sharder.fill_heads(mask[layer], value=1.0)
 
     def _project(self, x: jax.Array, loop: Loop | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         config = self.config.attention
-        width, heads, kv_heads = x.shape[-1], config.num_heads, config.kv_heads
-        head_dim, group = self.config.head_dim(width), heads // kv_heads
-        shape = (width, kv_heads, group + 2, head_dim)
-        axes = ("embed", "kv_heads", None, None)
+        width, group = x.shape[-1], config.num_heads // config.kv_heads
+        head_dim = self.config.head_dim(width)
+        shape = (width, config.kv_heads, group + 2, head_dim)
+        axes = ("embed", "head_rows", None, "head_width")
         kernel = matrix(self, "qkv", self.inits.input, shape, axes, self.policy)
+        kernel = fill_heads(kernel, axes, self.sharder)
         record_input(self, "qkv", x)
         fused = einsum("btd,dkgh->btkgh", x, kernel)
         fused = with_low_rank(self, "qkv", fused, x, axes, loop, self.policy)
         if config.qkv_bias:
-            bias = vector(self, "qkv_bias", nn.initializers.zeros, shape[1:], axes[1:])
-            fused = fused + bias.astype(fused.dtype)
-        query = fused[..., :group, :].reshape(*x.shape[:2], heads, head_dim)
+            names = ("head_rows", None, None)
+            bias = vector(self, "qkv_bias", nn.initializers.zeros, shape[1:], names)
+            fused = fused + self.sharder.fill_heads(bias).astype(fused.dtype)
+        query = fused[..., :group, :].reshape(*x.shape[:2], -1, head_dim)
         return query, fused[..., group, :], fused[..., group + 1, :]
 
     def _prepare(
@@ -151,12 +161,8 @@ class SelfAttention(nn.Module):
         if config.qk_norm and not config.qk_norm_after_rotary:
             query, key = self._normalize(query, key)
         if config.qk_bias:
-            zeros = nn.initializers.zeros
-            query_shape, key_shape = query.shape[-2:], key.shape[-2:]
-            query_bias = vector(self, "query_bias", zeros, query_shape, ("heads", None))
-            key_bias = vector(self, "key_bias", zeros, key_shape, ("kv_heads", None))
-            query = query + query_bias.astype(query.dtype)
-            key = key + key_bias.astype(key.dtype)
+            query = query + self._bias("query_bias", config.num_heads, query)
+            key = key + self._bias("key_bias", config.kv_heads, key)
         if context.rotary is not None:
             convention = self.config.positions.rotary_convention
             query = apply_rotary(query, context.rotary, convention)
@@ -165,18 +171,25 @@ class SelfAttention(nn.Module):
             query, key = self._normalize(query, key)
         return query, key
 
+    def _bias(self, name: str, num_heads: int, heads: jax.Array) -> jax.Array:
+        shape, axes = (num_heads, heads.shape[-1]), ("head_rows", None)
+        bias = vector(self, name, nn.initializers.zeros, shape, axes)
+        return self.sharder.fill_heads(bias).astype(heads.dtype)
+
     def _normalize(self, query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         return (
-            self._normalize_heads(query, "query_scale", "heads"),
-            self._normalize_heads(key, "key_scale", "kv_heads"),
+            self._normalize_heads(query, "query_scale"),
+            self._normalize_heads(key, "key_scale"),
         )
 
-    def _normalize_heads(self, heads: jax.Array, name: str, axis: str) -> jax.Array:
+    def _normalize_heads(self, heads: jax.Array, name: str) -> jax.Array:
         """RMS over each head of [B, T, heads, H], or over all of them together."""
         config = self.config.attention
         eps = self.config.norm.eps if config.qk_norm_eps is None else config.qk_norm_eps
         of_width = config.qk_norm_span == "width"
-        shape, axes = (heads.shape[-2:], (axis, None)) if of_width else (heads.shape[-1:], None)
+        shape, axes = (
+            (heads.shape[-2:], ("head_rows", None)) if of_width else (heads.shape[-1:], None)
+        )
         scale = None
         if config.qk_norm_scale:
             scale = vector(self, name, nn.initializers.ones, shape, axes)
@@ -185,15 +198,16 @@ class SelfAttention(nn.Module):
     def _add_embedding(self, value: jax.Array, x: jax.Array, rows: jax.Array) -> jax.Array:
         """v + 2 sigmoid(gate(x)) e per key/value head; the gate starts at 1."""
         channels = self.config.value_embedding.gate_channels
-        shape, axes = (channels, value.shape[-2]), (None, "kv_heads")
+        shape, axes = (channels, value.shape[-2]), (None, "head_rows")
         kernel = matrix(self, "value_gate", nn.initializers.zeros, shape, axes, self.policy)
         gate = 2.0 * jax.nn.sigmoid((x[..., :channels] @ kernel).astype(jnp.float32))
         return value + gate[..., None].astype(value.dtype) * rows.astype(value.dtype)
 
     def _merge(self, mixed: jax.Array, width: int, loop: Loop | None) -> jax.Array:
-        shape = (*mixed.shape[-2:], width)
-        axes = ("heads", None, "embed")
+        shape = (self.config.attention.num_heads, mixed.shape[-1], width)
+        axes = ("head_rows", "head_width", "embed")
         kernel = matrix(self, "output", self.inits.residual, shape, axes, self.policy)
+        kernel = fill_heads(kernel, axes, self.sharder)
         # As one axis N*H: over two, XLA on CPU transposes the kernel again in every call.
         mixed = mixed.reshape(*mixed.shape[:2], -1)
         record_input(self, "output", mixed)

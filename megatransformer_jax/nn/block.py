@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.config.model import ModelConfig
@@ -28,6 +29,9 @@ RESIDUAL_UPDATES = "residual_updates"
 # Everything that layers sow. A loop over layers would lose it.
 SOWN_BY_LAYERS = (NEW_ROWS, RESIDUAL_UPDATES, PRODUCT_INPUTS, "intermediates")
 
+# The name of what layers and iterations are computed again from, for policies of `jax.checkpoint`.
+KEPT_STATE = "kept_state"
+
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -35,7 +39,7 @@ class Block(nn.Module):
     """Attention, then feed-forward, each added to the residual stream.
 
     The norm's placement is `config.norm.placement`; `NormConfig` has the formulas. How an update
-    joins the stream is `config.residual`.
+    joins the stream is `config.residual`. `names_input` gives the input the name `KEPT_STATE`.
     """
 
     config: ModelConfig
@@ -43,12 +47,15 @@ class Block(nn.Module):
     policy: DTypePolicy
     sharder: Sharder
     platform: str
+    names_input: bool = False
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "B T D"], context: LayerContext, layer: int | Int[Array, ""]
     ) -> Float[Array, "B T D"]:
         """Runs the layer; `layer` is its place in its stack, traced where layers are scanned."""
+        if self.names_input:
+            x = checkpoint_name(x, KEPT_STATE)
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
         attend = SelfAttention(*parts, name="attention")
         feed_forward = self._feed_forward(context)
@@ -126,7 +133,10 @@ class Stack(nn.Module):
         block_class = rematerialized(Block, self.remat, static_argnums=(3,))
         self.sow(RESIDUAL_UPDATES, "stream", x)
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
-        blocks = [block_class(*parts, name=f"layer_{owner}") for owner in sorted(set(self.owners))]
+        blocks = [
+            block_class(*parts, names_input=self.remat == "offload", name=f"layer_{owner}")
+            for owner in sorted(set(self.owners))
+        ]
         for layer, owner in enumerate(self.owners):
             x = blocks[owner](x, self._context_of(context, layer, layer), layer)
         return x
@@ -157,7 +167,7 @@ class Stack(nn.Module):
 
     def _scan(self, x: jax.Array, context: LayerContext) -> jax.Array:
         parts = (self.config, self.inits, self.policy, self.sharder, self.platform)
-        block = Block(*parts, parent=None)
+        block = Block(*parts, names_input=self.remat == "offload", parent=None)
         dropout_key = None if context.deterministic else self.make_rng("dropout")
 
         def apply_layer(params: Any, x: jax.Array, layer: jax.Array, like: int) -> jax.Array:
@@ -196,7 +206,7 @@ def rematerialized(
 
     Args:
       module_class: of a layer.
-      remat: none, full or dots.
+      remat: none, full, dots or offload.
       static_argnums: arguments of its call that are not arrays, counted from `self`, which is 0.
 
     Raises:
@@ -208,8 +218,8 @@ def rematerialized(
 
 
 def remat_policy(remat: str) -> Callable[..., bool] | None:
-    """What a rematerialised layer keeps: nothing (full) or its products and convolutions with
-    weights (dots).
+    """What a rematerialised layer keeps: nothing (full), its products and convolutions with weights
+    (dots), or its input in the host's memory (offload).
 
     Raises:
       ValueError: for 'none', which rematerialises nothing, and for unknown names.
@@ -225,7 +235,14 @@ def remat_policy(remat: str) -> Callable[..., bool] | None:
                 ),
                 policies.save_only_these_names(PRODUCT),
             )
-    raise ValueError(f"remat={remat!r} has no policy; it must be 'full' or 'dots'")
+        case "offload":
+            return jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=[KEPT_STATE],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+    raise ValueError(f"remat={remat!r} has no policy; it must be 'full', 'dots' or 'offload'")
 
 
 def _is_convolution(primitive: Any, *unused: Any, **params: Any) -> bool:

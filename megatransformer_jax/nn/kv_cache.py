@@ -142,6 +142,7 @@ class CacheShape:
       sharing: how iterations share slots, one of `SHARINGS`, see `slot_for`.
       exited_reads: what a deeper reader gets of tokens that exited, one of `EXITED_READS`.
       with_media: images and sound can be put between the tokens.
+      kv_heads: if devices fill heads up (`Sharder.num_heads`). None: those of the model.
 
     Raises:
       UserError: capacity, slots or a name that cannot be used.
@@ -155,6 +156,7 @@ class CacheShape:
     sharing: str = "modulo"
     exited_reads: str = "latest"
     with_media: bool = False
+    kv_heads: int | None = None
 
     def __post_init__(self) -> None:
         for name, number, what in (
@@ -183,7 +185,7 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> KVCache:
 
     def entries(count: int, width: int) -> jax.Array:
         pair = pair_width(config.head_dim(width), shape.platform)
-        dims = (count, batch_size, config.attention.kv_heads, rows, pair)
+        dims = (count, batch_size, shape.kv_heads or config.attention.kv_heads, rows, pair)
         return jnp.zeros(dims, shape.dtype)
 
     core = None

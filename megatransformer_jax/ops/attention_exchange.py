@@ -13,6 +13,7 @@ any mask. Where keys are gathered under a causal mask, the last rows see the mos
 evens this out by swapping half of the queries between devices (`swap_halves`).
 """
 
+import dataclasses
 from typing import Literal
 
 import jax
@@ -52,7 +53,7 @@ def choose_exchange(
 
 def with_whole_rows(sharder: Sharder) -> Sharder:
     """The same mesh as arrays lie on it once heads are exchanged: heads take the cuts of rows."""
-    return Sharder(sharder.mesh, sharder.rules.with_whole_rows())
+    return dataclasses.replace(sharder, rules=sharder.rules.with_whole_rows())
 
 
 def rows_to_heads(array: Float[Array, "B T N H"], sharder: Sharder) -> Float[Array, "B T N H"]:

@@ -18,7 +18,7 @@ from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.data.augmentation.text import TextAugmentation
 from megatransformer_jax.models.attention_kernels import KernelChoice, kernel_choices
 from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
-from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh
+from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh, make_sharder
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.micro_batch import (
     CompiledStep,
@@ -65,7 +65,7 @@ def build_sharded_model(
     devices = jax.devices() if devices is None else devices
     mesh = make_mesh(config.mesh, devices)
     check_run_fits_mesh(config, mesh)
-    sharder = Sharder(mesh)
+    sharder = make_sharder(config.model, mesh)
     platform = devices[0].platform
     policy = DTypePolicy.from_precision(config.train.precision, platform)
     return build_model(config.model, policy, sharder, platform), sharder

@@ -49,7 +49,7 @@ from megatransformer_jax.runs.build import (
     trained_depth,
     training_kernels,
 )
-from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.mesh import make_mesh, make_sharder
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.micro_batch import lower_step
 from megatransformer_jax.training.optimizers import build_optimizer
@@ -155,7 +155,7 @@ class _Placement:
     def of(cls, config: RunConfig, devices: Sequence[Any]) -> "_Placement":
         sharder = Sharder()
         if _asks_for_mesh(config.mesh):
-            sharder = Sharder(make_mesh(config.mesh, devices))
+            sharder = make_sharder(config.model, make_mesh(config.mesh, devices))
         platform = devices[0].platform
         attention = dataclasses.replace(config.model.attention, kernel="auto")
         model_config = dataclasses.replace(config.model, attention=attention)

@@ -212,6 +212,7 @@ def _loops(reading: ProgramReading, name: str) -> Table:
 
 def _exchanges(reading: ProgramReading, name: str) -> Table:
     headings = ["exchange", "over", "type", "where", "calls", "async", "bytes", "on the wire"]
+    headings += ["time", "hidden"]
     table = _table(f"Exchanges of the {name}, per device and call", headings)
     groups: dict[tuple[str, str, str, str], list[Collective]] = {}
     for item in reading.collectives:
@@ -232,8 +233,16 @@ def _exchanges(reading: ProgramReading, name: str) -> Table:
             str(sum(item.times for item in items if item.is_async)),
             format_bytes(sum(item.times * item.logical_bytes for item in items)),
             format_bytes(wire(items)),
+            _seconds(sum(item.times * item.seconds for item in items)),
+            _seconds(sum(item.times * item.hidden_s for item in items)),
         )
-    table.caption = f"In all {format_bytes(reading.wire_bytes)} on the wire."
+    estimate = reading.estimate
+    table.caption = (
+        f"In all {format_bytes(reading.wire_bytes)} on the wire, which take "
+        f"{_seconds(estimate.exchange_s)} at the rate of their links. Of these "
+        f"{_seconds(estimate.hidden_s)} are hidden: the schedule has other operations between the "
+        "start and the end of the exchange."
+    )
     return table
 
 

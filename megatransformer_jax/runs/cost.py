@@ -56,7 +56,7 @@ from megatransformer_jax.runs.build import (
     training_kernels,
 )
 from megatransformer_jax.sharding.devices import device_kind, devices_with_room
-from megatransformer_jax.sharding.mesh import check_run_fits_mesh, resolve_mesh_shape
+from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_sharder, resolve_mesh_shape
 from megatransformer_jax.sharding.rules import MESH_AXES, Sharder
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.trainable import split_params
@@ -178,6 +178,7 @@ def make_report(run: BaseRunConfig, device: str | None = None) -> CostReport:
     flops = forward_flops(config.model, places)
     mesh = _abstract_mesh(config.mesh)
     check_run_fits_mesh(config, mesh)
+    sharder = make_sharder(config.model, mesh)
     return CostReport(
         parameters=counts,
         flops=flops,
@@ -187,8 +188,8 @@ def make_report(run: BaseRunConfig, device: str | None = None) -> CostReport:
             _depth_cost(config, counts, flops, depth, policy) for depth in evaluated_depths(config)
         ),
         layers=count_layers(params),
-        memory=_train_memory(config, model, Sharder(mesh), device),
-        attention=training_kernels(config, model, Sharder(mesh)),
+        memory=_train_memory(config, model, sharder, device),
+        attention=training_kernels(config, model, sharder),
         device=device,
         mesh=dict(mesh.shape),
         platform=platform,
@@ -261,7 +262,7 @@ def _train_memory(
         merged=merged,
         gathered=gathered,
         activations=_in_memory(
-            activations.total(config.model.recurrence.backprop_depth), model.platform, device
+            activations.total(config.model.recurrence.kept_states), model.platform, device
         ),
         per_iteration=activations.per_iteration,
     )

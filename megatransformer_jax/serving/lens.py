@@ -121,6 +121,7 @@ class Lens:
             model.platform,
             config.cache_sharing,
             config.cache_exited_reads,
+            kv_heads=model.sharder.num_heads(model.config.attention.kv_heads),
         )
         # The criteria that a text may have been made with.
         self._names = ("fixed", *(name for name in config.criteria if name != "fixed"))

@@ -17,7 +17,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_rules import media_places
-from megatransformer_jax.sharding.rules import MESH_AXES
+from megatransformer_jax.sharding.rules import MESH_AXES, Sharder, ShardingRules
 
 # Kinds of chips with two cores that JAX shows as one device unless told otherwise.
 ONE_DEVICE_PER_CHIP = ("TPU v4", "TPU v5")
@@ -209,6 +209,24 @@ def describe_layout(mesh: Mesh) -> str:
 # What a run needs of its mesh.
 
 
+def make_sharder(model: ModelConfig, mesh: Mesh) -> Sharder:
+    """Places the arrays of a model on a mesh.
+
+    Where the mesh axis tensor does not divide the key/value heads, devices compute a few more heads
+    of zeros, which change no result. Parameters have their usual shapes, and are cut along the
+    width of a head.
+
+    Raises:
+      ConfigError: if the model does not fit the mesh.
+    """
+    _check_model(model, dict(mesh.shape))
+    heads, tensor = model.attention.kv_heads, mesh.shape["tensor"]
+    if heads % tensor == 0:
+        return Sharder(mesh)
+    computed = -(-heads // tensor) * tensor
+    return Sharder(mesh, ShardingRules().with_whole_heads(), (heads, computed))
+
+
 def check_run_fits_mesh(config: RunConfig, mesh: Mesh) -> None:
     """Checks that every sharded axis is divisible, before anything is compiled.
 
@@ -241,7 +259,8 @@ def _check_sequence_with_media(config: RunConfig, ways: int) -> None:
 
 def _check_model(model: ModelConfig, shape: dict[str, int]) -> None:
     tensor, fsdp = shape["tensor"], shape["fsdp"]
-    _check_divides("model.attention.num_kv_heads", model.attention.kv_heads, "tensor", tensor)
+    if model.attention.kv_heads % tensor:
+        _check_padded_heads(model, tensor)
     if model.mlp.kind == "peer":
         _check_divides("model.mlp.peer.num_experts", model.mlp.peer.num_experts, "tensor", tensor)
     else:
@@ -255,6 +274,31 @@ def _check_model(model: ModelConfig, shape: dict[str, int]) -> None:
         _check_divides(f"{path}.width", dit.width, "fsdp", fsdp)
         _check_divides(f"{path}.num_heads", dit.num_heads, "tensor", tensor)
         _check_divides(f"{path}.hidden_width", dit.hidden_width, "tensor", tensor)
+
+
+def _check_padded_heads(model: ModelConfig, tensor: int) -> None:
+    """What else must hold where tensor does not divide the heads."""
+    heads, obstacle = model.attention.kv_heads, ""
+    widths = (model.head_dim(model.width), model.head_dim(model.core_width))
+    if heads < tensor:
+        obstacle = "there are fewer of them"
+    elif any(width % tensor for width in widths):
+        obstacle = f"{tensor} does not divide the width {widths[0]} of a head either"
+    elif model.has_media:
+        obstacle = "the model has images or sound"
+    elif model.value_embedding.layers:
+        obstacle = "the model has value embeddings"
+    elif model.attention.qk_norm and model.attention.qk_norm_span == "width":
+        obstacle = "model.attention.qk_norm_span='width' normalises all of them together"
+    elif model.recurrence.loop_lora_rank:
+        obstacle = "model.recurrence.loop_lora_rank is above 0"
+    if obstacle:
+        raise ConfigError(
+            "model.attention.num_kv_heads",
+            f"{heads} is not divisible by the {tensor} devices of mesh axis tensor, and heads "
+            f"cannot be filled up because {obstacle}; choose a multiple of {tensor} or a smaller "
+            "mesh axis.",
+        )
 
 
 def _check_divides(name: str, value: int, axis: str, ways: int) -> None:

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 MeshAxes = str | tuple[str, ...] | None
@@ -22,8 +23,9 @@ class ShardingRules:
     # Parameters. fsdp cuts the width of every matrix, tensor cuts heads, hidden and vocabulary.
     vocab: MeshAxes = "tensor"
     embed: MeshAxes = "fsdp"
-    kv_heads: MeshAxes = "tensor"
-    heads: MeshAxes = "tensor"
+    head_rows: MeshAxes = "tensor"
+    # Where tensor does not divide the heads, parameters are cut along the width of a head instead.
+    head_width: MeshAxes = None
     mlp: MeshAxes = "tensor"
     # Rows of PEER's tables. A lookup sums what the devices find among their own rows.
     experts: MeshAxes = "tensor"
@@ -32,10 +34,16 @@ class ShardingRules:
     # Activations.
     batch: MeshAxes = ("data", "fsdp")
     length: MeshAxes = "sequence"
+    kv_heads: MeshAxes = "tensor"
+    heads: MeshAxes = "tensor"
 
     def spec(self, *logical_axes: str | None) -> PartitionSpec:
         """Mesh axes for an array whose axes have these logical names (None: not sharded)."""
         return PartitionSpec(*(None if name is None else self._axis(name) for name in logical_axes))
+
+    def with_whole_heads(self) -> "ShardingRules":
+        """The same table with parameters cut along the width of a head in place of the heads."""
+        return dataclasses.replace(self, head_rows=None, head_width=self.head_rows)
 
     def without(self, mesh_axis: str) -> "ShardingRules":
         """The same table with one mesh axis unused: what parameters look like once gathered."""
@@ -79,10 +87,19 @@ def _names(axes: MeshAxes) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Sharder:
-    """Places arrays on a mesh by their logical axes. Without a mesh it leaves them alone."""
+    """Places arrays on a mesh by their logical axes. Without a mesh it leaves them alone.
+
+    Attributes:
+      mesh: None for one device.
+      rules: the table.
+      heads: key/value heads of the model, and how many devices compute. There are more of these,
+        filled up with zeros, where the mesh does not divide the model's (`make_sharder`). Query
+        heads are filled up by the same factor.
+    """
 
     mesh: Mesh | None = None
     rules: ShardingRules = dataclasses.field(default_factory=ShardingRules)
+    heads: tuple[int, int] = (1, 1)
 
     def sharding(self, *logical_axes: str | None) -> NamedSharding:
         """The sharding of an array with these axes. Needs a mesh."""
@@ -96,6 +113,24 @@ class Sharder:
             return 1
         axes = self.rules.spec(logical_axis)[0]
         return math.prod(self.mesh.shape[name] for name in _names(axes))
+
+    def fill_heads(self, array: jax.Array, axis: int = 0, value: float = 0.0) -> jax.Array:
+        """The array with its axis of heads filled up, see `heads`."""
+        missing = self.num_heads(array.shape[axis]) - array.shape[axis]
+        if not missing:
+            return array
+        widths = [(0, missing if place == axis else 0) for place in range(array.ndim)]
+        return jnp.pad(array, widths, constant_values=value)
+
+    def num_heads(self, count: int) -> int:
+        """How many query or key/value heads devices compute for `count` of the model."""
+        heads, computed = self.heads
+        return count * computed // heads
+
+    @property
+    def fills_heads(self) -> bool:
+        """Whether devices compute more heads than the model has."""
+        return self.heads[0] != self.heads[1]
 
     def constrain(self, array: jax.Array, *logical_axes: str | None) -> jax.Array:
         """Asks the compiler to lay `array` out by the table (identity without a mesh)."""

@@ -15,7 +15,8 @@ from megatransformer_jax.losses.tokens import TokenLoss
 from megatransformer_jax.models.adaptation import model_params
 from megatransformer_jax.models.core import draw_num_steps
 from megatransformer_jax.models.media.parts import sequence_room
-from megatransformer_jax.models.megatransformer import MegaTransformer
+from megatransformer_jax.models.megatransformer import MegaTransformer, param_axes
+from megatransformer_jax.nn.cut_matrices import Spread
 from megatransformer_jax.training.objective import ObjectiveSums, Place, count_media, make_objective
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.trainable import (
@@ -154,19 +155,37 @@ def _gradients(
     media = None if batch.media is None else count_media(batch.media)
     place = Place(step, jnp.maximum(jnp.sum(batch.loss_mask), 1.0), 1 / parts, media)
     objective = make_objective(model, config)
+    spread = _spread(model, config, trained, batch.tokens.shape[0] // parts)
 
     def loss_share(
         trained: Any, part: Batch, draws: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, ObjectiveSums]:
         params = model_params(join_params(trained, frozen), config.fine_tuning)
-        return objective(params, part, draws, key, place)
+        return objective(spread.matrices(params), part, draws, key, place)
 
     differentiate = jax.grad(loss_share, has_aux=True)
+    copies = spread.copies(trained)
 
     def of_part(inputs: tuple[Batch, jax.Array], key: jax.Array) -> tuple[Any, ObjectiveSums]:
-        return differentiate(trained, *inputs, key)
+        return differentiate(copies, *inputs, key)
 
-    return sum_micro_batches(of_part, (batch, num_steps), key, parts)
+    gradients, sums = sum_micro_batches(of_part, (batch, num_steps), key, parts)
+    return spread.summed(gradients, model.policy.compute), sums
+
+
+def _spread(model: MegaTransformer, config: RunConfig, trained: Any, num_rows: int) -> Spread:
+    """Matrices whose gradients are summed over the devices once per step and not per micro-batch.
+
+    None of them where passes other than the model's own read the parameters, or LoRA changes them.
+    """
+    is_read_otherwise = (
+        config.fine_tuning.lora.rank
+        or config.model.exit_gate.enabled
+        or config.train.stability.jacobian_weight
+    )
+    if config.train.accumulation == 1 or is_read_otherwise:
+        return Spread(model.sharder, {})
+    return Spread.of(trained, param_axes(model), model.sharder, num_rows)
 
 
 def _mean_loss(totals: TokenLoss, z_loss: float) -> jax.Array:

@@ -64,7 +64,10 @@ def test_updates_start_at_nothing_and_have_the_shapes_of_their_targets(parts):
         },
         "mlp": {"up": {"a": (16, 2), "b": (2, 2, 12)}, "down": {"a": (12, 2), "b": (2, 16)}},
     }
-    assert names["attention"]["output"] == {"a": ("heads", None, None), "b": (None, "embed")}
+    assert names["attention"]["output"] == {
+        "a": ("head_rows", "head_width", None),
+        "b": (None, "embed"),
+    }
     assert names["mlp"]["up"] == {"a": ("embed", None), "b": (None, None, "mlp")}
     assert set(fresh) == {"core"}
     assert float(jnp.std(layer["mlp"]["down"]["a"])) > 0

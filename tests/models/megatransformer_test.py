@@ -248,23 +248,25 @@ def test_dropout_of_each_kind_acts_in_training_only(name, dropout):
 
 
 def test_remat_changes_neither_values_nor_gradients():
-    def gradients(remat):
-        model = build_model(variant(remat=remat), DTypePolicy(), Sharder(), "cpu")
+    def gradients(remat, kept_every=1):
+        recurrence = dataclasses.replace(BASE.recurrence, kept_every=kept_every)
+        config = variant(remat=remat, recurrence=recurrence)
+        model = build_model(config, DTypePolicy(), Sharder(), "cpu")
         params = init_params(model, jax.random.key(0))
 
         def loss(params):
             output = model.apply(
-                {"params": params}, TOKENS, num_steps=jnp.int32(4), backprop_depth=2
+                {"params": params}, TOKENS, num_steps=jnp.int32(4), backprop_depth=4
             )
             return jnp.sum(jnp.sin(output.logits))
 
         return jax.jit(jax.value_and_grad(loss))(params)
 
     plain = gradients("none")
-    for remat in ("full", "dots"):
+    for options in (("full",), ("dots",), ("offload",), ("full", 2)):
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5),
-            gradients(remat),
+            gradients(*options),
             plain,
         )
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from hlo import count_in_loops
+from hlo import count_in_loops, reduced_numbers
 from sharded_step import MESHES, assert_equal_steps, run_config, sharded
 
 from megatransformer_jax.sharding.mesh import make_mesh
@@ -17,6 +17,18 @@ def test_a_sharded_step_equals_the_single_device_one(mesh_name):
 
 def test_draws_per_token_and_accumulation_shard_too():
     assert_equal_steps(run_config(draw_per="token", accumulation=2), "sequence")
+
+
+@pytest.mark.parametrize(("mesh_name", "fsdp"), [("data and tensor", 1), ("tensor", 2)])
+def test_gradients_of_micro_batches_are_summed_over_data_once(mesh_name, fsdp):
+    config = run_config(accumulation=2)
+    assert_equal_steps(config, mesh_name)
+    text = sharded(config, mesh_name)[0]
+    in_loops, outside = reduced_numbers(text)
+    up = (
+        16 * 2 * 24 // 2 // fsdp
+    )  # A device's part of the largest matrix; nothing else is as large.
+    assert up in outside and up not in in_loops
 
 
 def test_the_step_moves_every_parameter_matrix():

@@ -1,5 +1,6 @@
 """Reads compiled programs: which instructions stand inside loops."""
 
+import math
 import re
 
 
@@ -12,6 +13,13 @@ def count_in_loops(text: str, operation: str) -> tuple[int, int]:
     """
     computations = _computations(text)
     pattern = re.compile(rf"\b{re.escape(operation)}(?:-start)?\(")
+    reached = _inside_loops(text, computations)
+    inside = sum(len(pattern.findall(computations[name])) for name in reached)
+    return inside, len(pattern.findall(text))
+
+
+def _inside_loops(text: str, computations: dict[str, str]) -> set[str]:
+    """Names of computations that loops run."""
     reached: set[str] = set()
     waiting = set(re.findall(r"\bbody=%?([\w.\-]+)", text))
     while waiting:
@@ -26,8 +34,22 @@ def count_in_loops(text: str, operation: str) -> tuple[int, int]:
             for callee in group.split(",")
         ]
         waiting |= set(called) - reached
-    inside = sum(len(pattern.findall(computations[name])) for name in reached)
-    return inside, len(pattern.findall(text))
+    return reached
+
+
+def reduced_numbers(text: str) -> tuple[list[int], list[int]]:
+    """Sizes of the arrays that all-reduces sum, in loops and outside of them."""
+    computations = _computations(text)
+    loops = _inside_loops(text, computations)
+    found: tuple[list[int], list[int]] = ([], [])
+    for name, body in computations.items():
+        for line in re.findall(r"= (.*?) all-reduce(?:-start)?\(", body):
+            sizes = [
+                math.prod(map(int, filter(None, dims.split(","))))
+                for dims in re.findall(r"\w+\[([\d,]*)\]", line)
+            ]
+            found[name not in loops].extend(sizes)
+    return found
 
 
 def _computations(text: str) -> dict[str, str]:

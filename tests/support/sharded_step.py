@@ -13,7 +13,7 @@ from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.megatransformer import build_model
-from megatransformer_jax.sharding.mesh import make_mesh
+from megatransformer_jax.sharding.mesh import make_mesh, make_sharder
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.state import init_state, state_shardings
 from megatransformer_jax.training.step import make_train_step
@@ -27,6 +27,12 @@ MESHES = {
     "sequence": MeshConfig(data=2, fsdp=2, sequence=2),
     # More parts than key/value heads: keys are gathered where "sequence" exchanges heads.
     "keys": MeshConfig(fsdp=2, tensor=2, sequence=2),
+}
+# For single tests.
+OTHER_MESHES = {
+    "data and tensor": MeshConfig(data=4, tensor=2),
+    "tensor of 4": MeshConfig(fsdp=2, tensor=4),
+    "tensor and sequence": MeshConfig(data=2, tensor=2, sequence=2),
 }
 # Plain gradient descent with a large rate: a wrong gradient moves the parameters by as much.
 OPTIMIZER = optax.sgd(1.0)
@@ -67,8 +73,8 @@ def single_device(config):
 
 @functools.cache
 def sharded(config, mesh_name):
-    mesh = make_mesh(MESHES[mesh_name], jax.devices())
-    sharder = Sharder(mesh)
+    mesh = make_mesh((MESHES | OTHER_MESHES)[mesh_name], jax.devices())
+    sharder = make_sharder(config.model, mesh)
     model = build_model(config.model, DTypePolicy(), sharder, "cpu")
     shardings = state_shardings(model, OPTIMIZER, sharder)
     init = jax.jit(lambda key: init_state(model, OPTIMIZER, key), out_shardings=shardings)

@@ -87,6 +87,7 @@ def empty_batch(model: MegaTransformer, shape: BatchShape, params: Any) -> Batch
         shape.sharing,
         shape.exited_reads,
         shape.with_images,
+        model.sharder.num_heads(config.attention.kv_heads),
     )
     cache = constrain_cache(model.sharder, init_cache(config, cache_shape))
     zeros = jnp.zeros((num_rows,), jnp.int32)

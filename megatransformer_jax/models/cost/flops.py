@@ -136,6 +136,8 @@ def train_flops(config: ModelConfig, forward: ForwardFlops, num_steps: int) -> T
     layers = [forward.once["prelude"], forward.once["coda"]]
     again = sum((_recomputed(config, products) for products in layers), 0.0)
     again += backprop_depth * _recomputed(config, forward.iteration)
+    if config.recurrence.kept_every > 1:
+        again += backprop_depth * forward.iteration_total
     return TrainFlops(model=model, hardware=model + masked + again)
 
 
@@ -199,11 +201,11 @@ def _recomputed(config: ModelConfig, products: Mapping[str, float]) -> float:
     match config.remat:
         case "none":
             return always
-        case "full":
+        case "full" | "offload":
             return always + sum(products.values(), 0.0)
         case "dots":  # Keeps products with weights that all tokens share.
             return always + without_weights
-    raise ValueError(f"unknown remat {config.remat!r}; known: none, full, dots")
+    raise ValueError(f"unknown remat {config.remat!r}; known: none, full, dots, offload")
 
 
 # ------------------------------------------------------------------------------

@@ -76,6 +76,13 @@ def activation_memory(
     if config.remat != "none":
         plain = model.copy(config=dataclasses.replace(config, remat="none"))
         whole = _kept(plain, rows, length, media, learned)
+    if config.remat == "offload":
+        one = rows * length * model.policy.compute.itemsize
+        kept = dataclasses.replace(
+            kept,
+            once=max(0, kept.once - one * config.width * layers),
+            per_iteration=max(0, kept.per_iteration - one * config.core_width),
+        )
     logits = rows * length * config.vocab_size
     float32, compute = jnp.dtype(jnp.float32).itemsize, model.policy.compute.itemsize
     if model.platform == "cpu":
@@ -173,9 +180,11 @@ def _kept(
 ) -> KeptBytes:
     """Bytes that the forward pass hands to the backward pass, without the parameters."""
     config = model.config
-    # Laying out several iterations per turn changes no residual, but must fit the depth.
-    recurrence = dataclasses.replace(config.recurrence, unroll=1)
-    model = model.copy(config=dataclasses.replace(config, recurrence=recurrence))
+    # Laying out several iterations per turn changes no residual, but must fit the depth. Groups of
+    # iterations keep fewer of the same states, and offloaded ones are subtracted.
+    recurrence = dataclasses.replace(config.recurrence, unroll=1, kept_every=1)
+    remat = "full" if config.remat == "offload" else config.remat
+    model = model.copy(config=dataclasses.replace(config, recurrence=recurrence, remat=remat))
 
     def outputs(
         params: Any,

@@ -80,6 +80,12 @@ class TransformerTask(abc.ABC):
         self.facts = f"vocabulary: {self.tokenizer.vocab_size}"
         self.model, self.sharder = build_sharded_model(config)
         logging.info("attention: %s", describe_choices(training_kernels(config, self.model)))
+        if self.sharder.fills_heads:
+            logging.info(
+                "heads: the model has %d key/value heads, and devices compute %d, so that "
+                "mesh.tensor divides them",
+                *self.sharder.heads,
+            )
         self._optimizer = build_optimizer(
             config.optimizer, config.train.steps, config.train.ema_decay
         )
