@@ -35,8 +35,8 @@ _T = TypeVar("_T")
 DEFAULT_BUDGET = 30.0
 # Variables that change what the compiler does.
 FLAG_VARIABLES = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")
-# Exit code of programs that do not fit.
-DOES_NOT_FIT = 1
+# Exit code of programs that do not fit. 1 is that of a crash, 2 of bad input.
+DOES_NOT_FIT = 4
 # Seconds between updates of the line in a terminal, and between lines elsewhere.
 _REFRESH_SECONDS, _LINE_SECONDS = 0.5, 60.0
 
@@ -85,7 +85,7 @@ class CompileOptions(CompileConfig):
 def compile_run(parsed: Parsed) -> None:
     """Compiles, prints what the programs do and writes the files that were asked for.
 
-    Exits with 1 if a program does not fit.
+    Exits with 4 if a program does not fit.
 
     Raises:
       UserError: if the run does not fit the slices' mesh, libtpu is missing, or a file cannot be
@@ -254,7 +254,7 @@ COMMAND = Command(
 
 Whether they fit, which attention kernel each stack has, what is exchanged over which axis of the
 mesh, loops, copies, the largest arrays, what should be otherwise, and how long a call takes at
-least. Nothing runs, and no weights are made. The extra 'tpu' is needed, but no TPU. Exits with 1
+least. Nothing runs, and no weights are made. The extra 'tpu' is needed, but no TPU. Exits with 4
 if a program does not fit. docs/pods.md explains each line.""",
     options=CompileOptions,
     run=compile_run,

@@ -12,7 +12,7 @@ from megatransformer_jax.compiled.collectives import (
     repeated_pieces,
     slice_mesh,
 )
-from megatransformer_jax.compiled.course import Course, Visit
+from megatransformer_jax.compiled.course import Cost, Course, Visit
 from megatransformer_jax.compiled.flags import Exchange, find_copies, find_flags
 from megatransformer_jax.compiled.hlo import Module, parse_hlo
 from megatransformer_jax.compiled.overlap import hidden_seconds
@@ -70,7 +70,7 @@ def read_program(
         flops_once=cost.flops_once,
         hbm_bytes=cost.hbm_bytes,
         estimate=Estimate(
-            floor_s=cost.flops / chip.bf16_flops,
+            floor_s=_floor(cost, collectives, chip),
             compute_s=cost.compute_s,
             memory_s=cost.memory_s,
             exchange_s=sum(item.total_wire_bytes / _rate(item, chip) for item in collectives),
@@ -110,6 +110,16 @@ def _timed(course: Course, collectives: Iterable[Collective]) -> tuple[Collectiv
 def _rate(collective: Collective, chip: Chip) -> float:
     """Bytes per second of the links that an exchange goes over."""
     return chip.dcn_bandwidth if collective.is_between_slices else chip.ici_bandwidth
+
+
+def _floor(cost: Cost, collectives: Iterable[Collective], chip: Chip) -> float:
+    """The busiest of matrix unit, memory and networks, which at best all work at once."""
+    networks: dict[tuple[str, ...] | None, float] = {}
+    for collective in collectives:
+        network = None if collective.is_between_slices else collective.axes
+        networks[network] = networks.get(network, 0.0) + _seconds(collective, chip)
+    computing, moving = cost.flops / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bandwidth
+    return max(computing, moving, *networks.values())
 
 
 def _loop(course: Course, visit: Visit) -> Loop:

@@ -174,7 +174,8 @@ class Estimate:
     out. Both ignore how well a shape fills the matrix unit and the gaps between operations.
 
     Attributes:
-      floor_s: all FLOPs at the chip's peak rate.
+      floor_s: all FLOPs, all bytes or the exchanges over one axis at the chip's peak rates,
+        whichever takes longest.
       compute_s: of the operations that computing bounds.
       memory_s: of the operations that memory bounds.
       exchange_s: of the collectives, on one axis of the torus or between slices.

@@ -72,7 +72,6 @@ from megatransformer_jax.generation.request import (
     GeneratedMedium,
     Prompt,
     StreamedToken,
-    TextStream,
     encode_prompts,
     parts_of_ids,
     plan_cache,
@@ -85,6 +84,7 @@ from megatransformer_jax.generation.strategies import (
     rows_for_new_tokens,
     search_beams,
 )
+from megatransformer_jax.generation.streaming import Pace, TokenStream
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.gate_readout import make_readout
 from megatransformer_jax.models.megatransformer import MegaTransformer
@@ -237,17 +237,21 @@ class Generator:
         """
         self._plan(self._encode(prompts))
 
-    def stream(self, prompt: AnyPrompt) -> Iterator[StreamedToken]:
+    def stream(
+        self, prompt: AnyPrompt, tokens_per_call: int | None = None
+    ) -> Iterator[StreamedToken]:
         """One completion, token by token as they are made, with its media.
 
-        Those of a round of speculative decoding come together, those of beam and parallel decoding
-        all at once at the end.
+        The first token comes alone. Those of a round of speculative decoding come together, those
+        of beam and parallel decoding all at once at the end.
 
         Args:
           prompt: as of `generate`.
+          tokens_per_call: tokens that the device makes before it hands them over, see
+            `streaming.Pace`.
 
         Raises:
-          UserError: as `generate`, or if `num_samples` asks for more than one text.
+          UserError: at once, as `generate`, or if `num_samples` asks for more than one text.
         """
         if self.config.num_samples > 1:
             raise ConfigError(
@@ -255,48 +259,40 @@ class Generator:
                 f"{self.config.num_samples} texts cannot be streamed at once; leave it at 1, or "
                 "use generate.",
             )
-        encoded = self._encode([prompt])[0]
-        shown = None
-        if self._tokenizer is not None:
-            shown = TextStream(self._tokenizer, encoded.ids, self.config.stop)
-        num_given, num_shown = 0, 0
-        is_open = bool(self._opens(encoded.ids[-1]))
-        for decoded, media, is_over in self._progress(encoded):
-            tokens, steps = self._new_tokens(decoded, 0, len(encoded.ids))
-            # The newest token waits for the next: only then is known whether it is the last. With
-            # those around media it does not matter.
-            num_ready = len(tokens)
-            if tokens and not is_over and not (shown is not None and shown.is_marker(tokens[-1])):
-                num_ready -= 1
-            for index in range(num_given, num_ready):
-                token, medium = tokens[index], None
-                if is_open:
-                    medium = media.made[num_shown]
-                    num_shown += 1
-                is_open = bool(self._opens(token))
-                is_last = is_over and index == num_ready - 1
-                text = "" if shown is None else shown.add(token, is_last)
-                yield StreamedToken(text, token, steps[index], medium)
-            num_given = max(num_given, num_ready)
+        return self._stream(self._encode([prompt])[0], Pace(tokens_per_call))
+
+    def _stream(self, prompt: EncodedPrompt, pace: Pace) -> Iterator[StreamedToken]:
+        shown = TokenStream(self._tokenizer, prompt.ids, self.config.stop, self._opens)
+        for decoded, media, is_over in self._progress(prompt, pace):
+            tokens, steps = self._new_tokens(decoded, 0, len(prompt.ids))
+            yield from shown.take(tokens, steps, media.made, is_over=is_over)
 
     # --------------------------------------------------------------------------
     # One batch: from its prompts to its end.
 
-    def _progress(self, prompt: EncodedPrompt) -> Iterator[tuple[Decoded, MediaRow, bool]]:
+    def _progress(
+        self, prompt: EncodedPrompt, pace: Pace
+    ) -> Iterator[tuple[Decoded, MediaRow, bool]]:
         """One row as it grows, with its media, and whether it has ended."""
         if self.config.strategy == "beam":
             decoded, media = self._decode([prompt], [0])
             yield decoded, media[0], True
             return
-        rows = self._start([prompt], [0])
+        rows, is_first = self._start([prompt], [0]), True
         while True:
             decoded = _on_host(rows)
+            pace.end()
             is_running = decoded.reasons[0] == RUNNING
             is_waiting = bool(self._waiting(rows, decoded).any())
+            # The device goes on while this call's tokens are shown. Before the first token that
+            # could mean to compile.
+            if is_running and not is_first:
+                self._add_tokens(rows, pace.begin())
             yield decoded, rows.media[0], not (is_running or is_waiting)
-            if is_running:
-                self._add_tokens(rows, is_brief=True)
-            elif not self._make_waiting(rows, decoded):
+            if is_running and is_first:
+                self._add_tokens(rows, pace.begin())
+                is_first = False
+            elif not (is_running or self._make_waiting(rows, decoded)):
                 return
 
     def _decode(
@@ -312,14 +308,15 @@ class Generator:
             return decoded, [MediaRow([], [])] * len(decoded.lengths)
         rows = self._start(prompts, numbers)
         while True:
-            self._add_tokens(rows, is_brief=False)
+            self._add_tokens(rows)
             decoded = _on_host(rows)
             if not self._make_waiting(rows, decoded):
                 return decoded, rows.media
 
-    def _add_tokens(self, rows: _Rows, *, is_brief: bool) -> None:
+    def _add_tokens(self, rows: _Rows, max_tokens: int | None = None) -> None:
+        model, settings = rows.model, rows.settings
         rows.state = add_tokens(
-            rows.model, self._params, self.config, rows.settings, rows.state, is_brief=is_brief
+            model, self._params, self.config, settings, rows.state, max_tokens=max_tokens
         )
 
     def _start(self, prompts: Sequence[EncodedPrompt], numbers: Sequence[int]) -> _Rows:

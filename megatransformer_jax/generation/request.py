@@ -353,9 +353,13 @@ class TextStream:
       tokenizer: of the model.
       prompt_ids: what is continued.
       stops: stop texts, which are never shown.
+
+    Attributes:
+      holds_back: whether text of the tokens so far waits for the next one.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stops: Sequence[str]):
+        self.holds_back = False
         self._markers = tokenizer if isinstance(tokenizer, MediaTokenizer) else None
         self._tokenizer = tokenizer if self._markers is None else self._markers.base
         self._stops = stops
@@ -395,6 +399,7 @@ class TextStream:
         piece = self._rest(is_last=True)
         self._before, self._new_ids = [], []
         self._held_back, self._num_shown = "", 0
+        self.holds_back = False
         return piece
 
     def _rest(self, is_last: bool) -> str:
@@ -404,12 +409,13 @@ class TextStream:
         is_complete = not text.endswith(_INCOMPLETE)
         text = whole = self._held_back + text
         text = cut_at_stop(text, self._stops)
-        is_stopped = text != whole
+        is_stopped, length = text != whole, len(text)
         if not is_last:
             text = text.rstrip(_INCOMPLETE)
             text = text[: len(text) - num_held_back(text, self._stops)]
         piece = text[self._num_shown :]
         self._num_shown += len(piece)
+        self.holds_back = self._num_shown < length
         if is_complete and not is_stopped and len(self._new_ids) >= _MAX_DECODED_AGAIN:
             self._settle(whole)
         return piece

@@ -59,12 +59,12 @@ def add_tokens(
     settings: DecodeSettings,
     state: DecodeState,
     *,
-    is_brief: bool,
+    max_tokens: int | None = None,
 ) -> DecodeState:
-    """Goes on until all rows have ended, or returns soon if `is_brief`.
+    """Goes on until all rows have ended, or for `max_tokens` tokens.
 
-    Soon is one token with greedy and sample, one round of drafts with speculative. Parallel
-    decoding always goes on to the end, and beam search has `search_beams`.
+    Speculative decoding goes on for as many whole rounds as make no more tokens, but at least one.
+    Parallel decoding always goes on to the end, and beam search has `search_beams`.
 
     Args:
       model: the model.
@@ -72,7 +72,7 @@ def add_tokens(
       config: strategy and its numbers.
       settings: of the whole generation.
       state: of `start` or from here; donated.
-      is_brief: for streaming.
+      max_tokens: of this call, for streaming; at least 1. None: all that are left.
     """
 
     def put(number: jax.Array) -> jax.Array:
@@ -81,9 +81,10 @@ def add_tokens(
 
     match config.strategy:
         case "greedy" | "sample":
-            count = 1 if is_brief else config.max_new_tokens
+            count = config.max_new_tokens if max_tokens is None else max_tokens
             return decode(model, params, settings, state, put(jnp.int32(count)))
         case "speculative":
+            per_round = config.speculative.draft_length + 1
             state, _ = speculative.speculate(
                 model,
                 params,
@@ -91,7 +92,7 @@ def add_tokens(
                 state,
                 draft_depth=config.speculative.draft_depth,
                 draft_length=config.speculative.draft_length,
-                max_rounds=1 if is_brief else None,
+                max_rounds=None if max_tokens is None else max(1, max_tokens // per_round),
             )
             return state
         case "parallel":

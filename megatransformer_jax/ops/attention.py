@@ -25,7 +25,13 @@ from megatransformer_jax.ops.attention_exchange import (
     rows_to_heads,
     with_whole_rows,
 )
-from megatransformer_jax.ops.attention_xla import Dropout, LogitTerms, attention_xla
+from megatransformer_jax.ops.attention_xla import (
+    Dropout,
+    LogitTerms,
+    attention_xla,
+    attention_xla_cut_rows,
+    parts_are_alike,
+)
 from megatransformer_jax.ops.masks import AttentionMask, check_mask, dense_mask, zero_blind_rows
 from megatransformer_jax.sharding.rules import Sharder
 
@@ -104,15 +110,31 @@ def attention(
             query, key, value, mask, logit_softcap=terms.softcap, sharder=inner
         )
     else:
-        whole = ("batch", None, "kv_heads", None)
-        key, value = inner.constrain(key, *whole), inner.constrain(value, *whole)
-        are_whole = features.row_shards == 1
-        output = attention_xla(
-            query, key, value, mask, terms=terms, dropout=dropout, rows_are_whole=are_whole
-        )
+        output = _attend_by_xla(query, key, value, mask, terms, dropout, inner)
     if exchange == "heads":
         output = heads_to_rows(output, sharder)
     return output if head_mask is None else output * head_mask.astype(output.dtype)[:, None]
+
+
+def _attend_by_xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: AttentionMask,
+    terms: LogitTerms,
+    dropout: Dropout | None,
+    sharder: Sharder,
+) -> Array:
+    are_whole = sharder.ways("length") == 1
+    has_dropout = dropout is not None and dropout.rate > 0.0
+    # The draws of dropout must not depend on the mesh, and those of a device's own part would.
+    if not (are_whole or has_dropout) and parts_are_alike(query, key, mask, sharder):
+        return attention_xla_cut_rows(query, key, value, mask, terms=terms, sharder=sharder)
+    whole = ("batch", None, "kv_heads", None)
+    key, value = sharder.constrain(key, *whole), sharder.constrain(value, *whole)
+    return attention_xla(
+        query, key, value, mask, terms=terms, dropout=dropout, rows_are_whole=are_whole
+    )
 
 
 def _features(

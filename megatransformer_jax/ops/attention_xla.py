@@ -11,7 +11,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
+from megatransformer_jax.ops.attention_exchange import gather_rows
 from megatransformer_jax.ops.masks import AttentionMask, dense_mask, row_distance
+from megatransformer_jax.sharding.rules import Sharder
 
 # Finite, so that a row without any visible key stays free of NaN. It absorbs any usual logit:
 # -1e30 + logit == -1e30 in float32, so adding it is the same as selecting it.
@@ -92,6 +94,63 @@ def attention_xla(
         outputs.append(_mix(weights, value[:, :, keys], rows_are_whole))
     output = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=2)
     return output.transpose(0, 2, 1, 3)
+
+
+# ------------------------------------------------------------------------------
+# Rows that are cut over devices, where each gathers the keys and values of all.
+
+
+def parts_are_alike(query: Array, key: Array, mask: AttentionMask, sharder: Sharder) -> bool:
+    """Whether `attention_xla_cut_rows` serves: every device has as many rows, sequences and heads,
+    and its rows see no later ones."""
+    shape = {"batch": query.shape[0], "length": query.shape[1], "kv_heads": key.shape[2]}
+    divides = all(extent % sharder.ways(axis) == 0 for axis, extent in shape.items())
+    is_square = isinstance(mask.query_offset, int) and query.shape[1] == key.shape[1]
+    return divides and is_square and mask.is_causal
+
+
+def attention_xla_cut_rows(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    mask: AttentionMask,
+    *,
+    terms: LogitTerms,
+    sharder: Sharder,
+) -> Float[Array, "B T N H"]:
+    """`attention_xla` where the mesh cuts rows, and `parts_are_alike`.
+
+    Each device attends from its own rows. Left to the compiler, the gradients of keys and values
+    would be summed over devices in float32, in which the products make them. Here devices send
+    the arrays' own type.
+    """
+    axes = sharder.rules.length
+
+    def local(
+        query: Array,
+        key: Array,
+        value: Array,
+        query_ids: Array | None,
+        key_ids: Array | None,
+        slopes: Array | None,
+    ) -> Array:
+        key, value = gather_rows(key, axes), gather_rows(value, axes)
+        offset = jax.lax.axis_index(axes) * query.shape[1]
+        own = AttentionMask(True, mask.window, offset, query_ids, key_ids)
+        return attention_xla(query, key, value, own, terms=LogitTerms(terms.softcap, slopes))
+
+    rules = sharder.rules
+    heads = rules.spec("batch", "length", "heads", None)
+    kv_heads = rules.spec("batch", "length", "kv_heads", None)
+    ids, all_ids = rules.spec("batch", "length"), rules.spec("batch", None)
+    attended: Array = jax.shard_map(
+        local,
+        mesh=sharder.mesh,
+        in_specs=(heads, kv_heads, kv_heads, ids, all_ids, rules.spec("heads")),
+        out_specs=heads,
+        check_vma=False,
+    )(query, key, value, mask.query_segment_ids, mask.key_segment_ids, terms.alibi_slopes)
+    return attended
 
 
 def query_blocks(

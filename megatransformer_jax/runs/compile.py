@@ -10,7 +10,7 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,7 @@ from megatransformer_jax.models.cost.flops import forward_flops, train_flops
 from megatransformer_jax.nn.kv_cache import BLOCK_ROWS
 from megatransformer_jax.runs.build import trained_depth
 from megatransformer_jax.runs.compile_programs import PhasePrograms, phase_programs
+from megatransformer_jax.runs.cost import format_bytes
 from megatransformer_jax.sharding.mesh import describe_layout
 from megatransformer_jax.sharding.rules import MESH_AXES
 from megatransformer_jax.sharding.topology import Topology, describe_devices, parse_topology
@@ -87,7 +88,7 @@ class Speed:
 
     Attributes:
       depth: iterations per token; None without a core.
-      floor_s: of a call, if all FLOPs run at the peak rate.
+      floor_s: of a call, if everything overlaps.
       no_overlap_s: of a call, if nothing overlaps.
       tokens: of a call, over all chips.
       utilisation: share of the peak rate without overlap that computes something that was not
@@ -230,10 +231,8 @@ def compile_for_topology(
     devices = describe_devices(topology)
     phase = phase_programs(config, compiling, devices)
     chip = chip_of(devices[0].device_kind)
-    compiled = tuple(
-        compile_program(name, lower, _reader(config, compiling, phase, chip), progress)
-        for name, lower in phase.lower.items()
-    )
+    reader = _reader(config, compiling, phase, chip)
+    compiled = tuple(_compile_phase(phase, chip, reader, progress))
     fits = all(program.fits for program in compiled)
     headroom = None
     if compiling.headroom and fits:
@@ -257,6 +256,23 @@ def compile_for_topology(
 
 # Of a program's name and text: what it does at each depth.
 _Reader = Callable[[str, str], Mapping[int | None, ProgramReading]]
+
+
+def _compile_phase(
+    phase: PhasePrograms, chip: Chip, read: _Reader, progress: Progress, note: str = ""
+) -> Iterator[CompiledProgram]:
+    """All programs. What they are given is counted first, as the compiler takes minutes and more
+    over arrays that no chip could hold."""
+    held = phase.held_bytes
+    for name, lower in phase.lower.items():
+        if held > chip.hbm_bytes:
+            problem = (
+                f"weights and cache alone take {format_bytes(held)} of "
+                f"{format_bytes(chip.hbm_bytes)} HBM; not compiled."
+            )
+            yield CompiledProgram(name, 0.0, 0.0, None, 0, problem, {}, "")
+        else:
+            yield compile_program(name + note, lower, read, progress)
 
 
 def compile_program(
@@ -418,7 +434,7 @@ def _find_headroom(
     progress: Progress,
 ) -> Headroom:
     """Compiles twice the rows; if they do not fit, halves the distance."""
-    step, least = phase.row_step, phase.rows
+    step, least, chip = phase.row_step, phase.rows, chip_of(devices[0].device_kind)
     now = max(_total(program) for program in compiled)
 
     def needed_by(rows: int) -> int | None:
@@ -428,10 +444,8 @@ def _find_headroom(
         except ConfigError:
             return None
         totals = []
-        for name, lower in asked.lower.items():
-            program = compile_program(
-                f"{name} with {rows} rows", lower, lambda *given: {}, progress
-            )
+        note = f" with {rows} rows"
+        for program in _compile_phase(asked, chip, lambda *given: {}, progress, note):
             if not program.fits:
                 return None
             totals.append(_total(program))
@@ -439,7 +453,7 @@ def _find_headroom(
 
     doubled = needed_by(2 * least)
     if doubled is not None:
-        room = chip_of(devices[0].device_kind).hbm_bytes - doubled
+        room = chip.hbm_bytes - doubled
         slope = (doubled - now) / least
         more = max(0, int(room / slope) // step * step) if slope > 0 else None
         return Headroom(2 * least, None, None if more is None else 2 * least + more)

@@ -33,6 +33,7 @@ from megatransformer_jax.generation.prefill import Prefilled, left_padded, prefi
 from megatransformer_jax.generation.processors.build import build_chain
 from megatransformer_jax.generation.request import plan_cache
 from megatransformer_jax.models.attention_kernels import KernelChoice, kernel_choices
+from megatransformer_jax.models.cost.memory import tree_bytes
 from megatransformer_jax.models.exit_criteria import DepthRule
 from megatransformer_jax.models.megatransformer import (
     MegaTransformer,
@@ -68,6 +69,7 @@ class PhasePrograms:
       mesh: that the programs are laid over. None: they run on one device.
       kernels: attention of passes over whole rows; empty where the phase makes none.
       cache_bytes: keys and values on one device; 0 without a cache.
+      held_bytes: weights and cache on one device, before any program runs; 0 of a train step.
       rows: of the batch, over all devices.
       row_step: rows can be changed by multiples of this.
     """
@@ -76,6 +78,7 @@ class PhasePrograms:
     mesh: Mesh | None
     kernels: tuple[KernelChoice, ...]
     cache_bytes: int
+    held_bytes: int
     rows: int
     row_step: int
 
@@ -126,6 +129,7 @@ def _train_programs(config: RunConfig, devices: Sequence[Any]) -> PhasePrograms:
         sharder.mesh,
         training_kernels(config, model),
         cache_bytes=0,
+        held_bytes=0,
         rows=config.data.batch_size,
         row_step=sharder.ways("batch") * config.train.accumulation,
     )
@@ -267,11 +271,13 @@ def _generation_programs(
     if compiling.phase == "prefill":
         lower = {"prefill": generation.lower_prefill}
         kernels = kernel_choices(generation.model, [columns], is_training=False)
+    cache_bytes = place.cache_bytes(generation.cache)
     return PhasePrograms(
         lower,
         place.model.sharder.mesh,
         kernels,
-        place.cache_bytes(generation.cache),
+        cache_bytes,
+        tree_bytes(generation.params) + cache_bytes,
         rows,
         generation.model.sharder.ways("batch"),
     )
@@ -349,11 +355,13 @@ def _server_programs(
         program = jax.jit(function, donate_argnums=DONATED[name])
         return lambda: program.lower(*arguments[name])
 
+    cache_bytes = place.cache_bytes(batch.cache)
     return PhasePrograms(
         {name: lowering(name) for name in arguments},
         model.sharder.mesh,
         (),
-        place.cache_bytes(batch.cache),
+        cache_bytes,
+        tree_bytes(params) + cache_bytes,
         shape.rows,
         model.sharder.ways("batch"),
     )

@@ -142,8 +142,9 @@ def _speeds(report: CompileReport) -> Table:
         table.add_row(label + (" *" if index == 0 else ""), *_speed_cells(speed, chips))
     estimate = report.programs[0].reading.estimate
     table.caption = (
-        "* the mean or chosen depth. At least: all FLOPs at the peak rate. No overlap: operations "
-        "one after the other, each as long as its FLOPs or its bytes take at least"
+        "* the mean or chosen depth. At least: all FLOPs, all bytes or all exchanges over an axis "
+        "at peak rates, whichever takes longest. No overlap: operations one after the other, each "
+        "as long as its FLOPs or its bytes take at least"
     )
     if len(report.programs) == 1:
         table.caption += (

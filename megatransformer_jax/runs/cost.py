@@ -185,7 +185,7 @@ def make_report(run: BaseRunConfig, device: str | None = None) -> CostReport:
         media=media_flops(model),
         places=places,
         depths=tuple(
-            _depth_cost(config, counts, flops, depth, policy) for depth in evaluated_depths(config)
+            _depth_cost(config, counts, flops, depth, model) for depth in evaluated_depths(config)
         ),
         layers=count_layers(params),
         memory=_train_memory(config, model, sharder, device),
@@ -210,7 +210,7 @@ def _depth_cost(
     counts: ParameterCounts,
     flops: ForwardFlops,
     depth: int | None,
-    policy: DTypePolicy,
+    model: MegaTransformer,
 ) -> DepthCost:
     iterations = 0 if depth is None else depth
     trained = train_flops(config.model, flops, iterations)
@@ -220,7 +220,9 @@ def _depth_cost(
         forward_flops=flops.total(iterations),
         train_flops=trained.model,
         hardware_train_flops=trained.hardware,
-        cache_bytes=cache_bytes_per_token(config.model, iterations, policy.compute),
+        cache_bytes=cache_bytes_per_token(
+            config.model, iterations, model.policy.compute, model.platform
+        ),
     )
 
 

@@ -77,6 +77,11 @@ def run(
             r"\| int4 x int8, groups of 64 \| [\d.]+ ms",
         ),
         (
+            "streaming",
+            "--preset=tiny --prompt=4 --new=4 --calls=2 --rounds=1",
+            r"\| stream, default \| \d+ \|",
+        ),
+        (
             "peer",
             "--experts=16 --heads=1 --top-k=1 --width=8 --batch=1 --length=8 --rounds=1",
             r"PEER / dense: \d",

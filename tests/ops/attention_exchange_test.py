@@ -1,5 +1,7 @@
 """Attention over rows that are cut over devices equals attention on one device."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def sharder_of(*sizes):
     return Sharder(Mesh(np.array(jax.devices()[: np.prod(sizes)]).reshape(sizes), MESH_AXES))
 
 
-def value_and_gradients(arrays, pulled, mask, sharder, **options):
+def value_and_gradients(mask, sharder, **options):
     def attended(*arrays):
         return attend(*arrays, mask, sharder=sharder, **options)
 
@@ -29,7 +31,7 @@ def value_and_gradients(arrays, pulled, mask, sharder, **options):
         output, pull = jax.vjp(attended, *arrays)
         return output, *pull(pulled)
 
-    return run, run(arrays, pulled)
+    return run
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,8 @@ def test_cut_rows_equal_the_definition_and_one_device_in_gradient(
         jax.device_put(array, sharder.sharding("batch", "length", name, None))
         for array, name in zip((*arrays, pulled), names, strict=True)
     ]
-    run, results = value_and_gradients(placed[:3], placed[3], mask, sharder, **options)
+    run = value_and_gradients(mask, sharder, **options)
+    results = run(placed[:3], placed[3])
     assert results[0].sharding.is_equivalent_to(placed[0].sharding, 4)
     expected = attention_reference(
         *arrays,
@@ -70,7 +73,7 @@ def test_cut_rows_equal_the_definition_and_one_device_in_gradient(
         slopes=options["alibi_slopes"],
     )
     np.testing.assert_allclose(results[0], expected, atol=1e-5)
-    _, alone = value_and_gradients(arrays, pulled, mask, Sharder(), **options)
+    alone = value_and_gradients(mask, Sharder(), **options)(arrays, pulled)
     for ours, theirs in zip(results, alone, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
     text = run.lower(placed[:3], placed[3]).compile().as_text()
@@ -78,6 +81,19 @@ def test_cut_rows_equal_the_definition_and_one_device_in_gradient(
     # Only ids are gathered if heads are exchanged.
     gathered = [line for line in text.splitlines() if "f32" in line and " all-gather(" in line]
     assert bool(gathered) == (exchange == "keys")
+
+
+def test_keys_and_their_gradients_travel_in_the_arrays_type():
+    sharder = sharder_of(1, 1, 1, 4)
+    shapes = [
+        jax.ShapeDtypeStruct((B, T, 3, H), jnp.bfloat16, sharding=sharder.sharding(*names))
+        for names in [("batch", "length", None, None)] * 4
+    ]
+    run = value_and_gradients(AttentionMask(), sharder)
+    text = run.lower(shapes[:3], shapes[3]).as_text()
+    for exchange in ("all_gather", "reduce_scatter"):
+        sent = re.findall(rf'"stablehlo\.{exchange}".*?: \((tensor<[^>]*>)\) ->', text, re.DOTALL)
+        assert len(sent) == 2 and all(shape.endswith("xbf16>") for shape in sent), exchange
 
 
 def test_dropout_does_not_depend_on_how_heads_are_laid_out():

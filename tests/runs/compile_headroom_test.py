@@ -30,7 +30,8 @@ def headroom(monkeypatch):
             return compiling.CompiledProgram(name, 0.0, 0.0, memory, 0, problem, {}, "")
 
         def phase(config, options, devices):
-            return PhasePrograms({"decode": lambda: None}, None, (), 0, options.rows, 2)
+            held = options.rows * mib * MIB // 2
+            return PhasePrograms({"decode": lambda: None}, None, (), 0, held, options.rows, 2)
 
         def compile_program(name, lower, read, progress):
             asked.append(int(name.split()[-2]))
@@ -61,3 +62,7 @@ def test_halving_ends_between_what_fits_and_what_does_not(headroom):
 
 def test_rows_that_cannot_be_cut_finer_end_the_halving(headroom):
     assert headroom(2, 7000) == ((2, 4, None), [4])
+
+
+def test_rows_that_no_chip_could_hold_are_not_compiled(headroom):
+    assert headroom(2, 9000) == ((2, 4, None), [])
