@@ -17,6 +17,7 @@ import numpy as np
 
 import megatransformer_jax as mt
 from benchmarks.timing import environment
+from megatransformer_jax.config.generation import GenerationConfig
 
 
 class Times(NamedTuple):
@@ -55,8 +56,8 @@ def time_generate(lm: mt.Model, prompt: list[int], new: int) -> Times:
 def time_stream(lm: mt.Model, prompt: list[int], new: int, per_call: int | None) -> Times:
     """Token by token."""
     came = [time.perf_counter()]
-    options = {"strategy": "greedy", "max_new_tokens": new}
-    for _ in lm.stream(prompt, tokens_per_call=per_call, **options):
+    given = GenerationConfig(strategy="greedy", max_new_tokens=new)
+    for _ in lm.stream(prompt, given, tokens_per_call=per_call):
         came.append(time.perf_counter())
     between = float(np.diff(came[1:]).max(initial=0.0))
     return Times((len(came) - 1) / (came[-1] - came[0]), came[1] - came[0], between)

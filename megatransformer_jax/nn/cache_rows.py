@@ -130,21 +130,37 @@ def entries_spec(array: jax.Array, sharder: Sharder) -> jax.sharding.PartitionSp
 def _put_here(
     lanes: int, arrays: list[jax.Array], rows: list[jax.Array], starts: jax.Array
 ) -> list[jax.Array]:
+    pairs = [place for place, array in enumerate(arrays) if array.ndim == 5]
+
     # One by one this is done in place; as a scatter XLA transposes the cache for it.
-    def put_sequence(sequence: jax.Array, arrays: list[jax.Array]) -> list[jax.Array]:
-        start = starts[sequence]
+    def put_sequence(sequence: jax.Array, written: list[jax.Array]) -> list[jax.Array]:
+        corner = (0, sequence, starts[sequence])
+        ones = [jax.lax.dynamic_slice_in_dim(rows[place], sequence, 1, axis=1) for place in pairs]
+        return [
+            put_rows(array, one.astype(array.dtype), corner, lanes)
+            for array, one in zip(written, ones, strict=True)
+        ]
 
-        def put_one(array: jax.Array, new: jax.Array) -> jax.Array:
-            axis = int(array.ndim == 5)
-            one = jax.lax.dynamic_slice_in_dim(new, sequence, 1, axis=axis).astype(array.dtype)
-            if axis:
-                return put_rows(array, one, (0, sequence, start), lanes)
-            return jax.lax.dynamic_update_slice(array, one, (sequence, start))
+    written = jax.lax.fori_loop(0, starts.shape[0], put_sequence, [arrays[n] for n in pairs])
+    left = iter(written)
+    return [
+        next(left) if place in pairs else _put_numbers(array, rows[place], starts)
+        for place, array in enumerate(arrays)
+    ]
 
-        return [put_one(array, new) for array, new in zip(arrays, rows, strict=True)]
 
-    written: list[jax.Array] = jax.lax.fori_loop(0, starts.shape[0], put_sequence, arrays)
-    return written
+def _put_numbers(
+    array: Int[Array, "B S"], numbers: Int[Array, "B T"], starts: Int[Array, "B"]
+) -> Int[Array, "B S"]:
+    """T numbers of each sequence at its start.
+
+    All at once: of a loop that updates a slice of an array in every turn, libtpu 0.0.42 takes the
+    slices for the array ("The shape doesn't match when replacing").
+    """
+    place = jnp.arange(array.shape[1]) - starts[:, None]
+    count = numbers.shape[1]
+    put = jnp.take_along_axis(numbers, jnp.clip(place, 0, count - 1), axis=1)
+    return jnp.where((place >= 0) & (place < count), put, array)
 
 
 # ------------------------------------------------------------------------------
