@@ -112,12 +112,13 @@ def _rate(collective: Collective, chip: Chip) -> float:
     return chip.dcn_bandwidth if collective.is_between_slices else chip.ici_bandwidth
 
 
-def _floor(cost: Cost, collectives: Iterable[Collective], chip: Chip) -> float:
+def _floor(cost: Cost, collectives: tuple[Collective, ...], chip: Chip) -> float:
     """The busiest of matrix unit, memory and networks, which at best all work at once."""
     networks: dict[tuple[str, ...] | None, float] = {}
     for collective in collectives:
         network = None if collective.is_between_slices else collective.axes
-        networks[network] = networks.get(network, 0.0) + _seconds(collective, chip)
+        seconds = collective.times * collective.seconds
+        networks[network] = networks.get(network, 0.0) + seconds
     computing, moving = cost.flops / chip.bf16_flops, cost.hbm_bytes / chip.hbm_bandwidth
     return max(computing, moving, *networks.values())
 
