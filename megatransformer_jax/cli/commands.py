@@ -385,6 +385,12 @@ def _evaluate() -> Command:
     return COMMAND
 
 
+def _prepare() -> Command:
+    from megatransformer_jax.cli.prepare import COMMAND  # noqa: PLC0415
+
+    return COMMAND
+
+
 def _quantize() -> Command:
     from megatransformer_jax.cli.quantize import COMMAND  # noqa: PLC0415
 
@@ -430,6 +436,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "evaluate": ("Scores a model at several depths.", _evaluate),
     "inspect": ("Shows parameters, memory and FLOPs of a run before it starts.", lambda: INSPECT),
     "compile": ("Compiles a run for TPUs that are not here, and reads the programs.", _compile),
+    "prepare": ("Tokenises and packs the data of a run once.", _prepare),
     "find-lr": ("Suggests a learning rate.", lambda: FIND_LR),
     "diagnose": ("Draws figures of what happens inside a model.", lambda: DIAGNOSE),
     "compare": ("Compares finished runs by depth.", lambda: COMPARE),

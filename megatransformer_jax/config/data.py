@@ -93,8 +93,11 @@ class AugmentationConfig:
 # ------------------------------------------------------------------------------
 # Sources, tokenizer and pipeline.
 
+# Options of augmentation that change texts before they are tokenised.
+TEXT_CHANGES = ("synonyms_file", "synonym_rate", "back_translation", "back_translation_rate")
+
 FILE_SOURCES = ("text", "jsonl", "parquet", "arrayrecord")
-SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "reasoning", "media")
+SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "tokens", "reasoning", "media")
 # Special tokens and 256 bytes take 260.
 MIN_TRAINED_PIECES = 300
 REASONING_TASKS = ("parity", "addition", "hop", "permutation")
@@ -259,11 +262,22 @@ class DataConfig(LoaderConfig):
     source: str = option(
         "embedded_text",
         "embedded_text: the documents of pydoc_data.topics, in every CPython. text, jsonl, "
-        "parquet, arrayrecord: files. tfds: a prepared TFDS data set. reasoning: generated. "
+        "parquet, arrayrecord: files. tfds: a prepared TFDS data set. tokens: rows that "
+        "`megatransformer prepare` has written. reasoning: generated. "
         "media: text with images and sound.",
         choices=SOURCES,
     )
-    files: tuple[str, ...] = option((), "Training files or glob patterns (file sources).")
+    files: tuple[str, ...] = option(
+        (),
+        "Training files or glob patterns (file sources). With source='tokens': folders that "
+        "`megatransformer prepare` has written.",
+    )
+    mixture: tuple[float, ...] = option(
+        (),
+        "Weight of each of `files` in the training batches, such as 0.7,0.3 (source='tokens'). "
+        "Default (empty): all rows of all folders are visited once per epoch.",
+        above=0,
+    )
     validation_files: tuple[str, ...] = option(
         (),
         "Validation files. Default (empty): validation_fraction of the training records is held "
@@ -319,8 +333,8 @@ class DataConfig(LoaderConfig):
 
     @rule("files")
     def _file_sources_need_files(self) -> None:
-        """Given when source is text, jsonl, parquet or arrayrecord."""
-        if self.source in FILE_SOURCES and not self.files:
+        """Given when source is text, jsonl, parquet, arrayrecord or tokens."""
+        if self.source in (*FILE_SOURCES, "tokens") and not self.files:
             raise ConfigError(
                 "files", f"is empty, but source={self.source!r} reads files; name some."
             )
@@ -333,10 +347,52 @@ class DataConfig(LoaderConfig):
                 "tfds_name", "is None, but source='tfds' needs a data set; give its name."
             )
 
-    @rule("files", "validation_files")
+    @rule("files")
     def _files_need_a_file_source(self) -> None:
-        """Only with source text, jsonl, parquet or arrayrecord."""
-        self._only_for(FILE_SOURCES, "files", "validation_files")
+        """Only with source text, jsonl, parquet, arrayrecord or tokens."""
+        self._only_for((*FILE_SOURCES, "tokens"), "files")
+
+    @rule("validation_files")
+    def _validation_files_need_a_file_source(self) -> None:
+        """Only with source text, jsonl, parquet or arrayrecord; prepared folders have their own
+        validation rows."""
+        self._only_for(FILE_SOURCES, "validation_files")
+
+    @rule("mixture")
+    def _mixture_has_a_weight_per_folder(self) -> None:
+        """Only with source tokens; as many as `files`, which are two or more, each once."""
+        self._only_for(("tokens",), "mixture")
+        if self.mixture and not 1 < len(self.files) == len(self.mixture):
+            raise ConfigError(
+                "mixture",
+                f"{self.mixture!r} are {len(self.mixture)} weights, and files names "
+                f"{len(self.files)} folders; give one weight per folder, of two or more.",
+            )
+        if self.source == "tokens" and len(set(self.files)) < len(self.files):
+            raise ConfigError("files", f"{self.files!r} names a folder twice; keep one of them.")
+
+    @rule("packing")
+    def _prepared_rows_have_one_length(self) -> None:
+        """'pack' or 'pad' with source='tokens', as `megatransformer prepare` has packed."""
+        if self.source == "tokens" and self.packing == "bucket":
+            raise ConfigError(
+                "packing", "'bucket' does not go with source='tokens'; use 'pack' or 'pad'."
+            )
+
+    @rule("validation_fraction")
+    def _prepared_rows_are_held_out_already(self) -> None:
+        """Keep the default with source='tokens', where `megatransformer prepare` has held out."""
+        self._not_for("tokens", "validation_fraction")
+
+    @rule("augmentation.synonyms_file", "augmentation.back_translation")
+    def _prepared_texts_stay_as_they_are(self) -> None:
+        """Not with source='tokens', whose texts are tokenised already."""
+        if self.source == "tokens":
+            reason = "with source='tokens', whose texts are tokenised already"
+            try:
+                require_defaults(self.augmentation, TEXT_CHANGES, reason, "choose another source")
+            except ConfigError as error:
+                raise error.below("augmentation") from None
 
     @rule("tfds_name", "tfds_split", "tfds_validation_split", "tfds_data_dir")
     def _tfds_options_need_tfds(self) -> None:
@@ -383,7 +439,7 @@ class DataConfig(LoaderConfig):
             try:
                 require_defaults(
                     self.augmentation,
-                    ("synonyms_file", "synonym_rate", "back_translation", "back_translation_rate"),
+                    TEXT_CHANGES,
                     f"with data.media.tasks={self.media.tasks!r}, whose texts are transcripts",
                     "add a task such as 'caption=1' or 'text=1'",
                 )

@@ -123,12 +123,17 @@ class NumberedStream(typing.Generic[Element]):
     def __next__(self) -> Element:
         if self._batch >= len(self._source):
             raise StopIteration
+        batch = self._make()
+        self._batch += 1
+        return batch
+
+    def _make(self) -> Element:
+        if not self._num_workers:
+            return self._source[self._batch]
         if self._elements is None:
             dataset = grain.MapDataset.source(self._source)
             self._elements = read(dataset, self._batch, self._num_workers)
-        batch = next(self._elements)
-        self._batch += 1
-        return batch
+        return next(self._elements)
 
     def get_state(self) -> dict[str, Any]:
         """The number of the next batch."""

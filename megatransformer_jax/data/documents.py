@@ -84,6 +84,11 @@ def _live_with_parent(worker_index: int, worker_count: int) -> None:
     del worker_index, worker_count
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Ends this worker process when the process that started it ends, however that ends."""
 
     def wait() -> None:
         parent = multiprocessing.parent_process()

@@ -26,6 +26,7 @@ from megatransformer_jax.data.media.speech import espeak_version
 from megatransformer_jax.data.sources.build import open_records, source_files
 from megatransformer_jax.data.sources.record import open_file
 from megatransformer_jax.data.sources.tfds import open_tfds
+from megatransformer_jax.data.token_rows import prepared_fingerprint
 from megatransformer_jax.extras import import_extra
 
 # A corpus of many gigabytes must not delay every start, so about this much is read of all files
@@ -57,6 +58,8 @@ def data_fingerprint(config: LoaderConfig) -> str:
             return "generated problems"
         case "media":
             words = media_fingerprint(config, _of_files)
+        case _ if config.source == "tokens":
+            return prepared_fingerprint(config.files)
         case _:
             words = split_fingerprint(config, "train")
             if config.validation_files or config.tfds_validation_split is not None:

@@ -21,6 +21,7 @@ from megatransformer_jax.data.packing import PackedRows, PaddedRows, Row, Specia
 from megatransformer_jax.data.reasoning import ProblemSet, build_task
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.sources import BadRecordPolicy, build_source
+from megatransformer_jax.data.token_rows import TokenBatches
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.types import Batch
 
@@ -133,6 +134,8 @@ def _text_batches(
 ) -> BatchStream:
     if tokenizer is None:
         raise ValueError(f"source={config.source!r} needs a tokenizer; see build_tokenizer")
+    if config.source == "tokens":
+        return TokenBatches(config, tokenizer, split, share)
     documents = Documents(
         build_source(config, split),
         tokenizer,

@@ -1,16 +1,17 @@
-"""The tokenizer that a run starts with: trained now, given, inherited, or symbols of a task."""
+"""The tokenizer that a run starts with: trained now, given, inherited, prepared, or symbols."""
 
 import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from absl import logging
 
 from megatransformer_jax.checkpoints.hub import find_model
 from megatransformer_jax.config.build import load_config
 from megatransformer_jax.config.data import TokenizerConfig
-from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.data.chat_template import template_files
 from megatransformer_jax.data.fingerprint import training_text_identity
@@ -23,8 +24,10 @@ from megatransformer_jax.data.hf_tokenizer import (
 from megatransformer_jax.data.pipeline import data_tokenizer
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.sources import training_texts
+from megatransformer_jax.data.token_rows import read_prepared
 from megatransformer_jax.data.tokenizer import (
     TRAINING_OPTIONS,
+    SentencePieceTokenizer,
     Tokenizer,
     build_tokenizer,
     load_sentencepiece,
@@ -36,15 +39,19 @@ from megatransformer_jax.runs.load import (
     find_sentencepiece,
     foreign_format,
 )
+from megatransformer_jax.training.distributed import wait_for_all
 
 
 def start_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
     """The tokenizer of a run: of text trained now if it must be, given, or that of the model which
-    the run starts from; of a reasoning task its symbols.
+    the run starts from or of the prepared rows that it reads; of a reasoning task its symbols.
+
+    Of several processes the first trains, and the others wait and read its files in the workdir.
 
     Raises:
       ConfigError: if the model has fewer embeddings than there are ids, or the tokenizer of
-        `fine_tuning.init_from` is not what the options say.
+        `fine_tuning.init_from` or of prepared rows is not what the options say.
+      UserError: if prepared rows were made by another tokenizer.
     """
     options = config.data.tokenizer
 
@@ -53,14 +60,15 @@ def start_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
             return build_tokenizer(options, [], workdir / SENTENCEPIECE_FILE, {})
         if config.fine_tuning.init_from is not None:
             return inherited_tokenizer(config, workdir)
-        return build_tokenizer(
-            options.with_vocab_size(config.model.vocab_size),
-            training_texts(config.data),
-            workdir / SENTENCEPIECE_FILE,
-            training_text_identity(config.data),
-        )
+        if config.data.source == "tokens":
+            return prepared_tokenizer(config, workdir)
+        return _train_once(config, workdir)
 
     tokenizer = data_tokenizer(config.data, read_text)
+    if config.data.source == "tokens":
+        # Known before anything is compiled.
+        for name in config.data.files:
+            read_prepared(name).check(config.data, tokenizer)
     if config.model.vocab_size < tokenizer.vocab_size:
         is_symbols = isinstance(tokenizer, SymbolTokenizer)
         source = "task" if is_symbols else "tokenizer"
@@ -72,6 +80,28 @@ def start_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
             + (" or data.tokenizer.vocab_size lower." if is_trained else "."),
         )
     return tokenizer
+
+
+def _train_once(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+    """A tokenizer of the training texts, trained by process 0 unless the workdir has it.
+
+    Where processes do not share the workdir, each trains it: the result is the same.
+    """
+    options = config.data.tokenizer.with_vocab_size(config.model.vocab_size)
+    path = workdir / SENTENCEPIECE_FILE
+
+    def build() -> Tokenizer:
+        identity = training_text_identity(config.data)
+        return build_tokenizer(options, training_texts(config.data), path, identity)
+
+    if jax.process_index() == 0:
+        try:
+            return build()
+        finally:
+            # The others need not wait longer where this fails: it fails there in the same way.
+            wait_for_all("tokenizer")
+    wait_for_all("tokenizer")
+    return build()
 
 
 # ------------------------------------------------------------------------------
@@ -89,32 +119,53 @@ def inherited_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
         it.
       UserError: if a file cannot be read.
     """
-    own, own_folder = workdir / SENTENCEPIECE_FILE, workdir / HUGGINGFACE_FOLDER
-    if not own.is_file() and not (own_folder / TOKENIZER_FILE).is_file():
-        assert config.fine_tuning.init_from is not None  # The caller has asked.
+    assert config.fine_tuning.init_from is not None  # The caller has asked.
+    if not _has_tokenizer(workdir):
         _copy(find_model(config.fine_tuning.init_from), config, workdir)
-    if own.is_file():
-        return load_sentencepiece(own)
-    return load_huggingface_tokenizer(own_folder)
+    return _own_tokenizer(workdir)
+
+
+def _has_tokenizer(folder: pathlib.Path) -> bool:
+    is_huggingface = (folder / HUGGINGFACE_FOLDER / TOKENIZER_FILE).is_file()
+    return is_huggingface or (folder / SENTENCEPIECE_FILE).is_file()
+
+
+def _own_tokenizer(folder: pathlib.Path) -> Tokenizer:
+    if (folder / SENTENCEPIECE_FILE).is_file():
+        return load_sentencepiece(folder / SENTENCEPIECE_FILE)
+    return load_huggingface_tokenizer(folder / HUGGINGFACE_FOLDER)
 
 
 def _copy(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> None:
     is_foreign = foreign_format(source) is not None
     folder = source if is_foreign else source / HUGGINGFACE_FOLDER
     if (folder / TOKENIZER_FILE).is_file():
-        _check_training_options(config.data.tokenizer, {}, source)
-        templates = [str(path.relative_to(folder)) for path in template_files(folder)]
-        # The definition last: where it is, the others are.
-        for name in (*templates, *TOKEN_FILES, *ID_FILES, TOKENIZER_FILE):
-            if (folder / name).is_file():
-                content = (folder / name).read_bytes()
-                write_atomically(workdir / HUGGINGFACE_FOLDER / name, content)
+        _copy_huggingface(source, folder, config, workdir)
     else:
         path = _sentencepiece_of(source, is_foreign=is_foreign)
-        description = path.with_suffix(".json")
-        trained_with = json.loads(description.read_text()) if description.is_file() else {}
-        _check_training_options(config.data.tokenizer, trained_with, source)
-        write_atomically(workdir / SENTENCEPIECE_FILE, path.read_bytes())
+        _copy_sentencepiece(source, path, config, workdir)
+
+
+def _copy_huggingface(
+    source: pathlib.Path, folder: pathlib.Path, config: RunConfig, workdir: pathlib.Path
+) -> None:
+    _check_training_options(config.data.tokenizer, {}, source)
+    templates = [str(path.relative_to(folder)) for path in template_files(folder)]
+    # The definition last: where it is, the others are.
+    for name in (*templates, *TOKEN_FILES, *ID_FILES, TOKENIZER_FILE):
+        if (folder / name).is_file():
+            content = (folder / name).read_bytes()
+            write_atomically(workdir / HUGGINGFACE_FOLDER / name, content)
+    logging.info("the tokenizer is that of %s", source)
+
+
+def _copy_sentencepiece(
+    source: pathlib.Path, path: pathlib.Path, config: RunConfig, workdir: pathlib.Path
+) -> None:
+    description = path.with_suffix(".json")
+    trained_with = json.loads(description.read_text()) if description.is_file() else {}
+    _check_training_options(config.data.tokenizer, trained_with, source)
+    write_atomically(workdir / SENTENCEPIECE_FILE, path.read_bytes())
     logging.info("the tokenizer is that of %s", source)
 
 
@@ -154,3 +205,42 @@ def _check_training_options(
                 f"{value!r} would be ignored, because the run reads text as {source} does; leave "
                 f"it at {getattr(TokenizerConfig(), name)!r}.",
             )
+
+
+# ------------------------------------------------------------------------------
+# A run on prepared rows reads and writes text as these were made.
+
+
+def prepared_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+    """The tokenizer in the first folder of `data.files`, copied into the workdir.
+
+    Raises:
+      ConfigError: if the rows were made of bytes, or options of the tokenizer's training contradict
+        it.
+      UserError: if a file is missing or cannot be read.
+    """
+    if not _has_tokenizer(workdir):
+        prepared = read_prepared(config.data.files[0])
+        source = prepared.path
+        if prepared.tokenizer_kind == "bytes":
+            raise ConfigError(
+                "data.tokenizer.kind",
+                f"'sentencepiece', but {source} was prepared with bytes; set it to 'bytes'.",
+            )
+        folder = source / HUGGINGFACE_FOLDER
+        if (folder / TOKENIZER_FILE).is_file():
+            _copy_huggingface(source, folder, config, workdir)
+        elif (source / SENTENCEPIECE_FILE).is_file():
+            _copy_sentencepiece(source, source / SENTENCEPIECE_FILE, config, workdir)
+        else:
+            raise UserError(
+                f"{source} has no {SENTENCEPIECE_FILE}, and its tokens have no meaning without; "
+                "copy it from where the data was prepared."
+            )
+    return _own_tokenizer(workdir)
+
+
+def keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+    """Puts a tokenizer that was given as a file into the folder of the rows that it makes."""
+    if isinstance(tokenizer, SentencePieceTokenizer) and not _has_tokenizer(folder):
+        write_atomically(folder / SENTENCEPIECE_FILE, tokenizer.model)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from megatransformer_jax.config.loop import DistributedConfig
 from megatransformer_jax.config.option import TRY_AGAIN, ConfigError, UserError
@@ -100,6 +101,12 @@ def lost_process_reason(error: BaseException) -> str | None:
             return text[:_REASON_LENGTH]
         one = one.__cause__ or one.__context__
     return None
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has called it with this name; at once in a single process."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
 
 
 def make_global(array: Any, sharder: Sharder, *axes: str | None) -> jax.Array:

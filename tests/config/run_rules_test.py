@@ -55,6 +55,7 @@ RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)
 
 
 # The rule, the class, what is given, the path in the error.
+TOKENS: dict[str, Any] = {"source": "tokens", "files": ("a", "b")}
 BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
     *BROKEN_DIAGNOSTICS,
@@ -181,10 +182,24 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     ("_tfds_needs_a_name", DataConfig, {"source": "tfds"}, "tfds_name"),
     ("_files_need_a_file_source", DataConfig, {"files": ("a.txt",)}, "files"),
     (
-        "_files_need_a_file_source",
+        "_validation_files_need_a_file_source",
         DataConfig,
         {"validation_files": ("a.txt",)},
         "validation_files",
+    ),
+    ("_mixture_has_a_weight_per_folder", DataConfig, {**TOKENS, "mixture": (1.0,)}, "mixture"),
+    ("_prepared_rows_have_one_length", DataConfig, {**TOKENS, "packing": "bucket"}, "packing"),
+    (
+        "_prepared_rows_are_held_out_already",
+        DataConfig,
+        {**TOKENS, "validation_fraction": 0.5},
+        "validation_fraction",
+    ),
+    (
+        "_prepared_texts_stay_as_they_are",
+        DataConfig,
+        {**TOKENS, "augmentation": AugmentationConfig(synonyms_file="a", synonym_rate=0.5)},
+        "augmentation.synonyms_file",
     ),
     ("_tfds_options_need_tfds", DataConfig, {"tfds_name": "lm1b"}, "tfds_name"),
     (

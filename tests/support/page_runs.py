@@ -69,6 +69,11 @@ def smallest(words: list[str]) -> list[str]:
         is_of_text = not any("vocoder" in word or "image_vae" in word for word in own)
         short = _SHORT if is_of_text else {k: v for k, v in _SHORT.items() if "evaluation" not in k}
         return [name, *_flags(_sizes(own)), *own, *_flags(short)]
+    if name == "prepare":
+        sizes = dict(_sizes(own))
+        if any("tokenizer.model_file" in word for word in own):
+            sizes.pop("data.tokenizer.max_training_bytes")
+        return [name, *_flags(sizes), *own]
     line = " ".join(words)
     if "--references" in line:
         return words

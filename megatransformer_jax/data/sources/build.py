@@ -29,9 +29,20 @@ def build_source(config: DataConfig, split: str) -> TextSource:
         raise ValueError(f"no split {split!r}; there are 'train' and 'validation'")
     if _has_validation_source(config):
         return _not_empty(open_records(config, split), config, split)
+    return build_splits(config)[split]
+
+
+def build_splits(config: DataConfig) -> dict[str, TextSource]:
+    """The documents of 'train' and of 'validation'; both share what they are held out of.
+
+    Raises:
+      UserError: see build_source.
+    """
+    if _has_validation_source(config):
+        return {split: build_source(config, split) for split in ("train", "validation")}
     everything = _not_empty(open_records(config, "train"), config, "train")
     train, validation = hold_out(everything, config.validation_fraction, config.seed)
-    return train if split == "train" else validation
+    return {"train": train, "validation": validation}
 
 
 def training_texts(config: DataConfig) -> Iterator[str]:
@@ -71,6 +82,10 @@ def open_records(config: DataConfig, split: str) -> TextSource:
         case "text" | "jsonl" | "parquet" | "arrayrecord":
             paths = source_files(config, split)
             return Concatenated([_open_file(config, path) for path in paths])
+        case "tokens":
+            raise ConfigError(
+                "data.source", "'tokens' has no documents, only rows; name the source of the text."
+            )
         case unknown:
             raise ConfigError("data.source", f"{unknown!r} has no documents.")
 
