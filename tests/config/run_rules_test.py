@@ -11,6 +11,7 @@ from broken_images import BROKEN_IMAGES
 from broken_media_data import BROKEN_MEDIA_DATA
 from broken_media_runs import BROKEN_MEDIA_RUNS
 from broken_models import BROKEN_MODELS
+from broken_tokens import BROKEN_TOKENS
 from broken_validation import BROKEN_VALIDATION
 from broken_vocoder import BROKEN_VOCODER
 
@@ -55,9 +56,9 @@ RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)
 
 
 # The rule, the class, what is given, the path in the error.
-TOKENS: dict[str, Any] = {"source": "tokens", "files": ("a", "b")}
 BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
+    *BROKEN_TOKENS,
     *BROKEN_DIAGNOSTICS,
     *BROKEN_VALIDATION,
     *BROKEN_AUDIO,
@@ -181,26 +182,6 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     ("_file_sources_need_files", DataConfig, {"source": "jsonl"}, "files"),
     ("_tfds_needs_a_name", DataConfig, {"source": "tfds"}, "tfds_name"),
     ("_files_need_a_file_source", DataConfig, {"files": ("a.txt",)}, "files"),
-    (
-        "_validation_files_need_a_file_source",
-        DataConfig,
-        {"validation_files": ("a.txt",)},
-        "validation_files",
-    ),
-    ("_mixture_has_a_weight_per_folder", DataConfig, {**TOKENS, "mixture": (1.0,)}, "mixture"),
-    ("_prepared_rows_have_one_length", DataConfig, {**TOKENS, "packing": "bucket"}, "packing"),
-    (
-        "_prepared_rows_are_held_out_already",
-        DataConfig,
-        {**TOKENS, "validation_fraction": 0.5},
-        "validation_fraction",
-    ),
-    (
-        "_prepared_texts_stay_as_they_are",
-        DataConfig,
-        {**TOKENS, "augmentation": AugmentationConfig(synonyms_file="a", synonym_rate=0.5)},
-        "augmentation.synonyms_file",
-    ),
     ("_tfds_options_need_tfds", DataConfig, {"tfds_name": "lm1b"}, "tfds_name"),
     (
         "_tfds_options_need_tfds",
