@@ -33,6 +33,8 @@ CHANGES = {
     "evaluation": {"every_steps": 100_000},
     "samples": {"every_steps": SAVED, **SAMPLES},
     "diagnostics": {"every_steps": SAVED, "kinds": ["recurrence"]},
+    # TensorBoard's writer imports torch where that is installed, which takes a second.
+    "logging": {"writers": []},
 }
 
 
