@@ -22,6 +22,9 @@ EXIT_CRITERIA = (
     "kl",
     "minp_kl",
     "argmax_stability",
+    "entropy",
+    "top1",
+    "margin",
     "learned_gate",
 )
 
@@ -57,10 +60,12 @@ class DepthConfig:
     )
     exit_criterion: str = option(
         "fixed",
-        "Criterion that ends a token's iterations before depth. fixed: none. The others measure "
-        "how much an iteration changed: latent_diff and cosine compare the core's state; "
+        "Criterion that ends a token's iterations before depth. fixed: none. Some measure how much "
+        "an iteration changed: latent_diff and cosine compare the core's state; "
         "entropy_diff, kl and minp_kl compare the distribution of the next token; "
-        "argmax_stability counts consecutive iterations with the same likeliest token. "
+        "argmax_stability counts consecutive iterations with the same likeliest token. Others ask "
+        "how sure the model is: entropy of the next token, top1 (1 - its largest probability), "
+        "margin (1 - what the largest is ahead of the second). "
         "learned_gate: the model's trained exit gate (model.exit_gate.enabled).",
         choices=EXIT_CRITERIA,
     )

@@ -1,9 +1,11 @@
 """When a token has iterated enough: exit criteria for adaptive depth.
 
 After every iteration a criterion gives each token one value from what the core and the output did
-in that iteration; the token is settled once its value passes a threshold. All but the last need no
-training (arXiv 2502.05171, section 6.1). h is the core's raw state, p the distribution that the
-logits give, H its entropy; a prime marks the iteration before.
+in that iteration; the token is settled once its value passes a threshold. All but learned_gate need
+no training. Most compare with the iteration before (arXiv 2502.05171, section 6.1); entropy, top1
+and margin ask how sure the model is by now (arXiv 2607.20519). h is the core's raw state, p the
+distribution that the logits give, p1 and p2 its largest two, H its entropy; a prime marks the
+iteration before.
 
 | criterion        | value of a token                         | settled if     | default |
 |------------------|------------------------------------------|----------------|---------|
@@ -14,12 +16,17 @@ logits give, H its entropy; a prime marks the iteration before.
 | kl               | KL(p' || p), nats                        | < threshold    | 5e-4    |
 | minp_kl          | the same, on p reduced by min-p          | < threshold    | 1e-6    |
 | argmax_stability | iterations in a row that kept the argmax | >= threshold   | 5       |
+| entropy          | H(p), nats                               | < threshold    | 0.1     |
+| top1             | 1 - p1                                   | < threshold    | 0.05    |
+| margin           | 1 - (p1 - p2)                            | < threshold    | 0.1     |
 | learned_gate     | prod (1 - lambda), not having exited yet | < threshold    | 0.5     |
 
-The defaults are Huginn's. It has none for cosine: states of equal length that differ by 0.03 in
-latent_diff have a cosine distance of 0.03^2 / 2, about 5e-4. lambda is what the model's trained
-exit gate says after an iteration (`nn.exit_gate`): a token leaves once it would have exited with
-probability 1 - threshold, so by default at the median of its exit distribution.
+The defaults of those that compare are Huginn's. It has none for cosine: states of equal length that
+differ by 0.03 in latent_diff have a cosine distance of 0.03^2 / 2, about 5e-4. How sure is sure
+enough depends on model and task, so the defaults of entropy, top1 and margin are only where to
+start from. lambda is what the model's trained exit gate says after an iteration (`nn.exit_gate`): a
+token leaves once it would have exited with probability 1 - threshold, so by default at the median
+of its exit distribution.
 
 The first iteration has none before it. Its h' is the initial state, p' is uniform, H(p') counts as
 100 nats and no argmax was kept. A value that is not a number never settles a token.
@@ -196,10 +203,29 @@ def _first_entropy(state: Float[Array, "B T D"], vocab_size: int) -> Float[Array
 def _entropy_diff(
     previous: Float[Array, "B T"], observation: Observation
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    log_probs = jax.nn.log_softmax(_logits(observation))
-    terms = jnp.exp(log_probs) * jnp.where(jnp.isneginf(log_probs), 0.0, log_probs)
-    entropy = -jnp.sum(terms, axis=-1)
+    entropy = _entropy_of(jax.nn.log_softmax(_logits(observation)))
     return jnp.abs(entropy - previous), entropy
+
+
+def _entropy(memory: tuple[()], observation: Observation) -> tuple[Float[Array, "B T"], tuple[()]]:
+    return _entropy_of(jax.nn.log_softmax(_logits(observation))), memory
+
+
+def _entropy_of(log_probs: Float[Array, "B T V"]) -> Float[Array, "B T"]:
+    terms = jnp.exp(log_probs) * jnp.where(jnp.isneginf(log_probs), 0.0, log_probs)
+    return -jnp.sum(terms, axis=-1)
+
+
+def _top1(memory: tuple[()], observation: Observation) -> tuple[Float[Array, "B T"], tuple[()]]:
+    return 1 - jnp.max(jax.nn.softmax(_logits(observation)), axis=-1), memory
+
+
+def _margin(memory: tuple[()], observation: Observation) -> tuple[Float[Array, "B T"], tuple[()]]:
+    probs = jax.nn.softmax(_logits(observation))
+    first = jnp.max(probs, axis=-1)
+    is_first = jnp.arange(probs.shape[-1]) == jnp.argmax(probs, axis=-1)[..., None]
+    second = jnp.max(jnp.where(is_first, 0.0, probs), axis=-1)
+    return 1 - (first - second), memory
 
 
 def _uniform(state: Float[Array, "B T D"], vocab_size: int) -> Float[Array, "B T V"]:
@@ -291,6 +317,9 @@ EXIT_CRITERIA = {
         ExitCriterion("kl", True, 5e-4, _uniform, _kl, _is_below),
         ExitCriterion("minp_kl", True, 1e-6, _uniform, _minp_kl, _is_below),
         ExitCriterion("argmax_stability", True, 5.0, _no_argmax, _argmax_stability, _is_reached),
+        ExitCriterion("entropy", True, 0.1, _no_memory, _entropy, _is_below),
+        ExitCriterion("top1", True, 0.05, _no_memory, _top1, _is_below),
+        ExitCriterion("margin", True, 0.1, _no_memory, _margin, _is_below),
         ExitCriterion("learned_gate", False, 0.5, _surely_there, _survival, _is_below, True),
     )
 }

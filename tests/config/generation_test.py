@@ -235,7 +235,7 @@ def test_every_rule_has_a_case_and_says_what_it_wants() -> None:
         (SamplingConfig, {"top_k": 0}, "at least 1"),
         (SamplingConfig, {"repetition_penalty": 0.0}, "above 0"),
         (DepthConfig, {"depth": 0}, "at least 1"),
-        (DepthConfig, {"exit_criterion": "entropy"}, "one of 'fixed', 'latent_diff', 'cosine'"),
+        (DepthConfig, {"exit_criterion": "entropi"}, "one of 'fixed', 'latent_diff', 'cosine'"),
         (GenerationConfig, {"strategy": "nucleus"}, "one of 'greedy', 'sample', 'beam'"),
         (GenerationConfig, {"max_new_tokens": 0}, "at least 1"),
         (GenerationConfig, {"max_new_tokens": 2**31}, r"at least 1 and at most 2\^31 - 1"),

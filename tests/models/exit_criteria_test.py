@@ -32,7 +32,8 @@ from megatransformer_jax.types import DTypePolicy
 BATCH, LENGTH, WIDTH, VOCAB = 2, 3, 8, 11
 LATENT = ("latent_diff", "cosine")
 DISTRIBUTION = ("entropy_diff", "kl", "minp_kl")
-OUTPUT = (*DISTRIBUTION, "argmax_stability")
+CONFIDENCE = ("entropy", "top1", "margin")
+OUTPUT = (*DISTRIBUTION, "argmax_stability", *CONFIDENCE)
 UNTRAINED = ("fixed", *LATENT, *OUTPUT)
 NAMES = (*UNTRAINED, "learned_gate")
 # The same compiled functions for all examples.
@@ -104,7 +105,7 @@ def reference(huginn_fixture):
     return jax.device_get(run({"params": params})), expected
 
 
-@pytest.mark.parametrize("name", UNTRAINED[1:])
+@pytest.mark.parametrize("name", (*LATENT, *DISTRIBUTION, "argmax_stability"))
 def test_values_are_huginns(reference, name):
     ours, expected = reference
     theirs = expected[f"exit_values_{name.replace('_', '-')}"]
@@ -116,7 +117,7 @@ def test_values_are_huginns(reference, name):
 def test_every_criterion_of_the_reference_is_compared(reference):
     prefix = "exit_values_"
     theirs = {n.removeprefix(prefix) for n in reference[1].files if n.startswith(prefix)}
-    assert {name.replace("-", "_") for name in theirs} == set(UNTRAINED) - {"fixed"}
+    assert {name.replace("-", "_") for name in theirs} == set(UNTRAINED) - {"fixed", *CONFIDENCE}
 
 
 # Values by their definition
@@ -152,6 +153,32 @@ def test_distribution_values_equal_float64_formulas(name):
         expected = [(p * np.log(p / q)).sum(-1) for p, q in pairs]
     for ours, theirs in zip(values(name, *seen), expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_confidence_equals_float64_formulas():
+    seen = observation(1)
+    probs = np.exp(np.asarray(seen.logits, np.float64))
+    probs /= probs.sum(-1, keepdims=True)
+    second, first = np.moveaxis(np.sort(probs, axis=-1)[..., -2:], -1, 0)
+    expected = {
+        "entropy": -(probs * np.log(probs)).sum(-1),
+        "top1": 1 - first,
+        "margin": 1 - (first - second),
+    }
+    for name in CONFIDENCE:
+        # What was before does not matter.
+        for value in (values(name, seen)[0], values(name, observation(2), seen)[1]):
+            np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_cannot_decide_is_not_sure_and_one_that_knows_is():
+    seen = observation()
+    level = changed(seen, logits=jnp.zeros_like(seen.logits))
+    sure = changed(seen, logits=jnp.zeros_like(seen.logits).at[..., 3].set(50.0))
+    wanted = {"entropy": np.log(VOCAB), "top1": 1 - 1 / VOCAB, "margin": 1.0}
+    for name in CONFIDENCE:
+        np.testing.assert_allclose(values(name, level)[0], wanted[name], rtol=1e-6)
+        assert settled(name, values(name, sure)[0]).all()
 
 
 def test_argmax_stability_counts_and_starts_again():
@@ -203,7 +230,7 @@ def test_standing_still_is_zero_and_settles(seed, scale):
 def test_divergences_and_distances_are_not_negative(seed, scale):
     pair = observation(seed, scale), observation(seed + 1, scale)
     close = changed(pair[0], logits=pair[0].logits + 1e-4, latent=pair[0].latent * (1 + 1e-6))
-    for name in (*LATENT, *DISTRIBUTION):
+    for name in (*LATENT, *DISTRIBUTION, *CONFIDENCE):
         for value in values(name, *pair, pair[0], close):
             assert (value >= 0).all(), name
 
@@ -215,7 +242,7 @@ def test_a_constant_on_all_logits_changes_nothing(seed, scale, shift):
     # So that adding a whole number does not round.
     pair = [changed(seen, logits=jnp.round(seen.logits * 256) / 256) for seen in pair]
     shifted = [changed(seen, logits=seen.logits + shift) for seen in pair]
-    for name in DISTRIBUTION:
+    for name in (*DISTRIBUTION, *CONFIDENCE):
         for ours, theirs in zip(values(name, *pair), values(name, *shifted), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6, err_msg=name)
 
@@ -318,7 +345,7 @@ def test_an_argmax_after_none_was_not_kept():
         assert [value[0, 0] for value in counted] == [0, 1, 0, 0, 1]
 
 
-@pytest.mark.parametrize("name", UNTRAINED)
+@pytest.mark.parametrize("name", sorted({*UNTRAINED} - {*CONFIDENCE}))
 def test_the_first_iteration_settles_no_token_that_moved(name):
     assert not settled(name, values(name, observation())[0]).any()
 
@@ -419,8 +446,8 @@ def test_the_configuration_offers_every_criterion():
 
 
 def test_unknown_names_list_the_known():
-    with pytest.raises(UserError, match=r"'entropy'; choose one of fixed, latent_diff, .*kl") as e:
-        exit_criterion("entropy")
+    with pytest.raises(UserError, match=r"'entropi'; choose one of fixed, latent_diff, .*kl") as e:
+        exit_criterion("entropi")
     assert all(name in str(e.value) for name in NAMES)
 
 

@@ -8,13 +8,16 @@ export const CRITERIA = {
   kl: { threshold: 5e-4, sign: "<", meaning: "KL from the distribution before is below this (nats)" },
   minp_kl: { threshold: 1e-6, sign: "<", meaning: "the same among the likely tokens is below this (nats)" },
   argmax_stability: { threshold: 5, sign: "≥", meaning: "the likeliest token has stayed the same for so many iterations" },
+  entropy: { threshold: 0.1, sign: "<", meaning: "the entropy of the next token is below this (nats)" },
+  top1: { threshold: 0.05, sign: "<", meaning: "all tokens but the likeliest have less than this probability" },
+  margin: { threshold: 0.1, sign: "<", meaning: "the likeliest token is ahead of the second by all but this probability" },
   learned_gate: { threshold: 0.5, sign: "<", meaning: "the model's gate leaves less than this probability of going on" },
 };
 
 /** Smallest and largest threshold that can be set. */
 export function bounds(name) {
   if (name === "argmax_stability") return [1, 25];
-  if (name === "learned_gate") return [0.001, 0.99];
+  if (["learned_gate", "top1", "margin"].includes(name)) return [0.001, 0.99];
   const { threshold } = CRITERIA[name];
   return [threshold / 1e4, Math.min(threshold * 1e4, 50)];
 }
