@@ -123,6 +123,13 @@ class ServingConfig:
         minimum=1,
         maximum=MAX_COUNT,
     )
+    max_turns: int = option(
+        4,
+        "Tokens that a row may get in one launch, while nobody who is served streams and no prompt "
+        "is being read. More take less of the host's time; a request that comes waits for them.",
+        minimum=1,
+        maximum=1024,
+    )
     max_prefill_share: float = option(
         0.5,
         "Share of the time that reading prompts may take while texts are being generated.",

@@ -22,7 +22,7 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.sampling import slots_of_any_depth
 from megatransformer_jax.config.serving import MAX_END_IDS, MAX_LOGIT_BIAS, MAX_LOGPROBS
 from megatransformer_jax.generation.continuous import programs
-from megatransformer_jax.generation.continuous.batcher import DONATED
+from megatransformer_jax.generation.continuous.batcher import DONATED, program_of
 from megatransformer_jax.generation.continuous.lanes import BatchShape
 from megatransformer_jax.generation.decode_loop import DecodeSettings, DecodeState, decode, start
 from megatransformer_jax.generation.endings import Ending
@@ -346,11 +346,12 @@ def _server_programs(
         "turn": (params, allowed, batch),
     }
     if config.model.is_recurrent:
-        arguments["step"] = (params, allowed, batch, number, number)
+        limits = place.replicated(jax.ShapeDtypeStruct((4,), jnp.int32))
+        arguments["step"] = (params, allowed, batch, limits)
 
     def lowering(name: str) -> Callable[[], Lowered]:
         sizes = (shape.chunk,) if name == "prefill" else ()
-        function = functools.partial(getattr(programs, name), model, shape, *sizes)
+        function = functools.partial(program_of(name), model, shape, *sizes)
         # A batcher flattens the arguments. The program is the same; here they keep their names.
         program = jax.jit(function, donate_argnums=DONATED[name])
         return lambda: program.lower(*arguments[name])

@@ -59,6 +59,7 @@ def batch_shape(config: ServingConfig, lm: Any) -> BatchShape:
         rows=config.rows,
         capacity=min(config.capacity, lm.config.max_length),
         num_slots=config.cache_slots,
+        turns=config.max_turns,
         chunk=config.chunk,
         short_chunks=config.short_chunks,
         criteria=config.criteria,
@@ -71,7 +72,7 @@ def batch_shape(config: ServingConfig, lm: Any) -> BatchShape:
     )
 
 
-def _costs(durations: Durations) -> Costs:
+def _costs(durations: Durations, part_size: int | None) -> Costs:
     """Durations, in those of an iteration."""
     tick = max(durations.tick, 1e-9)
     return Costs(
@@ -80,6 +81,7 @@ def _costs(durations: Durations) -> Costs:
             size: (once / tick, first / tick, last / tick)
             for size, (once, first, last) in durations.chunks.items()
         },
+        part_size=part_size,
     )
 
 
@@ -339,12 +341,14 @@ class Engine:
             rows=config.rows,
             min_waiting=config.min_waiting,
             max_ticks=config.max_ticks,
+            max_turns=config.max_turns,
             max_prefill_share=config.max_prefill_share,
             max_bypasses=config.max_bypasses,
         )
+        part_size = self.shape.part_size if self._lm.config.is_recurrent else None
         self._launches = Launches(
             batcher,
-            Scheduler(policy, _costs(batcher.durations())),
+            Scheduler(policy, _costs(batcher.durations(), part_size)),
             Prefixes(config.rows, config.chunk),
             self.metrics,
             self._see_end,

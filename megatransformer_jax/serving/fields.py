@@ -235,6 +235,7 @@ def _request(
             scores_prompt=wish.scores_prompt,
             only_scores=count == 0,
             media=wish.images,
+            is_streamed=options.stream,
         )
         jobs += [dataclasses.replace(job, sample=sample) for sample in range(options.n)]
     return Request(

@@ -7,14 +7,19 @@ the device never waits. Hence a text that ends leaves its row idle for one launc
 import collections
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.generation.continuous.lanes import DeviceEvents, Events, PromptScores
+from megatransformer_jax.generation.continuous.lanes import (
+    DeviceEvents,
+    Events,
+    PromptScores,
+    StepLimits,
+)
 from megatransformer_jax.models.exit_criteria import exit_criterion
 from megatransformer_jax.serving.metrics import Metrics
 from megatransformer_jax.serving.prefixes import Found, Prefixes
@@ -26,7 +31,7 @@ from megatransformer_jax.serving.requests import (
     PromptRead,
     Scored,
 )
-from megatransformer_jax.serving.scheduler import Reading, Scheduler
+from megatransformer_jax.serving.scheduler import Launch, Reading, Scheduler
 from megatransformer_jax.serving.texts import Text
 
 
@@ -310,28 +315,30 @@ class Launches:
                     item.text.num_to_read - item.text.num_read,
                     item.text.row_text.depth,
                     item.text.num_read / self._batcher.shape.capacity,
-                    may_be_short=not self._shares_slots(item.text)
-                    and not item.text.job.scores_prompt,
+                    self._may_be_short(item.text),
+                    self._batcher.begun(item.text.row),
                 )
                 for item in reading
             ],
+            is_streamed=any(item.text.job.is_streamed for item in running),
         )
         if launch.chunk is not None:
             chosen = next(item for item in reading if item.text.key == launch.chunk)
-            self._read_chunk(chosen, launch.chunk_size)
+            self._read_chunk(chosen, launch)
             # If that was the rest, the turn of this launch lets it in.
             entering += self._end_reading()
         if not (launch.is_turn or entering):
             if launch.chunk is not None:
                 self._batcher.wait()  # Else all of a long prompt would stand before who comes next.
             return None
+        items = {item.text.row: item for item in (*running, *entering)}
         if launch.min_waiting:
-            events = self._batcher.step(launch.min_waiting, launch.max_ticks)
+            limits = StepLimits(launch.min_waiting, launch.max_ticks, launch.turns, len(items))
+            events = self._batcher.step(limits)
         else:
             events = self._batcher.turn()
         for item in entering:
             item.text.is_running = True
-        items = {item.text.row: item for item in (*running, *entering)}
         # `_send` may have taken texts from their rows, so rows are theirs.
         return _Launch(events, items, launch.min_waiting)  # type: ignore[arg-type]
 
@@ -354,39 +361,49 @@ class Launches:
             self._send(item, events)
         return entering
 
-    def _read_chunk(self, item: Item, size: int) -> None:
+    def _may_be_short(self, text: Text) -> bool:
+        return not (self._shares_slots(text) or text.job.scores_prompt or text.job.media)
+
+    def _read_chunk(self, item: Item, launch: Launch) -> None:
         text = item.text
         assert text.row is not None
         if text.job.scores_prompt:
             scores, _ = self._batcher.score(text.row)
             text.scores += _scored(text, scores)
         else:
-            self._batcher.prefill(text.row, size)
+            self._batcher.prefill(text.row, launch.chunk_size, launch.chunk_iterations)
         text.num_read = text.num_to_read - self._batcher.num_unread(text.row)
 
     def _read(self, launch: _Launch) -> None:
         """Waits for a launch and tells texts what they got."""
-        events = launch.events.fetch()
-        ticks = int(events.ticks)
-        num_ticks = 0 if self._num_ticks is None else ticks - self._num_ticks
-        self._num_ticks = ticks
-        self._scheduler.see_launch(num_ticks)
-        num_tokens = 0
-        for row, item in launch.items.items():
-            text = item.text
-            if text.is_over:
-                continue  # Ended by us, while the launch was on its way.
-            text.iteration = int(events.iteration[row])
-            depth = int(events.depth[row]) if events.is_done[row] else None
-            self._scheduler.see_row(text.key, text.iteration, depth)
-            if depth is not None:
-                num_tokens += 1
-                self._take(item, events, row)
-        self._metrics.see_launch(num_ticks, num_tokens, launch.min_waiting)
+        turns, now = launch.events.fetch(), time.monotonic()
+        # Tokens that come together have taken a part of the time each.
+        counts = np.sum([events.is_done for events in turns], axis=0)
+        moments = {
+            row: _moments(item.text.last_token, now, int(counts[row]))
+            for row, item in launch.items.items()
+        }
+        for events in turns:
+            ticks = int(events.ticks)
+            num_ticks = 0 if self._num_ticks is None else ticks - self._num_ticks
+            self._num_ticks = ticks
+            self._scheduler.see_turn(num_ticks)
+            num_tokens = 0
+            for row, item in launch.items.items():
+                text = item.text
+                if text.is_over:
+                    continue  # Ended by us, while the launch was on its way.
+                text.iteration = int(events.iteration[row])
+                depth = int(events.depth[row]) if events.is_done[row] else None
+                self._scheduler.see_row(text.key, text.iteration, depth)
+                if depth is not None:
+                    num_tokens += 1
+                    self._take(item, events, row, next(moments[row]))
+            self._metrics.see_turn(num_ticks, num_tokens, launch.min_waiting)
 
-    def _take(self, item: Item, events: Events, row: int) -> None:
+    def _take(self, item: Item, events: Events, row: int, now: float) -> None:
         """Hands on what a turn gave to a row."""
-        text, now = item.text, time.monotonic()
+        text = item.text
         scored = Scored(
             int(events.token[row]),
             float(events.log_prob[row]),
@@ -401,6 +418,12 @@ class Launches:
             text.last_token = now
             self._prefixes.add(row, scored.token)
         self._send(item, found)
+
+
+def _moments(last: float | None, now: float, count: int) -> Iterator[float]:
+    """When each of some tokens that are there now may have come, by when the one before did."""
+    last = last or now
+    return (last + (now - last) * number / count for number in range(1, count + 1))
 
 
 def _scored(text: Text, scores: PromptScores | None) -> list[Scored]:

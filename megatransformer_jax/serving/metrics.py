@@ -131,8 +131,8 @@ class Metrics:
             self._prompt_tokens.inc(num_tokens)
         self._reused_tokens.inc(num_reused)
 
-    def see_launch(self, num_ticks: int, num_tokens: int, min_waiting: int) -> None:
-        """A launch is over."""
+    def see_turn(self, num_ticks: int, num_tokens: int, min_waiting: int) -> None:
+        """A turn is over, and so many iterations before it."""
         self._ticks.inc(num_ticks)
         self._turns.inc()
         self._rows_per_turn.observe(num_tokens)

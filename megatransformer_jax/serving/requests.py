@@ -25,6 +25,7 @@ class Job:
       scores_prompt: whether log-probabilities of the prompt's own tokens are wanted.
       only_scores: whether nothing is generated (OpenAI's `max_tokens=0` with `echo`).
       media: float32 arrays of images that stand at the prompt's places for them.
+      is_streamed: whether somebody waits for each token. Otherwise several may come at once.
     """
 
     ids: tuple[int, ...]
@@ -38,6 +39,7 @@ class Job:
     scores_prompt: bool = False
     only_scores: bool = False
     media: tuple[Any, ...] = ()
+    is_streamed: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """What the device does next, decided from counts and times alone: no JAX, no threads.
 
 A launch is `advance`, which iterates the core until enough rows wait for their token, and `turn`,
-which gives the waiting rows one and lets rows in whose prompt has been read. Between two launches
-at most one chunk of a prompt is read.
+which gives the waiting rows one and lets rows in whose prompt has been read; or some of both, while
+nobody waits for single tokens and there is no prompt to be read. Between two launches at most one
+chunk of a prompt is read.
 
 - How many rows must wait (`min_waiting`) is chosen by a small simulation: the running rows go on
   from where they are, at the depths that their last tokens had. Waiting for all rows is token-level
@@ -22,6 +23,8 @@ import numpy as np
 # A chunk may take as long as so many tokens of the running texts: then they get theirs in less than
 # three times the usual time.
 _MOST_STEPS = 1.5
+# An iteration of a chunk that was too fast to be measured is taken for so many of the batch.
+_LEAST = 0.01
 # A text whose prompt has been read waits for a row to finish as long as so many turns take, before
 # there is a turn for it alone.
 _TURNS_TO_ENTER = 2.0
@@ -49,7 +52,8 @@ class Policy:
     Attributes:
       rows: of the batch.
       min_waiting: rows that must wait before a turn. None: chosen while serving.
-      max_ticks: iterations of one launch, at most.
+      max_ticks: iterations before a turn, at most.
+      max_turns: of one launch.
       max_prefill_share: share of the time that prompts may take while texts are continued; above 0,
         at most 1.
       max_bypasses: how often other prompts may overtake one that is being read.
@@ -58,6 +62,7 @@ class Policy:
     rows: int
     min_waiting: int | None = None
     max_ticks: int = 64
+    max_turns: int = 1
     max_prefill_share: float = 0.5
     max_bypasses: int = 16
 
@@ -71,17 +76,24 @@ class Costs:
       chunks: by the number of its tokens, a chunk of a prompt without the core, an iteration of the
         core over the first one, and over the last of a full row. These are the sizes that there
         are.
+      part_size: of the chunks that may be read in parts, some iterations at a time. None: none.
     """
 
     turn: float = 1.5
     chunks: Mapping[int, tuple[float, float, float]] = dataclasses.field(
         default_factory=lambda: {16: (1.5, 1.0, 1.0), 64: (1.5, 2.0, 2.0)}
     )
+    part_size: int | None = None
 
     def of_chunk(self, size: int, depth: int, place: float = 0.0) -> float:
         """Of a chunk that is read at a depth, where so large a part of the row has been read."""
+        once, iteration = self.of_parts(size, place)
+        return once + depth * iteration
+
+    def of_parts(self, size: int, place: float = 0.0) -> tuple[float, float]:
+        """What is done once in a chunk, and one iteration of it."""
         once, first, last = self.chunks[size]
-        return once + depth * (first + place * (last - first))
+        return once, first + place * (last - first)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +106,8 @@ class Reading:
       depth: iterations of each, at most.
       place: tokens that have been read, of those that a row holds.
       may_be_short: whether it may be read in short chunks.
+      begun: size of the chunk that has been read in part, and its iterations so far. None: there is
+        none.
     """
 
     key: Hashable
@@ -101,6 +115,7 @@ class Reading:
     depth: int = 1
     place: float = 0.0
     may_be_short: bool = True
+    begun: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +125,12 @@ class Launch:
     Attributes:
       chunk: key of the text whose prompt is read on; None for none.
       chunk_size: how many tokens of it; 0 for none.
+      chunk_iterations: how many of the chunk's iterations, of which the others come later. None:
+        all that are left.
       min_waiting: of `advance`. 0: there is no `advance`, as enough rows wait already.
       max_ticks: of `advance`.
       is_turn: whether there is a turn (and an `advance` before it) at all.
+      turns: how many, at most.
     """
 
     chunk: Hashable | None
@@ -120,13 +138,15 @@ class Launch:
     min_waiting: int
     max_ticks: int
     is_turn: bool
+    turns: int = 1
+    chunk_iterations: int | None = None
 
 
 class Scheduler:
     """Decides launch by launch.
 
         launch = scheduler.next_launch(running, num_admitted, reading)
-        scheduler.see_launch(num_ticks)            # once it is over
+        scheduler.see_turn(num_ticks)              # of which there may be some
         scheduler.see_row(key, iteration, depth)   # and each row after it
 
     Args:
@@ -158,8 +178,8 @@ class Scheduler:
             depths = self._depths.setdefault(key, collections.deque(maxlen=NUM_DEPTHS))
             depths.append(max(depth, 1))
 
-    def see_launch(self, num_ticks: int) -> None:
-        """Remembers a launch of so many iterations and a turn."""
+    def see_turn(self, num_ticks: int) -> None:
+        """Remembers a turn and so many iterations before it."""
         share = self.policy.max_prefill_share
         if share < 1:
             self._credit += (num_ticks + self.costs.turn) * share / (1 - share)
@@ -177,6 +197,8 @@ class Scheduler:
         running: Mapping[Hashable, int],
         num_admitted: int,
         reading: Sequence[Reading],
+        *,
+        is_streamed: bool = True,
     ) -> Launch:
         """What comes next.
 
@@ -184,28 +206,43 @@ class Scheduler:
           running: texts that are being continued, and the largest depth of each.
           num_admitted: texts whose prompt has been read, which the next turn lets in.
           reading: the prompts that are being read, in the order of their arrival.
+          is_streamed: whether somebody waits for single tokens.
         """
         is_turn = bool(running) or num_admitted > 0
-        chunk, size = None, 0
+        chunk, size, iterations = None, 0, None
         if reading and (not is_turn or self._credit >= 0 or self.policy.max_prefill_share >= 1):
             chosen = self._choose_chunk(reading)
-            chunk, size = chosen.key, self._chunk_size(chosen, running)
+            chunk = chosen.key
+            size, iterations = self._chunk_size(chosen, running)
             if is_turn:
-                self._credit -= self.costs.of_chunk(size, chosen.depth, chosen.place)
+                self._credit -= self._cost_of(chosen, size, iterations)
         if not running:
-            return Launch(chunk, size, 0, 0, is_turn)
+            return Launch(chunk, size, 0, 0, is_turn, chunk_iterations=iterations)
         choice = self._choose(running)
         min_waiting, max_ticks = choice.min_waiting, choice.max_ticks
         if num_admitted:
             min_waiting = max(min_waiting - num_admitted, 1)
             max_ticks = min(max_ticks, max(round(_TURNS_TO_ENTER * self.costs.turn), 1))
-        return Launch(chunk, size, min_waiting, max_ticks, is_turn)
+        waits = is_streamed or num_admitted or reading
+        turns = 1 if waits else self.policy.max_turns
+        return Launch(chunk, size, min_waiting, max_ticks, is_turn, turns, iterations)
 
-    def _chunk_size(self, chosen: Reading, running: Mapping[Hashable, int]) -> int:
-        """Reads what is left fastest, unless that would keep running texts too long."""
+    def _chunk_size(
+        self, chosen: Reading, running: Mapping[Hashable, int]
+    ) -> tuple[int, int | None]:
+        """Reads what is left fastest, unless that would keep running texts too long.
+
+        Then in short chunks; if these take too long too, in some iterations of one at a time.
+        """
         whole = max(self.costs.chunks)
+        depths = [depth for key in running for depth in self._depths.get(key, ())]
+        step = self.costs.turn + float(np.mean(depths or list(running.values()) or [0]))
+        most = _MOST_STEPS * step
+        if chosen.begun is not None:
+            size = chosen.begun[0]
+            return size, self._iterations_within(most, chosen, size) if running else None
         if not chosen.may_be_short:
-            return whole
+            return whole, None
         each = {
             size: self.costs.of_chunk(size, chosen.depth, chosen.place)
             for size in self.costs.chunks
@@ -213,14 +250,29 @@ class Scheduler:
         num_left = min(chosen.num_left, whole)
         # Of equals the largest, which is fewer launches.
         fastest = min(each, key=lambda size: (-(-num_left // size) * each[size], -size))
-        if not running:
-            return fastest
-        depths = [depth for key in running for depth in self._depths.get(key, ())]
-        step = self.costs.turn + float(np.mean(depths or list(running.values())))
-        if each[fastest] <= _MOST_STEPS * step:
-            return fastest
-        brief = [size for size in each if each[size] <= _MOST_STEPS * step]
-        return max(brief) if brief else min(each, key=lambda size: each[size])
+        if not running or each[fastest] <= most:
+            return fastest, None
+        brief = [size for size in each if each[size] <= most]
+        if brief:
+            return max(brief), None
+        if self.costs.part_size is None:
+            return min(each, key=lambda size: each[size]), None
+        return self.costs.part_size, self._iterations_within(most, chosen, self.costs.part_size)
+
+    def _iterations_within(self, most: float, chosen: Reading, size: int) -> int | None:
+        """Iterations of a chunk that take no longer than `most`; None if none is left then."""
+        left = chosen.depth - (chosen.begun[1] if chosen.begun else 0)
+        once, iteration = self.costs.of_parts(size, chosen.place)
+        fitting = max(int((most - once) / max(iteration, _LEAST)), 1)
+        # Parts of about the same size.
+        num_parts = -(-left // fitting)
+        return None if num_parts <= 1 else -(-left // num_parts)
+
+    def _cost_of(self, chosen: Reading, size: int, iterations: int | None) -> float:
+        once, iteration = self.costs.of_parts(size, chosen.place)
+        done = chosen.begun[1] if chosen.begun else 0
+        # What is done once is counted with the first part, though the last has some of it.
+        return once * (not done) + iteration * (iterations or chosen.depth - done)
 
     def _choose_chunk(self, reading: Sequence[Reading]) -> Reading:
         """The shortest rest first, unless an older prompt has been overtaken too often."""

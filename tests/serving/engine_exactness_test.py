@@ -77,7 +77,8 @@ def random_jobs(rng, count, most=20):
             **kind,
             **own,
         )
-        jobs.append(Job(prompt, config, num_top=3))
+        # The last ones come together, and several of their tokens at once.
+        jobs.append(Job(prompt, config, num_top=3, is_streamed=number < count // 2))
     return jobs
 
 

@@ -60,7 +60,7 @@ def expected(jobs, engine, lm=LM):
     return [alone(to_row_text(item, lm, engine.shape)) for item in jobs]
 
 
-def random_jobs(count, seed=0):
+def random_jobs(count, seed=0, **of_job):
     rng, jobs = random.Random(seed), []
     for number in range(count):
         ids = (1, *rng.choices(ALPHABET, k=rng.choice([0, 1, 9, 40, 90])))
@@ -74,13 +74,15 @@ def random_jobs(count, seed=0):
                 depth=rng.choice([4, 8, 32]),
                 exit_criterion=rng.choice(["fixed", "kl"]),
                 max_new_tokens=rng.randint(1, 30),
+                **of_job,
             )
         )
     return jobs
 
 
-def test_texts_that_share_a_batch_are_what_each_is_alone(start):
-    engine, jobs = start(), random_jobs(60)
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_texts_that_share_a_batch_are_what_each_is_alone(start, is_streamed):
+    engine, jobs = start(), random_jobs(60, is_streamed=is_streamed)
     readers = []
     for number in range(0, len(jobs), 3):
         readers.append(Reader(3))
@@ -97,6 +99,8 @@ def test_texts_that_share_a_batch_are_what_each_is_alone(start):
         assert reader.reason(place) == {1: "end_of_text", 3: "length"}[reason]
         assert reader.text(place) == BYTES.decode(tokens)
     assert start.batcher.copies
+    # Tokens come together only where nobody streams.
+    assert (start.batcher.num_steps < start.batcher.num_turns) == (not is_streamed)
     assert engine.num_open == 0 and {slot["state"] for slot in engine.slots()} == {"free"}
 
 
@@ -363,8 +367,36 @@ def test_slots_tell_what_rows_do(start):
     reader.wait()
 
 
-def test_metrics_add_up_to_what_readers_got(start):
-    engine, jobs = start(), random_jobs(20, seed=1)
+def test_tokens_come_one_by_one_while_anybody_streams(start):
+    engine = start(batch={"seconds_per_tick": 1e-4})
+    alone, beside, streamed = Reader(), Reader(), Reader()
+    engine.submit([job(max_new_tokens=40, ends=False, is_streamed=False)], alone)
+    alone.wait()
+    steps, turns = start.batcher.num_steps, start.batcher.num_turns
+    assert steps == pytest.approx(40 / 4, abs=3) and turns == pytest.approx(40, abs=3)
+    engine.submit([job(max_new_tokens=40, ends=False)], streamed)
+    engine.submit([job(max_new_tokens=20, ends=False, is_streamed=False)], beside)
+    streamed.wait(), beside.wait()
+    assert start.batcher.num_steps - steps == start.batcher.num_turns - turns
+
+
+def test_a_prompt_that_would_keep_texts_waiting_is_read_in_parts(start):
+    # Both chunks take longer than a token of a text that runs.
+    engine = start(chunk=64, short_chunks=(16,), batch={"chunk_ticks": 3.0})
+    running, reader = Reader(), Reader()
+    ticket = engine.submit([endless(depth=4)], running)
+    while not running.events[0]:
+        time.sleep(0.001)
+    engine.submit([job("x" * 40, depth=32)], reader)
+    reader.wait()
+    assert start.batcher.num_parts > 0
+    ticket.cancel()
+    assert reader.tokens() == expected([job("x" * 40, depth=32)], engine)[0][0]
+
+
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_metrics_add_up_to_what_readers_got(start, is_streamed):
+    engine, jobs = start(), random_jobs(20, seed=1, is_streamed=is_streamed)
     reader = Reader(len(jobs))
     engine.submit(jobs, reader)
     reader.wait()
@@ -392,4 +424,4 @@ def test_metrics_add_up_to_what_readers_got(start):
 def test_settled_options_make_the_batch():
     shape = Engine(LM, fake_config(rows=3, max_logprobs=7)).shape
     assert (shape.rows, shape.capacity, shape.num_slots, shape.num_top) == (3, 1024, 32, 7)
-    assert dataclasses.astuple(shape)[3:6] == (16, (8, 16), ("fixed", "latent_diff", "kl"))
+    assert dataclasses.astuple(shape)[3:7] == (4, 16, (8, 16), ("fixed", "latent_diff", "kl"))

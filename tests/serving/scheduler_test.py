@@ -36,7 +36,7 @@ def served(kind, num_rows, turn_cost, min_waiting=None):
         ticks = min(sorted(left)[launch.min_waiting - 1], launch.max_ticks)
         left = [rest - ticks for rest in left]
         time += ticks + turn_cost
-        scheduler.see_launch(ticks)
+        scheduler.see_turn(ticks)
         for row in range(num_rows):
             is_done = left[row] <= 0
             got = depth[row] if is_done else None
@@ -140,7 +140,7 @@ def test_prompts_get_their_share_of_the_time_while_texts_are_continued():
     for _ in range(400):
         num_chunks += scheduler.next_launch(running, 0, reading).chunk == "long"
         decoding += 8 + 1.5
-        scheduler.see_launch(8)
+        scheduler.see_turn(8)
     reading_time = (4 + 8 * 2) * num_chunks
     assert reading_time / (reading_time + decoding) == pytest.approx(0.25, abs=0.02)
 
@@ -179,6 +179,47 @@ def test_the_briefest_chunk_is_taken_where_all_keep_texts_waiting():
     costs = Costs(2.0, {16: (90.0, 1.0, 1.0), 32: (91.0, 1.0, 1.0), 64: (1.0, 100.0, 100.0)})
     launch = Scheduler(Policy(8), costs).next_launch({1: 8}, 0, [Reading("a", 1000, 8)])
     assert launch.chunk_size == 16
+
+
+def test_a_chunk_is_read_in_parts_where_even_the_short_ones_keep_texts_waiting():
+    costs = Costs(2.0, {8: (2.0, 2.0, 2.0), 16: (3.0, 3.0, 3.0), 64: (4.0, 9.0, 9.0)}, 16)
+    scheduler = Scheduler(Policy(8), costs)
+    most = 1.5 * (2 + 8)
+
+    def parts(depth, running):
+        begun, found = None, []
+        while True:
+            reading = Reading("a", 1000, depth, begun=begun)
+            launch = scheduler.next_launch(running, 0, [reading])
+            assert launch.chunk_size == 16 or not running
+            scheduler.see_turn(10**6)  # Prompts may take as much again.
+            if launch.chunk_iterations is None:
+                return found
+            found.append(launch.chunk_iterations)
+            begun = (16, sum(found))
+
+    assert parts(8, {1: 8}) == [4]
+    assert parts(8, {}) == []
+    assert parts(32, {1: 8}) == [4] * 7
+    assert all(3 + 3 * part <= most for part in parts(32, {1: 8}))
+    # One that has been begun is finished at once where nobody waits.
+    launch = scheduler.next_launch({}, 0, [Reading("a", 1000, 8, begun=(16, 4))])
+    assert (launch.chunk_size, launch.chunk_iterations) == (16, None)
+
+
+@pytest.mark.parametrize(
+    ("others", "turns"),
+    [
+        ({"is_streamed": False}, 4),
+        ({"is_streamed": True}, 1),
+        ({"is_streamed": False, "reading": [Reading("a", 9)]}, 1),
+        ({"is_streamed": False, "num_admitted": 1}, 1),
+    ],
+)
+def test_a_launch_has_several_turns_where_nobody_waits(others, turns):
+    given = {"running": {1: 8, 2: 4}, "num_admitted": 0, "reading": [], **others}
+    launch = Scheduler(Policy(8, max_turns=4), Costs()).next_launch(**given)
+    assert launch.turns == turns
 
 
 def test_chunks_become_shorter_as_a_row_fills():

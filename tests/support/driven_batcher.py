@@ -3,6 +3,7 @@
 import dataclasses
 import random
 
+from megatransformer_jax.generation.continuous.lanes import StepLimits
 from megatransformer_jax.generation.endings import END_OF_TEXT, EXHAUSTED, FINISH_REASONS
 
 
@@ -37,11 +38,12 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
       texts: in the order of what is returned.
       min_waiting: of every advance.
       order: in which texts are placed. None: their own.
-      arrival: a seed; rows are then filled, and chunks of prompts read, at random times. None: as
-        soon as there is a free row, and at once.
+      arrival: a seed; rows are then filled, chunks of prompts read, in parts too, and several turns
+        taken in a launch, at random. None: as soon as there is a free row, at once, one by one.
       max_ticks: of every advance.
     """
     chance = random.Random(arrival)
+    has_core = batcher.batch.cache.core is not None
     waits = lambda: arrival is not None and chance.random() < 0.5  # noqa: E731
     queue, got = list(range(len(texts)) if order is None else order), [Got() for _ in texts]
     free, reading, running = list(range(batcher.shape.rows)), {}, {}
@@ -54,12 +56,16 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
             while row in reading and not waits():
                 may_be_short = texts[reading[row]].depth <= batcher.shape.num_slots
                 size = chance.choice(batcher.shape.chunks) if may_be_short and waits() else None
-                if batcher.prefill(row, size):
+                begun = batcher.begun(row)
+                is_part = begun is not None or size == batcher.shape.part_size is not None
+                if batcher.prefill(row, size, 1 if is_part and has_core and waits() else None):
                     running[row] = reading.pop(row)
-        events = batcher.step(min_waiting, max_ticks).fetch()
-        # A prompt of one token is read as soon as it is placed.
-        for row, text in [*reading.items(), *running.items()]:
-            if got[text].take(events, row):
-                reading.pop(row, None), running.pop(row, None)
-                free.append(row)
+        turns = batcher.shape.turns if waits() else 1
+        limits = StepLimits(min_waiting, max_ticks, turns, len(running))
+        for events in batcher.step(limits).fetch():
+            # A prompt of one token is read as soon as it is placed.
+            for row, text in [*reading.items(), *running.items()]:
+                if got[text].take(events, row):
+                    reading.pop(row, None), running.pop(row, None)
+                    free.append(row)
     return got

@@ -97,6 +97,7 @@ class _Row:
     is_entering: bool = False
     is_running: bool = False
     iteration: int = 0
+    begun: tuple[int, int] | None = None
     ids: list = dataclasses.field(default_factory=list)
     num_cached: int = 0
 
@@ -108,19 +109,23 @@ class FakeBatcher:
       lm: any.
       shape: of the batch.
       seconds_per_tick: what an iteration takes; a turn and a chunk take as long as two.
+      chunk_ticks: what `durations` says of an iteration of a chunk.
       fail_at_turn: number of the turn that raises. None: none does.
 
     Attributes:
       is_compiled: whether `compile` has been called.
       num_turns: turns so far.
+      num_steps: launches of `step` or `turn` so far.
       num_chunks: chunks of prompts that have been read.
+      num_parts: launches that read a part of one.
       copies: (source, row, tokens) of each copy.
     """
 
-    def __init__(self, lm, shape, seconds_per_tick=0.0, fail_at_turn=None):
+    def __init__(self, lm, shape, seconds_per_tick=0.0, fail_at_turn=None, chunk_ticks=0.0):
         self.shape = shape
         self.is_compiled = False
-        self.num_turns = self.num_chunks = 0
+        self.num_turns = self.num_steps = self.num_chunks = self.num_parts = 0
+        self._chunk_ticks = chunk_ticks
         self.copies = []
         self._seconds_per_tick = seconds_per_tick
         self._fail_at_turn = fail_at_turn
@@ -155,14 +160,26 @@ class FakeBatcher:
         held = self._rows[row]
         return len(held.text.ids) - 1 - held.num_read
 
-    def prefill(self, row, size=None):
+    def prefill(self, row, size=None, iterations=None):
         self._check()
         held = self._rows[row]
-        if not held.is_entering:
-            self.num_chunks += 1
-            self._wait(2)
-            self._read(held, size or self.shape.chunk)
+        size, done = held.begun or (size or self.shape.chunk, 0)
+        held.begun = None
+        if held.is_entering:
+            return True
+        if iterations is not None and done + iterations < held.text.depth:
+            assert size == self.shape.part_size and iterations > 0
+            self.num_parts += 1
+            self._wait(iterations / held.text.depth)
+            held.begun = size, done + iterations
+            return False
+        self.num_chunks += 1
+        self._wait(2)
+        self._read(held, size)
         return held.is_entering
+
+    def begun(self, row):
+        return self._rows[row].begun
 
     def score(self, row):
         held, first = self._rows[row], self._rows[row].num_read + 1
@@ -197,14 +214,29 @@ class FakeBatcher:
             self._ticks += 1
             self._wait(1)
 
-    def step(self, min_waiting, max_ticks):
-        self.advance(min_waiting, max_ticks)
-        return self.turn()
+    def step(self, limits):
+        assert 1 <= limits.turns <= self.shape.turns
+        turns = []
+        self.num_steps += 1
+        while not turns or self._num_running() >= limits.num_running:
+            self.advance(limits.min_waiting, limits.max_ticks)
+            turns.append(self._turn())
+            if len(turns) == limits.turns:
+                break
+        return types.SimpleNamespace(fetch=lambda: turns)
+
+    def _num_running(self):
+        return sum(row is not None and row.is_running for row in self._rows)
 
     def _is_waiting(self, row):
         return row.iteration >= _depth(row.text, row.ids)
 
     def turn(self):
+        self.num_steps += 1
+        events = self._turn()
+        return types.SimpleNamespace(fetch=lambda: [events])
+
+    def _turn(self):
         self._check()
         self._wait(2)
         if self.num_turns == self._fail_at_turn:
@@ -227,7 +259,7 @@ class FakeBatcher:
                 row.is_entering, row.is_running = False, True
             events["iteration"][number] = row.iteration
             events["is_running"][number] = row.is_running
-        return types.SimpleNamespace(fetch=lambda: Events(**events))
+        return Events(**events)
 
     def _give(self, events, number, row):
         token, log_prob, reason = _next(row.text, row.ids)
@@ -259,7 +291,7 @@ class FakeBatcher:
         return Durations(
             tick=1.0,
             turn=2.0,
-            chunks=dict.fromkeys(self.shape.chunks, (2.0, 0.0, 0.0)),
+            chunks=dict.fromkeys(self.shape.chunks, (2.0, *[self._chunk_ticks] * 2)),
         )
 
     def cache_bytes(self):

@@ -11,8 +11,9 @@ the other rows stay in the middle of theirs. What a row gives does not depend on
         pass
     events = batcher.turn()                # admits row 0: its last prompt token begins
     while ...:
-        events = batcher.step(min_waiting=1, max_ticks=64)   # rows that wait get a token each
-        host = events.fetch()              # waits for the device
+        # Rows that wait get a token each, up to four times before the host is asked.
+        events = batcher.step(StepLimits(min_waiting=1, max_ticks=64, turns=4, num_running=1))
+        turns = events.fetch()             # waits for the device
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ import numpy as np
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.generation.continuous import programs
+from megatransformer_jax.generation.continuous import programs, reading
 from megatransformer_jax.generation.continuous.images import (
     PlacedImages,
     PromptPlaces,
@@ -39,6 +40,7 @@ from megatransformer_jax.generation.continuous.lanes import (
     DeviceEvents,
     PromptScores,
     RowText,
+    StepLimits,
     row_settings,
 )
 from megatransformer_jax.generation.placement import for_rows, replicate
@@ -53,6 +55,9 @@ DONATED = {
     "copy": (0,),
     "release": (0,),
     "prefill": (1,),
+    "part": (),
+    "part_on": (4,),
+    "rest": (1,),
     "place_image": (1,),
     "prefill_placed": (1,),
     "score": (1,),
@@ -63,7 +68,7 @@ DONATED = {
 }
 
 
-_GIVES_NO_BATCH = ("advance", "empty_batch", "place_image")
+_GIVES_NO_BATCH = ("advance", "empty_batch", "place_image", "part", "part_on")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +86,21 @@ class _Flat:
     def whole(self) -> Any:
         """The tree."""
         return jax.tree.unflatten(self.tree, self.leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Begun:
+    """A chunk of a prompt that has been read in part.
+
+    Attributes:
+      size: tokens of the chunk.
+      iterations: that have been done.
+      read: on the device.
+    """
+
+    size: int
+    iterations: int
+    read: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +157,10 @@ class Batcher:
         # Of each row: the places of its prompt, and how many of them have been read.
         self._lengths = [1] * shape.rows
         self._num_read = [0] * shape.rows
+        self._depths = [1] * shape.rows
         # Prompts with images, by row, until they have been read.
         self._placed: dict[int, PlacedImages] = {}
+        self._begun: dict[int, _Begun] = {}
 
     def compile(self, progress: Callable[[str], object] = lambda name: None) -> None:
         """Compiles every program but `advance`; each is otherwise compiled when first needed.
@@ -154,12 +176,14 @@ class Batcher:
             "copy": (self._batch, row, row, row),
             "score": (self._params, self._batch, row),
             "turn": (self._params, self._is_allowed, self._batch),
-            "step": (self._params, self._is_allowed, self._batch, row, row),
+            "step": (self._params, self._is_allowed, self._batch, self._limits(StepLimits(1, 1))),
             "release": (self._batch, self._mask(())),
         }
         for size in self.shape.chunks:
             progress(f"prefill {size}")
             self._executable("prefill", (self._params, self._batch, row), size)
+        if self._has_core:
+            self._compile_parts(progress)
         if self.shape.with_images:
             placed = self._no_images(PromptPlaces(np.zeros(0, np.int32), np.zeros(0, bool), ()))
             pixels = self._host(np.zeros(self._model.config.image.shape, np.float32))
@@ -167,8 +191,20 @@ class Batcher:
             arguments["prefill_placed"] = (self._params, self._batch, row, placed)
         for name, given in arguments.items():
             progress(name)
-            if name != "step" or self._has_core:
-                self._executable(name, given)
+            self._executable(name, given)
+
+    def _compile_parts(self, progress: Callable[[str], object]) -> None:
+        size = self.shape.part_size
+        if size is None:
+            return
+        row, given = self._number(0), (self._params, self._batch, self._number(0))
+        progress("part")
+        # Of a row that holds nothing, so that nothing is iterated.
+        begun = self._run("part", *given, row, static=(size,))
+        progress("part_on")
+        self._executable("part_on", (*given, row, begun), size)
+        progress("rest")
+        self._executable("rest", (*given, begun), size)
 
     def place(self, row: int, text: RowText) -> None:
         """Puts a text into a row, whatever was there. Nothing is computed of its prompt yet.
@@ -192,8 +228,9 @@ class Batcher:
         self._change(
             "place", self._batch, self._number(row), settings, self._prompt(text.ids), length
         )
-        self._lengths[row], self._num_read[row] = num_places, 0
+        self._lengths[row], self._num_read[row], self._depths[row] = num_places, 0, text.depth
         self._placed.pop(row, None)
+        self._begun.pop(row, None)
         if places is not None:
             placed = self._no_images(places)
             for image, start in zip(text.images, places.starts, strict=True):
@@ -220,7 +257,7 @@ class Batcher:
         self._change("copy", self._batch, *numbers)
         self._num_read[row] = num_tokens
 
-    def prefill(self, row: int, size: int | None = None) -> bool:
+    def prefill(self, row: int, size: int | None = None, iterations: int | None = None) -> bool:
         """Reads one chunk of the row's prompt; True once only its last token is left.
 
         That one enters by the next `turn`. True at once for a prompt of one token. How a prompt is
@@ -229,19 +266,45 @@ class Batcher:
         Args:
           row: which.
           size: tokens of the chunk, one of `shape.chunks`. None: a whole one. Prompts with images
-            are read in whole chunks.
+            are read in whole chunks. Without meaning while one is begun.
+          iterations: does no more of them, and the next call goes on with them; for chunks of
+            `shape.part_size`. None: does all that are left.
         """
+        begun = self._begun.pop(row, None)
         size = self.shape.chunk if size is None or row in self._placed else size
         if self.num_unread(row):
             given = (self._params, self._batch, self._number(row))
+            done = 0
+            if begun is not None:
+                size, done = begun.size, begun.iterations
+            if iterations is not None and done + iterations < self._depths[row]:
+                self._begun[row] = self._read_part(given, size, done + iterations, begun)
+                return False
             if row in self._placed:
                 self._change("prefill_placed", *given, self._placed[row])
+            elif begun is not None:
+                self._change("rest", *given, begun.read, static=(size,))
             else:
                 self._change("prefill", *given, static=(size,))
             self._count_read(row, size)
         if not self.num_unread(row):
             self._placed.pop(row, None)
         return not self.num_unread(row)
+
+    def _read_part(
+        self, given: tuple[Any, ...], size: int, end: int, before: _Begun | None
+    ) -> _Begun:
+        assert self._has_core and size == self.shape.part_size
+        if before is None:
+            read = self._run("part", *given, self._number(end), static=(size,))
+        else:
+            read = self._run("part_on", *given, self._number(end), before.read, static=(size,))
+        return _Begun(size, end, read)
+
+    def begun(self, row: int) -> tuple[int, int] | None:
+        """Size and iterations so far of the row's chunk that has been read in part, if any has."""
+        begun = self._begun.get(row)
+        return None if begun is None else (begun.size, begun.iterations)
 
     def score(self, row: int) -> tuple[PromptScores | None, bool]:
         """As `prefill`, and the log-probabilities of the tokens behind those that are read.
@@ -276,13 +339,16 @@ class Batcher:
         lanes = self._run("advance", self._params, batch.lanes, batch.cache, *limits)
         self._batch = _Flat.of(programs.Batch(lanes, batch.cache))
 
-    def step(self, min_waiting: int, max_ticks: int) -> DeviceEvents:
-        """`advance` and then `turn`, in one program."""
-        if not self._has_core:
-            return self.turn()
-        limits = (self._number(min_waiting), self._number(max_ticks))
-        events: DeviceEvents
-        events = self._change("step", self._params, self._is_allowed, self._batch, *limits)
+    def step(self, limits: StepLimits) -> DeviceEvents:
+        """`advance` and then `turn`, in one program, and again as far as the limits allow.
+
+        Several turns in one launch take less of the host's time. The price is that their tokens
+        come together, and that nothing else happens between them; so there are no more of them once
+        a text has ended.
+        """
+        assert limits.turns <= self.shape.turns
+        given = (self._params, self._is_allowed, self._batch, self._limits(limits))
+        events: DeviceEvents = self._change("step", *given)
         return events
 
     def turn(self) -> DeviceEvents:
@@ -313,8 +379,8 @@ class Batcher:
         # Almost all of a token's iterations, and then the last, after which it is written.
         many, last = [], []
         for _ in range(repeats):
-            many.append(self._timed(lambda: self.step(1, _MEASURED_TICKS - 1)))
-            last.append(self._timed(lambda: self.step(1, 1)))
+            many.append(self._timed(lambda: self.step(StepLimits(1, _MEASURED_TICKS - 1))))
+            last.append(self._timed(lambda: self.step(StepLimits(1, 1))))
         self.release([0])
         turn = tick = min(last)
         if self._has_core:  # Else a turn is all there is.
@@ -409,6 +475,9 @@ class Batcher:
     def _number(self, number: int) -> Any:
         return self._host(np.int32(number))
 
+    def _limits(self, limits: StepLimits) -> Any:
+        return self._host(limits.packed())
+
     def _prompt(self, ids: Sequence[int]) -> Any:
         prompt = np.zeros(self._capacity, np.int32)
         prompt[: len(ids)] = ids
@@ -446,12 +515,18 @@ def _signature(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
 
 
+def program_of(name: str) -> Callable[..., Any]:
+    """The function that a program is compiled from."""
+    found: Callable[..., Any] = getattr(reading if hasattr(reading, name) else programs, name)
+    return found
+
+
 @functools.lru_cache(maxsize=64)
 def _compiled(
     name: str, static: tuple[Any, ...], tree: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]
 ) -> Any:
     """A program for arguments of these shapes. Batchers of the same model and shape share it."""
-    function = functools.partial(getattr(programs, name), *static)
+    function = functools.partial(program_of(name), *static)
     sizes = [argument.num_leaves for argument in tree.children()]
     ends = list(itertools.accumulate(sizes))
     donated = [

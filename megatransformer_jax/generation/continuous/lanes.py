@@ -31,6 +31,7 @@ class BatchShape:
       capacity: most tokens of a text, its prompt's and the new ones together; rounded up to whole
         blocks of the cache.
       num_slots: cache slots of each core layer (R).
+      turns: of one launch of `step`, at most.
       chunk: prompt tokens per pass.
       short_chunks: prompt tokens of shorter passes; those from `chunk` on are left out.
       criteria: exit criteria that rows may name; 'fixed' always is one.
@@ -48,6 +49,7 @@ class BatchShape:
     rows: int
     capacity: int
     num_slots: int
+    turns: int = 4
     chunk: int = 64
     short_chunks: tuple[int, ...] = (8, 16)
     criteria: tuple[str, ...] = ("fixed", "latent_diff", "cosine")
@@ -59,8 +61,8 @@ class BatchShape:
     with_images: bool = False
 
     def __post_init__(self) -> None:
-        names = ("rows", "capacity", "num_slots", "chunk", "num_top", "num_bias", "num_ends")
-        numbers = [(name, getattr(self, name)) for name in names]
+        names = ("rows", "capacity", "num_slots", "turns", "chunk", "num_top", "num_bias")
+        numbers = [(name, getattr(self, name)) for name in (*names, "num_ends")]
         for name, number in (*numbers, *(("short_chunks", size) for size in self.short_chunks)):
             if number < 1:
                 raise UserError(f"{name} of a batch is {number}; it must be at least 1.")
@@ -71,6 +73,11 @@ class BatchShape:
     def chunks(self) -> tuple[int, ...]:
         """Prompt tokens of all passes that there are, ascending."""
         return (*sorted({size for size in self.short_chunks if size < self.chunk}), self.chunk)
+
+    @property
+    def part_size(self) -> int | None:
+        """Tokens of the passes that may be cut between iterations. None: there is none."""
+        return self.chunks[-2] if len(self.chunks) > 1 else None
 
     @property
     def choice(self) -> Criteria:
@@ -302,46 +309,83 @@ class Events:
     ticks: Any
 
     def packed(self) -> "DeviceEvents":
-        """The same in two arrays."""
+        """The same in two arrays, as those of one turn."""
         ticks = jnp.broadcast_to(self.ticks, self.token.shape)
-        numbers = [getattr(self, name) for name in _EVENT_NUMBERS] + [ticks]
+        numbers = [ticks] + [getattr(self, name) for name in _EVENT_NUMBERS]
         columns = jnp.stack([number.astype(jnp.int32) for number in numbers], axis=1)
         return DeviceEvents(
-            jnp.concatenate([columns, self.top_ids], axis=1),
-            jnp.concatenate([self.log_prob[:, None], self.top_log_probs], axis=1),
+            jnp.concatenate([columns, self.top_ids], axis=1)[:, None],
+            jnp.concatenate([self.log_prob[:, None], self.top_log_probs], axis=1)[:, None],
         )
 
 
-# The columns of `DeviceEvents.numbers`, before ticks and `top_ids`.
+# The columns of `DeviceEvents.numbers` between ticks and `top_ids`.
 _EVENT_NUMBERS = ("is_done", "token", "depth", "reason", "is_running", "iteration")
+# What ticks are of a turn that has not been.
+_NO_TURN = -1
 
 
 @struct.dataclass
 class DeviceEvents:
-    """`Events` on the device, in few arrays because each is sent by itself.
+    """`Events` of some turns on the device, in few arrays because each is sent by itself.
 
     Attributes:
-      numbers: int32 [B, numbers], everything but the log-probabilities.
-      log_probs: float32 [B, 1 + num_top], `log_prob` and `top_log_probs`.
+      numbers: int32 [B, turns, numbers], everything but the log-probabilities.
+      log_probs: float32 [B, turns, 1 + num_top], `log_prob` and `top_log_probs`.
     """
 
     numbers: Any
     log_probs: Any
 
-    def fetch(self) -> Events:
-        """All of them as NumPy arrays; waits for the device."""
-        numbers, log_probs = jax.device_get((self.numbers, self.log_probs))
-        first = len(_EVENT_NUMBERS)
-        given = dict(zip(_EVENT_NUMBERS, numbers.T, strict=False))
-        for name in ("is_done", "is_running"):
-            given[name] = given[name].astype(bool)
-        return Events(
-            **given,
-            log_prob=log_probs[:, 0],
-            top_ids=numbers[:, first + 1 :],
-            top_log_probs=log_probs[:, 1:],
-            ticks=numbers[0, first],
+    @classmethod
+    def none(cls, num_rows: int, num_turns: int, num_top: int) -> "DeviceEvents":
+        """Room for those of so many turns."""
+        num_columns = 1 + len(_EVENT_NUMBERS) + num_top
+        return cls(
+            jnp.full((num_rows, num_turns, num_columns), _NO_TURN, jnp.int32),
+            jnp.zeros((num_rows, num_turns, 1 + num_top)),
         )
+
+    def fetch(self) -> list[Events]:
+        """Those of each turn that has been, as NumPy arrays; waits for the device."""
+        numbers, log_probs = jax.device_get((self.numbers, self.log_probs))
+        num_turns = int(np.sum(numbers[0, :, 0] != _NO_TURN))
+        return [_unpacked(numbers[:, turn], log_probs[:, turn]) for turn in range(num_turns)]
+
+
+def _unpacked(numbers: np.ndarray, log_probs: np.ndarray) -> Events:
+    first = 1 + len(_EVENT_NUMBERS)
+    given = dict(zip(_EVENT_NUMBERS, numbers.T[1:], strict=False))
+    for name in ("is_done", "is_running"):
+        given[name] = given[name].astype(bool)
+    return Events(
+        **given,
+        log_prob=log_probs[:, 0],
+        top_ids=numbers[:, first:],
+        top_log_probs=log_probs[:, 1:],
+        ticks=numbers[0, 0],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepLimits:
+    """How far `step` goes; plain numbers.
+
+    Attributes:
+      min_waiting: a turn comes once so many running rows wait for it,
+      max_ticks: and after so many iterations in any case.
+      turns: how many of them, at most; at most those of the batch's shape.
+      num_running: as soon as fewer rows than that run, there is no further turn.
+    """
+
+    min_waiting: int
+    max_ticks: int
+    turns: int = 1
+    num_running: int = 0
+
+    def packed(self) -> np.ndarray:
+        """The same as int32 [4]."""
+        return np.asarray(dataclasses.astuple(self), np.int32)
 
 
 @struct.dataclass

@@ -4,15 +4,14 @@
 |---------|-----------------------------------------------------------------|-------------------|
 | place   | a text's settings and prompt into a row                         | not touched       |
 | copy    | a row's first tokens from another row                           | written, in place |
-| prefill | the next tokens of one row's prompt, but never its last         | written, in place |
-| score   | the same, with log-probabilities of the tokens behind           | written, in place |
 | advance | iterations of the core, until enough rows wait                  | only read         |
 | turn    | rows that wait: coda, head, a new token, prelude of the next    | written, in place |
-| step    | advance and turn in one                                         | written, in place |
+| step    | advance and turn, some times in a row                           | written, in place |
 | release | frees rows                                                      | not touched       |
 
-The last token of a prompt is not read beforehand: it enters its row as a new token does. So there
-is no program for first tokens, and a prompt of one token needs no reading.
+Those that read prompts are in `reading`. The last token of a prompt is not read beforehand: it
+enters its row as a new token does. So there is no program for first tokens, and a prompt of one
+token needs no reading.
 """
 
 from typing import Any
@@ -20,15 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from megatransformer_jax.generation.continuous.images import PlacedImages, embed_image
 from megatransformer_jax.generation.continuous.lanes import (
     BatchShape,
     DeviceEvents,
     Events,
     Lanes,
-    PromptScores,
     RowSettings,
 )
 from megatransformer_jax.generation.endings import EXHAUSTED, RUNNING, Ending, EndState, exhaust
@@ -36,15 +33,7 @@ from megatransformer_jax.generation.history import History
 from megatransformer_jax.generation.placement import constrain_rows, for_rows
 from megatransformer_jax.generation.processors.row_chain import RowChain, neutral_rows
 from megatransformer_jax.generation.token_choice import choose, top_log_probs
-from megatransformer_jax.models.exit_criteria import DepthRule
 from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
-from megatransformer_jax.models.passes.cached import (
-    Inserted,
-    NewTokens,
-    TokensRead,
-    apply_head,
-    read_tokens,
-)
 from megatransformer_jax.models.passes.depth_loop import known_after
 from megatransformer_jax.models.passes.tick import (
     FirstStates,
@@ -56,11 +45,8 @@ from megatransformer_jax.models.passes.tick import (
     select_rows,
 )
 from megatransformer_jax.nn.cache_sequences import (
-    NewRows,
     copy_rows,
-    view_sequence,
     with_positions,
-    write_sequence,
     write_tokens,
 )
 from megatransformer_jax.nn.kv_cache import CacheShape, KVCache, constrain_cache, init_cache
@@ -107,11 +93,11 @@ def empty_batch(model: MegaTransformer, shape: BatchShape, params: Any) -> Batch
     tokens = begin_tokens(model, params, zeros, zeros - 1, cache, first, shape.choice)
     # Of which nothing is computed but the shapes.
     tokens = jax.tree.map(jnp.zeros_like, tokens)
-    tokens = _changed(tokens, positions=zeros - 1, core=empty_core_rows(cache))
+    tokens = changed(tokens, positions=zeros - 1, core=empty_core_rows(cache))
     history = History(jnp.zeros((num_rows, cache.capacity), jnp.int32), zeros, zeros)
     counts = jnp.zeros((num_rows, config.vocab_size), jnp.int32)
     lanes = Lanes(settings, history, counts, tokens, nothing, nothing, jnp.int32(0))
-    return _constrained(model, lanes, cache)
+    return constrained(model, lanes, cache)
 
 
 def place(
@@ -141,23 +127,23 @@ def place(
         return all_rows.at[row].set(own)
 
     chain = RowChain(lanes.settings.numbers, None, model.config.vocab_size)
-    lanes = _changed(
+    lanes = changed(
         lanes,
         settings=jax.tree.map(put, lanes.settings, settings),
         history=jax.tree.map(lambda all, own: put(all, own[0]), lanes.history, one),
         counts=put(lanes.counts, chain.init(one)[0]),
         is_reading=put(lanes.is_reading, True),
         is_running=put(lanes.is_running, False),
-        tokens=_changed(
+        tokens=changed(
             lanes.tokens,
             is_active=put(lanes.tokens.is_active, False),
             positions=put(lanes.tokens.positions, -1),
         ),
     )
     if cache.is_medium is not None:
-        cache = _changed(cache, is_medium=put(cache.is_medium, False))
+        cache = changed(cache, is_medium=put(cache.is_medium, False))
     cache = with_positions(cache, put(cache.next_position, 0), lanes.is_live)
-    return _constrained(for_rows(model, shape.rows), lanes, cache)
+    return constrained(for_rows(model, shape.rows), lanes, cache)
 
 
 def copy(
@@ -175,7 +161,7 @@ def copy(
     cache = copy_rows(batch.cache, source, row, moved, model.sharder)
     next_position = cache.next_position.at[row].set(num_tokens)
     cache = with_positions(cache, next_position, lanes.is_live)
-    return _constrained(model, lanes, cache)
+    return constrained(model, lanes, cache)
 
 
 def release(
@@ -184,112 +170,7 @@ def release(
     """Rows that hold no text any more; their cached tokens stay until another is placed."""
     lanes, cache = _without(batch.lanes, is_released), batch.cache
     cache = with_positions(cache, cache.next_position, lanes.is_live)
-    return _constrained(for_rows(model, shape.rows), lanes, cache)
-
-
-# ------------------------------------------------------------------------------
-# Prompts.
-
-
-def prefill(
-    model: MegaTransformer,
-    shape: BatchShape,
-    size: int,
-    params: Any,
-    batch: Batch,
-    row: Int[Array, ""],
-) -> Batch:
-    """Reads up to `size` tokens of a row's prompt behind those that are cached."""
-    return _read_chunk(model, shape, params, batch, row, size=size)[0]
-
-
-def place_image(
-    model: MegaTransformer,
-    shape: BatchShape,
-    params: Any,
-    placed: PlacedImages,
-    pixels: Float[Array, "height width C"],
-    start: Int[Array, ""],
-) -> PlacedImages:
-    """The vectors of one more image of a prompt, from place `start` on."""
-    one = for_rows(model, 1)
-    return _changed(placed, vectors=embed_image(one, params, placed.vectors, pixels, start))
-
-
-def prefill_placed(
-    model: MegaTransformer,
-    shape: BatchShape,
-    params: Any,
-    batch: Batch,
-    row: Int[Array, ""],
-    placed: PlacedImages,
-) -> Batch:
-    """`prefill` of a prompt with images, whose places it reads as it reads tokens."""
-    return _read_chunk(model, shape, params, batch, row, placed)[0]
-
-
-def score(
-    model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
-) -> tuple[Batch, PromptScores]:
-    """`prefill`, and the log-probabilities of the tokens behind those that it reads."""
-    start, history = batch.cache.next_position[row], batch.lanes.history
-    batch, read, count = _read_chunk(model, shape, params, batch, row)
-    one = for_rows(model, 1)
-    logits = apply_head(one, gather_weights(one, params), read.hidden)[0].astype(jnp.float32)
-    columns = jnp.minimum(start + 1 + jnp.arange(logits.shape[0]), history.capacity - 1)
-    log_probs = jax.nn.log_softmax(logits)
-    own = jnp.take_along_axis(log_probs, history.tokens[row][columns][:, None], axis=1)[:, 0]
-    wanted = jnp.full(logits.shape[:1], shape.num_top, jnp.int32)
-    top_ids, top = top_log_probs(logits, wanted, shape.num_top)
-    return batch, PromptScores(count, own, top_ids, top)
-
-
-def _read_chunk(
-    model: MegaTransformer,
-    shape: BatchShape,
-    params: Any,
-    batch: Batch,
-    row: Int[Array, ""],
-    placed: PlacedImages | None = None,
-    *,
-    size: int | None = None,
-) -> tuple[Batch, TokensRead, jax.Array]:
-    lanes, cache = batch.lanes, batch.cache
-    model, one = for_rows(model, shape.rows), for_rows(model, 1)
-    settings, history = jax.tree.map(lambda all: all[row][None], lanes.settings), lanes.history
-    size = min(size or shape.chunk, cache.capacity)
-    start = cache.next_position[row]
-    places = start + jnp.arange(size, dtype=jnp.int32)
-    is_token = places < settings.num_places[0] - 1
-    columns = jnp.minimum(places, history.capacity - 1)
-    ids, inserted, is_image = history.tokens[row][columns], None, None
-    if placed is not None:
-        ids, is_image = placed.ids[columns], placed.is_image[columns] & is_token
-        inserted = Inserted(placed.vectors[columns][None], is_image[None])
-    new = NewTokens(ids[None], is_token[None], inserted, state_keys=settings.prompt_keys())
-    rule = DepthRule(
-        settings.rules.depth,
-        settings.rules.threshold,
-        settings.rules.min_depth,
-        shape.choice.without_logits(settings.rules.code),
-    )
-    view = view_sequence(cache, row, model.sharder)
-    read = read_tokens(one, gather_weights(one, params), new, view, rule, places[None])
-    count = jnp.sum(is_token, dtype=jnp.int32)
-    # Written after everything was read.
-    after = known_after(start, read.hidden)
-    prelude, core, coda = read.rows
-    rows = NewRows((prelude, coda), core, settings.rules.depth)
-    cache = write_sequence(cache, rows, row, after, count, model.sharder)
-    columns = jnp.where(is_token, places, cache.capacity)
-    steps = cache.num_steps[row].at[columns].set(read.num_steps[0], mode="drop")
-    cache = _changed(cache, num_steps=cache.num_steps.at[row].set(steps))
-    if is_image is not None:
-        is_medium = cache.is_medium[row].at[columns].set(is_image, mode="drop")
-        cache = _changed(cache, is_medium=cache.is_medium.at[row].set(is_medium))
-    next_position = cache.next_position.at[row].add(count)
-    cache = with_positions(cache, next_position, lanes.is_live)
-    return _constrained(model, lanes, cache), read, count
+    return constrained(for_rows(model, shape.rows), lanes, cache)
 
 
 # ------------------------------------------------------------------------------
@@ -314,7 +195,7 @@ def advance(
         tokens, ticks = iterate_tokens(
             model, params, lanes.tokens, cache, rules, shape.choice, limits
         )
-    lanes = _changed(lanes, tokens=tokens, ticks=lanes.ticks + ticks)
+    lanes = changed(lanes, tokens=tokens, ticks=lanes.ticks + ticks)
     return constrain_lanes(model, lanes)
 
 
@@ -338,10 +219,10 @@ def turn(
     logits = constrain_rows(model.sharder, logits)
     lanes, events = _with_new_tokens(model, shape, lanes, is_allowed, logits, is_done)
     start = known_after(cache.next_position, logits)
-    cache = _changed(cache, next_position=start)
+    cache = changed(cache, next_position=start)
     cache = write_tokens(cache, rows, old.iteration, is_done, model.sharder)
     is_admitted = lanes.is_reading & (start >= lanes.settings.num_places - 1)
-    lanes = _changed(
+    lanes = changed(
         lanes,
         is_reading=lanes.is_reading & ~is_admitted,
         is_running=lanes.is_running | is_admitted,
@@ -349,10 +230,10 @@ def turn(
     cache = with_positions(cache, start + is_done, lanes.is_live)
     is_new = (is_done | is_admitted) & lanes.is_running
     lanes = _with_next_tokens(model, shape, params, lanes, cache, is_new, is_admitted)
-    events = _changed(
+    events = changed(
         events, is_running=lanes.is_running, iteration=lanes.tokens.iteration, ticks=lanes.ticks
     )
-    return _constrained(model, lanes, cache), constrain_rows_of(model, events.packed())
+    return constrained(model, lanes, cache), constrain_rows_of(model, events.packed())
 
 
 def step(
@@ -361,12 +242,46 @@ def step(
     params: Any,
     is_allowed: Bool[Array, "V"],
     batch: Batch,
-    min_waiting: Int[Array, ""],
-    max_ticks: Int[Array, ""],
+    limits: Int[Array, "4"],
 ) -> tuple[Batch, DeviceEvents]:
-    """`advance`, then `turn`: one program to start in place of two."""
-    lanes = advance(model, shape, params, batch.lanes, batch.cache, min_waiting, max_ticks)
-    return turn(model, shape, params, is_allowed, Batch(lanes, batch.cache))
+    """`advance`, then `turn`, and that again while the same rows run and `limits` allows it.
+
+    One program to start in place of two, or of many: what the host does for each launch costs more
+    than a small model's turn.
+
+    Args:
+      model: the model.
+      shape: of the batch.
+      params: of the model.
+      is_allowed: tokens that may be drawn.
+      batch: before.
+      limits: packed `StepLimits`.
+    """
+    min_waiting, max_ticks, max_turns, num_running = limits
+
+    def goes_on(carry: tuple[Batch, DeviceEvents, jax.Array]) -> jax.Array:
+        batch, _, count = carry
+        are_all_there = jnp.sum(batch.lanes.is_running) >= num_running
+        return (count == 0) | ((count < max_turns) & are_all_there)
+
+    def one(
+        carry: tuple[Batch, DeviceEvents, jax.Array],
+    ) -> tuple[Batch, DeviceEvents, jax.Array]:
+        batch, events, count = carry
+        lanes, cache = batch.lanes, batch.cache
+        if model.config.is_recurrent:
+            lanes = advance(model, shape, params, lanes, cache, min_waiting, max_ticks)
+        batch, new = turn(model, shape, params, is_allowed, Batch(lanes, cache))
+
+        def put(all_turns: jax.Array, own: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(all_turns, own, count, axis=1)
+
+        return batch, jax.tree.map(put, events, new), count + 1
+
+    events = DeviceEvents.none(shape.rows, shape.turns, shape.num_top)
+    events = constrain_rows_of(for_rows(model, shape.rows), events)
+    batch, events, _ = jax.lax.while_loop(goes_on, one, (batch, events, jnp.int32(0)))
+    return batch, events
 
 
 def _with_new_tokens(
@@ -405,7 +320,7 @@ def _with_new_tokens(
         None,
         None,
     )
-    lanes = _changed(lanes, history=history, counts=chain.update(lanes.counts, history, ids))
+    lanes = changed(lanes, history=history, counts=chain.update(lanes.counts, history, ids))
     return _without(lanes, is_done & ~end.is_running), events
 
 
@@ -427,18 +342,18 @@ def _with_next_tokens(
     positions = jnp.where(is_new, cache.next_position, -1)
     new = begin_tokens(model, params, ids, positions, cache, first, shape.choice)
     # Nobody reads what old tokens have left in the room for rows of the core.
-    tokens = select_rows(is_new, new, _changed(old, core=None))
-    return _changed(lanes, tokens=_changed(tokens, core=old.core))
+    tokens = select_rows(is_new, new, changed(old, core=None))
+    return changed(lanes, tokens=changed(tokens, core=old.core))
 
 
 def _without(lanes: Lanes, is_over: jax.Array) -> Lanes:
     """Rows that hold no text any more."""
-    tokens = _changed(
+    tokens = changed(
         lanes.tokens,
         is_active=lanes.tokens.is_active & ~is_over,
         positions=jnp.where(is_over, -1, lanes.tokens.positions),
     )
-    return _changed(
+    return changed(
         lanes,
         is_reading=lanes.is_reading & ~is_over,
         is_running=lanes.is_running & ~is_over,
@@ -466,12 +381,13 @@ def constrain_rows_of(model: MegaTransformer, tree: Any) -> Any:
     )
 
 
-def _constrained(model: MegaTransformer, lanes: Lanes, cache: KVCache) -> Batch:
+def constrained(model: MegaTransformer, lanes: Lanes, cache: KVCache) -> Batch:
+    """A batch, whose arrays the compiler is asked to lay out as it keeps them."""
     numbers = constrain_rows_of(
         model,
         {"next_position": cache.next_position, "length": cache.length},
     )
-    cache = _changed(constrain_cache(model.sharder, cache), **numbers)
+    cache = changed(constrain_cache(model.sharder, cache), **numbers)
     return Batch(constrain_lanes(model, lanes), cache)
 
 
@@ -479,5 +395,6 @@ def _state_width(model: MegaTransformer) -> int:
     return model.config.core_width if model.config.is_recurrent else model.config.width
 
 
-def _changed(tree: Any, **changes: Any) -> Any:
+def changed(tree: Any, **changes: Any) -> Any:
+    """A tree with other values in some places."""
     return tree.replace(**changes)

@@ -29,6 +29,7 @@ from megatransformer_jax.generation.continuous.lanes import (
     DeviceEvents,
     Events,
     RowText,
+    StepLimits,
 )
 from megatransformer_jax.generation.endings import (
     END_OF_TEXT,
@@ -325,7 +326,7 @@ def _launches(
 ) -> Iterator[tuple[Events, Mapping[int, int]]]:
     """The events of each turn, and the number of the text in each row that it was for.
 
-    They come one turn late: while the host reads them, the device has the next to do.
+    They come one launch late: while the host reads them, the device has the next to do.
     """
     waiting = list(range(len(texts)))[::-1]
     holds: dict[int, int] = {}
@@ -341,9 +342,11 @@ def _launches(
                     pass
         if not holds:
             return
-        dispatched = batcher.step(min_waiting, deepest), dict(holds)
+        limits = StepLimits(min_waiting, deepest, batcher.shape.turns, len(holds))
+        dispatched = batcher.step(limits), dict(holds)
         if before is not None:
-            yield before[0].fetch(), before[1]
+            for events in before[0].fetch():
+                yield events, before[1]
         before = dispatched
 
 

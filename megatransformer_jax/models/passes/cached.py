@@ -21,8 +21,11 @@ from megatransformer_jax.models.megatransformer import (
 )
 from megatransformer_jax.models.passes.depth_loop import (
     DepthResult,
-    iterate_core,
+    LoopState,
+    begin_loop,
+    end_loop,
     known_after,
+    run_loop,
     stack_rows,
     with_cache,
 )
@@ -169,6 +172,90 @@ def read_tokens(
       rule: how deep tokens go.
       places: of the tokens in their sequences; what padding has does not matter.
     """
+    around = _contexts(model, params, new, cache, places)
+    x, prelude_rows = _enter(model, params, new, cache, places, around)
+    if cache.core is None:
+        hidden, coda_rows = apply_coda(model, params, x, around.outer, cache)
+        num_steps = jnp.zeros(new.tokens.shape, jnp.int32)
+        return TokensRead(hidden, x, num_steps, (prelude_rows, None, coda_rows), None)
+    core = _open_core(model, params, x, cache, rule, around)
+    loop = begin_loop(core, _first_state(model.config, new, places, core))
+    return _read_last(model, params, core, prelude_rows, loop)
+
+
+@struct.dataclass
+class PartRead:
+    """New tokens in the middle of their iterations; nothing of them has been written.
+
+    Attributes:
+      prelude: the prelude's rows for the cache.
+      prepared: see `Pass.prepared`.
+      loop: where the core's loop is.
+    """
+
+    prelude: Float[Array, "E B K T P"]
+    prepared: Float[Array, "B T D"]
+    loop: LoopState
+
+
+def read_part(
+    model: MegaTransformer,
+    params: Any,
+    new: NewTokens,
+    cache: KVCache,
+    rule: DepthRule,
+    places: Int[Array, "B T"],
+    end: Int[Array, ""],
+    before: PartRead | None = None,
+) -> PartRead:
+    """`read_tokens` up to an iteration of the core, for `read_rest` to go on. There must be a core.
+
+    In between the cache may get other sequences' rows, but none of these.
+
+    Args:
+      model, params, new, cache, rule, places: as of `read_tokens`, the same in all parts.
+      end: iterations that are to be done, those of the parts before included.
+      before: the part before. None: this is the first.
+    """
+    around = _contexts(model, params, new, cache, places)
+    if before is None:
+        x, prelude = _enter(model, params, new, cache, places, around)
+        core = _open_core(model, params, x, cache, rule, around)
+        loop = begin_loop(core, _first_state(model.config, new, places, core))
+    else:
+        core = _reopen_core(model, params, before, cache, rule, around)
+        prelude, loop = before.prelude, before.loop
+    loop = run_loop(core, loop, *_judges(model, params, core), end)
+    return PartRead(prelude, core.prepared, loop)
+
+
+def read_rest(
+    model: MegaTransformer,
+    params: Any,
+    new: NewTokens,
+    cache: KVCache,
+    rule: DepthRule,
+    places: Int[Array, "B T"],
+    before: PartRead,
+) -> TokensRead:
+    """The last part: what `read_tokens` would have given; arguments as of `read_part`."""
+    around = _contexts(model, params, new, cache, places)
+    core = _reopen_core(model, params, before, cache, rule, around)
+    return _read_last(model, params, core, before.prelude, before.loop)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Contexts:
+    """What the layers before, inside and behind the core are given; see `Pass.context`."""
+
+    prelude: LayerContext
+    inner: LayerContext
+    outer: LayerContext
+
+
+def _contexts(
+    model: MegaTransformer, params: Any, new: NewTokens, cache: KVCache, places: jax.Array
+) -> _Contexts:
     config, is_token = model.config, new.is_token
     is_medium = None if new.inserted is None else new.inserted.is_medium
     positions = jnp.where(is_token, places, -1)
@@ -182,33 +269,80 @@ def read_tokens(
         return with_cache(context, cached)
 
     text = positions if is_medium is None else jnp.where(is_medium, -1, positions)
-    context = reading(outer, read_prelude(cache), text)
-    x, prelude_rows = apply_prelude(model, params, new.tokens, places, context, cache)
-    if new.inserted is not None:
-        x = jnp.where(new.inserted.is_medium[..., None], new.inserted.values.astype(x.dtype), x)
-        x = model.sharder.constrain(x, "batch", "length", None)
+    prelude = reading(outer, read_prelude(cache), text)
     outer = reading(outer, read_entries(cache.coda, cache), positions)
-    state, num_steps, core_rows = x, jnp.zeros(new.tokens.shape, jnp.int32), None
-    memory = None
+    inner = outer
     if cache.core is not None:
         inner = layer_context(config, places, mask, config.core_width)
         inner = dataclasses.replace(inner, value_embeddings=outer.value_embeddings)
         inner = reading(inner, read_entries(cache.core, cache), positions)
-        core: Any = open_pass(model, params, x, inner)
-        core = core.replace(outer=outer, cache=cache, rule=rule)
-        first = new.state
-        if first is None:
-            first = token_states(config, new.state_keys, places, core.injected)
-        result = _iterate(model, params, core, first.astype(core.injected.dtype))
-        x, state = result.read, result.state
-        core_rows, num_steps, memory = result.rows, result.num_steps, result.memory
-    hidden, coda_rows = apply_coda(model, params, x, outer, cache)
-    rows = (prelude_rows, core_rows, coda_rows)
-    return TokensRead(hidden, state, num_steps, rows, memory)
+    return _Contexts(prelude, inner, outer)
 
 
-def _iterate(model: MegaTransformer, params: Any, core: Pass, state: jax.Array) -> DepthResult:
-    """`iterate_core`, whose criterion may ask the model's coda, head and gate."""
+def _enter(
+    model: MegaTransformer,
+    params: Any,
+    new: NewTokens,
+    cache: KVCache,
+    places: jax.Array,
+    around: _Contexts,
+) -> tuple[jax.Array, jax.Array]:
+    """What the core is given: the prelude's output, or a medium's values. And the cache's rows."""
+    x, rows = apply_prelude(model, params, new.tokens, places, around.prelude, cache)
+    if new.inserted is not None:
+        x = jnp.where(new.inserted.is_medium[..., None], new.inserted.values.astype(x.dtype), x)
+        x = model.sharder.constrain(x, "batch", "length", None)
+    return x, rows
+
+
+def _open_core(
+    model: MegaTransformer,
+    params: Any,
+    x: jax.Array,
+    cache: KVCache,
+    rule: DepthRule,
+    around: _Contexts,
+) -> Pass:
+    core: Any = open_pass(model, params, x, around.inner)
+    return cast(Pass, core.replace(outer=around.outer, cache=cache, rule=rule))
+
+
+def _reopen_core(
+    model: MegaTransformer,
+    params: Any,
+    before: PartRead,
+    cache: KVCache,
+    rule: DepthRule,
+    around: _Contexts,
+) -> Pass:
+    # Whoever reads `prepared` reads what is kept; that of zeros is never computed.
+    shape = (*before.prepared.shape[:2], model.config.width)
+    nothing = jnp.zeros(shape, before.prepared.dtype)
+    core: Any = _open_core(model, params, nothing, cache, rule, around)
+    return cast(Pass, core.replace(prepared=before.prepared))
+
+
+def _first_state(config: ModelConfig, new: NewTokens, places: jax.Array, core: Pass) -> jax.Array:
+    state = new.state
+    if state is None:
+        state = token_states(config, new.state_keys, places, core.injected)
+    return state.astype(core.injected.dtype)
+
+
+def _read_last(
+    model: MegaTransformer, params: Any, core: Pass, prelude_rows: jax.Array, loop: LoopState
+) -> TokensRead:
+    """The iterations that are left, and the coda."""
+    assert core.outer is not None and core.cache is not None
+    loop = run_loop(core, loop, *_judges(model, params, core))
+    result: DepthResult = end_loop(core, loop)
+    hidden, coda_rows = apply_coda(model, params, result.read, core.outer, core.cache)
+    rows = (prelude_rows, result.rows, coda_rows)
+    return TokensRead(hidden, result.state, result.num_steps, rows, result.memory)
+
+
+def _judges(model: MegaTransformer, params: Any, core: Pass) -> tuple[Any, Any]:
+    """The model's coda with its head, and its gate, for criteria that ask them."""
     outer, cache = core.outer, core.cache
     assert outer is not None and cache is not None
 
@@ -218,7 +352,7 @@ def _iterate(model: MegaTransformer, params: Any, core: Pass, state: jax.Array) 
     def gate_of(state: jax.Array) -> jax.Array:
         return cast(jax.Array, model.apply({"params": params}, state, method="run_gate"))
 
-    return iterate_core(core, state, logits_of, gate_of)
+    return logits_of, gate_of
 
 
 def last_token(array: Float[Array, "B T X"], is_token: Bool[Array, "B T"]) -> Float[Array, "B X"]:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.models.core import Pass, at_iteration
 from megatransformer_jax.models.exit_criteria import ExitCriterion, Observation
@@ -56,29 +56,60 @@ class DepthResult:
 
 
 @struct.dataclass
-class _Carry:
-    iteration: jax.Array
-    state: jax.Array
-    rows: jax.Array
-    is_active: jax.Array
-    num_steps: jax.Array
+class LoopState:
+    """Where the loop is.
+
+    Attributes:
+      iteration: how many have been done.
+      state: the core's state of each token.
+      rows: pairs for the cache, of the slots that have been reached.
+      is_active: tokens that iterate on.
+      num_steps: iterations of each token so far.
+      memory: of the rule's criterion.
+      reading: of the rule's read-out.
+    """
+
+    iteration: Int[Array, ""]
+    state: Float[Array, "B T D"]
+    rows: Float[Array, "E B K T P"]
+    is_active: Bool[Array, "B T"]
+    num_steps: Int[Array, "B T"]
     memory: Any
     reading: Reading | None
 
 
-def iterate_core(
+def begin_loop(core: Pass, state: Float[Array, "B T D"]) -> LoopState:
+    """The loop before its first turn; `core` as of `run_loop`."""
+    cache, rule, cached = core.cache, core.rule, core.context.cached
+    assert cache is not None and cache.core is not None and rule is not None and cached is not None
+    positions = cached.query_positions
+    empty = no_rows(core, cache.core.shape[0], state.shape[1])
+    return LoopState(
+        iteration=jnp.int32(0),
+        state=state,
+        rows=core.core.sharder.constrain(empty, None, "batch", "kv_heads", None, None),
+        is_active=positions >= 0,
+        num_steps=jnp.zeros(positions.shape, jnp.int32),
+        memory=rule.criterion.init(state, core.core.config.vocab_size),
+        reading=begin_reading(rule.readout, state),
+    )
+
+
+def run_loop(
     core: Pass,
-    state: Float[Array, "B T D"],
+    begun: LoopState,
     logits_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T V"]],
     gate_of: Callable[[Float[Array, "B T D"]], Float[Array, "B T"]],
-) -> DepthResult:
-    """Runs the loop.
+    end: Int[Array, ""] | None = None,
+) -> LoopState:
+    """Runs the loop until every token has left.
 
     Args:
       core: with a cache and a rule. Its context's `cached` says what is new and what is read.
-      state: the first state.
+      begun: where the loop is.
       logits_of: coda and head, for criteria that need logits.
       gate_of: the exit gate's logits, for the criterion and the read-outs that need it.
+      end: stops before this iteration. None: does not.
     """
     cache, rule = core.cache, core.rule
     assert cache is not None and cache.core is not None and rule is not None
@@ -86,7 +117,7 @@ def iterate_core(
     positions = core.context.cached.query_positions
     differ, criterion, layers = rule.lets_tokens_differ, rule.criterion, core_layers(cache)
 
-    def context_at(carry: _Carry, slot: Any) -> LayerContext:
+    def context_at(carry: LoopState, slot: Any) -> LayerContext:
         visible, frozen = positions, None
         if differ:
             frozen = _frozen_rows(carry, cache, slot, layers)
@@ -104,7 +135,11 @@ def iterate_core(
             ),
         )
 
-    def body(carry: _Carry) -> _Carry:
+    def goes_on(carry: LoopState) -> jax.Array:
+        is_active = jnp.any(carry.is_active)
+        return is_active if end is None else is_active & (carry.iteration < end)
+
+    def body(carry: LoopState) -> LoopState:
         slot = slot_for(carry.iteration, cache.num_slots, cache.sharing)
         context = context_at(carry, slot)
         new_state, new_rows = iterate_and_sow(core, carry.state, context, carry.iteration)
@@ -123,22 +158,20 @@ def iterate_core(
             may_leave = carry.iteration + 1 >= _per_sequence(rule.min_depth)
             is_active &= ~(criterion.is_settled(value, rule.threshold) & may_leave)
         is_active &= carry.iteration + 1 < _per_sequence(rule.depth)
-        return _Carry(carry.iteration + 1, new_state, rows, is_active, num_steps, memory, reading)
+        return LoopState(
+            carry.iteration + 1, new_state, rows, is_active, num_steps, memory, reading
+        )
 
-    empty = no_rows(core, cache.core.shape[0], state.shape[1])
-    carry = _Carry(
-        iteration=jnp.int32(0),
-        state=state,
-        rows=core.core.sharder.constrain(empty, None, "batch", "kv_heads", None, None),
-        is_active=positions >= 0,
-        num_steps=jnp.zeros(positions.shape, jnp.int32),
-        memory=criterion.init(state, core.core.config.vocab_size),
-        reading=begin_reading(rule.readout, state),
-    )
-    carry = jax.lax.while_loop(lambda carry: jnp.any(carry.is_active), body, carry)
-    rows = _fill_unused_slots(carry.rows, carry.iteration, layers)
-    read = finish_reading(rule.readout, carry.reading, carry.state)
-    return DepthResult(carry.state, read, rows, carry.num_steps, carry.memory)
+    done: LoopState = jax.lax.while_loop(goes_on, body, begun)
+    return done
+
+
+def end_loop(core: Pass, done: LoopState) -> DepthResult:
+    """What the loop leaves once every token has left."""
+    assert core.cache is not None and core.rule is not None
+    rows = _fill_unused_slots(done.rows, done.iteration, core_layers(core.cache))
+    read = finish_reading(core.rule.readout, done.reading, done.state)
+    return DepthResult(done.state, read, rows, done.num_steps, done.memory)
 
 
 def iterate_and_sow(
@@ -230,7 +263,7 @@ def read_slot(cache: KVCache, slot: Any, layers: int) -> CachedRows:
     )
 
 
-def _frozen_rows(carry: _Carry, cache: KVCache, slot: Any, layers: int) -> jax.Array:
+def _frozen_rows(carry: LoopState, cache: KVCache, slot: Any, layers: int) -> jax.Array:
     """What tokens that have left offer in this iteration.
 
     While slots are used for the first time: what they offered one iteration ago, so their latest.

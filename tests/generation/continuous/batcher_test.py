@@ -15,7 +15,7 @@ from tiny_model import PLAIN, PROMPTS, TINY, all_logits, make, tiny
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.sampling import CacheConfig, DepthConfig, SamplingConfig
 from megatransformer_jax.generation.continuous.batcher import Batcher
-from megatransformer_jax.generation.continuous.lanes import BatchShape, RowText
+from megatransformer_jax.generation.continuous.lanes import BatchShape, RowText, StepLimits
 
 DIAGONAL = tiny(
     recurrence={"adapter": "diagonal", "state_init": "normal"},
@@ -249,7 +249,7 @@ def run_rows(made, texts):
     got, running = {row: Got() for row in texts}, set(texts)
     while running:
         made.advance(1, 64)
-        events = made.turn().fetch()
+        (events,) = made.turn().fetch()
         running -= {row for row in list(running) if got[row].take(events, row)}
     return got
 
@@ -278,7 +278,7 @@ def test_likeliest_tokens_come_with_new_ones():
     made.place(2, RowText([1, 5, 9], 1, depth=2, logit_bias={7: 100.0}))
     made.prefill(3), made.prefill(2)
     made.turn()
-    events = made.step(2, 9).fetch()
+    events = made.step(StepLimits(2, 9)).fetch()[0]
     wanted = np.asarray(jax.nn.log_softmax(all_logits(*make(TINY), [1, 5, 9], 2)[-1]))
     assert events.is_done.tolist() == [False, False, True, True]
     assert events.token.tolist()[2:] == [7, int(np.argmax(wanted))]
@@ -293,13 +293,32 @@ def test_the_cache_is_written_in_place():
     made = Batcher(*make(config), None, BatchShape(2, 4096, 32))
     made.advance(1, 1)
     made.turn()
-    made.step(1, 1)
+    made.step(StepLimits(1, 1))
     size = made.cache_bytes()
     assert size == 2 * (1 + 32 + 1) * 2 * 4096 * 16 * 4
     for name in ("advance", "turn", "step"):
         memory = made.memory(name)
         assert memory.temp_size_in_bytes < size / 100
     assert made.memory("turn").alias_size_in_bytes > size
+
+
+def test_a_launch_of_several_turns_ends_with_the_first_text():
+    """What each turn gives is what it gives in a launch of its own."""
+    texts = [RowText([1, 5, 9], 2, depth=2), RowText([4, 2], 3, depth=2)]
+    wanted = drive(batcher(TINY), texts)
+    made = batcher(TINY)
+    for row, text in enumerate(texts):
+        made.place(row, text), made.prefill(row)
+    made.turn()
+    found = [[], []]
+    for num_turns in (2, 1):  # The first text ends after two turns; then one row runs.
+        launch = made.step(StepLimits(2, 9, 3, 2)).fetch()
+        assert len(launch) == num_turns
+        for events in launch:
+            for row in np.flatnonzero(events.is_done):
+                found[row].append(int(events.token[row]))
+    assert found == [each.token_ids for each in wanted]
+    assert len(made.step(StepLimits(2, 9, 3, 1)).fetch()) == 1  # Nobody runs any more.
 
 
 def test_what_does_not_fit_is_named():
@@ -327,4 +346,4 @@ def test_durations_are_measured_before_any_text_comes():
     assert min(measured.tick, measured.turn) > 0
     assert list(measured.chunks) == [3, 4]
     assert all(sum(seconds) > 0 for seconds in measured.chunks.values())
-    assert not batcher(TINY).turn().fetch().is_running.any()
+    assert not batcher(TINY).turn().fetch()[0].is_running.any()

@@ -1,0 +1,234 @@
+"""Programs that read prompts into a batch's cache, for `programs`, whose table goes on here.
+
+| program        | does                                                   | keys and values   |
+|----------------|--------------------------------------------------------|-------------------|
+| prefill        | the next tokens of one row's prompt, but never its last | written, in place |
+| part           | the first iterations of such a chunk                   | only read         |
+| part_on        | some more of them                                      | only read         |
+| rest           | the last of them, after which it has been read         | written, in place |
+| score          | prefill, and log-probabilities of the tokens behind    | written, in place |
+| place_image    | an image among a prompt's vectors                      | not touched       |
+| prefill_placed | prefill of a prompt with images                        | written, in place |
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from megatransformer_jax.generation.continuous.images import PlacedImages, embed_image
+from megatransformer_jax.generation.continuous.lanes import BatchShape, PromptScores
+from megatransformer_jax.generation.continuous.programs import Batch, changed, constrained
+from megatransformer_jax.generation.placement import for_rows
+from megatransformer_jax.generation.token_choice import top_log_probs
+from megatransformer_jax.models.exit_criteria import DepthRule
+from megatransformer_jax.models.megatransformer import MegaTransformer, gather_weights
+from megatransformer_jax.models.passes.cached import (
+    Inserted,
+    NewTokens,
+    PartRead,
+    TokensRead,
+    apply_head,
+    read_part,
+    read_rest,
+    read_tokens,
+)
+from megatransformer_jax.models.passes.depth_loop import known_after
+from megatransformer_jax.nn.cache_sequences import (
+    NewRows,
+    view_sequence,
+    with_positions,
+    write_sequence,
+)
+
+
+def prefill(
+    model: MegaTransformer,
+    shape: BatchShape,
+    size: int,
+    params: Any,
+    batch: Batch,
+    row: Int[Array, ""],
+) -> Batch:
+    """Reads up to `size` tokens of a row's prompt behind those that are cached."""
+    chunk = _open_chunk(model, shape, params, batch, row, size=size)
+    return _write_chunk(model, shape, batch, row, chunk, read_tokens(*chunk.arguments))
+
+
+def part(
+    model: MegaTransformer,
+    shape: BatchShape,
+    size: int,
+    params: Any,
+    batch: Batch,
+    row: Int[Array, ""],
+    end: Int[Array, ""],
+) -> PartRead:
+    """The first iterations of what `prefill` reads, so that others need not wait for all of them.
+
+    Between the parts of a chunk nobody writes its row. There must be a core.
+
+    Args:
+      model: the model.
+      shape: of the batch.
+      size: tokens of the chunk.
+      params: of the model.
+      batch: the present one.
+      row: whose prompt it is.
+      end: iterations that are to be done.
+    """
+    chunk = _open_chunk(model, shape, params, batch, row, size=size)
+    return read_part(*chunk.arguments, end)
+
+
+def part_on(
+    model: MegaTransformer,
+    shape: BatchShape,
+    size: int,
+    params: Any,
+    batch: Batch,
+    row: Int[Array, ""],
+    end: Int[Array, ""],
+    before: PartRead,
+) -> PartRead:
+    """Some more iterations behind those of the part before, which is donated; else as `part`."""
+    chunk = _open_chunk(model, shape, params, batch, row, size=size)
+    return read_part(*chunk.arguments, end, before)
+
+
+def rest(
+    model: MegaTransformer,
+    shape: BatchShape,
+    size: int,
+    params: Any,
+    batch: Batch,
+    row: Int[Array, ""],
+    before: PartRead,
+) -> Batch:
+    """The last iterations of a chunk, after which it has been read, as `prefill` does at once."""
+    chunk = _open_chunk(model, shape, params, batch, row, size=size)
+    return _write_chunk(model, shape, batch, row, chunk, read_rest(*chunk.arguments, before))
+
+
+def place_image(
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    placed: PlacedImages,
+    pixels: Float[Array, "height width C"],
+    start: Int[Array, ""],
+) -> PlacedImages:
+    """The vectors of one more image of a prompt, from place `start` on."""
+    one = for_rows(model, 1)
+    return changed(placed, vectors=embed_image(one, params, placed.vectors, pixels, start))
+
+
+def prefill_placed(
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    batch: Batch,
+    row: Int[Array, ""],
+    placed: PlacedImages,
+) -> Batch:
+    """`prefill` of a prompt with images, whose places it reads as it reads tokens."""
+    chunk = _open_chunk(model, shape, params, batch, row, placed)
+    return _write_chunk(model, shape, batch, row, chunk, read_tokens(*chunk.arguments))
+
+
+def score(
+    model: MegaTransformer, shape: BatchShape, params: Any, batch: Batch, row: Int[Array, ""]
+) -> tuple[Batch, PromptScores]:
+    """`prefill`, and the log-probabilities of the tokens behind those that it reads."""
+    start, history = batch.cache.next_position[row], batch.lanes.history
+    chunk = _open_chunk(model, shape, params, batch, row)
+    read = read_tokens(*chunk.arguments)
+    batch, count = _write_chunk(model, shape, batch, row, chunk, read), chunk.count
+    one = for_rows(model, 1)
+    logits = apply_head(one, gather_weights(one, params), read.hidden)[0].astype(jnp.float32)
+    columns = jnp.minimum(start + 1 + jnp.arange(logits.shape[0]), history.capacity - 1)
+    log_probs = jax.nn.log_softmax(logits)
+    own = jnp.take_along_axis(log_probs, history.tokens[row][columns][:, None], axis=1)[:, 0]
+    wanted = jnp.full(logits.shape[:1], shape.num_top, jnp.int32)
+    top_ids, top = top_log_probs(logits, wanted, shape.num_top)
+    return batch, PromptScores(count, own, top_ids, top)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """The next tokens of a row's prompt, and how they are read.
+
+    Attributes:
+      arguments: of `read_tokens`.
+      start: places before them.
+      count: how many they are; the others are padding.
+      is_image: places of images among them. None: there are none.
+    """
+
+    arguments: tuple[Any, ...]
+    start: jax.Array
+    count: jax.Array
+    is_image: jax.Array | None
+
+
+def _open_chunk(
+    model: MegaTransformer,
+    shape: BatchShape,
+    params: Any,
+    batch: Batch,
+    row: Int[Array, ""],
+    placed: PlacedImages | None = None,
+    *,
+    size: int | None = None,
+) -> _Chunk:
+    lanes, cache = batch.lanes, batch.cache
+    model, one = for_rows(model, shape.rows), for_rows(model, 1)
+    settings, history = jax.tree.map(lambda all: all[row][None], lanes.settings), lanes.history
+    size = min(size or shape.chunk, cache.capacity)
+    start = cache.next_position[row]
+    places = start + jnp.arange(size, dtype=jnp.int32)
+    is_token = places < settings.num_places[0] - 1
+    columns = jnp.minimum(places, history.capacity - 1)
+    ids, inserted, is_image = history.tokens[row][columns], None, None
+    if placed is not None:
+        ids, is_image = placed.ids[columns], placed.is_image[columns] & is_token
+        inserted = Inserted(placed.vectors[columns][None], is_image[None])
+    new = NewTokens(ids[None], is_token[None], inserted, state_keys=settings.prompt_keys())
+    rule = DepthRule(
+        settings.rules.depth,
+        settings.rules.threshold,
+        settings.rules.min_depth,
+        shape.choice.without_logits(settings.rules.code),
+    )
+    view = view_sequence(cache, row, model.sharder)
+    arguments = (one, gather_weights(one, params), new, view, rule, places[None])
+    return _Chunk(arguments, start, jnp.sum(is_token, dtype=jnp.int32), is_image)
+
+
+def _write_chunk(
+    model: MegaTransformer,
+    shape: BatchShape,
+    batch: Batch,
+    row: Int[Array, ""],
+    chunk: _Chunk,
+    read: TokensRead,
+) -> Batch:
+    model, cache, count = for_rows(model, shape.rows), batch.cache, chunk.count
+    # Written after everything was read.
+    after = known_after(chunk.start, read.hidden)
+    prelude, core, coda = read.rows
+    depth = batch.lanes.settings.rules.depth[row][None]
+    rows = NewRows((prelude, coda), core, depth)
+    cache = write_sequence(cache, rows, row, after, count, model.sharder)
+    places = jnp.arange(read.num_steps.shape[1], dtype=jnp.int32)
+    columns = jnp.where(places < count, chunk.start + places, cache.capacity)
+    steps = cache.num_steps[row].at[columns].set(read.num_steps[0], mode="drop")
+    cache = changed(cache, num_steps=cache.num_steps.at[row].set(steps))
+    if chunk.is_image is not None:
+        is_medium = cache.is_medium[row].at[columns].set(chunk.is_image, mode="drop")
+        cache = changed(cache, is_medium=cache.is_medium.at[row].set(is_medium))
+    next_position = cache.next_position.at[row].add(count)
+    cache = with_positions(cache, next_position, batch.lanes.is_live)
+    return constrained(model, batch.lanes, cache)
