@@ -171,7 +171,7 @@ def workloads(lm: Any, options: argparse.Namespace) -> dict[str, list[Job]]:
         "uniform": [make(depth=8) for _ in range(count)],
     }
     if options.model:
-        exits = {"depth": MAX_DEPTH, "exit_criterion": "latent_diff"}
+        exits: dict[str, Any] = {"depth": MAX_DEPTH, "exit_criterion": "latent_diff"}
         found["criterion"] = [make(**exits) for _ in range(count)]
     return found
 

@@ -29,6 +29,7 @@ from megatransformer_jax.config.compiling import CompileConfig
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.exporting import ProgramConfig
 from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.loop import ModelMeshConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import (
     MAX_SEED,
@@ -78,6 +79,7 @@ def load(
     weights: typing.Literal["average", "raw"] = "average",
     precision: str | None = None,
     param_dtype: typing.Literal["float32", "stored"] = "float32",
+    mesh: Mapping[str, int] | None = None,
 ) -> Model:
     """Reads a finished model: the workdir of a run, what `Model.save` wrote, or a folder of a known
     format of another project (docs/checkpoints.md).
@@ -91,6 +93,8 @@ def load(
       weights: of a run that averages its weights, the average, or raw for those it trains.
       precision: type of activations, 'float32', 'bfloat16' or 'auto'. None: as in training.
       param_dtype: of another project's parameters in memory; 'stored' is as in its files.
+      mesh: devices that share the model: {"tensor": 2} divides its heads, feed-forward layers and
+        vocabulary, {"data": 4} the texts of a call or of a server. None: it is on the first one.
 
     Raises:
       UserError: if the folder is neither, or something in it is missing or damaged.
@@ -108,6 +112,7 @@ def load(
             precision=precision,
             param_dtype=param_dtype,
             weights=weights,
+            mesh=from_options(ModelMeshConfig, dict(mesh or {})),
         )
     )
 

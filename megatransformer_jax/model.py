@@ -46,6 +46,7 @@ from megatransformer_jax.evaluation.lens import (
 )
 from megatransformer_jax.evaluation.report import Report
 from megatransformer_jax.generation.media_prompt import media_tokenizer, prompt_of_text
+from megatransformer_jax.generation.placement import for_rows
 from megatransformer_jax.generation.request import (
     StreamedToken,
     encode_prompts,
@@ -146,7 +147,9 @@ class Model:
         steps, key = jnp.int32(self._depth(depth) or 0), _key(seed)
         with out_of_memory_is_bad_input():
             output = jax.block_until_ready(
-                _forward(self.module, self.weights, tokens, segment_ids, steps, key, readout)
+                _forward(
+                    self._module_for(tokens), self.weights, tokens, segment_ids, steps, key, readout
+                )
             )
         return Output(output.logits, output.latent, tokens, lengths)
 
@@ -309,7 +312,7 @@ class Model:
         with out_of_memory_is_bad_input():
             found = jax.block_until_ready(
                 trace_iterations(
-                    self.module,
+                    self._module_for(tokens),
                     self.weights,
                     tokens,
                     segment_ids,
@@ -404,6 +407,10 @@ class Model:
             known = ", ".join(map(repr, ("run", *FOREIGN_FORMATS)))
             raise ConfigError("format", f"{format!r} is unknown; known: {known}.")
         return path
+
+    def _module_for(self, tokens: Any) -> MegaTransformer:
+        """The module, laid out for so many inputs."""
+        return for_rows(self.module, len(tokens))
 
     @property
     def weights(self) -> Any:

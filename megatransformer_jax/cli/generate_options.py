@@ -5,7 +5,7 @@ import dataclasses
 import pathlib
 from collections.abc import Sequence
 
-from megatransformer_jax.cli.model_options import ModelOptions
+from megatransformer_jax.cli.model_options import MeshOptions, ModelOptions
 from megatransformer_jax.config.build import json_object
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError, option, rule
@@ -15,7 +15,7 @@ _PROMPT_SOURCES = ("prompt", "prompts_file", "prompt_ids", "interactive")
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateOptions(ModelOptions):
+class GenerateOptions(MeshOptions, ModelOptions):
     """What is continued, with which model, and where the result goes."""
 
     prompt: tuple[str, ...] = option((), "Text to continue; may be repeated.")

@@ -6,6 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from megatransformer_jax.config.loop import (
+    ModelMeshConfig,
+    data_ways_option,
+    tensor_ways_option,
+)
 from megatransformer_jax.config.option import (
     ConfigError,
     check_options,
@@ -80,6 +85,19 @@ def param_dtype_option() -> Any:
         "the file.",
         choices=("float32", "stored"),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+    """Devices that the model is laid over."""
+
+    mesh_data: int = data_ways_option()
+    mesh_tensor: int = tensor_ways_option()
+
+    @property
+    def mesh(self) -> ModelMeshConfig:
+        """The same for `load_model`."""
+        return ModelMeshConfig(self.mesh_data, self.mesh_tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +181,7 @@ def load_chosen_model(options: ModelOptions) -> "LoadedModel":
         precision=options.precision,
         param_dtype="stored" if options.param_dtype == "stored" else "float32",
         weights="raw" if options.weights == "raw" else "average",
+        mesh=options.mesh if isinstance(options, MeshOptions) else None,
     )
     logging.info("%s", loaded.description)
     logging.info("attention: %s", describe_choices(prompt_kernels(loaded.model)))

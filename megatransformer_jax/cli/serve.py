@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from megatransformer_jax.cli.flags import Command, Parsed
 from megatransformer_jax.cli.model_options import (
     OLD_MODEL_NAMES,
+    MeshOptions,
     ModelOptions,
     load_chosen_model,
 )
@@ -32,7 +33,7 @@ _RATE_REFRESHES = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class ServeOptions(ServingConfig, ModelOptions):
+class ServeOptions(ServingConfig, MeshOptions, ModelOptions):
     """Which model is served, and how."""
 
 

@@ -1,6 +1,7 @@
 """The training loop: steps, checkpoints, what the run shows of itself, diagnostics, devices."""
 
 import dataclasses
+from typing import Any
 
 from megatransformer_jax.config.option import (
     MAX_SEED,
@@ -441,6 +442,39 @@ class MeshConfig(DataMeshConfig):
     def inner(self) -> dict[str, int]:
         """See `DataMeshConfig`."""
         return {"fsdp": self.fsdp, "tensor": self.tensor, "sequence": self.sequence}
+
+
+def data_ways_option() -> Any:
+    """The axis `data` of a finished model's mesh."""
+    return option(
+        1, "Devices that texts are divided among, each with weights of its own.", minimum=1
+    )
+
+
+def tensor_ways_option() -> Any:
+    """The axis `tensor` of a finished model's mesh."""
+    return option(
+        1,
+        "Devices that share every text: each has a part of the heads, of the feed-forward layers "
+        "and of the vocabulary.",
+        minimum=1,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelMeshConfig:
+    """Devices that a finished model is laid over; the first data x tensor of them."""
+
+    data: int = data_ways_option()
+    tensor: int = tensor_ways_option()
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def num_devices(self) -> int:
+        """How many that takes."""
+        return self.data * self.tensor
 
 
 @dataclasses.dataclass(frozen=True)

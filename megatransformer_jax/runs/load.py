@@ -31,6 +31,7 @@ from megatransformer_jax.checkpoints.quantized import (
 from megatransformer_jax.checkpoints.tensor_map import Place
 from megatransformer_jax.config.build import build, read_values
 from megatransformer_jax.config.generation import GenerationConfig
+from megatransformer_jax.config.loop import ModelMeshConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError, UserError, nearest_hint
 from megatransformer_jax.config.quantization import QuantizationConfig
@@ -52,6 +53,7 @@ from megatransformer_jax.models.megatransformer import (
     computed_weights,
     param_axes,
 )
+from megatransformer_jax.sharding.mesh import model_sharder
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.training.evaluation_params import (
     evaluates_an_average,
@@ -75,7 +77,7 @@ class LoadedModel:
 
     Attributes:
       config: the architecture.
-      model: the module, without a mesh.
+      model: the module, without a mesh unless `load_model` was told of one.
       params: its parameters, on the first local device or where `load_model` was told to. NumPy
         arrays on the host if passes compute in another type, so that the device has room for
         `weights` alone.
@@ -120,6 +122,7 @@ def load_model(
     precision: str | None = None,
     param_dtype: ParamDtype = "float32",
     sharder: Sharder | None = None,
+    mesh: ModelMeshConfig | None = None,
     weights: Literal["average", "raw"] = "average",
     revision: str | None = None,
 ) -> LoadedModel:
@@ -137,7 +140,10 @@ def load_model(
         for another project's folder.
       param_dtype: of another project's parameters, see `ForeignCheckpoint.params`. Those of runs
         are float32.
-      sharder: places the parameters on its mesh. None: on the first local device.
+      sharder: places the parameters on its mesh; the model knows nothing of it. None: on the first
+        local device.
+      mesh: lays the model itself over devices, so that what it computes is divided among them.
+        None: it is on the first one.
       weights: 'average' is what the run was judged by: the average of its weights, if it keeps one.
         'raw' is what it trains then.
       revision: of a model on the hub, its branch, tag or commit.
@@ -161,6 +167,12 @@ def load_model(
                 raise ConfigError(
                     name, f"{value!r} does not go with {folder}, a quantised model; leave it out."
                 )
+        if mesh is not None and mesh.num_devices > 1:
+            raise ConfigError(
+                "mesh",
+                f"{folder} is a quantised model, which is on one device; leave the mesh out, or "
+                "load the model that was quantised.",
+            )
         return _load_quantized(folder, precision)
     if (foreign := foreign_format(folder)) is not None:
         if step != "latest":
@@ -170,12 +182,12 @@ def load_model(
             )
         if weights != "average":
             raise _no_average(weights, folder)
-        loaded = _load_foreign(folder, precision or "auto", param_dtype, sharder)
+        loaded = _load_foreign(folder, precision or "auto", param_dtype, sharder, mesh)
         if folder == pathlib.Path(path).expanduser():
             return loaded
         name = f"{path}" if revision is None else f"{path}@{revision}"
         return dataclasses.replace(loaded, description=f"{foreign.title} model {name}")
-    return _load_run(folder, step, precision, sharder, weights)
+    return _load_run(folder, step, precision, sharder, mesh, weights)
 
 
 def read_model_config(path: str | pathlib.Path) -> ModelConfig:
@@ -262,11 +274,16 @@ def _titles() -> str:
 
 
 def _load_foreign(
-    folder: pathlib.Path, precision: str, param_dtype: ParamDtype, sharder: Sharder | None
+    folder: pathlib.Path,
+    precision: str,
+    param_dtype: ParamDtype,
+    sharder: Sharder | None,
+    mesh: ModelMeshConfig | None,
 ) -> LoadedModel:
     checkpoint = open_folder(folder)
     config = checkpoint.config
-    model = _build(config, precision)
+    model = _build(config, precision, mesh)
+    sharder = sharder or _sharder_of(model)
     place = _placer(model, sharder)
     params = checkpoint.params(param_dtype=param_dtype, place=place)
     tokenizer: Tokenizer | None = None
@@ -319,6 +336,7 @@ def _load_run(
     step: Step,
     precision: str | None,
     sharder: Sharder | None,
+    mesh: ModelMeshConfig | None,
     weights: Literal["average", "raw"],
 ) -> LoadedModel:
     checkpoints = CheckpointManager(folder / "checkpoints", None)
@@ -329,7 +347,8 @@ def _load_run(
         if weights != "average" and not evaluates_an_average(config):
             raise _no_average(weights, folder)
         tokenizer = _run_tokenizer(config, folder, run["vocabulary"])
-        model = _build(config.model, precision or config.train.precision)
+        model = _build(config.model, precision or config.train.precision, mesh)
+        sharder = sharder or _sharder_of(model)
         params = restore_evaluation_params(checkpoints, number, model, config, sharder, weights)
         if sharder is None and _stays_on_host(model):
             params = jax.device_get(params)
@@ -380,7 +399,9 @@ def _loaded(
     return LoadedModel(config, model, params, tokenizer, depth, description)
 
 
-def _build(config: ModelConfig, precision: str) -> MegaTransformer:
+def _build(
+    config: ModelConfig, precision: str, mesh: ModelMeshConfig | None = None
+) -> MegaTransformer:
     platform = jax.default_backend()
     policy = DTypePolicy.from_precision(precision, platform)
     kernel = config.attention.kernel
@@ -389,7 +410,12 @@ def _build(config: ModelConfig, precision: str) -> MegaTransformer:
         logging.info("attention.kernel=%s of the run is auto for generation", kernel)
         attention = dataclasses.replace(config.attention, kernel="auto")
         config = dataclasses.replace(config, attention=attention)
-    return build_model(config, policy, Sharder(), platform)
+    sharder = None if mesh is None else model_sharder(mesh, config, jax.devices())
+    return build_model(config, policy, sharder or Sharder(), platform)
+
+
+def _sharder_of(model: MegaTransformer) -> Sharder | None:
+    return None if model.sharder.mesh is None else model.sharder
 
 
 def model_of_run(

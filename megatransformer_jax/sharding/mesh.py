@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from megatransformer_jax.config.loop import DataMeshConfig
+from megatransformer_jax.config.loop import DataMeshConfig, MeshConfig, ModelMeshConfig
 from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.run import RunConfig
@@ -243,6 +243,30 @@ def check_run_fits_mesh(config: RunConfig, mesh: Mesh) -> None:
         _check_divides(name, length, "sequence", mesh.shape["sequence"])
     if config.model.has_media:
         _check_sequence_with_media(config, mesh.shape["sequence"])
+
+
+def model_sharder(
+    config: ModelMeshConfig, model: ModelConfig, devices: Sequence[jax.Device]
+) -> Sharder | None:
+    """How a finished model is laid over the first devices; None: on one device.
+
+    Raises:
+      ConfigError: if there are too few devices, or the model cannot be divided so.
+    """
+    count = config.num_devices
+    if count == 1:
+        return None
+    if count > len(devices):
+        kinds = "device" if len(devices) == 1 else "devices"
+        raise ConfigError(
+            "mesh",
+            f"data={config.data} x tensor={config.tensor} needs {count} devices, and there are "
+            f"{len(devices)} {kinds}; choose smaller ones. To try it on CPU, set the environment "
+            f"variable XLA_FLAGS=--xla_force_host_platform_device_count={count}.",
+        )
+    mesh = make_mesh(MeshConfig(data=config.data, tensor=config.tensor), devices[:count])
+    _check_model(model, dict(mesh.shape))
+    return Sharder(mesh)
 
 
 def _check_sequence_with_media(config: RunConfig, ways: int) -> None:

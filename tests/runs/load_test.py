@@ -13,9 +13,11 @@ from written_run import write_run
 from megatransformer_jax.checkpoints.folders import save_folder
 from megatransformer_jax.checkpoints.huginn import Huginn
 from megatransformer_jax.config.build import build, merge, save_config
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.loop import ModelMeshConfig
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import BytesTokenizer, SentencePieceTokenizer
+from megatransformer_jax.model import Model
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.runs.load import load_model, parse_step
 from megatransformer_jax.runs.train import train
@@ -302,3 +304,37 @@ def test_a_folder_that_is_neither_says_what_was_looked_for(tmp_path, small_run):
 def test_the_home_folder_may_be_abbreviated(huginn_folder, monkeypatch):
     monkeypatch.setitem(os.environ, "HOME", str(huginn_folder[0].parent))
     assert load_model("~/model").trained_depth == 3
+
+
+def test_a_model_may_be_laid_over_devices(sentencepiece_run):
+    """With what one device says, and the weights divided."""
+    alone = Model(load_model(sentencepiece_run[0]))
+    mesh = ModelMeshConfig(data=2, tensor=2)
+    lm = Model(load_model(sentencepiece_run[0], mesh=mesh))
+    prompts = ["The ", "If it"]
+    options = {"strategy": "greedy", "max_new_tokens": 6, "depth": 2}
+    wanted = [found.token_ids for found in alone.generate(prompts, **options)]
+    assert [found.token_ids for found in lm.generate(prompts, **options)] == wanted
+    # One input does not divide, and is computed by all.
+    wanted = alone.generate(prompts[1], **options)
+    assert lm.generate(prompts[1], **options).token_ids == wanted.token_ids
+    logits = alone(prompts, depth=2).logits
+    np.testing.assert_allclose(lm(prompts, depth=2).logits, logits, atol=1e-5)
+    halves = [
+        leaf
+        for leaf in jax.tree.leaves(lm.params)
+        if leaf.addressable_shards[0].data.size * 2 == leaf.size
+    ]
+    assert len(halves) > 5 and all(len(leaf.sharding.device_set) == 4 for leaf in halves)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"data": 5, "tensor": 3}, "data=5 x tensor=3 needs 15 devices, and there are 8 devices"),
+        ({"tensor": 8}, "is not divisible by the 8 devices of mesh axis tensor"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused(sentencepiece_run, mesh, message):
+    with pytest.raises(ConfigError, match=message):
+        load_model(sentencepiece_run[0], mesh=ModelMeshConfig(**mesh))

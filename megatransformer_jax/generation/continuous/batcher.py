@@ -368,7 +368,7 @@ class Batcher:
         """Waits until the device has done everything that it was told so far."""
         jax.block_until_ready(self._batch.leaves)
 
-    def durations(self, repeats: int = 4) -> Durations:
+    def durations(self, repeats: int = 8) -> Durations:
         """Measures what things take now; drops what row 0 holds, so call it before any text comes.
 
         Args:

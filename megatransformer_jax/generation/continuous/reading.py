@@ -12,6 +12,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,7 +55,7 @@ def prefill(
 ) -> Batch:
     """Reads up to `size` tokens of a row's prompt behind those that are cached."""
     chunk = _open_chunk(model, shape, params, batch, row, size=size)
-    return _write_chunk(model, shape, batch, row, chunk, read_tokens(*chunk.arguments))
+    return _write_chunk(model, shape, batch, row, chunk, chunk.read_by(read_tokens))
 
 
 def part(
@@ -80,7 +81,8 @@ def part(
       end: iterations that are to be done.
     """
     chunk = _open_chunk(model, shape, params, batch, row, size=size)
-    return read_part(*chunk.arguments, end)
+    part: PartRead = chunk.read_by(read_part, end)
+    return part
 
 
 def part_on(
@@ -95,7 +97,8 @@ def part_on(
 ) -> PartRead:
     """Some more iterations behind those of the part before, which is donated; else as `part`."""
     chunk = _open_chunk(model, shape, params, batch, row, size=size)
-    return read_part(*chunk.arguments, end, before)
+    after: PartRead = chunk.read_by(read_part, end, before)
+    return after
 
 
 def rest(
@@ -109,7 +112,7 @@ def rest(
 ) -> Batch:
     """The last iterations of a chunk, after which it has been read, as `prefill` does at once."""
     chunk = _open_chunk(model, shape, params, batch, row, size=size)
-    return _write_chunk(model, shape, batch, row, chunk, read_rest(*chunk.arguments, before))
+    return _write_chunk(model, shape, batch, row, chunk, chunk.read_by(read_rest, before))
 
 
 def place_image(
@@ -135,7 +138,7 @@ def prefill_placed(
 ) -> Batch:
     """`prefill` of a prompt with images, whose places it reads as it reads tokens."""
     chunk = _open_chunk(model, shape, params, batch, row, placed)
-    return _write_chunk(model, shape, batch, row, chunk, read_tokens(*chunk.arguments))
+    return _write_chunk(model, shape, batch, row, chunk, chunk.read_by(read_tokens))
 
 
 def score(
@@ -144,7 +147,7 @@ def score(
     """`prefill`, and the log-probabilities of the tokens behind those that it reads."""
     start, history = batch.cache.next_position[row], batch.lanes.history
     chunk = _open_chunk(model, shape, params, batch, row)
-    read = read_tokens(*chunk.arguments)
+    read = chunk.read_by(read_tokens)
     batch, count = _write_chunk(model, shape, batch, row, chunk, read), chunk.count
     one = for_rows(model, 1)
     logits = apply_head(one, gather_weights(one, params), read.hidden)[0].astype(jnp.float32)
@@ -171,6 +174,10 @@ class _Chunk:
     start: jax.Array
     count: jax.Array
     is_image: jax.Array | None
+
+    def read_by(self, read: Callable[..., Any], *more: Any) -> Any:
+        """What one of the functions that read tokens gives."""
+        return read(*self.arguments, *more)
 
 
 def _open_chunk(
