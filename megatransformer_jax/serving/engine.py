@@ -25,7 +25,8 @@ from absl import logging
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.config.serving import MAX_END_IDS, MAX_LOGIT_BIAS, ServingConfig
-from megatransformer_jax.generation.continuous.batcher import Batcher, Durations
+from megatransformer_jax.generation.continuous.batcher import Batcher
+from megatransformer_jax.generation.continuous.durations import Durations
 from megatransformer_jax.generation.continuous.lanes import BatchShape
 from megatransformer_jax.serving.launches import Launches, Ticket
 from megatransformer_jax.serving.metrics import Metrics
@@ -72,8 +73,9 @@ def batch_shape(config: ServingConfig, lm: Any) -> BatchShape:
     )
 
 
-def _costs(durations: Durations, part_size: int | None) -> Costs:
-    """Durations, in those of an iteration."""
+def _costs(batcher: Any, part_size: int | None) -> Costs:
+    """What things take, in iterations."""
+    durations: Durations = batcher.durations()
     tick = max(durations.tick, 1e-9)
     return Costs(
         turn=min(durations.turn / tick, _MAX_TURN),
@@ -82,6 +84,8 @@ def _costs(durations: Durations, part_size: int | None) -> Costs:
             for size, (once, first, last) in durations.chunks.items()
         },
         part_size=part_size,
+        begun={size: (once / tick, each / tick) for size, (once, each) in durations.begun.items()},
+        most_begun=batcher.most_begun,
     )
 
 
@@ -348,7 +352,7 @@ class Engine:
         part_size = self.shape.part_size if self._lm.config.is_recurrent else None
         self._launches = Launches(
             batcher,
-            Scheduler(policy, _costs(batcher.durations(), part_size)),
+            Scheduler(policy, _costs(batcher, part_size)),
             Prefixes(config.rows, config.chunk),
             self.metrics,
             self._see_end,

@@ -223,13 +223,16 @@ class Launches:
         shares = self._shares_slots(text)
         # Prompts are read without the criteria that need logits.
         criterion = exit_criterion(text.row_text.criterion)
-        return self._prefixes.find(
+        found = self._prefixes.find(
             text.job.ids,
             text.rule,
             only=only,
             of_prompts=self._copies_only_prompts or criterion.needs_logits or shares,
             multiple=self._prefixes.chunk if shares else 1,
         )
+        # A start token or two that all prompts share are read faster than they are copied.
+        least = min(self._batcher.shape.chunks[0], text.num_to_read)
+        return found if found is not None and found.num_tokens >= least else None
 
     def _shares_slots(self, text: Text) -> bool:
         """Whether what is cached depends on how a text was cut: iterations share slots."""
@@ -325,10 +328,17 @@ class Launches:
         if launch.chunk is not None:
             chosen = next(item for item in reading if item.text.key == launch.chunk)
             self._read_chunk(chosen, launch)
-            # If that was the rest, the turn of this launch lets it in.
+        if launch.begun:
+            begun = [item for item in reading if item.text.key in launch.begun]
+            self._batcher.begin([item.text.row for item in begun], launch.chunk_size)
+            for item in begun:
+                item.text.num_read = item.text.num_to_read
+        is_reading = launch.chunk is not None or bool(launch.begun)
+        if is_reading:
+            # Those whose prompts have been read now are let in by the turn of this launch.
             entering += self._end_reading()
         if not (launch.is_turn or entering):
-            if launch.chunk is not None:
+            if is_reading:
                 self._batcher.wait()  # Else all of a long prompt would stand before who comes next.
             return None
         items = {item.text.row: item for item in (*running, *entering)}

@@ -77,6 +77,9 @@ class Costs:
         core over the first one, and over the last of a full row. These are the sizes that there
         are.
       part_size: of the chunks that may be read in parts, some iterations at a time. None: none.
+      begun: by its size, the first chunks of several prompts at once without the core, and an
+        iteration of the core over them.
+      most_begun: how many prompts that may be.
     """
 
     turn: float = 1.5
@@ -84,6 +87,8 @@ class Costs:
         default_factory=lambda: {16: (1.5, 1.0, 1.0), 64: (1.5, 2.0, 2.0)}
     )
     part_size: int | None = None
+    begun: Mapping[int, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    most_begun: int = 0
 
     def of_chunk(self, size: int, depth: int, place: float = 0.0) -> float:
         """Of a chunk that is read at a depth, where so large a part of the row has been read."""
@@ -117,6 +122,11 @@ class Reading:
     may_be_short: bool = True
     begun: tuple[int, int] | None = None
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it may be begun together with others."""
+        return self.may_be_short and self.place == 0 and self.begun is None
+
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
@@ -124,13 +134,15 @@ class Launch:
 
     Attributes:
       chunk: key of the text whose prompt is read on; None for none.
-      chunk_size: how many tokens of it; 0 for none.
+      chunk_size: how many tokens of it, or of each that is begun; 0 for none.
       chunk_iterations: how many of the chunk's iterations, of which the others come later. None:
         all that are left.
       min_waiting: of `advance`. 0: there is no `advance`, as enough rows wait already.
       max_ticks: of `advance`.
       is_turn: whether there is a turn (and an `advance` before it) at all.
       turns: how many, at most.
+      begun: keys of the texts whose prompts are read from beginning to end, all at once, instead of
+        a chunk.
     """
 
     chunk: Hashable | None
@@ -140,6 +152,7 @@ class Launch:
     is_turn: bool
     turns: int = 1
     chunk_iterations: int | None = None
+    begun: tuple[Hashable, ...] = ()
 
 
 class Scheduler:
@@ -210,14 +223,18 @@ class Scheduler:
         """
         is_turn = bool(running) or num_admitted > 0
         chunk, size, iterations = None, 0, None
+        begun: tuple[Hashable, ...] = ()
         if reading and (not is_turn or self._credit >= 0 or self.policy.max_prefill_share >= 1):
-            chosen = self._choose_chunk(reading)
-            chunk = chosen.key
-            size, iterations = self._chunk_size(chosen, running)
+            size, begun, cost = self._choose_begun(reading, running)
+            if not begun:
+                chosen = self._choose_chunk(reading)
+                chunk = chosen.key
+                size, iterations = self._chunk_size(chosen, running)
+                cost = self._cost_of(chosen, size, iterations)
             if is_turn:
-                self._credit -= self._cost_of(chosen, size, iterations)
+                self._credit -= cost
         if not running:
-            return Launch(chunk, size, 0, 0, is_turn, chunk_iterations=iterations)
+            return Launch(chunk, size, 0, 0, is_turn, chunk_iterations=iterations, begun=begun)
         choice = self._choose(running)
         min_waiting, max_ticks = choice.min_waiting, choice.max_ticks
         if num_admitted:
@@ -225,7 +242,7 @@ class Scheduler:
             max_ticks = min(max_ticks, max(round(_TURNS_TO_ENTER * self.costs.turn), 1))
         waits = is_streamed or num_admitted or reading
         turns = 1 if waits else self.policy.max_turns
-        return Launch(chunk, size, min_waiting, max_ticks, is_turn, turns, iterations)
+        return Launch(chunk, size, min_waiting, max_ticks, is_turn, turns, iterations, begun)
 
     def _chunk_size(
         self, chosen: Reading, running: Mapping[Hashable, int]
@@ -235,9 +252,7 @@ class Scheduler:
         Then in short chunks; if these take too long too, in some iterations of one at a time.
         """
         whole = max(self.costs.chunks)
-        depths = [depth for key in running for depth in self._depths.get(key, ())]
-        step = self.costs.turn + float(np.mean(depths or list(running.values()) or [0]))
-        most = _MOST_STEPS * step
+        most = self._longest(running)
         if chosen.begun is not None:
             size = chosen.begun[0]
             return size, self._iterations_within(most, chosen, size) if running else None
@@ -259,6 +274,45 @@ class Scheduler:
             return min(each, key=lambda size: each[size]), None
         return self.costs.part_size, self._iterations_within(most, chosen, self.costs.part_size)
 
+    def _longest(self, running: Mapping[Hashable, int]) -> float:
+        """How long what is read in one launch may take."""
+        if not running:
+            return float("inf")
+        depths = [depth for key in running for depth in self._depths.get(key, ())]
+        step = self.costs.turn + float(np.mean(depths or list(running.values())))
+        return _MOST_STEPS * step
+
+    def _choose_begun(
+        self, reading: Sequence[Reading], running: Mapping[Hashable, int]
+    ) -> tuple[int, tuple[Hashable, ...], float]:
+        """Short prompts that are read at once because that is faster than one by one, if any are.
+
+        Returns:
+          The size, the keys of their texts, and what that costs.
+        """
+        nothing: tuple[int, tuple[Hashable, ...], float] = (0, (), 0.0)
+        if any(self._is_overdue(item) for item in reading):
+            return nothing
+        best, most_saved = nothing, 0.0
+        for size, (once, iteration) in self.costs.begun.items():
+            found = [item for item in reading if item.is_new and item.num_left <= size]
+            found = found[: self.costs.most_begun]
+            if len(found) < 2:
+                continue
+            cost = once + iteration * max(item.depth for item in found)
+            saved = sum(self._cost_alone(item) for item in found) - cost
+            if cost <= self._longest(running) and saved > most_saved:
+                best, most_saved = (size, tuple(item.key for item in found), cost), saved
+        for item in reading if best[1] else ():
+            if item.key not in best[1]:
+                self._bypasses[item.key] = self._bypasses.get(item.key, 0) + 1
+        return best
+
+    def _cost_alone(self, item: Reading) -> float:
+        """Of a prompt that one chunk reads."""
+        sizes = [size for size in self.costs.chunks if size >= item.num_left]
+        return min(self.costs.of_chunk(size, item.depth) for size in sizes)
+
     def _iterations_within(self, most: float, chosen: Reading, size: int) -> int | None:
         """Iterations of a chunk that take no longer than `most`; None if none is left then."""
         left = chosen.depth - (chosen.begun[1] if chosen.begun else 0)
@@ -274,11 +328,12 @@ class Scheduler:
         # What is done once is counted with the first part, though the last has some of it.
         return once * (not done) + iteration * (iterations or chosen.depth - done)
 
+    def _is_overdue(self, item: Reading) -> bool:
+        return self._bypasses.get(item.key, 0) >= self.policy.max_bypasses
+
     def _choose_chunk(self, reading: Sequence[Reading]) -> Reading:
         """The shortest rest first, unless an older prompt has been overtaken too often."""
-        overdue = (
-            item for item in reading if self._bypasses.get(item.key, 0) >= self.policy.max_bypasses
-        )
+        overdue = (item for item in reading if self._is_overdue(item))
         chosen = next(overdue, None) or min(reading, key=lambda item: item.num_left)
         for item in reading:
             if item is chosen:

@@ -380,6 +380,17 @@ def test_tokens_come_one_by_one_while_anybody_streams(start):
     assert start.batcher.num_steps - steps == start.batcher.num_turns - turns
 
 
+def test_short_prompts_are_begun_together(start):
+    engine = start()
+    jobs = [job(text) for text in ("once", "upon", "a time", "there", "was")]
+    reader = Reader(len(jobs))
+    engine.submit(jobs, reader)
+    reader.wait()
+    assert start.batcher.num_begun >= 3
+    wanted = [tokens for tokens, _, _ in expected(jobs, engine)]
+    assert [reader.tokens(number) for number in range(len(jobs))] == wanted
+
+
 def test_a_prompt_that_would_keep_texts_waiting_is_read_in_parts(start):
     # Both chunks take longer than a token of a text that runs.
     engine = start(chunk=64, short_chunks=(16,), batch={"chunk_ticks": 3.0})

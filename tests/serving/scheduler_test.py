@@ -207,6 +207,38 @@ def test_a_chunk_is_read_in_parts_where_even_the_short_ones_keep_texts_waiting()
     assert (launch.chunk_size, launch.chunk_iterations) == (16, None)
 
 
+def test_short_prompts_are_read_together_where_that_is_faster():
+    chunks = {8: (2.0, 0.5, 2.0), 16: (3.0, 1.0, 2.0), 64: (4.0, 3.0, 9.0)}
+    costs = Costs(4.0, chunks, begun={8: (4.0, 0.8), 16: (6.0, 1.5)}, most_begun=4)
+    launch = lambda running, *reading: Scheduler(Policy(8), costs).next_launch(running, 0, reading)  # noqa: E731
+    short = [Reading(name, 5, 4) for name in "abcde"]
+    found = launch({}, *short)
+    assert (found.begun, found.chunk_size, found.chunk) == (("a", "b", "c", "d"), 8, None)
+    # A long one, one that has been begun, and one that must be read in whole chunks are no part.
+    others = [
+        Reading("f", 40, 4),
+        Reading("g", 5, 4, place=0.1),
+        Reading("h", 5, 4, begun=(16, 2)),
+        Reading("i", 5, 4, may_be_short=False),
+    ]
+    assert launch({}, *others, *short[:2], Reading("j", 12, 4)).begun == ("a", "b", "j")
+    assert launch({}, *others, short[0]).begun == ()
+    assert launch({}, *others, short[0]).chunk == "g"
+    # Deep ones would keep the text that runs waiting.
+    deep = [Reading(name, 5, 32) for name in "ab"]
+    assert launch({}, *deep).begun == ("a", "b")
+    assert launch({1: 4}, *deep).begun == ()
+
+
+def test_a_prompt_that_was_overtaken_too_often_comes_before_those_that_are_read_together():
+    costs = Costs(begun={16: (2.0, 0.1)}, most_begun=4)
+    scheduler = Scheduler(Policy(8, max_bypasses=3), costs)
+    reading = [Reading("long", 100), Reading("a", 5), Reading("b", 5)]
+    found = [scheduler.next_launch({}, 0, reading) for _ in range(4)]
+    assert [launch.begun for launch in found] == [("a", "b")] * 3 + [()]
+    assert found[-1].chunk == "long"
+
+
 @pytest.mark.parametrize(
     ("others", "turns"),
     [

@@ -38,8 +38,9 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
       texts: in the order of what is returned.
       min_waiting: of every advance.
       order: in which texts are placed. None: their own.
-      arrival: a seed; rows are then filled, chunks of prompts read, in parts too, and several turns
-        taken in a launch, at random. None: as soon as there is a free row, at once, one by one.
+      arrival: a seed; rows are then filled, chunks of prompts read, in parts and together too, and
+        several turns taken in a launch, at random. None: as soon as there is a free row, at once,
+        one by one.
       max_ticks: of every advance.
     """
     chance = random.Random(arrival)
@@ -52,6 +53,8 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
             row, text = free.pop(0), queue.pop(0)
             batcher.place(row, texts[text])
             reading[row] = text
+        if waits():
+            begin_some(batcher, {row: texts[text] for row, text in reading.items()}, chance)
         for row in list(reading):
             while row in reading and not waits():
                 may_be_short = texts[reading[row]].depth <= batcher.shape.num_slots
@@ -69,3 +72,17 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
                     reading.pop(row, None), running.pop(row, None)
                     free.append(row)
     return got
+
+
+def begin_some(batcher, texts, chance):
+    """Begins prompts of which nothing has been read together, if that may be."""
+    size = chance.choice(batcher.begun_sizes)
+    fresh = [
+        row
+        for row, text in texts.items()
+        if batcher.num_unread(row) == len(text.ids) - 1 > 0
+        and batcher.begun(row) is None
+        and text.depth <= batcher.shape.num_slots
+    ]
+    if fresh:
+        batcher.begin(fresh[: batcher.most_begun], size)

@@ -15,7 +15,7 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.config.serving import ServingConfig
 from megatransformer_jax.data.tokenizer import BytesTokenizer
-from megatransformer_jax.generation.continuous.batcher import Durations
+from megatransformer_jax.generation.continuous.durations import Durations
 from megatransformer_jax.generation.continuous.lanes import Events, PromptScores
 from megatransformer_jax.generation.endings import END_OF_TEXT, LENGTH, RUNNING
 
@@ -118,13 +118,15 @@ class FakeBatcher:
       num_steps: launches of `step` or `turn` so far.
       num_chunks: chunks of prompts that have been read.
       num_parts: launches that read a part of one.
+      num_begun: prompts that were begun with others.
       copies: (source, row, tokens) of each copy.
     """
 
     def __init__(self, lm, shape, seconds_per_tick=0.0, fail_at_turn=None, chunk_ticks=0.0):
         self.shape = shape
         self.is_compiled = False
-        self.num_turns = self.num_steps = self.num_chunks = self.num_parts = 0
+        self.num_turns = self.num_steps = 0
+        self.num_chunks = self.num_parts = self.num_begun = 0
         self._chunk_ticks = chunk_ticks
         self.copies = []
         self._seconds_per_tick = seconds_per_tick
@@ -177,6 +179,20 @@ class FakeBatcher:
         self._wait(2)
         self._read(held, size)
         return held.is_entering
+
+    most_begun = 3
+
+    @property
+    def begun_sizes(self):
+        return self.shape.chunks[:-1]
+
+    def begin(self, rows, size):
+        self._check()
+        assert size in self.begun_sizes and 2 <= len(rows) <= self.most_begun
+        self.num_begun += len(rows)
+        for row in rows:
+            assert self._rows[row].num_read == 0 and self._rows[row].begun is None
+            self._read(self._rows[row], size)
 
     def begun(self, row):
         return self._rows[row].begun
@@ -292,6 +308,7 @@ class FakeBatcher:
             tick=1.0,
             turn=2.0,
             chunks=dict.fromkeys(self.shape.chunks, (2.0, *[self._chunk_ticks] * 2)),
+            begun=dict.fromkeys(self.begun_sizes, (2.5, self._chunk_ticks)),
         )
 
     def cache_bytes(self):

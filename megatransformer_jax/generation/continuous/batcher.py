@@ -19,8 +19,7 @@ the other rows stay in the middle of theirs. What a row gives does not depend on
 import dataclasses
 import functools
 import itertools
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +29,7 @@ import numpy as np
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.generation.continuous import programs, reading
+from megatransformer_jax.generation.continuous.durations import Durations, measure
 from megatransformer_jax.generation.continuous.images import (
     PlacedImages,
     PromptPlaces,
@@ -47,14 +47,15 @@ from megatransformer_jax.generation.placement import for_rows, replicate
 from megatransformer_jax.generation.processors.processor import allowed_tokens
 from megatransformer_jax.models.megatransformer import MegaTransformer
 
-# Iterations that a token is timed for.
-_MEASURED_TICKS = 16
+# Prompts that are begun at once, at most.
+_MOST_BEGUN = 8
 # Which arguments behind the model and the shape are donated.
 DONATED = {
     "place": (0,),
     "copy": (0,),
     "release": (0,),
     "prefill": (1,),
+    "begin": (1,),
     "part": (),
     "part_on": (4,),
     "rest": (1,),
@@ -101,22 +102,6 @@ class _Begun:
     size: int
     iterations: int
     read: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Durations:
-    """Seconds that things take.
-
-    Attributes:
-      tick: an iteration of all rows; without a core, a turn.
-      turn: a turn.
-      chunks: by its size, a chunk of a prompt without the core, an iteration of the core over it at
-        the beginning of a row, and at its end.
-    """
-
-    tick: float
-    turn: float
-    chunks: Mapping[int, tuple[float, float, float]]
 
 
 class Batcher:
@@ -182,7 +167,10 @@ class Batcher:
         for size in self.shape.chunks:
             progress(f"prefill {size}")
             self._executable("prefill", (self._params, self._batch, row), size)
-        if self._has_core:
+        for size in self.begun_sizes:
+            progress(f"begin {size}")
+            self._executable("begin", (self._params, self._batch, self._rows(())), size)
+        if self.has_core:
             self._compile_parts(progress)
         if self.shape.with_images:
             placed = self._no_images(PromptPlaces(np.zeros(0, np.int32), np.zeros(0, bool), ()))
@@ -291,10 +279,36 @@ class Batcher:
             self._placed.pop(row, None)
         return not self.num_unread(row)
 
+    @property
+    def most_begun(self) -> int:
+        """How many prompts `begin` takes at once."""
+        return min(self.shape.rows, _MOST_BEGUN)
+
+    @property
+    def begun_sizes(self) -> tuple[int, ...]:
+        """How many tokens of each prompt `begin` may read; empty for a batch of one row."""
+        return self.shape.chunks[:-1] if self.shape.rows > 1 else ()
+
+    def begin(self, rows: Sequence[int], size: int) -> None:
+        """Reads the first chunk of several prompts at once, which is faster than one by one.
+
+        Args:
+          rows: at most `most_begun`; nothing of their prompts has been read, and they have no
+            images.
+          size: tokens of each, one of `begun_sizes`.
+        """
+        assert size in self.begun_sizes and len(rows) <= self.most_begun
+        assert all(
+            self._num_read[row] == 0 and row not in (*self._placed, *self._begun) for row in rows
+        )
+        self._change("begin", self._params, self._batch, self._rows(rows), static=(size,))
+        for row in rows:
+            self._count_read(row, size)
+
     def _read_part(
         self, given: tuple[Any, ...], size: int, end: int, before: _Begun | None
     ) -> _Begun:
-        assert self._has_core and size == self.shape.part_size
+        assert self.has_core and size == self.shape.part_size
         if before is None:
             read = self._run("part", *given, self._number(end), static=(size,))
         else:
@@ -332,7 +346,7 @@ class Batcher:
 
         Does nothing if no row is on its way, or the model has no core.
         """
-        if not self._has_core:
+        if not self.has_core:
             return
         limits = (self._number(min_waiting), self._number(max_ticks))
         batch = self.batch
@@ -369,56 +383,12 @@ class Batcher:
         jax.block_until_ready(self._batch.leaves)
 
     def durations(self, repeats: int = 8) -> Durations:
-        """Measures what things take now; drops what row 0 holds, so call it before any text comes.
+        """Measures what things take now; drops what rows hold, so call it before any text comes.
 
         Args:
           repeats: of which the shortest counts.
         """
-        chunks = {size: self._measured_chunk(repeats, size) for size in self.shape.chunks}
-        self.turn()
-        # Almost all of a token's iterations, and then the last, after which it is written.
-        many, last = [], []
-        for _ in range(repeats):
-            many.append(self._timed(lambda: self.step(StepLimits(1, _MEASURED_TICKS - 1))))
-            last.append(self._timed(lambda: self.step(StepLimits(1, 1))))
-        self.release([0])
-        turn = tick = min(last)
-        if self._has_core:  # Else a turn is all there is.
-            tick = abs(min(many) - min(last)) / (_MEASURED_TICKS - 2)
-            turn = max(min(last) - tick, tick)  # As timings jitter.
-        return Durations(tick, turn, chunks)
-
-    def _measured_chunk(self, repeats: int, size: int) -> tuple[float, float, float]:
-        """Seconds of a chunk without the core, and of an iteration of the core over two of them."""
-        length = max(min(size, self.shape.capacity - repeats - 2), 1)
-        end = max(self.shape.capacity - length - repeats - 2, 0)
-        shallow = self._seconds_to_read(repeats, size, length, 0, 1)
-        iterations = []
-        # The beginning last, so that the row is short for what is measured next.
-        for start in (end, 0):
-            deep = self._seconds_to_read(repeats, size, length, start, _MEASURED_TICKS)
-            iterations.append(max((deep - shallow) / (_MEASURED_TICKS - 1), 0.0))
-        last, first = iterations
-        return max(shallow - first, 0.0), first, max(first, last)
-
-    def _seconds_to_read(
-        self, repeats: int, size: int, length: int, start: int, depth: int
-    ) -> float:
-        """The shortest time of a chunk of `length` tokens behind `start` others."""
-        text, taken = RowText((0,) * (start + length + 1), repeats + 1, depth), []
-        for _ in range(repeats):
-            self.place(0, text)
-            if start:  # As if they had been read: what is there takes as long.
-                self.copy(0, 0, start)
-            taken.append(self._timed(lambda: self.prefill(0, size)))
-        return min(taken)
-
-    def _timed(self, function: Callable[[], object]) -> float:
-        self.wait()
-        began = time.perf_counter()
-        function()
-        self.wait()
-        return time.perf_counter() - began
+        return measure(self, repeats)
 
     def cache_bytes(self) -> int:
         """Bytes of keys and values, over all devices."""
@@ -439,7 +409,8 @@ class Batcher:
     # --------------------------------------------------------------------------
 
     @property
-    def _has_core(self) -> bool:
+    def has_core(self) -> bool:
+        """Whether the model iterates."""
         return self._model.config.is_recurrent
 
     def _count_read(self, row: int, size: int) -> None:
@@ -504,6 +475,11 @@ class Batcher:
         mask = np.zeros(self.shape.rows, bool)
         mask[list(rows)] = True
         return self._host(mask)
+
+    def _rows(self, rows: Sequence[int]) -> Any:
+        padded = np.full(self.most_begun, -1, np.int32)
+        padded[: len(rows)] = rows
+        return self._host(padded)
 
     def _host(self, tree: Any) -> Any:
         """Numbers of the host on every device of a mesh."""

@@ -3,6 +3,7 @@
 | program        | does                                                   | keys and values   |
 |----------------|--------------------------------------------------------|-------------------|
 | prefill        | the next tokens of one row's prompt, but never its last | written, in place |
+| begin          | the first tokens of several rows' prompts at once      | written, in place |
 | part           | the first iterations of such a chunk                   | only read         |
 | part_on        | some more of them                                      | only read         |
 | rest           | the last of them, after which it has been read         | written, in place |
@@ -12,6 +13,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from megatransformer_jax.generation.continuous.images import PlacedImages, embed_image
-from megatransformer_jax.generation.continuous.lanes import BatchShape, PromptScores
+from megatransformer_jax.generation.continuous.lanes import BatchShape, PromptScores, RowSettings
 from megatransformer_jax.generation.continuous.programs import Batch, changed, constrained
 from megatransformer_jax.generation.placement import for_rows
 from megatransformer_jax.generation.token_choice import top_log_probs
@@ -43,6 +45,7 @@ from megatransformer_jax.nn.cache_sequences import (
     with_positions,
     write_sequence,
 )
+from megatransformer_jax.nn.kv_cache import NewPairs
 
 
 def prefill(
@@ -56,6 +59,54 @@ def prefill(
     """Reads up to `size` tokens of a row's prompt behind those that are cached."""
     chunk = _open_chunk(model, shape, params, batch, row, size=size)
     return _write_chunk(model, shape, batch, row, chunk, chunk.read_by(read_tokens))
+
+
+def begin(
+    model: MegaTransformer,
+    shape: BatchShape,
+    size: int,
+    params: Any,
+    batch: Batch,
+    rows: Int[Array, "G"],
+) -> Batch:
+    """Reads up to `size` tokens of some prompts of which nothing has been read.
+
+    As nothing is cached of them they see each their own tokens only.
+
+    Args:
+      model: the model.
+      shape: of the batch.
+      size: tokens of each prompt, at most.
+      params: of the model.
+      batch: before.
+      rows: whose prompts; those below 0 come last and stand for none.
+    """
+    lanes, cache = batch.lanes, batch.cache
+    some = for_rows(model, rows.shape[0])
+    size, at = min(size, cache.capacity), jnp.maximum(rows, 0)
+    settings = jax.tree.map(lambda all: all[at], lanes.settings)
+    places = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (rows.shape[0], size))
+    is_token = (places < settings.num_places[:, None] - 1) & (rows >= 0)[:, None]
+    ids = lanes.history.tokens[at, :size]
+    new = NewTokens(ids, is_token, state_keys=settings.prompt_keys(), is_first=True)
+    read = read_tokens(
+        some, gather_weights(some, params), new, cache, _rule(shape, settings), places
+    )
+    # Written after everything was read.
+    start = known_after(jnp.int32(0), read.hidden)
+    counts = jnp.sum(is_token, axis=1, dtype=jnp.int32)
+    chunk = _Chunk((), start, counts, None)
+
+    def write(number: jax.Array, batch: Batch) -> Batch:
+        take = functools.partial(
+            jax.lax.dynamic_slice_in_dim, start_index=number, slice_size=1, axis=1
+        )
+        own = jax.tree.map(take, read.rows), read.num_steps[number]
+        one = dataclasses.replace(chunk, count=counts[number])
+        return _write_rows(model, shape, batch, rows[number], one, own)
+
+    written: Batch = jax.lax.fori_loop(0, jnp.sum(rows >= 0), write, batch)
+    return written
 
 
 def part(
@@ -203,15 +254,17 @@ def _open_chunk(
         ids, is_image = placed.ids[columns], placed.is_image[columns] & is_token
         inserted = Inserted(placed.vectors[columns][None], is_image[None])
     new = NewTokens(ids[None], is_token[None], inserted, state_keys=settings.prompt_keys())
-    rule = DepthRule(
-        settings.rules.depth,
-        settings.rules.threshold,
-        settings.rules.min_depth,
-        shape.choice.without_logits(settings.rules.code),
-    )
+    rule = _rule(shape, settings)
     view = view_sequence(cache, row, model.sharder)
     arguments = (one, gather_weights(one, params), new, view, rule, places[None])
     return _Chunk(arguments, start, jnp.sum(is_token, dtype=jnp.int32), is_image)
+
+
+def _rule(shape: BatchShape, settings: RowSettings) -> DepthRule:
+    """How deep the tokens of prompts go."""
+    rules = settings.rules
+    criterion = shape.choice.without_logits(rules.code)
+    return DepthRule(rules.depth, rules.threshold, rules.min_depth, criterion)
 
 
 def _write_chunk(
@@ -222,16 +275,28 @@ def _write_chunk(
     chunk: _Chunk,
     read: TokensRead,
 ) -> Batch:
-    model, cache, count = for_rows(model, shape.rows), batch.cache, chunk.count
     # Written after everything was read.
-    after = known_after(chunk.start, read.hidden)
-    prelude, core, coda = read.rows
+    chunk = dataclasses.replace(chunk, start=known_after(chunk.start, read.hidden))
+    return _write_rows(model, shape, batch, row, chunk, (read.rows, read.num_steps[0]))
+
+
+def _write_rows(
+    model: MegaTransformer,
+    shape: BatchShape,
+    batch: Batch,
+    row: Int[Array, ""],
+    chunk: _Chunk,
+    new: tuple[NewPairs, Int[Array, "T"]],
+) -> Batch:
+    """What one sequence has read: pairs, [E, 1, K, T, P], and iterations of its tokens."""
+    model, cache, count = for_rows(model, shape.rows), batch.cache, chunk.count
+    (prelude, core, coda), num_steps = new
     depth = batch.lanes.settings.rules.depth[row][None]
     rows = NewRows((prelude, coda), core, depth)
-    cache = write_sequence(cache, rows, row, after, count, model.sharder)
-    places = jnp.arange(read.num_steps.shape[1], dtype=jnp.int32)
+    cache = write_sequence(cache, rows, row, chunk.start, count, model.sharder)
+    places = jnp.arange(num_steps.shape[0], dtype=jnp.int32)
     columns = jnp.where(places < count, chunk.start + places, cache.capacity)
-    steps = cache.num_steps[row].at[columns].set(read.num_steps[0], mode="drop")
+    steps = cache.num_steps[row].at[columns].set(num_steps, mode="drop")
     cache = changed(cache, num_steps=cache.num_steps.at[row].set(steps))
     if chunk.is_image is not None:
         is_medium = cache.is_medium[row].at[columns].set(chunk.is_image, mode="drop")
