@@ -265,8 +265,7 @@ def model_sharder(
             f"variable XLA_FLAGS=--xla_force_host_platform_device_count={count}.",
         )
     mesh = make_mesh(MeshConfig(data=config.data, tensor=config.tensor), devices[:count])
-    _check_model(model, dict(mesh.shape))
-    return Sharder(mesh)
+    return make_sharder(model, mesh)
 
 
 def _check_sequence_with_media(config: RunConfig, ways: int) -> None:
