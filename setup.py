@@ -27,6 +27,10 @@ EXTRAS = {
     "export": ["onnx>=1.20,<2", "onnxruntime>=1.30,<2"],
     "huginn": ["tokenizers>=0.20,<1"],
     "parquet": ["pyarrow>=18"],
+    # Buckets. google-cloud-storage is what Orbax asks about a bucket.
+    "gcs": ["gcsfs>=2026.9,<2027", "google-cloud-storage>=3.14.1,<4"],
+    # aiobotocore: without a lower bound pip tries its hundreds of versions.
+    "s3": ["aiobotocore>=3.10,<4", "s3fs>=2026.9,<2027"],
     "serve": ["prometheus-client>=0.21,<1", "starlette>=1.6,<2", "uvicorn>=0.40,<1"],
     "qlora": [QWIX],
     "quantization": [QWIX],
@@ -42,7 +46,19 @@ EXTRAS = {
     ],
 }
 
-IN_DEV = ("media", "parquet", "tfds", "eval", "hub", "qlora", "export", "serve", "docs")
+IN_DEV = (
+    "media",
+    "parquet",
+    "tfds",
+    "eval",
+    "hub",
+    "qlora",
+    "export",
+    "serve",
+    "gcs",
+    "s3",
+    "docs",
+)
 TEST = ["beartype>=0.19", "pytest>=8", "pytest-xdist>=3"]
 
 setup(
@@ -94,8 +110,10 @@ setup(
         "dev": [
             *(line for name in IN_DEV for line in EXTRAS[name]),
             *TEST,
+            "gcp-storage-emulator>=2026.7,<2027",
             "hypothesis>=6.100",
             "ipykernel>=6",
+            "moto[s3,server]>=5.2.5,<6",
             "mypy>=1.14",
             "nbclient>=0.10",
             "nbformat>=5",

@@ -8,7 +8,6 @@ nearest.
 import contextlib
 import dataclasses
 import os
-import pathlib
 import typing
 import weakref
 from collections.abc import Mapping
@@ -35,7 +34,6 @@ from megatransformer_jax.config.option import (
     MAX_SEED,
     ConfigError,
     UserError,
-    as_path,
     as_python,
     as_tuple,
     as_whole,
@@ -64,6 +62,14 @@ from megatransformer_jax.runs.load import (
 from megatransformer_jax.runs.train import Run
 from megatransformer_jax.runs.workdir import shown_logs, use_compilation_cache
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.storage import (
+    CHECKPOINTS,
+    NO_CHECKPOINTS,
+    AnyPath,
+    absolute,
+    as_path,
+    local_path,
+)
 from megatransformer_jax.training.recorder import read_metrics as read_metrics_file
 from megatransformer_jax.types import Batch, DTypePolicy
 
@@ -106,7 +112,7 @@ def load(
     use_compilation_cache("auto")
     return Model(
         load_model(
-            as_path("folder", folder),
+            folder if isinstance(folder, str) and folder else as_path("folder", folder),
             revision=revision,
             step=as_python(step),
             precision=precision,
@@ -262,7 +268,7 @@ def export_program(model: Model, folder: str | os.PathLike[str], **options: Any)
     if not isinstance(model, Model):
         raise UserError(f"model: {model!r} is not an mt.Model; read a folder with mt.load.")
     config = from_options(ProgramConfig, options)
-    return exporting.export_program(model._loaded, as_path("folder", folder), config)
+    return exporting.export_program(model._loaded, local_path("folder", folder), config)
 
 
 def inspect(run: BaseRunConfig | Model | str | os.PathLike[str], **options: Any) -> Report:
@@ -335,11 +341,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
       >>> rows[0]["step"], "loss" in rows[0]
       (1, True)
     """
-    file = as_path("path", path)
-    file = file / "metrics.jsonl" if file.is_dir() else file
-    if not file.is_file():
-        raise UserError(f"{file} does not exist; name the folder of a run that has begun.")
-    return read_metrics_file(file)
+    return read_metrics_file(path)
 
 
 # ------------------------------------------------------------------------------
@@ -377,7 +379,7 @@ class Trainer:
         self._is_kept = workdir is not None
         chosen = config.workdir if workdir in (None, _OF_CONFIG) else workdir
         # Absolute, so that a later change of the working directory starts no other run.
-        folder = as_path("workdir", chosen).absolute()
+        folder = absolute(as_path("workdir", chosen, CHECKPOINTS, NO_CHECKPOINTS))
         self.config = dataclasses.replace(config, workdir=str(folder))
         self._run: Run | None = None
         self._last_step: int | None = None
@@ -400,7 +402,7 @@ class Trainer:
           ...     trainer.step_number
           20
         """
-        file = as_path("workdir", workdir) / "config.json"
+        file = as_path("workdir", workdir, CHECKPOINTS, NO_CHECKPOINTS) / "config.json"
         if not file.is_file():
             raise UserError(f"{file} does not exist; name the folder of a run that has begun.")
         return cls(configure(str(file), **options), workdir)
@@ -466,11 +468,11 @@ class Trainer:
         params = jax.tree.map(
             lambda leaf: jnp.copy(jax.device_put(leaf, device)), run.params_of(run.state)
         )
-        where = f"run {run.workdir}" if self._is_kept else "run without a workdir"
+        where = f"run {run.workdir.root}" if self._is_kept else "run without a workdir"
         description = f"{where}, step {run.step}"
-        return Model(model_of_run(config, params, run.workdir, run.task.digest, description))
+        return Model(model_of_run(config, params, run.workdir.root, run.task.digest, description))
 
-    def save(self) -> pathlib.Path:
+    def save(self) -> AnyPath:
         """Saves a checkpoint of the present step into the workdir, and waits for it.
 
         Returns:
@@ -486,7 +488,7 @@ class Trainer:
             )
         run = self._opened()
         run.save()
-        return run.workdir
+        return run.workdir.root
 
     def close(self) -> None:
         """Saves the steps that no checkpoint has, and lets go of the workdir and of the data.

@@ -7,7 +7,6 @@ allowed and the fix, never a shape error or a number that means nothing.
 import dataclasses
 import functools
 import os
-import pathlib
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +22,6 @@ from megatransformer_jax.config.option import (
     MAX_SEED,
     ConfigError,
     UserError,
-    as_path,
     as_python,
     as_whole,
     declared_values,
@@ -58,6 +56,7 @@ from megatransformer_jax.nn.quantized import is_quantized_matrix
 from megatransformer_jax.runs.checkpoint_tools import export_model, save_parameters
 from megatransformer_jax.runs.load import LoadedModel
 from megatransformer_jax.runs.quantize import compare_models, quantize_model, save_quantized
+from megatransformer_jax.storage import CHECKPOINTS, NO_CHECKPOINTS, AnyPath, as_path
 
 # A text, texts, ids of one input, or ids of several.
 Inputs = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]] | np.ndarray | jax.Array
@@ -371,7 +370,7 @@ class Model:
         format: str = "run",
         overwrite: bool = False,
         dtype: typing.Literal["float32", "bfloat16", "float16"] | None = None,
-    ) -> pathlib.Path:
+    ) -> AnyPath:
         """Writes the model into a folder that `load` reads.
 
         Args:
@@ -392,12 +391,13 @@ class Model:
           >>> mt.load(lm.save(folder / "saved")).config == lm.config
           True
         """
-        path = as_path("folder", folder)
+        is_run = format == "run" and self._loaded.quantization is None
+        path = as_path("folder", folder, CHECKPOINTS if is_run else (), NO_CHECKPOINTS)
         if format == "run":
             if overwrite or dtype is not None:
                 name = "overwrite" if overwrite else "dtype"
                 raise ConfigError(name, "is for formats of other projects; leave it out.")
-            if self._loaded.quantization is None:
+            if is_run:
                 save_parameters(self._loaded, path)
             else:
                 save_quantized(self._loaded, path)

@@ -13,6 +13,7 @@ from typing import Any
 
 import array_checks
 import pytest
+from bucket_server import Bucket, serve_bucket
 from cheap_compilation import CHEAP_COMPILATION
 
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
@@ -102,6 +103,22 @@ def huginn_fixture() -> pathlib.Path:
 def parcae_fixture() -> pathlib.Path:
     """The same of Parcae."""
     return _reference_folder("parcae_tiny")
+
+
+@pytest.fixture(scope="session")
+def gs_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """A bucket at gs://, for all tests of this process; each has a folder of its own in it."""
+    pytest.importorskip("gcsfs")
+    with serve_bucket("gs", tmp_path_factory.mktemp("gs")) as bucket:
+        yield bucket
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """The same at s3://."""
+    pytest.importorskip("s3fs")
+    with serve_bucket("s3", tmp_path_factory.mktemp("s3")) as bucket:
+        yield bucket
 
 
 def _reference_folder(name: str) -> pathlib.Path:

@@ -17,6 +17,13 @@ from absl import logging
 from megatransformer_jax.checkpoints.safetensors_files import INDEX_FILE, SINGLE_FILE
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.storage import (
+    CHECKPOINTS,
+    NO_CHECKPOINTS,
+    AnyPath,
+    as_path,
+    check_reachable,
+)
 
 # Owner and name, as the hub allows them, perhaps with branch, tag or commit: 'org/name@v2'.
 _NAME = re.compile(
@@ -49,8 +56,8 @@ def find_model(
     *,
     endpoint: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-) -> pathlib.Path:
-    """The folder of a model: a local one, or that of a model of the hub in the cache.
+) -> AnyPath:
+    """The folder of a model: of this machine, in a bucket (gs://), or of the hub, in the cache.
 
     A folder of this name wins. A name that is not one of the hub's, or whose first part is a folder
     here or 'runs', is returned as it is; who reads it says that there is no such folder.
@@ -63,9 +70,15 @@ def find_model(
       cache_dir: where downloads are kept. None: where the library keeps them.
 
     Raises:
-      UserError: if `revision` does not go with the name, or the model cannot be downloaded.
+      UserError: if `revision` does not go with the name, the model cannot be downloaded, or the
+        bucket is not served or cannot be reached.
     """
-    folder = pathlib.Path(name).expanduser()
+    if address := _ADDRESS.fullmatch(str(name)):
+        raise UserError(
+            f"{str(name)!r} is an address; name the model of the hub as {address[1]!r}, and a "
+            "branch, tag or commit of it as its revision."
+        )
+    folder = as_path("model", name, CHECKPOINTS, NO_CHECKPOINTS)
     found = _NAME.fullmatch(str(name))
     if revision is not None and (found is None or folder.exists() or found["revision"]):
         what = "not a name on the hub, such as 'org/name'"
@@ -75,11 +88,7 @@ def find_model(
             f"revision={revision!r} is for models of the hub, and {str(name)!r} is {what}; leave "
             "revision out, or name a model of the hub."
         )
-    if address := _ADDRESS.fullmatch(str(name)):
-        raise UserError(
-            f"{str(name)!r} is an address; name the model of the hub as {address[1]!r}, and a "
-            "branch, tag or commit of it as its revision."
-        )
+    check_reachable("model", folder)
     if found is None or folder.exists():
         return folder
     revision = revision or found["revision"]

@@ -4,10 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +17,13 @@ from megatransformer_jax.checkpoints import compatibility
 from megatransformer_jax.config.loop import CheckpointConfig, SavingConfig
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.failures import SaveFailed, fix_of, storage_problem
+from megatransformer_jax.storage import (
+    AnyPath,
+    absolute,
+    forget_listings,
+    is_bucket_path,
+    tree_bytes,
+)
 
 _STATE, _DATA, _RUN = "state", "data", "run"
 
@@ -27,6 +32,8 @@ UNREAD = ocp.PLACEHOLDER
 
 # A checkpoint to be deleted is renamed into here first, so that it is never seen half deleted.
 _TRASH = "deleted"
+# In a bucket nothing is renamed at once. Orbax's last object of a checkpoint says that it is whole.
+_WHOLE = "commit_success.txt"
 
 
 # ------------------------------------------------------------------------------
@@ -160,11 +167,12 @@ class CheckpointManager:
 
     def __init__(
         self,
-        directory: str | os.PathLike[str],
+        directory: AnyPath,
         config: SavingConfig | None,
         before_commit: Callable[[], None] | None = None,
     ):
-        self._directory = Path(directory).absolute()
+        self._directory = absolute(directory)
+        forget_listings(self._directory)
         self._config = config
         self._saving_step: int | None = None
         self._has_failed = False
@@ -177,7 +185,7 @@ class CheckpointManager:
         try:
             self._manager = ocp.CheckpointManager(
                 self._directory,
-                options=_options(config, before_commit),
+                options=_options(config, before_commit, is_bucket_path(self._directory)),
                 item_handlers={
                     _STATE: ocp.StandardCheckpointHandler(),
                     _DATA: ocp.JsonCheckpointHandler(),
@@ -194,7 +202,7 @@ class CheckpointManager:
             raise error
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> AnyPath:
         """Where the checkpoints are."""
         return self._directory
 
@@ -369,7 +377,7 @@ class CheckpointManager:
         saved = [SavedCheckpoint(step, self.scores(step)) for step in self.steps()]
         kept = kept_steps(config, saved)
         sizes = {
-            one.step: _folder_bytes(self._directory / str(one.step))
+            one.step: tree_bytes(self._directory / str(one.step))
             for one in saved
             if one.step not in kept
         }
@@ -378,7 +386,7 @@ class CheckpointManager:
         if self._config is None:
             raise ValueError("opened for reading only; give a CheckpointConfig to delete")
         for step in sizes:
-            self._manager.delete(step)
+            self._delete(step)
         self.wait()
         return sizes
 
@@ -390,6 +398,7 @@ class CheckpointManager:
         """
         with self._writing():
             self._manager.wait_until_finished()
+            self._delete_unkept()
         self._remove_trash()
 
     def join(self) -> None:
@@ -515,8 +524,23 @@ class CheckpointManager:
             except ValueError as error:
                 raise self._damaged(step, steps, error) from error
 
+    def _delete_unkept(self) -> None:
+        """Deletes from a bucket what no rule keeps. In folders Orbax does."""
+        if self._config is None or not is_bucket_path(self._directory):
+            return
+        saved = [SavedCheckpoint(step, self.scores(step)) for step in self.steps()]
+        for step in {one.step for one in saved} - kept_steps(self._config, saved):
+            self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        if is_bucket_path(self._directory) and jax.process_index() == 0:
+            # Objects go one by one. Without its last one a checkpoint counts as unfinished, for
+            # readers and for the next start, which removes the rest.
+            (self._directory / str(step) / _WHOLE).unlink(missing_ok=True)
+        self._manager.delete(step)
+
     def _remove_trash(self) -> None:
-        if self._config is None:
+        if self._config is None or is_bucket_path(self._directory):
             return
         trash = self._directory / _TRASH
         if jax.process_index() == 0 and trash.exists():
@@ -529,7 +553,7 @@ _DAMAGES = (KeyError, ValueError, OSError)
 
 
 def _options(
-    config: SavingConfig | None, before_commit: Callable[[], None] | None
+    config: SavingConfig | None, before_commit: Callable[[], None] | None, is_in_bucket: bool
 ) -> ocp.CheckpointManagerOptions:
     # Orbax stores and reads metrics only with `best_fn`; what is kept is up to the policy.
     metrics: dict[str, Any] = {"best_fn": _unused, "best_mode": "min"}
@@ -537,26 +561,28 @@ def _options(
         # Temporary folders may be of a run that is saving now. (Orbax's own `read_only` warns of
         # every option that it overrules.)
         return ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False, **metrics)
+    deleting: dict[str, Any] = {
+        "preservation_policy": retention_policy(config),
+        "todelete_subdir": _TRASH,
+    }
+    if is_in_bucket:
+        # Which are deleted, and in which order of objects, is up to `_delete_unkept`.
+        deleting = {"enable_background_delete": True}
     return ocp.CheckpointManagerOptions(
-        preservation_policy=retention_policy(config),
         cleanup_tmp_directories=True,
-        todelete_subdir=_TRASH,
         async_options=ocp.AsyncOptions(
             post_finalization_callback=before_commit,
             # Where a folder cannot be made in the background, Orbax's threads wait for it for five
             # minutes, and the process with them.
             create_directories_asynchronously=False,
         ),
+        **deleting,
         **metrics,
     )
 
 
 def _unused(metrics: Mapping[str, Any]) -> float:
     raise AssertionError("Orbax was not to choose by metrics")
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def tree_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -24,8 +24,8 @@ from megatransformer_jax.checkpoints.safetensors_files import (
 from megatransformer_jax.config.build import construct, plain, read_values, to_dict
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.quantization import QuantizationConfig
-from megatransformer_jax.files import write_json
 from megatransformer_jax.nn.quantized import QuantizedMatrix, is_quantized_matrix, matrix_sides
+from megatransformer_jax.storage import AnyPath, write_json
 
 QUANTIZATION_FILE = "quantization.json"
 _VERSION = 1
@@ -55,12 +55,12 @@ class QuantizedFolder:
     report: list[dict[str, Any]]
 
 
-def is_quantized_folder(folder: pathlib.Path) -> bool:
+def is_quantized_folder(folder: AnyPath) -> bool:
     """Whether `write_quantized` has written the folder."""
     return (folder / QUANTIZATION_FILE).is_file()
 
 
-def refuse_quantized(folder: pathlib.Path) -> None:
+def refuse_quantized(folder: AnyPath) -> None:
     """Checks that the folder is not a quantised model, for what needs the weights as trained.
 
     Raises:

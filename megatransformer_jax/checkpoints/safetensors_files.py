@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 
 from megatransformer_jax.config.build import read_values
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.files import make_readable, write_json
+from megatransformer_jax.storage import make_readable, write_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -1,7 +1,6 @@
 """Commands on the checkpoints of a run: average, prune, export."""
 
 import dataclasses
-import pathlib
 
 from megatransformer_jax.cli.flags import Command, Parsed
 from megatransformer_jax.cli.model_options import (
@@ -15,6 +14,7 @@ from megatransformer_jax.cli.model_options import (
 )
 from megatransformer_jax.config.loop import FOREIGN_FORMATS
 from megatransformer_jax.config.option import ConfigError, check_options, option, rule
+from megatransformer_jax.storage import CHECKPOINTS, NO_CHECKPOINTS, as_path, local_path
 
 # What commands called the folder for their result before all of them said --output.
 OLD_OUTPUT = {"out": "output"}
@@ -63,7 +63,7 @@ def average(parsed: Parsed) -> None:
 
     steps = average_checkpoints(
         folder,
-        pathlib.Path(options.output),
+        as_path("output", options.output, CHECKPOINTS, NO_CHECKPOINTS),
         last=options.last,
         best=options.best,
         steps=options.steps or None,
@@ -200,7 +200,7 @@ def export(parsed: Parsed) -> None:
     )
     from megatransformer_jax.runs.load import foreign_format  # noqa: PLC0415
 
-    output = pathlib.Path(options.output)
+    output = local_path("output", options.output)
     check_export(output, max_shard=options.max_shard, overwrite=options.overwrite)
     foreign = foreign_format(find_model(options.folder))
     if foreign is not None and foreign.name == options.format:

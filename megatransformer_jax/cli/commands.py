@@ -5,7 +5,6 @@ import dataclasses
 import importlib.metadata
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,6 +30,7 @@ from megatransformer_jax.config.option import (
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.extras import import_extra
 from megatransformer_jax.sharding.devices import DEVICE_NAMES
+from megatransformer_jax.storage import as_path, local_path
 
 
 def main(name: str | None = None, arguments: Sequence[str] | None = None) -> None:
@@ -340,10 +340,10 @@ def compare(parsed: Parsed) -> None:
     )
 
     options: CompareOptions = parsed.options
-    folders = [pathlib.Path(name).expanduser() for name in options.model]
+    folders = [as_path("model", name) for name in options.model]
     metric = options.metric or default_metric(folders)
     curves = [read_curve(folder, metric) for folder in folders]
-    path = pathlib.Path(options.output)
+    path = local_path("output", options.output)
     if not path.parent.is_dir():
         raise ConfigError("output", f"folder {path.parent} does not exist; make it first.")
     if path.suffix.removeprefix(".") not in plot_formats():

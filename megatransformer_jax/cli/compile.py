@@ -4,7 +4,6 @@ import concurrent.futures
 import dataclasses
 import json
 import os
-import pathlib
 import sys
 import threading
 import time
@@ -24,6 +23,7 @@ from megatransformer_jax.config.option import (
 )
 from megatransformer_jax.extras import import_extra
 from megatransformer_jax.sharding.topology import QUIET_ENVIRONMENT, parse_topology
+from megatransformer_jax.storage import local_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -231,7 +231,7 @@ def _check_file(name: str, path: str | None) -> None:
     """Compiling may take long, so that a wrong path is told before."""
     if path is None:
         return
-    file = pathlib.Path(path).expanduser()
+    file = local_path(name, path)
     if not file.parent.is_dir():
         raise ConfigError(name, f"folder {file.parent} does not exist; make it first.")
     if file.is_dir():
@@ -239,7 +239,7 @@ def _check_file(name: str, path: str | None) -> None:
 
 
 def _write_programs(path: str, report: "CompileReport") -> None:
-    file = pathlib.Path(path).expanduser()
+    file = local_path("hlo", path)
     for program in report.programs:
         if not program.fits:
             continue

@@ -1,7 +1,6 @@
 """Scores a trained model at several depths: `megatransformer evaluate`."""
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from megatransformer_jax.cli.model_options import (
 )
 from megatransformer_jax.config.option import ConfigError, option, part_of, require_defaults, rule
 from megatransformer_jax.config.scoring import OF_GENERATION, ScoringConfig, check_generation
+from megatransformer_jax.storage import AnyPath, as_path, make_and_probe, write_into
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,24 +84,24 @@ def evaluate(parsed: Parsed) -> None:
     )
     from megatransformer_jax.runs.evaluate import evaluate as score  # noqa: PLC0415
     from megatransformer_jax.runs.evaluate_text import score_predictions  # noqa: PLC0415
-    from megatransformer_jax.runs.workdir import make_folder  # noqa: PLC0415
 
-    folder: pathlib.Path | None = None
+    folder: AnyPath | None = None
     if options.predictions is not None:
         assert options.references is not None  # A rule says so.
         report = score_predictions(options.references, options.predictions)
         if options.output is not None:
-            folder = make_folder("output", options.output)
+            folder = make_and_probe("output", as_path("output", options.output))
     else:
         loaded = load_chosen_model(options)
         # A model of the hub has no folder here.
         if options.output is not None or options.folder.is_dir():
-            folder = make_folder("output", options.output or str(options.folder / "evaluation"))
+            output = options.output or options.folder / "evaluation"
+            folder = make_and_probe("output", as_path("output", output))
         with out_of_memory_is_bad_input():
             report = score(loaded, options.scoring, parsed.generation)
     _print(report.tables)
     if folder is not None:
-        for path in report.write(folder):
+        for path in write_into(folder, report.write):
             logging.info("written: %s", path)
 
 

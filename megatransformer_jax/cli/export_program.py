@@ -1,7 +1,6 @@
 """Writes a model's programs for other runtimes: `megatransformer export-program`."""
 
 import dataclasses
-import pathlib
 import sys
 
 from megatransformer_jax.cli.flags import Command, Parsed
@@ -17,6 +16,7 @@ from megatransformer_jax.config.exporting import ProgramConfig
 from megatransformer_jax.config.option import part_of, rule
 from megatransformer_jax.extras import import_extra
 from megatransformer_jax.runs.workdir import check_empty
+from megatransformer_jax.storage import local_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ def export_program(parsed: Parsed) -> None:
     options: ExportProgramOptions = parsed.options
     options.check_model_is_named()
     assert options.output is not None  # A rule says so.
-    output = pathlib.Path(options.output).expanduser()
+    output = local_path("output", options.output)
     # These import JAX, which takes long.
     from rich.console import Console  # noqa: PLC0415
 

@@ -1,6 +1,5 @@
 """Continues prompts with a trained model: `megatransformer generate`."""
 
-import pathlib
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from megatransformer_jax.cli.launch import drop_output
 from megatransformer_jax.cli.model_options import OLD_MODEL_NAMES, load_chosen_model
 from megatransformer_jax.config.generation import GENERATION_OPTIONS
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.storage import local_path
 
 if TYPE_CHECKING:
     from megatransformer_jax.runs.load import LoadedModel
@@ -49,7 +49,7 @@ def check_json_path(name: str) -> None:
     Raises:
       UserError: if the folder is not there.
     """
-    path = pathlib.Path(name).expanduser()
+    path = local_path("json", name)
     if path.is_dir() or not path.parent.is_dir():
         problem = "is a folder" if path.is_dir() else f"folder {path.parent} does not exist"
         raise UserError(f"--json={name}: {problem}; name a file in a folder that is there.")

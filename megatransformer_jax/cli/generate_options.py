@@ -2,7 +2,6 @@
 
 import codecs
 import dataclasses
-import pathlib
 from collections.abc import Sequence
 
 from megatransformer_jax.cli.model_options import MeshOptions, ModelOptions
@@ -10,6 +9,7 @@ from megatransformer_jax.config.build import json_object
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.option import ConfigError, UserError, option, rule
 from megatransformer_jax.config.sampling import check_encodable
+from megatransformer_jax.storage import as_path
 
 _PROMPT_SOURCES = ("prompt", "prompts_file", "prompt_ids", "interactive")
 
@@ -198,7 +198,7 @@ def read_prompts_file(name: str) -> list[str]:
     Raises:
       UserError: for another extension, an unreadable file, a bad line, or no prompt at all.
     """
-    path = pathlib.Path(name).expanduser()
+    path = as_path("prompts_file", name)
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(
             f"--prompts_file={name}: the name must end in .txt (a prompt per line) or .jsonl "
@@ -208,7 +208,7 @@ def read_prompts_file(name: str) -> list[str]:
         lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).splitlines()
     except OSError as error:
         raise UserError(
-            f"--prompts_file={name}: cannot be read ({error.strerror}); name another file."
+            f"--prompts_file={name}: cannot be read ({error.strerror or error}); name another file."
         ) from error
     prompts = []
     for number, raw in enumerate(lines, start=1):

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -13,6 +12,7 @@ from megatransformer_jax.config.option import TRY_AGAIN, ConfigError, UserError
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.failures import is_full, storage_problem
 from megatransformer_jax.runs.workdir import LineFormatter, quiet_libraries
+from megatransformer_jax.storage import local_path
 
 # The exit code that a shell reports of a program that Ctrl-C has ended. Those of errors are in
 # `UserError.exit_code`.
@@ -143,8 +143,9 @@ def write_file(name: str, path: str, text: str) -> None:
     Raises:
       ConfigError: if it cannot be written.
     """
+    file = local_path(name, path)
     try:
-        pathlib.Path(path).expanduser().write_text(text, encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             name, f"{path} cannot be written ({error.strerror}); choose another file."

@@ -1,7 +1,6 @@
 """The options by which commands name a finished model, the same in all of them."""
 
 import dataclasses
-import pathlib
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -18,6 +17,7 @@ from megatransformer_jax.config.option import (
     option,
     rule,
 )
+from megatransformer_jax.storage import CHECKPOINTS, NO_CHECKPOINTS, AnyPath, as_path
 
 if TYPE_CHECKING:
     from megatransformer_jax.runs.load import LoadedModel
@@ -129,7 +129,7 @@ class ModelOptions:
             )
 
     @property
-    def folder(self) -> pathlib.Path:
+    def folder(self) -> AnyPath:
         """The folder.
 
         Raises:
@@ -142,7 +142,7 @@ class ModelOptions:
         _ = self.folder
 
 
-def model_folder(name: str | None) -> pathlib.Path:
+def model_folder(name: str | None) -> AnyPath:
     """The folder that --model names.
 
     Raises:
@@ -150,7 +150,7 @@ def model_folder(name: str | None) -> pathlib.Path:
     """
     if not name:
         raise ConfigError("model", "is missing; give the folder of a run, as runs/recurrent.")
-    return pathlib.Path(name).expanduser()
+    return as_path("model", name, CHECKPOINTS, NO_CHECKPOINTS)
 
 
 def load_chosen_model(options: ModelOptions) -> "LoadedModel":

@@ -1,7 +1,6 @@
 """Rounds the weights of a finished model: `megatransformer quantize`."""
 
 import dataclasses
-import pathlib
 
 from megatransformer_jax.cli.flags import Command, Parsed
 from megatransformer_jax.cli.model_options import (
@@ -22,6 +21,7 @@ from megatransformer_jax.config.option import (
 from megatransformer_jax.config.quantization import QuantizationConfig
 from megatransformer_jax.config.scoring import ScoringConfig
 from megatransformer_jax.runs.workdir import check_empty, use_compilation_cache
+from megatransformer_jax.storage import local_path
 
 _OF_REPORT = ("depths", "files", "num_batches")
 
@@ -93,7 +93,7 @@ def quantize(parsed: Parsed) -> None:
         sizes,
     )
 
-    output, scoring = pathlib.Path(options.output).expanduser(), options.scoring
+    output, scoring = local_path("output", options.output), options.scoring
     check_empty("output", output)
     use_compilation_cache(options.compilation_cache_dir)
     loaded = load_model(folder, step=options.step)

@@ -8,7 +8,6 @@ import codecs
 import contextlib
 import itertools
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +42,7 @@ from megatransformer_jax.generation.request import (
     out_of_memory_is_bad_input,
 )
 from megatransformer_jax.runs.load import LoadedModel
+from megatransformer_jax.storage import local_path
 
 if TYPE_CHECKING:
     from megatransformer_jax.cli.generate_media import MediaFiles
@@ -448,7 +448,7 @@ def _write_json(
         }
         lines.append(json.dumps(record, ensure_ascii=False) + "\n")
     try:
-        pathlib.Path(name).expanduser().write_text("".join(lines), encoding="utf-8")
+        local_path("json", name).write_text("".join(lines), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"--json={name}: cannot be written ({error.strerror}); choose another file."

@@ -44,7 +44,7 @@ from megatransformer_jax.config.run_kinds import (
     require_transformer,
     run_class,
 )
-from megatransformer_jax.files import write_json
+from megatransformer_jax.storage import AnyPath, as_path, write_json
 
 
 def build(values: Mapping[str, Any] | ml_collections.ConfigDict) -> BaseRunConfig:
@@ -195,7 +195,7 @@ def load_config(path: str | os.PathLike[str]) -> RunConfig:
       UserError: if the file is missing or cannot be read.
       ConfigError: if a value in it cannot be used.
     """
-    return require_transformer(build(read_values(pathlib.Path(path))))
+    return require_transformer(build(read_values(as_path("path", path))))
 
 
 def _to_json(value: Any) -> Any:
@@ -208,7 +208,7 @@ def _to_json(value: Any) -> Any:
 # Reads nested values from YAML and JSON files, strictly.
 
 
-def read_values(path: pathlib.Path) -> dict[str, Any]:
+def read_values(path: AnyPath) -> dict[str, Any]:
     """The nested values of a `.json`, `.yaml` or `.yml` file.
 
     Raises:
@@ -231,7 +231,7 @@ def read_values(path: pathlib.Path) -> dict[str, Any]:
     return values
 
 
-def read_text(path: pathlib.Path) -> str:
+def read_text(path: AnyPath) -> str:
     """The text of a configuration file.
 
     Raises:
@@ -241,7 +241,7 @@ def read_text(path: pathlib.Path) -> str:
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise UserError(f"{path}: no such config file. {_neighbours(path.parent)}") from None
-    except (UnicodeDecodeError, PermissionError) as error:
+    except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
@@ -265,7 +265,7 @@ def json_object(line: str, where: str, form: str) -> dict[str, Any]:
     return record
 
 
-def _neighbours(folder: pathlib.Path) -> str:
+def _neighbours(folder: AnyPath) -> str:
     if not folder.is_dir():
         return f"There is no folder {folder} either; paths are relative to {pathlib.Path.cwd()}."
     suffixes = {".py", ".yaml", ".yml", ".json"}
@@ -494,16 +494,16 @@ def read_experiment(reference: str) -> dict[str, Any]:
     return values
 
 
-def _located(reference: str) -> tuple[pathlib.Path, str | None]:
+def _located(reference: str) -> tuple[AnyPath, str | None]:
     """The file that a reference names, and the argument behind its colon."""
     if match := _REFERENCE.fullmatch(reference):
-        return pathlib.Path(match["path"]), match["argument"]
+        return as_path("config", match["path"]), match["argument"]
     names = [*experiment_names(), *preset_names()]
     match = _NAME.fullmatch(reference)
     if match and match["name"] in experiment_names():
         return pathlib.Path(str(experiment_folder() / f"{match['name']}.py")), match["argument"]
-    if (pathlib.Path(reference).expanduser() / "config.json").is_file():
-        hint = f"did you mean {str(pathlib.Path(reference, 'config.json'))!r}? "
+    if reference and (as_path("config", reference) / "config.json").is_file():
+        hint = f"did you mean {reference.rstrip('/') + '/config.json'!r}? "
     else:
         hint = nearest_hint(match["name"] if match else reference, names)
     raise ConfigError(
@@ -547,7 +547,7 @@ def parse_variants(argument: str, known: Sequence[str]) -> set[str]:
     return variants
 
 
-def _run_get_config(path: pathlib.Path, argument: str | None) -> Any:
+def _run_get_config(path: AnyPath, argument: str | None) -> Any:
     source = read_text(path)
     spec = importlib.util.spec_from_loader(f"experiment_{path.stem}", loader=None)
     assert spec is not None
@@ -570,7 +570,7 @@ def _run_get_config(path: pathlib.Path, argument: str | None) -> Any:
         raise UserError(f"{path}:{line}: {type(error).__name__}: {error}") from error
 
 
-def _last_line_in(path: pathlib.Path, error: Exception) -> int:
+def _last_line_in(path: AnyPath, error: Exception) -> int:
     """Line of `path` that an error came from."""
     if isinstance(error, SyntaxError) and error.filename == os.fspath(path):
         return error.lineno or 0

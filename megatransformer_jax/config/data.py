@@ -18,6 +18,7 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
+from megatransformer_jax.storage import BUCKETS, check_served
 
 # ------------------------------------------------------------------------------
 # Random changes of the training texts.
@@ -97,6 +98,12 @@ class AugmentationConfig:
 TEXT_CHANGES = ("synonyms_file", "synonym_rate", "back_translation", "back_translation_rate")
 
 FILE_SOURCES = ("text", "jsonl", "parquet", "arrayrecord")
+# Those whose files may be in a bucket. The reader of ArrayRecord knows files of this machine alone.
+BUCKET_SOURCES = ("text", "jsonl", "parquet")
+_COPY = (
+    f"only {', '.join(BUCKET_SOURCES)} are read from buckets. Copy the files to this machine, or "
+    "mount the bucket (gcsfuse, s3fs-fuse), and name them here"
+)
 SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "tokens", "reasoning", "media")
 # Special tokens and 256 bytes take 260.
 MIN_TRAINED_PIECES = 300
@@ -338,6 +345,16 @@ class DataConfig(LoaderConfig):
             raise ConfigError(
                 "files", f"is empty, but source={self.source!r} reads files; name some."
             )
+
+    @rule("files", "validation_files", "tfds_data_dir")
+    def _files_are_served(self) -> None:
+        """Of this machine, or with source text, jsonl or parquet at gs:// or s3://."""
+        served = BUCKETS if self.source in BUCKET_SOURCES else ()
+        for name in ("files", "validation_files"):
+            for pattern in getattr(self, name):
+                check_served(name, pattern, served, _COPY)
+        if self.tfds_data_dir is not None:
+            check_served("tfds_data_dir", self.tfds_data_dir, (), _COPY)
 
     @rule("tfds_name")
     def _tfds_needs_a_name(self) -> None:

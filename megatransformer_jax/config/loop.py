@@ -14,6 +14,7 @@ from megatransformer_jax.config.option import (
 )
 from megatransformer_jax.config.recurrence import ExitGateTrainingConfig, StabilityConfig
 from megatransformer_jax.config.sampling import check_texts
+from megatransformer_jax.storage import check_served, is_bucket_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -328,8 +329,27 @@ class LoggingConfig:
         choices=("auto", "bar", "lines"),
     )
 
+    mirror: str | None = option(
+        None,
+        "Folder of a bucket, such as s3://BUCKET/PATH, that gets copies of what the run writes "
+        "into its workdir, except for checkpoints. Default (None): no copies.",
+    )
+
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("mirror")
+    def _mirror_is_a_bucket(self) -> None:
+        """At gs:// (extra 'gcs') or s3:// (extra 's3')."""
+        if self.mirror is None:
+            return
+        check_served("mirror", self.mirror)
+        if not is_bucket_path(self.mirror):
+            raise ConfigError(
+                "mirror",
+                f"{self.mirror!r} is a folder of this machine; name one of a bucket, such as "
+                "s3://BUCKET/PATH.",
+            )
 
     @rule("writers")
     def _writers_are_different(self) -> None:

@@ -18,6 +18,7 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
+from megatransformer_jax.storage import check_served
 
 # ------------------------------------------------------------------------------
 # Random changes of training images and clips.
@@ -332,6 +333,8 @@ class AudioSourceConfig:
         check_only_for(self, speaking, "voices", "rates_wpm", "pitches", "cache_dir")
         check_only_for(self, ("speech",), "max_words")
         check_only_for(self, ("auto", "tones"), "num_tones")
+        if self.cache_dir is not None:
+            check_served("cache_dir", self.cache_dir, ())
 
     @rule("is_voice", "on_wrong_audio")
     def _clips_of_others_are_described(self) -> None:
@@ -369,6 +372,12 @@ class DocumentsDataConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @rule("folder")
+    def _folder_is_here(self) -> None:
+        """Of this machine; a bucket must be mounted."""
+        if self.folder is not None:
+            check_served("folder", self.folder, ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -549,6 +558,8 @@ def check_folder(config: ImageSourceConfig | AudioSourceConfig, source: str) -> 
     """
     if config.source == source and config.folder is None:
         raise ConfigError("folder", f"is None, but source={source!r} reads a folder; name one.")
+    if config.folder is not None:
+        check_served("folder", config.folder, ())
     check_only_for(config, (source,), "folder")
 
 
@@ -556,6 +567,8 @@ def check_tfds(config: ImageSourceConfig | AudioSourceConfig, names: tuple[str, 
     """Raises:
     ConfigError: if the name of the set is missing, or an option would be ignored.
     """
+    if config.tfds_data_dir is not None:
+        check_served("tfds_data_dir", config.tfds_data_dir, ())
     if config.source == "tfds" and config.tfds_name is None:
         raise ConfigError(
             "tfds_name", "is None, but source='tfds' needs a data set; give its name."

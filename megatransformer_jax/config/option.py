@@ -12,8 +12,6 @@ import dataclasses
 import difflib
 import functools
 import math
-import os
-import pathlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -526,17 +524,6 @@ def as_whole(
     if not minimum <= number <= maximum:
         raise ConfigError(name, f"{number} is not allowed; it must be {minimum} to {maximum}.")
     return number
-
-
-def as_path(name: str, value: Any) -> pathlib.Path:
-    """The path that an argument names, with ~ as the user's home.
-
-    Raises:
-      ConfigError: if it is empty or neither a text nor a path.
-    """
-    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise ConfigError(name, f"{value!r} is not a path; give the name of a folder.")
-    return pathlib.Path(value).expanduser()
 
 
 def as_tuple(value: Any, declared: Any) -> Any:

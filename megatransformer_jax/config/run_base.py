@@ -23,6 +23,7 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
+from megatransformer_jax.storage import CHECKPOINTS, NO_CHECKPOINTS, check_served, is_bucket_path
 
 RUN_KINDS = ("transformer", "vocoder", "image_vae")
 TASKS = ("text", "reasoning", "media", "vocoder", "image_vae")
@@ -78,6 +79,21 @@ class BaseRunConfig(abc.ABC):
         """Not empty."""
         if not self.workdir:
             raise ConfigError("workdir", "'' is not a folder; name one, such as 'runs/mine'.")
+
+    @rule("workdir")
+    def _workdir_is_served(self) -> None:
+        """A folder of this machine, or gs://BUCKET/PATH, which needs the extra 'gcs'."""
+        check_served("workdir", self.workdir, CHECKPOINTS, NO_CHECKPOINTS)
+
+    @rule("logging.mirror")
+    def _bucket_is_not_copied(self) -> None:
+        """None if the workdir is in a bucket itself."""
+        if self.logging.mirror is not None and is_bucket_path(self.workdir):
+            raise ConfigError(
+                "logging.mirror",
+                f"{self.logging.mirror!r} would be a copy of a bucket, workdir={self.workdir!r}; "
+                "leave it None.",
+            )
 
     @rule("environment")
     def _environment_has_pairs(self) -> None:

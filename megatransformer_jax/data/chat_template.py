@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import functools
 import json
-import pathlib
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,7 @@ from megatransformer_jax.config.build import read_text, read_values
 from megatransformer_jax.config.option import UserError, nearest_hint
 from megatransformer_jax.config.sampling import check_encodable
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.storage import AnyPath
 
 TEMPLATE_FILE = "chat_template.jinja"
 # Further templates by name, such as tool_use.jinja.
@@ -137,9 +137,7 @@ class ChatTemplate:
         return default
 
 
-def read_chat_template(
-    folder: pathlib.Path, special_tokens: Mapping[str, str]
-) -> ChatTemplate | None:
+def read_chat_template(folder: AnyPath, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
     """The templates of a folder, or None if it has none.
 
     Args:
@@ -163,14 +161,14 @@ def read_chat_template(
     return ChatTemplate(tuple(named.items()), tuple(special_tokens.items()), str(folder))
 
 
-def template_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def template_files(folder: AnyPath) -> list[AnyPath]:
     """The files of a folder that hold nothing but a template, the default first."""
     default = folder / TEMPLATE_FILE
     others = sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
     return [default, *others] if default.is_file() else others
 
 
-def _named_texts(value: Any, path: pathlib.Path) -> dict[str, str]:
+def _named_texts(value: Any, path: AnyPath) -> dict[str, str]:
     match value:
         case None:
             return {}

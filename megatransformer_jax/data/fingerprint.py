@@ -24,10 +24,11 @@ from megatransformer_jax.data.media.documents import document_files
 from megatransformer_jax.data.media.folders import AUDIO_FOLDER, IMAGE_FOLDER, folder_files
 from megatransformer_jax.data.media.speech import espeak_version
 from megatransformer_jax.data.sources.build import open_records, source_files
-from megatransformer_jax.data.sources.record import open_file
+from megatransformer_jax.data.sources.record import open_file, unreadable
 from megatransformer_jax.data.sources.tfds import open_tfds
 from megatransformer_jax.data.token_rows import prepared_fingerprint
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.storage import file_system, is_bucket_path
 
 # A corpus of many gigabytes must not delay every start, so about this much is read of all files
 # together, but at least four blocks of each.
@@ -40,9 +41,10 @@ SAMPLED_RECORDS = 256
 def data_fingerprint(config: LoaderConfig) -> str:
     """The content of training and validation data and of the synonyms, in words for a message.
 
-    The same content gives the same words wherever the files are. A corpus of files of more than
-    64 MiB is sampled, and so is a TFDS data set: a change that keeps the size of each file (the
-    number of records), and touches no sampled place, stays unseen.
+    The same content gives the same words wherever the files are, except that files in a bucket
+    give others than on this machine: of them only size and checksum are asked for. A corpus of
+    files of more than 64 MiB is sampled, and so is a TFDS data set: a change that keeps the size
+    of each file (the number of records), and touches no sampled place, stays unseen.
 
     Raises:
       UserError: if the data cannot be read.
@@ -111,6 +113,11 @@ def _of_files(paths: Sequence[str]) -> str:
     digest = hashlib.sha256()
     total = 0
     for path in paths:
+        if is_bucket_path(path):
+            size, identity = _of_object(path)
+            total += size
+            digest.update(f"{size}:{identity}".encode())
+            continue
         with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             total += size
@@ -123,6 +130,17 @@ def _of_files(paths: Sequence[str]) -> str:
                 file.seek(block * (size - BLOCK_BYTES) // (blocks - 1))
                 digest.update(file.read(BLOCK_BYTES))
     return f"{len(paths)} files, {total} bytes, sha256 {digest.hexdigest()[:16]}"
+
+
+def _of_object(path: str) -> tuple[int, str]:
+    """Size of an object, and what the bucket knows of its content: nothing of it is read."""
+    try:
+        about = file_system(path).info(path)
+    except Exception as error:  # Of the client: of HTTP, of credentials.
+        raise unreadable(path, error) from error
+    # Checksums come first: they stay when the object is copied.
+    known = (about.get(name) for name in ("md5Hash", "crc32c", "ETag", "etag", "generation"))
+    return int(about["size"]), next((str(value) for value in known if value), "")
 
 
 def _add(digest: Any, content: bytes) -> None:

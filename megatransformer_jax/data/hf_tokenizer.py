@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import pathlib
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +20,7 @@ from megatransformer_jax.data.chat_template import (
     read_chat_template,
 )
 from megatransformer_jax.extras import import_extra
-from megatransformer_jax.files import write_json
+from megatransformer_jax.storage import AnyPath, write_atomically, write_json
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -133,11 +131,10 @@ class HuggingFaceTokenizer:
             files[TOKEN_FILES[0]] = json.dumps(described, indent=2) + "\n"
         return files
 
-    def save(self, folder: pathlib.Path) -> None:
+    def save(self, folder: AnyPath) -> None:
         """Writes its files, and special ids as generation_config.json, into a folder."""
-        folder.mkdir(exist_ok=True)
         for name, text in self.files().items():
-            (folder / name).write_text(text, encoding="utf-8")
+            write_atomically(folder / name, text)
         ids = {
             "bos_token_id": self.bos_id,
             "eos_token_id": list(self.end_ids),
@@ -193,7 +190,7 @@ class HuggingFaceTokenizer:
                 )
 
 
-def load_huggingface_tokenizer(folder: str | os.PathLike[str]) -> HuggingFaceTokenizer:
+def load_huggingface_tokenizer(folder: AnyPath) -> HuggingFaceTokenizer:
     """The tokenizer of a folder with a tokenizer.json.
 
     Start, end and padding are those that tokenizer_config.json or special_tokens_map.json name, or
@@ -205,7 +202,6 @@ def load_huggingface_tokenizer(folder: str | os.PathLike[str]) -> HuggingFaceTok
       UserError: if a file is missing or damaged, no end token is named, or the `tokenizers` library
         is not installed.
     """
-    folder = pathlib.Path(folder)
     path = folder / TOKENIZER_FILE
     definition = read_text(path)
     vocabulary = _parse(definition, str(path)).get_vocab(with_added_tokens=True)
@@ -270,7 +266,7 @@ def _parse(definition: str, name: str) -> typing.Any:
         ) from error
 
 
-def _read(path: pathlib.Path) -> Mapping[str, typing.Any]:
+def _read(path: AnyPath) -> Mapping[str, typing.Any]:
     return read_values(path) if path.is_file() else {}
 
 

@@ -38,7 +38,7 @@ from megatransformer_jax.data.token_rows import (
     shard_name,
 )
 from megatransformer_jax.data.tokenizer import Tokenizer
-from megatransformer_jax.files import write_json
+from megatransformer_jax.storage import write_json
 
 # What the shards of a folder have in common, while not all of them are finished.
 PLAN_FILE = "plan.json"

@@ -10,8 +10,6 @@ import functools
 import hashlib
 import io
 import json
-import os
-import pathlib
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +19,7 @@ from absl import logging
 
 from megatransformer_jax.config.data import TokenizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.files import write_atomically, write_json
+from megatransformer_jax.storage import AnyPath, as_path, write_atomically, write_json
 
 # The options of TokenizerConfig that decide what a model trained on given texts looks like.
 TRAINING_OPTIONS = ("vocab_size", "model_type", "character_coverage", "max_training_bytes")
@@ -208,7 +206,7 @@ def _check_id(token: int, vocab_size: int) -> None:
 def build_tokenizer(
     config: TokenizerConfig,
     training_texts: Iterable[str],
-    path: str | os.PathLike,
+    path: AnyPath,
     trained_on: Mapping[str, typing.Any],
 ) -> Tokenizer:
     """The tokenizer of a run.
@@ -232,8 +230,7 @@ def build_tokenizer(
     if config.kind == "bytes":
         return BytesTokenizer()
     if config.model_file is not None:
-        return load_sentencepiece(config.model_file)
-    path = pathlib.Path(path)
+        return load_sentencepiece(as_path("data.tokenizer.model_file", config.model_file))
     description_path = path.with_suffix(".json")
     description = {f"data.tokenizer.{name}": getattr(config, name) for name in TRAINING_OPTIONS}
     description |= trained_on
@@ -250,7 +247,7 @@ def build_tokenizer(
 
 
 def _check_description(
-    current: Mapping[str, typing.Any], description_path: pathlib.Path, path: pathlib.Path
+    current: Mapping[str, typing.Any], description_path: AnyPath, path: AnyPath
 ) -> None:
     """Checks that the stored model is the one that this run would train."""
     fix = f"use another workdir, or delete {path} to have it trained again."
@@ -276,18 +273,17 @@ def _check_description(
         )
 
 
-def load_sentencepiece(path: str | os.PathLike) -> SentencePieceTokenizer:
+def load_sentencepiece(path: AnyPath) -> SentencePieceTokenizer:
     """The tokenizer stored in a .model file.
 
     Raises:
       UserError: if the file is missing or no usable model.
     """
-    path = pathlib.Path(path)
     try:
         model = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"{path}: cannot read the SentencePiece model ({error.strerror}). Correct "
+            f"{path}: cannot read the SentencePiece model ({error.strerror or error}). Correct "
             "data.tokenizer.model_file, or leave it None to have one trained."
         ) from error
     return SentencePieceTokenizer(model, str(path))

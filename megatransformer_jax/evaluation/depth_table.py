@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.evaluation.text_metrics import TextSize
 from megatransformer_jax.evaluation.validation import PROBLEM_SCORES, Scores, ValidationSet
-from megatransformer_jax.files import write_json
+from megatransformer_jax.storage import AnyPath, check_reachable, write_json
 
 # ------------------------------------------------------------------------------
 # One run.
@@ -163,7 +162,7 @@ class DepthCurve:
     values: tuple[float, ...]
 
 
-def default_metric(workdirs: Sequence[pathlib.Path]) -> str:
+def default_metric(workdirs: Sequence[AnyPath]) -> str:
     """Exact answers if the tables of all runs show them, otherwise the loss, which every run has.
 
     Raises:
@@ -176,7 +175,7 @@ def default_metric(workdirs: Sequence[pathlib.Path]) -> str:
     return metric if all(shows) else "loss"
 
 
-def read_curve(workdir: pathlib.Path, metric: str) -> DepthCurve:
+def read_curve(workdir: AnyPath, metric: str) -> DepthCurve:
     """Reads what a finished run wrote into its workdir.
 
     Raises:
@@ -196,7 +195,8 @@ def read_curve(workdir: pathlib.Path, metric: str) -> DepthCurve:
     )
 
 
-def _read_table(workdir: pathlib.Path) -> dict[str, Any]:
+def _read_table(workdir: AnyPath) -> dict[str, Any]:
+    check_reachable("model", workdir)
     path = workdir / "depth_table.json"
     if not path.is_file():
         raise UserError(f"{path} does not exist; name the workdir of a run that has finished.")

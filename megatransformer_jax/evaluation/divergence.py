@@ -24,10 +24,10 @@ from megatransformer_jax.evaluation.validation import (
     mean_scores,
     score_sums,
 )
-from megatransformer_jax.files import write_json
 from megatransformer_jax.models.exit_criteria import Observation, exit_criterion
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.observed import open_batch
+from megatransformer_jax.storage import write_json
 from megatransformer_jax.types import Batch
 
 # Needs neither logits nor a gate, so it serves every model with a core.

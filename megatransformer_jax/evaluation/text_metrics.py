@@ -19,7 +19,7 @@ from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.evaluation.report import new_figure
 from megatransformer_jax.extras import import_extra
-from megatransformer_jax.files import write_json
+from megatransformer_jax.storage import write_json
 from megatransformer_jax.types import Batch
 
 # ------------------------------------------------------------------------------

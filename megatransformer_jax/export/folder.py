@@ -29,12 +29,12 @@ from megatransformer_jax.export import loop
 from megatransformer_jax.export.check import check_program
 from megatransformer_jax.export.onnx_file import write_onnx
 from megatransformer_jax.export.program import Programs, Shapes, build_programs, named
-from megatransformer_jax.files import make_readable, write_atomically, write_json
 from megatransformer_jax.generation.endings import end_ids_of
 from megatransformer_jax.generation.request import prompt_keys, sample_keys
 from megatransformer_jax.models.exit_criteria import EXIT_CRITERIA
 from megatransformer_jax.runs.load import LoadedModel
 from megatransformer_jax.runs.workdir import check_empty, make_folder
+from megatransformer_jax.storage import make_readable, write_atomically, write_json
 
 ABOUT_FILE = "program.json"
 LOOP_FILE = "generate.py"

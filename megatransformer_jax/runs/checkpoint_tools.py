@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,7 +34,6 @@ from megatransformer_jax.data.tokenizer import (
     SentencePieceTokenizer,
     Tokenizer,
 )
-from megatransformer_jax.files import write_atomically
 from megatransformer_jax.runs.load import (
     HUGGINGFACE_FOLDER,
     SENTENCEPIECE_FILE,
@@ -43,7 +41,14 @@ from megatransformer_jax.runs.load import (
     foreign_format,
     load_model,
 )
-from megatransformer_jax.runs.workdir import hold_workdir, make_folder
+from megatransformer_jax.runs.workdir import hold_workdir
+from megatransformer_jax.storage import (
+    AnyPath,
+    absolute,
+    files_below,
+    make_and_probe,
+    write_atomically,
+)
 
 # ------------------------------------------------------------------------------
 # The mean of several checkpoints, as a new workdir.
@@ -52,8 +57,8 @@ _TOKENIZER_FILES = (SENTENCEPIECE_FILE, "tokenizer.json")
 
 
 def average_checkpoints(
-    source: pathlib.Path,
-    output: pathlib.Path,
+    source: AnyPath,
+    output: AnyPath,
     *,
     last: int | None = None,
     best: int | None = None,
@@ -80,12 +85,11 @@ def average_checkpoints(
       UserError: if there are too few checkpoints, their architectures differ, a file is missing
         or damaged, or `output` is in use.
     """
-    source = source.expanduser()
     if (foreign := foreign_format(source)) is not None:
         raise UserError(
             f"{source} is a {foreign.title} folder, which has one set of weights; name a run."
         )
-    if (output.expanduser() / "checkpoints").exists():
+    if (output / "checkpoints").exists():
         raise ConfigError("output", f"{output} has checkpoints already; name another folder.")
     checkpoints = CheckpointManager(source / "checkpoints", None)
     try:
@@ -99,17 +103,17 @@ def average_checkpoints(
         check_model(run["config"], config, str(source / "checkpoints" / str(step)))
     params = average_trees(_params(source, step) for step in chosen)
 
-    folder = make_folder("output", str(output))
+    folder = make_and_probe("output", output)
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+            write_atomically(folder / name, (source / name).read_bytes())
     if (source / HUGGINGFACE_FOLDER).is_dir():
-        shutil.copytree(
-            source / HUGGINGFACE_FOLDER, folder / HUGGINGFACE_FOLDER, dirs_exist_ok=True
-        )
+        for name in files_below(source / HUGGINGFACE_FOLDER):
+            content = (source / HUGGINGFACE_FOLDER / name).read_bytes()
+            write_atomically(folder / HUGGINGFACE_FOLDER / name, content)
     run = newest | {
         "config": to_dict(config),
-        "averaged": {"from": str(source.absolute()), "steps": chosen},
+        "averaged": {"from": str(absolute(source)), "steps": chosen},
     }
     target = CheckpointManager(folder / "checkpoints", CheckpointConfig())
     try:
@@ -120,7 +124,7 @@ def average_checkpoints(
     return chosen
 
 
-def save_parameters(loaded: LoadedModel, folder: pathlib.Path) -> None:
+def save_parameters(loaded: LoadedModel, folder: AnyPath) -> None:
     """Writes a model as the folder of a run that holds parameters only.
 
     Args:
@@ -140,7 +144,7 @@ def save_parameters(loaded: LoadedModel, folder: pathlib.Path) -> None:
             "folder", f"{folder} is not empty; name another folder, or delete it first."
         )
     config = _plain(describing_run(loaded), folder)
-    folder = make_folder("folder", str(folder))
+    folder = make_and_probe("folder", folder)
     digest = write_tokenizer(loaded.tokenizer, folder)
     run = {
         "config": to_dict(config),
@@ -165,7 +169,7 @@ def describing_run(loaded: LoadedModel) -> RunConfig:
     return RunConfig(model=loaded.config, data=data)
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> str:
+def write_tokenizer(tokenizer: Tokenizer, folder: AnyPath) -> str:
     """Puts the tokenizer where `load_model` looks for it; returns what identifies it."""
     if isinstance(tokenizer, MediaTokenizer):
         write_tokenizer(tokenizer.base, folder)
@@ -182,7 +186,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> str:
     return tokenizer.digest()
 
 
-def _params(source: pathlib.Path, step: int) -> dict:
+def _params(source: AnyPath, step: int) -> dict:
     loaded = load_model(source, step=step)
     logging.info("adding %s", loaded.description)
     return loaded.params
@@ -247,7 +251,7 @@ def _listed(steps: Sequence[int]) -> str:
     return ", ".join(map(str, steps))
 
 
-def _plain(config: RunConfig, workdir: pathlib.Path) -> RunConfig:
+def _plain(config: RunConfig, workdir: AnyPath) -> RunConfig:
     """The run's configuration for a checkpoint of a model's parameters and nothing else.
 
     The mean is of what the run evaluates: averages are in it, and LoRA's updates are added.
@@ -283,9 +287,7 @@ class Pruned:
     kept: list[int]
 
 
-def prune_checkpoints(
-    workdir: pathlib.Path, rules: Mapping[str, Any], *, is_dry_run: bool
-) -> Pruned:
+def prune_checkpoints(workdir: AnyPath, rules: Mapping[str, Any], *, is_dry_run: bool) -> Pruned:
     """Deletes the checkpoints of a run that no rule keeps.
 
     Args:

@@ -24,7 +24,6 @@ from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.config.run_rules import media_places
-from megatransformer_jax.files import write_json
 from megatransformer_jax.models.attention_kernels import KernelChoice
 from megatransformer_jax.models.cost.flops import forward_flops, train_flops
 from megatransformer_jax.nn.kv_cache import BLOCK_ROWS
@@ -34,6 +33,7 @@ from megatransformer_jax.runs.cost import format_bytes
 from megatransformer_jax.sharding.mesh import describe_layout
 from megatransformer_jax.sharding.rules import MESH_AXES
 from megatransformer_jax.sharding.topology import Topology, describe_devices, parse_topology
+from megatransformer_jax.storage import write_json
 from megatransformer_jax.training.micro_batch import StepMemory, step_memory
 
 # Told what is being done, such as 'compiling the train step'.

@@ -21,7 +21,6 @@ from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.config.run_rules import media_places
 from megatransformer_jax.evaluation.depth_table import evaluated_depths
-from megatransformer_jax.files import write_json
 from megatransformer_jax.models.attention_kernels import KernelChoice, describe_choices
 from megatransformer_jax.models.cost.flops import (
     ForwardFlops,
@@ -58,6 +57,7 @@ from megatransformer_jax.runs.build import (
 from megatransformer_jax.sharding.devices import device_kind, devices_with_room
 from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_sharder, resolve_mesh_shape
 from megatransformer_jax.sharding.rules import MESH_AXES, Sharder
+from megatransformer_jax.storage import write_json
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.types import DTypePolicy, MediaBatch

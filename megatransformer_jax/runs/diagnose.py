@@ -22,21 +22,22 @@ from megatransformer_jax.evaluation.diagnostics.kinds import (
     write_scalars,
 )
 from megatransformer_jax.runs.load import LoadedModel, foreign_format, load_model, read_run_config
-from megatransformer_jax.runs.workdir import make_folder, use_compilation_cache
+from megatransformer_jax.runs.workdir import use_compilation_cache
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.storage import AnyPath, as_path, make_and_probe, write_into
 
 _DRAWS = "depth_draws"
 
 
 def diagnose_run(
-    source: pathlib.Path,
+    source: AnyPath,
     *,
     step: str,
     kinds: Sequence[str],
     num_rows: int,
     num_steps: int | None,
     output: str | None,
-) -> pathlib.Path:
+) -> AnyPath:
     """Writes figures and numbers of a run's checkpoint.
 
     Args:
@@ -53,7 +54,6 @@ def diagnose_run(
     Raises:
       UserError: if the folder is not a run, or an option does not fit it.
     """
-    source = source.expanduser()
     if (foreign := foreign_format(source)) is not None:
         raise ConfigError(
             "model",
@@ -71,9 +71,15 @@ def diagnose_run(
         jax.device_put(loaded.params), key_data=None, step=config.train.steps, previous=0
     )
     findings = diagnoser.present(diagnoser.measure(moment), moment)
-    folder = make_folder("output", str(output or source / "diagnostics" / f"step_{step}"))
-    write_images(findings, folder)
-    write_scalars(findings, folder / "scalars.json")
+    named = as_path("output", output or source / "diagnostics" / f"step_{step}")
+    folder = make_and_probe("output", named)
+
+    def write(local: pathlib.Path) -> list[pathlib.Path]:
+        write_images(findings, local)
+        write_scalars(findings, local / "scalars.json")
+        return []
+
+    write_into(folder, write)
     return folder
 
 

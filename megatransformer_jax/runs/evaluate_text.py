@@ -36,6 +36,7 @@ from megatransformer_jax.evaluation.text_metrics import (
 from megatransformer_jax.generation.generator import continue_in_batches
 from megatransformer_jax.generation.request import encode_prompts
 from megatransformer_jax.runs.load import LoadedModel
+from megatransformer_jax.storage import as_path
 
 
 def evaluate_generation(
@@ -214,11 +215,11 @@ def read_predictions(name: str, *, count: int) -> list[str]:
 def _records(name: str, option: str, form: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, object) of every line that is not empty."""
     try:
-        raw = pathlib.Path(name).expanduser().read_bytes().removeprefix(codecs.BOM_UTF8)
+        raw = as_path(option, name).read_bytes().removeprefix(codecs.BOM_UTF8)
         lines = raw.decode("utf-8").split("\n")
     except OSError as error:
         raise ConfigError(
-            option, f"{name} cannot be read ({error.strerror}); name another file."
+            option, f"{name} cannot be read ({error.strerror or error}); name another file."
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(option, f"{name} is not UTF-8 ({error}); convert it.") from error

@@ -19,7 +19,6 @@ from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.data.media.records import MediaFormats
 from megatransformer_jax.data.pipeline import build_pipeline
 from megatransformer_jax.evaluation.report import new_figure
-from megatransformer_jax.files import write_json
 from megatransformer_jax.runs.build import (
     MemoryPlan,
     abstract_batches,
@@ -30,6 +29,7 @@ from megatransformer_jax.runs.build import (
 from megatransformer_jax.runs.tasks.start import fresh_state
 from megatransformer_jax.runs.tokenizers import start_tokenizer
 from megatransformer_jax.runs.workdir import make_workdir, use_compilation_cache
+from megatransformer_jax.storage import AnyPath, write_into, write_json
 from megatransformer_jax.training.distributed import make_global_batch, start_distributed
 from megatransformer_jax.training.lr_finder import (
     RangeTest,
@@ -70,13 +70,14 @@ def find_learning_rate(run: BaseRunConfig, start: float, end: float, steps: int)
     result = suggest(rates, losses)
     if jax.process_index() == 0:
         _show(result, config)
-        _write(result, config, workdir)
+        paths = write_into(workdir, functools.partial(_write, result, config))
+        logging.info("numbers and plot: %s, %s", *paths)
     return result
 
 
 def _start(
     config: RunConfig,
-    workdir: pathlib.Path,
+    workdir: AnyPath,
     schedule: Callable[[Any], jax.Array],
     stack: contextlib.ExitStack,
 ) -> Callable[[], float]:
@@ -133,11 +134,12 @@ def _show(result: RangeTest, config: RunConfig) -> None:
         logging.warning("the loss was still falling at the last rate; try a higher --end.")
 
 
-def _write(result: RangeTest, config: RunConfig, workdir: pathlib.Path) -> None:
+def _write(result: RangeTest, config: RunConfig, folder: pathlib.Path) -> list[pathlib.Path]:
     values = {"optimizer": config.optimizer.name, **dataclasses.asdict(result)}
-    write_json(workdir / "find_lr.json", values)
-    plot(result).savefig(workdir / "find_lr.png", dpi=120)
-    logging.info("numbers and plot: %s, %s", workdir / "find_lr.json", workdir / "find_lr.png")
+    paths = [folder / "find_lr.json", folder / "find_lr.png"]
+    write_json(paths[0], values)
+    plot(result).savefig(paths[1], dpi=120)
+    return paths
 
 
 def plot(result: RangeTest) -> Figure:

@@ -55,6 +55,7 @@ from megatransformer_jax.models.megatransformer import (
 )
 from megatransformer_jax.sharding.mesh import model_sharder
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.storage import AnyPath, as_path, is_bucket_path
 from megatransformer_jax.training.evaluation_params import (
     evaluates_an_average,
     restore_evaluation_params,
@@ -116,7 +117,7 @@ class LoadedModel:
 
 
 def load_model(
-    path: str | pathlib.Path,
+    path: str | AnyPath,
     *,
     step: Step | str = "latest",
     precision: str | None = None,
@@ -132,9 +133,9 @@ def load_model(
     workdir is changed; the run may be going on.
 
     Args:
-      path: a workdir (checkpoints/ in it), or a folder with config.json and safetensors of one of
-        the known formats (`checkpoints/folders.py`), or the name of such a model on the Hugging
-        Face hub, which is downloaded (`checkpoints/hub.py`).
+      path: a workdir (checkpoints/ in it), which may be at gs://, or a folder with config.json and
+        safetensors of one of the known formats (`checkpoints/folders.py`), or the name of such a
+        model on the Hugging Face hub, which is downloaded (`checkpoints/hub.py`).
       step: which checkpoint of a run; see `parse_step` for the values.
       precision: type of activations, one of `PRECISIONS`. None: as the run was trained, and 'auto'
         for another project's folder.
@@ -183,14 +184,14 @@ def load_model(
         if weights != "average":
             raise _no_average(weights, folder)
         loaded = _load_foreign(folder, precision or "auto", param_dtype, sharder, mesh)
-        if folder == pathlib.Path(path).expanduser():
+        if folder == as_path("model", path):
             return loaded
         name = f"{path}" if revision is None else f"{path}@{revision}"
         return dataclasses.replace(loaded, description=f"{foreign.title} model {name}")
     return _load_run(folder, step, precision, sharder, mesh, weights)
 
 
-def read_model_config(path: str | pathlib.Path) -> ModelConfig:
+def read_model_config(path: str | AnyPath) -> ModelConfig:
     """The architecture of what `load_model` reads, without its weights.
 
     Raises:
@@ -237,7 +238,7 @@ def parse_step(value: str | int) -> Step:
     raise UserError(f"step={value!r}: give latest, best, or the number of a step.")
 
 
-def foreign_format(folder: pathlib.Path) -> Format | None:
+def foreign_format(folder: AnyPath) -> Format | None:
     """The format of another project's folder. None: it is the workdir of a run.
 
     Raises:
@@ -255,6 +256,11 @@ def foreign_format(folder: pathlib.Path) -> Format | None:
     values = read_values(config_file) if config_file.is_file() else {}
     is_run = "model" in values and "train" in values
     found_format = None if is_run else format_of(values, str(config_file))
+    if found_format is not None and is_bucket_path(folder):
+        raise UserError(
+            f"{folder} is a {found_format.title} folder. Only runs are read from buckets; copy the "
+            "folder to this machine and name it here."
+        )
     if found_format is not None:
         return found_format
     if (folder / "checkpoints").is_dir():
@@ -274,7 +280,7 @@ def _titles() -> str:
 
 
 def _load_foreign(
-    folder: pathlib.Path,
+    folder: AnyPath,
     precision: str,
     param_dtype: ParamDtype,
     sharder: Sharder | None,
@@ -332,7 +338,7 @@ def _stays_on_host(model: MegaTransformer) -> bool:
 
 
 def _load_run(
-    folder: pathlib.Path,
+    folder: AnyPath,
     step: Step,
     precision: str | None,
     sharder: Sharder | None,
@@ -363,7 +369,7 @@ def _load_run(
     return dataclasses.replace(loaded, run_config=config)
 
 
-def _load_quantized(folder: pathlib.Path, precision: str | None) -> LoadedModel:
+def _load_quantized(folder: AnyPath, precision: str | None) -> LoadedModel:
     about = read_about(folder)
     config = read_config(about.run, folder, RunConfig)
     tokenizer = None
@@ -381,7 +387,7 @@ def _load_quantized(folder: pathlib.Path, precision: str | None) -> LoadedModel:
     )
 
 
-def _no_average(weights: str, folder: pathlib.Path) -> UserError:
+def _no_average(weights: str, folder: AnyPath) -> UserError:
     return UserError(
         f"weights={weights!r}: {folder} has one set of weights and no average (as with "
         "train.ema_decay or a schedule-free optimiser). Leave weights out."
@@ -419,7 +425,7 @@ def _sharder_of(model: MegaTransformer) -> Sharder | None:
 
 
 def model_of_run(
-    config: RunConfig, params: Any, workdir: pathlib.Path, digest: str, description: str
+    config: RunConfig, params: Any, workdir: AnyPath, digest: str, description: str
 ) -> LoadedModel:
     """The model of a run that is going on.
 
@@ -464,7 +470,7 @@ def find_step(checkpoints: CheckpointManager, step: Step) -> int:
     return step
 
 
-def read_run_config(folder: pathlib.Path) -> RunConfig:
+def read_run_config(folder: AnyPath) -> RunConfig:
     """The configuration in a workdir.
 
     Raises:
@@ -482,7 +488,7 @@ def read_run_config(folder: pathlib.Path) -> RunConfig:
         ) from error
 
 
-def read_config(values: dict[str, Any], where: pathlib.Path, run_type: type[RunType]) -> RunType:
+def read_config(values: dict[str, Any], where: AnyPath, run_type: type[RunType]) -> RunType:
     """The configuration saved with a checkpoint.
 
     Args:
@@ -508,7 +514,7 @@ def read_config(values: dict[str, Any], where: pathlib.Path, run_type: type[RunT
     return config
 
 
-def _run_tokenizer(config: RunConfig, folder: pathlib.Path, digest: str) -> Tokenizer:
+def _run_tokenizer(config: RunConfig, folder: AnyPath, digest: str) -> Tokenizer:
     """What the run was trained with, which the digest in its checkpoints proves."""
     options, path = config.data.tokenizer, folder
 
@@ -535,7 +541,7 @@ def _run_tokenizer(config: RunConfig, folder: pathlib.Path, digest: str) -> Toke
     )
 
 
-def find_sentencepiece(folder: pathlib.Path, model_file: str | None) -> pathlib.Path:
+def find_sentencepiece(folder: AnyPath, model_file: str | None) -> AnyPath:
     """The tokenizer's model of the run in `folder`; `model_file` is as in its config.
 
     Raises:
@@ -549,9 +555,10 @@ def find_sentencepiece(folder: pathlib.Path, model_file: str | None) -> pathlib.
             f"{own} does not exist; without it the run's tokens have no meaning. Copy it from "
             "where the run was trained."
         )
-    if not pathlib.Path(model_file).is_file():
+    given = as_path("data.tokenizer.model_file", model_file)
+    if not given.is_file():
         raise UserError(
             f"the run's tokenizer, data.tokenizer.model_file={model_file}, does not exist; copy it "
             f"to {own}."
         )
-    return pathlib.Path(model_file)
+    return given

@@ -1,7 +1,6 @@
 """The tokenizer that a run starts with: trained now, given, inherited, prepared, or symbols."""
 
 import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,17 +31,17 @@ from megatransformer_jax.data.tokenizer import (
     build_tokenizer,
     load_sentencepiece,
 )
-from megatransformer_jax.files import write_atomically
 from megatransformer_jax.runs.load import (
     HUGGINGFACE_FOLDER,
     SENTENCEPIECE_FILE,
     find_sentencepiece,
     foreign_format,
 )
+from megatransformer_jax.storage import AnyPath, write_atomically
 from megatransformer_jax.training.distributed import wait_for_all
 
 
-def start_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+def start_tokenizer(config: RunConfig, workdir: AnyPath) -> Tokenizer:
     """The tokenizer of a run: of text trained now if it must be, given, or that of the model which
     the run starts from or of the prepared rows that it reads; of a reasoning task its symbols.
 
@@ -82,7 +81,7 @@ def start_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
     return tokenizer
 
 
-def _train_once(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+def _train_once(config: RunConfig, workdir: AnyPath) -> Tokenizer:
     """A tokenizer of the training texts, trained by process 0 unless the workdir has it.
 
     Where processes do not share the workdir, each trains it: the result is the same.
@@ -108,7 +107,7 @@ def _train_once(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
 # A fine-tuned run reads text as the model that it starts from: it gets that tokenizer's files.
 
 
-def inherited_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+def inherited_tokenizer(config: RunConfig, workdir: AnyPath) -> Tokenizer:
     """The tokenizer of `fine_tuning.init_from`.
 
     Its files are copied into the workdir and read from there from then on, so that the run does
@@ -125,18 +124,18 @@ def inherited_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
     return _own_tokenizer(workdir)
 
 
-def _has_tokenizer(folder: pathlib.Path) -> bool:
+def _has_tokenizer(folder: AnyPath) -> bool:
     is_huggingface = (folder / HUGGINGFACE_FOLDER / TOKENIZER_FILE).is_file()
     return is_huggingface or (folder / SENTENCEPIECE_FILE).is_file()
 
 
-def _own_tokenizer(folder: pathlib.Path) -> Tokenizer:
+def _own_tokenizer(folder: AnyPath) -> Tokenizer:
     if (folder / SENTENCEPIECE_FILE).is_file():
         return load_sentencepiece(folder / SENTENCEPIECE_FILE)
     return load_huggingface_tokenizer(folder / HUGGINGFACE_FOLDER)
 
 
-def _copy(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> None:
+def _copy(source: AnyPath, config: RunConfig, workdir: AnyPath) -> None:
     is_foreign = foreign_format(source) is not None
     folder = source if is_foreign else source / HUGGINGFACE_FOLDER
     if (folder / TOKENIZER_FILE).is_file():
@@ -147,7 +146,7 @@ def _copy(source: pathlib.Path, config: RunConfig, workdir: pathlib.Path) -> Non
 
 
 def _copy_huggingface(
-    source: pathlib.Path, folder: pathlib.Path, config: RunConfig, workdir: pathlib.Path
+    source: AnyPath, folder: AnyPath, config: RunConfig, workdir: AnyPath
 ) -> None:
     _check_training_options(config.data.tokenizer, {}, source)
     templates = [str(path.relative_to(folder)) for path in template_files(folder)]
@@ -160,7 +159,7 @@ def _copy_huggingface(
 
 
 def _copy_sentencepiece(
-    source: pathlib.Path, path: pathlib.Path, config: RunConfig, workdir: pathlib.Path
+    source: AnyPath, path: AnyPath, config: RunConfig, workdir: AnyPath
 ) -> None:
     description = path.with_suffix(".json")
     trained_with = json.loads(description.read_text()) if description.is_file() else {}
@@ -169,7 +168,7 @@ def _copy_sentencepiece(
     logging.info("the tokenizer is that of %s", source)
 
 
-def _sentencepiece_of(source: pathlib.Path, *, is_foreign: bool) -> pathlib.Path:
+def _sentencepiece_of(source: AnyPath, *, is_foreign: bool) -> AnyPath:
     if is_foreign:
         if (source / SENTENCEPIECE_FILE).is_file():
             return source / SENTENCEPIECE_FILE
@@ -194,7 +193,7 @@ def _sentencepiece_of(source: pathlib.Path, *, is_foreign: bool) -> pathlib.Path
 
 
 def _check_training_options(
-    options: TokenizerConfig, trained_with: Mapping[str, Any], source: pathlib.Path
+    options: TokenizerConfig, trained_with: Mapping[str, Any], source: AnyPath
 ) -> None:
     """None may ask for another tokenizer than the one that there is."""
     for name in TRAINING_OPTIONS:
@@ -211,7 +210,7 @@ def _check_training_options(
 # A run on prepared rows reads and writes text as these were made.
 
 
-def prepared_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
+def prepared_tokenizer(config: RunConfig, workdir: AnyPath) -> Tokenizer:
     """The tokenizer in the first folder of `data.files`, copied into the workdir.
 
     Raises:
@@ -240,7 +239,7 @@ def prepared_tokenizer(config: RunConfig, workdir: pathlib.Path) -> Tokenizer:
     return _own_tokenizer(workdir)
 
 
-def keep_tokenizer(tokenizer: Tokenizer, folder: pathlib.Path) -> None:
+def keep_tokenizer(tokenizer: Tokenizer, folder: AnyPath) -> None:
     """Puts a tokenizer that was given as a file into the folder of the rows that it makes."""
     if isinstance(tokenizer, SentencePieceTokenizer) and not _has_tokenizer(folder):
         write_atomically(folder / SENTENCEPIECE_FILE, tokenizer.model)

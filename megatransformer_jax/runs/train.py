@@ -27,6 +27,7 @@ from megatransformer_jax.runs.build import (
     count_parameters,
     plan_memory,
 )
+from megatransformer_jax.runs.mirror import Mirror
 from megatransformer_jax.runs.task import Task
 from megatransformer_jax.runs.tasks.image_vae import ImageVaeTask
 from megatransformer_jax.runs.tasks.media import MediaTask
@@ -34,12 +35,15 @@ from megatransformer_jax.runs.tasks.start import check_workdir, run_info, start_
 from megatransformer_jax.runs.tasks.text import ReasoningTask, TextTask
 from megatransformer_jax.runs.tasks.vocoder import VocoderTask
 from megatransformer_jax.runs.workdir import (
+    LOCKED_FILE,
+    Workdir,
     hold_workdir,
     log_file,
     make_workdir,
     use_compilation_cache,
 )
 from megatransformer_jax.sharding.mesh import describe_layout
+from megatransformer_jax.storage import as_path, is_bucket_path, make_and_probe
 from megatransformer_jax.training.distributed import (
     LostProcess,
     naming_lost_processes,
@@ -57,7 +61,7 @@ from megatransformer_jax.training.loop import (
 )
 from megatransformer_jax.training.optimizers import build_schedule
 from megatransformer_jax.training.progress import build_progress
-from megatransformer_jax.training.recorder import MetricRecorder, MetricsFile
+from megatransformer_jax.training.recorder import METRICS_FILE, MetricRecorder, MetricsFile
 from megatransformer_jax.training.state import TrainState
 from megatransformer_jax.training.trainable import split_params
 from megatransformer_jax.training.writers import build_writer
@@ -101,17 +105,21 @@ class Run:
         self._is_kept = is_kept
         self._is_primary = jax.process_index() == 0
         self._console = Console()
+        self._mirror: Mirror | None = None
         if is_kept:
-            self.workdir = make_workdir(config.workdir)
+            self.workdir = self._open_workdir(config)
         else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            self.workdir = pathlib.Path(folder)
-            unwritten = dataclasses.replace(config.logging, writers=(), wandb_project=None)
+            folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            self.workdir = Workdir(folder, folder)
+            unwritten = dataclasses.replace(
+                config.logging, writers=(), wandb_project=None, mirror=None
+            )
             config = dataclasses.replace(config, logging=unwritten)
         if self._is_primary and is_kept:
-            stack.enter_context(log_file(self.workdir / "train.log", config.logging.level))
-            stack.enter_context(hold_workdir(self.workdir))
-        self._checkpoints = CheckpointManager(self.workdir / "checkpoints", config.checkpoint)
+            log = self.workdir.files / LOCKED_FILE
+            stack.enter_context(log_file(log, config.logging.level))
+            stack.enter_context(hold_workdir(self.workdir.root))
+        self._checkpoints = CheckpointManager(self.workdir.root / "checkpoints", config.checkpoint)
         stack.push(self._close_checkpoints)
         self._save_times = SaveTimes(self._checkpoints.join)
         config, plan = plan_memory(config, self._checkpoints)
@@ -123,6 +131,19 @@ class Run:
         self._open_records()
         self._step_function = self.task.step_function()
         self._has_stepped = False
+
+    def _open_workdir(self, config: BaseRunConfig) -> Workdir:
+        """Makes the run's folder. If it is in a bucket, what goes there by copies is fetched."""
+        root, copy = make_workdir(config.workdir), config.logging.mirror
+        files, target = root, root
+        if is_bucket_path(root):
+            files = pathlib.Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
+        elif copy is not None and self._is_primary:
+            target = make_and_probe("logging.mirror", as_path("logging.mirror", copy))
+        if is_bucket_path(target) and self._is_primary:
+            mirror = Mirror(files, target, is_workdir=target == root)
+            self._mirror = self._stack.enter_context(mirror)
+        return Workdir(root, files)
 
     def _close_checkpoints(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: Any
@@ -137,7 +158,7 @@ class Run:
         config = self.config
         self._writer = build_writer(
             config.logging,
-            self.workdir,
+            self.workdir.files,
             is_primary=self._is_primary,
             start_step=self.step + 1 if self.step else 0,
         )
@@ -148,17 +169,20 @@ class Run:
         )
         metrics_file = None
         if self._is_primary and self._is_kept:
-            metrics_file = MetricsFile(self.workdir / "metrics.jsonl", self.step)
+            metrics_file = MetricsFile(self.workdir.files / METRICS_FILE, self.step)
             self._stack.callback(metrics_file.close)
             # Not before everything that a bad option could stop: a start that fails must leave
             # the config of the run that the workdir holds.
-            save_config(config, self.workdir / "config.json")
+            save_config(config, self.workdir.files / "config.json")
+            if self._mirror is not None:
+                self._mirror.start()
         self._recorder = MetricRecorder(
             metrics_file=metrics_file,
             writer=self._writer,
             progress=self._progress,
             learning_rate=build_schedule(config.optimizer, config.train.steps),
             max_bad_steps=config.train.max_bad_steps,
+            on_report=None if self._mirror is None else self._mirror.request,
         )
 
     def advance(self, batch: Any = None) -> dict[str, float]:
@@ -254,7 +278,7 @@ class Run:
             if not is_full(error):
                 raise
             raise SaveFailed(
-                f"{self.workdir} cannot be written to ({storage_problem(error)}). "
+                f"{self.workdir.files} cannot be written to ({storage_problem(error)}). "
                 f"{self._checkpoints.way_out(error)}"
             ) from error
 
@@ -273,6 +297,8 @@ class Run:
         self, step: int, state: TrainState, scores: Mapping[str, float]
     ) -> Mapping[str, float]:
         """Starts a save; returns how long it, and the one before, took."""
+        if self._mirror is not None:
+            self._mirror.send_metrics()
         info = run_info(self.config, self.task.digest)
         with self._save_times.measure(step):
             self._checkpoints.save(step, state, self.task.batches.get_state(), info, scores)
@@ -303,7 +329,7 @@ class Run:
             jax.devices()[0].device_kind,
             f" ({layout})" if layout else "",
             self.task.facts,
-            self.workdir if self._is_kept else "none",
+            self.workdir.root if self._is_kept else "none",
         )
 
 
@@ -323,7 +349,7 @@ def _warn_of_bad_steps(result: LoopResult, last_loss: float | None) -> None:
 
 def open_task(
     config: BaseRunConfig,
-    workdir: pathlib.Path,
+    workdir: Workdir,
     stack: contextlib.ExitStack,
     plan: MemoryPlan | None,
 ) -> Task:

@@ -7,13 +7,21 @@ import logging
 import pathlib
 import platform
 import sys
-import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging as absl_logging
 
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.storage import (
+    CHECKPOINTS,
+    NO_CHECKPOINTS,
+    AnyPath,
+    as_path,
+    is_bucket_path,
+    local_path,
+    make_and_probe,
+)
 
 # This library, which an installed one has in site-packages too.
 _PACKAGE = pathlib.Path(__file__).parents[1]
@@ -22,16 +30,34 @@ _PACKAGE = pathlib.Path(__file__).parents[1]
 # Folders and logs.
 
 
-def make_workdir(path: str) -> pathlib.Path:
-    """The folder, made if absent, as an absolute path.
+def make_workdir(path: str) -> AnyPath:
+    """The folder, made if absent, as an absolute path; it may be at gs://.
 
     Raises:
       ConfigError: if it cannot be made or written to.
     """
-    return make_folder("workdir", path)
+    return make_and_probe("workdir", as_path("workdir", path, CHECKPOINTS, NO_CHECKPOINTS))
 
 
-def check_empty(option: str, folder: pathlib.Path) -> None:
+class Workdir(NamedTuple):
+    """The folder of a run.
+
+    Attributes:
+      root: as the configuration names it, on this machine or in a bucket. Checkpoints and the
+        tokenizer are written there.
+      files: on this machine. Whatever else the run writes goes there: `root`, or a folder whose
+        files are copied to it.
+    """
+
+    root: AnyPath
+    files: pathlib.Path
+
+    def final(self, path: pathlib.Path) -> AnyPath:
+        """Where a file of `files` is, or will be when it has been copied."""
+        return self.root / path.relative_to(self.files)
+
+
+def check_empty(option: str, folder: AnyPath) -> None:
     """Checks, before anything is computed, that a folder is absent or empty.
 
     Raises:
@@ -44,21 +70,12 @@ def check_empty(option: str, folder: pathlib.Path) -> None:
 
 
 def make_folder(option: str, path: str) -> pathlib.Path:
-    """The folder that an option names, made if absent, as an absolute path.
+    """The folder of this machine that an option names, made if absent, as an absolute path.
 
     Raises:
-      ConfigError: if it cannot be made or written to.
+      ConfigError: if it is in a bucket, or cannot be made or written to.
     """
-    folder = pathlib.Path(path).expanduser().absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            option, f"{path!r} cannot be written to ({error.strerror}); choose another folder."
-        ) from error
-    return folder
+    return make_and_probe(option, local_path(option, path))
 
 
 _CACHE_OPTION = "jax_compilation_cache_dir"
@@ -227,18 +244,19 @@ LOCKED_FILE = "train.log"
 
 
 @contextlib.contextmanager
-def hold_workdir(workdir: pathlib.Path) -> Iterator[None]:
+def hold_workdir(workdir: AnyPath) -> Iterator[None]:
     """Keeps others from writing to a workdir; ends with the process, however that ends.
 
     Args:
-      workdir: of a run; without a log no run has begun, and nothing is held.
+      workdir: of a run; without a log no run has begun, and nothing is held. Nor is one in a
+        bucket: locks of files are of one machine.
 
     Raises:
       UserError: if another process holds it.
     """
     path = workdir / LOCKED_FILE
     with contextlib.ExitStack() as stack:
-        if path.is_file():
+        if not is_bucket_path(path) and path.is_file():
             file = stack.enter_context(path.open("rb"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -14,12 +14,23 @@ import numpy as np
 from absl import logging
 
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.files import write_atomically
+from megatransformer_jax.storage import (
+    AnyPath,
+    as_path,
+    check_reachable,
+    forget_listings,
+    write_atomically,
+)
 from megatransformer_jax.training.progress import Progress
 from megatransformer_jax.training.writers import MetricWriter
 
 # ------------------------------------------------------------------------------
 # Every step's metrics as JSON lines that are exact to the bit.
+
+
+METRICS_FILE = "metrics.jsonl"
+# In a bucket: a folder of parts of it.
+METRIC_PARTS = "metrics"
 
 
 class MetricsFile:
@@ -60,7 +71,7 @@ class MetricsFile:
     def _truncate(self, last_step: int) -> None:
         if not self._path.exists():
             return
-        rows, broken, is_cut = _read_lines(self._path)
+        rows, broken, is_cut = _read_lines(self._path.read_bytes())
         if broken and not rows:
             raise UserError(
                 f"{self._path}, line {broken[0][0]}: {broken[0][1]!r} is not a step's metrics, and "
@@ -100,21 +111,41 @@ class MetricsFile:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, int | float]]:
-    """The rows of a metrics file, with non-finite values as floats again.
+    """The rows of a run's metrics, with non-finite values as floats again.
+
+    Args:
+      path: the file, or the folder of the run, which has it in parts if it is in a bucket.
 
     Raises:
-      UserError: if a line cannot be read, except for the last of several (see `_read_lines`).
+      UserError: if there are none, or a line cannot be read, except for the last of several (see
+        `_read_lines`).
     """
-    lines = _read_lines(Path(path))
+    folder = as_path("path", path)
+    check_reachable("path", folder)
+    file = folder / METRICS_FILE if folder.is_dir() else folder
+    parts = [] if file.is_file() else metric_parts(folder)
+    if not file.is_file() and not parts:
+        raise UserError(f"{file} does not exist; name the folder of a run that has begun.")
+    lines = _read_lines(b"".join(part.read_bytes() for part in parts or [file]))
     for number, text in lines.broken:
         raise UserError(
-            f"{path}, line {number}: {text!r} is not a step's metrics; resume the run, which "
+            f"{file}, line {number}: {text!r} is not a step's metrics; resume the run, which "
             "leaves it out, or remove that line, or move the file away to begin a new one."
         )
     return [
         {name: value if name == "step" else float(value) for name, value in row.items()}
         for _, row in lines.rows
     ]
+
+
+def metric_parts(folder: AnyPath) -> list[AnyPath]:
+    """The parts that a run's metrics have in a bucket, in the order of their steps.
+
+    Objects cannot be appended to, so each part holds the lines of some steps, and is named by the
+    first of them.
+    """
+    forget_listings(folder)
+    return sorted((folder / METRIC_PARTS).glob("*.jsonl"), key=lambda path: path.name)
 
 
 class _Lines(NamedTuple):
@@ -125,13 +156,13 @@ class _Lines(NamedTuple):
     is_cut: bool  # The last line, which is then in neither.
 
 
-def _read_lines(path: Path) -> _Lines:
+def _read_lines(content: bytes) -> _Lines:
     """The lines of a file of metrics.
 
     A process killed while it wrote leaves a last line without its end; a machine without power may
     leave one of other bytes. Any other line that cannot be read was damaged later.
     """
-    lines = path.read_bytes().decode("utf-8", errors="replace").splitlines(keepends=True)
+    lines = content.decode("utf-8", errors="replace").splitlines(keepends=True)
     found = _Lines([], [], is_cut=False)
     for number, line in enumerate(lines, start=1):
         row = _row(line)
@@ -187,6 +218,7 @@ class MetricRecorder:
       progress: shows them.
       learning_rate: from the number of updates before a step to its learning rate.
       max_bad_steps: non-finite steps in a row that end the run.
+      on_report: called after each report. None: nothing is.
     """
 
     def __init__(
@@ -197,12 +229,14 @@ class MetricRecorder:
         progress: Progress,
         learning_rate: Callable[[int], Any],
         max_bad_steps: int,
+        on_report: Callable[[], None] | None = None,
     ):
         self._metrics_file = metrics_file
         self._writer = writer
         self._progress = progress
         self._learning_rate = learning_rate
         self._max_bad_steps = max_bad_steps
+        self._on_report = on_report
         self._waiting: list[tuple[int, Mapping[str, jax.Array]]] = []
         self._window: list[dict[str, float]] = []
         self._last: Mapping[str, float] = {}
@@ -262,6 +296,8 @@ class MetricRecorder:
         self._window = []
         self._writer.write_scalars(step, {f"train/{name}": v for name, v in means.items()})
         self._progress.report(step, means)
+        if self._on_report is not None:
+            self._on_report()
 
     def _check(self, step: int, row: Mapping[str, float]) -> None:
         in_row = int(row["skipped_in_row"])

@@ -13,7 +13,7 @@ LAYERS: Mapping[str, int] = {
     "types": 0,
     "streams": 0,
     "extras": 0,
-    "files": 0,
+    "storage": 0,
     "failures": 0,
     "sharding": 0,
     "compiled": 1,

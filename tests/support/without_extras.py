@@ -23,6 +23,8 @@ OF_EXTRAS = (
     "huggingface_hub",
     "qwix",
     "wandb",
+    "gcsfs",
+    "s3fs",
     "prometheus_client",
     "starlette",
     "uvicorn",

@@ -6,7 +6,6 @@ words; tokens are hidden where they are read, but not where they are predicted.
 
 import dataclasses
 import functools
-import pathlib
 import re
 import traceback
 import typing
@@ -18,6 +17,7 @@ import numpy as np
 from megatransformer_jax.config.data import AugmentationConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.extras import import_function
+from megatransformer_jax.storage import as_path
 from megatransformer_jax.streams import Purpose, generator_of
 
 # ------------------------------------------------------------------------------
@@ -69,9 +69,10 @@ def read_synonyms(path: str) -> Synonyms:
       ConfigError: if the file cannot be read, or naming the line that is not of this form.
     """
     try:
-        text = pathlib.Path(path).expanduser().read_text(encoding="utf-8-sig")
+        text = as_path(SYNONYMS_OPTION, path).read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        is_encoding = isinstance(error, UnicodeDecodeError)
+        reason = "it is not UTF-8" if is_encoding else getattr(error, "strerror", None) or error
         raise ConfigError(
             SYNONYMS_OPTION, f"{path!r} cannot be read ({reason}); name a UTF-8 text file."
         ) from error

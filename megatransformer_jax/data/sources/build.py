@@ -16,6 +16,13 @@ from megatransformer_jax.data.sources.record import (
     hold_out,
 )
 from megatransformer_jax.data.sources.tfds import build_tfds
+from megatransformer_jax.storage import (
+    as_path,
+    check_reachable,
+    file_system,
+    forget_listings,
+    is_bucket_path,
+)
 
 
 def build_source(config: DataConfig, split: str) -> TextSource:
@@ -118,6 +125,9 @@ def _expand(patterns: tuple[str, ...], option: str) -> list[str]:
     """The files that the patterns name, sorted within each pattern, each once."""
     paths: dict[str, None] = {}
     for pattern in patterns:
+        if is_bucket_path(pattern):
+            paths |= dict.fromkeys(_expand_in_bucket(pattern, option))
+            continue
         expanded = os.path.expanduser(pattern)
         # A name that exists is taken as it is, so that file names may contain brackets.
         found = (
@@ -136,6 +146,29 @@ def _expand(patterns: tuple[str, ...], option: str) -> list[str]:
                     option, f"{pattern!r} is a folder; name the files in it, e.g. {path}/*."
                 )
     return list(paths)
+
+
+def _expand_in_bucket(pattern: str, option: str) -> list[str]:
+    """The objects that a pattern names, sorted."""
+    path = as_path(option, pattern)
+    check_reachable(option, path)
+    forget_listings(path)
+    objects = file_system(path)
+    # A name that exists is taken as it is here, too.
+    if objects.isfile(pattern):
+        return [pattern]
+    found = objects.glob(pattern, detail=True) if glob.has_magic(pattern) else {}
+    scheme = pattern.partition("://")[0].lower()
+    files = sorted(f"{scheme}://{name}" for name, about in found.items() if about["type"] == "file")
+    if not files:
+        is_folder = not glob.has_magic(pattern) and objects.isdir(pattern)
+        problem = (
+            f"is a folder; name the files in it, e.g. {pattern.rstrip('/')}/*."
+            if is_folder
+            else "nothing in the bucket has this name; correct it."
+        )
+        raise ConfigError(option, f"{pattern!r}: {problem}")
+    return files
 
 
 def _not_empty(source: TextSource, config: DataConfig, split: str) -> TextSource:

@@ -5,6 +5,7 @@ import functools
 import json
 import mmap
 import re
+import typing
 from typing import Any
 
 import grain
@@ -16,10 +17,12 @@ from megatransformer_jax.data.sources.record import (
     BadRecord,
     decoded,
     open_file,
+    read_bytes,
     text_of,
     unreadable,
 )
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.storage import file_system, is_bucket_path
 
 # ------------------------------------------------------------------------------
 # Plain text files, cut at empty lines into documents of a moderate size.
@@ -47,9 +50,7 @@ class TextFile:
 
     def __getitem__(self, index: int) -> str | BadRecord:
         start, end = (int(bound) for bound in self._bounds[index : index + 2])
-        with open_file(self._path) as file:
-            file.seek(start)
-            raw = file.read(end - start)
+        raw = read_bytes(self._path, start, end)
         return decoded(raw, f"{self._path}, bytes {start} to {end}")
 
 
@@ -58,7 +59,10 @@ def _document_bounds(path: str) -> np.ndarray:
     bounds = [0]
     with open_file(path) as file:
         size = file.seek(0, 2)
-        if size > MINIMUM_BYTES:
+        if size > MINIMUM_BYTES and is_bucket_path(path):
+            while size - bounds[-1] > MINIMUM_BYTES:
+                bounds.append(_next_cut_of_object(file, bounds[-1], size))
+        elif size > MINIMUM_BYTES:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 while size - bounds[-1] > MINIMUM_BYTES:
                     bounds.append(_next_cut(content, bounds[-1], size))
@@ -67,7 +71,15 @@ def _document_bounds(path: str) -> np.ndarray:
     return np.array(bounds, np.int64)
 
 
-def _next_cut(content: mmap.mmap, start: int, size: int) -> int:
+def _next_cut_of_object(file: typing.BinaryIO, start: int, size: int) -> int:
+    """As `_next_cut`, of a file that cannot be mapped into memory."""
+    file.seek(start)
+    # One byte more than a document has, by which it is told whether a character is cut.
+    content = file.read(MAXIMUM_BYTES + 1)
+    return start + _next_cut(content, 0, size - start)
+
+
+def _next_cut(content: mmap.mmap | bytes, start: int, size: int) -> int:
     """Where the document that begins at `start` ends."""
     low, high = start + MINIMUM_BYTES, min(start + MAXIMUM_BYTES, size)
     for pattern in CUTS:
@@ -93,16 +105,15 @@ class JsonlFile:
     def __init__(self, path: str, field: str):
         self._path = path
         self._field = field
-        self._offsets, self._line_numbers = _line_index(path)
+        self._offsets, self._ends, self._line_numbers = _line_index(path)
 
     def __len__(self) -> int:
         return len(self._offsets)
 
     def __getitem__(self, index: int) -> str | BadRecord:
         where = f"{self._path}, line {self._line_numbers[index]}"
-        with open_file(self._path) as file:
-            file.seek(int(self._offsets[index]))
-            line = decoded(file.readline(), where)
+        raw = read_bytes(self._path, int(self._offsets[index]), int(self._ends[index]))
+        line = decoded(raw, where)
         if isinstance(line, BadRecord):
             return line
         try:
@@ -125,9 +136,9 @@ class JsonlFile:
         return text_of(record[self._field], self._field, where)
 
 
-def _line_index(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Byte offset and number (from 1) of every line that is not blank."""
-    offsets, numbers = [], []
+def _line_index(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First byte, end and number (from 1) of every line that is not blank."""
+    offsets, ends, numbers = [], [], []
     offset = 0
     with open_file(path) as file:
         for number, line in enumerate(file, start=1):
@@ -136,9 +147,10 @@ def _line_index(path: str) -> tuple[np.ndarray, np.ndarray]:
                 line = line[offset:]
             if not line.isspace():
                 offsets.append(offset)
+                ends.append(offset + len(line))
                 numbers.append(number)
             offset += len(line)
-    return np.array(offsets, np.int64), np.array(numbers, np.int64)
+    return np.array(offsets, np.int64), np.array(ends, np.int64), np.array(numbers, np.int64)
 
 
 # ------------------------------------------------------------------------------
@@ -163,7 +175,7 @@ class ParquetFile:
         self._column = column
         pyarrow = _pyarrow()
         try:
-            with pyarrow.parquet.ParquetFile(path) as file:
+            with _open_parquet(path) as file:
                 schema = file.schema_arrow
                 groups = file.metadata.num_row_groups
                 self._ends = np.cumsum(
@@ -225,8 +237,15 @@ def _check_column(path: str, schema: Any, column: str) -> None:
 
 @functools.lru_cache(maxsize=CACHED_GROUPS)
 def _read_group(path: str, group: int, column: str) -> Any:
-    with _pyarrow().parquet.ParquetFile(path) as file:
+    with _open_parquet(path) as file:
         return file.read_row_group(group, columns=[column]).column(column)
+
+
+def _open_parquet(path: str) -> Any:
+    """The file; of an object only what is asked for is read."""
+    if not is_bucket_path(path):
+        return _pyarrow().parquet.ParquetFile(path)
+    return _pyarrow().parquet.ParquetFile(path.partition("://")[2], filesystem=file_system(path))
 
 
 def _pyarrow() -> Any:

@@ -11,6 +11,7 @@ from absl import logging
 
 from megatransformer_jax import streams
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.storage import file_system, is_bucket_path
 
 # ------------------------------------------------------------------------------
 # Records.
@@ -81,25 +82,51 @@ class BadRecordPolicy:
             logging.warning("%d bad records skipped; the first: %s", self.count, self.first)
 
 
+# An object is read in blocks, so that going through one takes few requests.
+_BLOCK_BYTES = 8 << 20
+
+
 @contextlib.contextmanager
 def open_file(path: str) -> Iterator[typing.BinaryIO]:
-    """A data file opened for reading.
+    """A data file, of this machine or in a bucket, opened to be read from start to end.
 
     Raises:
       UserError: if it cannot be opened or read.
     """
     try:
-        with open(path, "rb") as file:
-            yield file
+        if is_bucket_path(path):
+            options = {"cache_type": "readahead", "block_size": _BLOCK_BYTES}
+            with file_system(path).open(path, "rb", **options) as file:
+                yield file
+        else:
+            with open(path, "rb") as file:
+                yield file
     except OSError as error:
         raise unreadable(path, error) from error
 
 
-def unreadable(path: str, error: OSError) -> UserError:
-    """The error for a file that the system does not let us read."""
+def read_bytes(path: str, start: int, end: int) -> bytes:
+    """The bytes from `start` to before `end` of a data file; of an object by one request.
+
+    Raises:
+      UserError: if they cannot be read.
+    """
+    if not is_bucket_path(path):
+        with open_file(path) as file:
+            file.seek(start)
+            return file.read(end - start)
+    try:
+        return file_system(path).cat_file(path, start=start, end=end)
+    except Exception as error:  # Of the client: of HTTP, of credentials.
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: Exception) -> UserError:
+    """The error for a file that the system, or its bucket, does not let us read."""
+    reason = getattr(error, "strerror", None) or error
     return UserError(
-        f"{path}: cannot be read ({error.strerror or error}). Make it readable, or name other "
-        "files with data.files and data.validation_files."
+        f"{path}: cannot be read ({reason}). Make it readable, or name other files with data.files "
+        "and data.validation_files."
     )
 
 

@@ -30,9 +30,9 @@ from megatransformer_jax.evaluation.recurrence import (
     iteration_curves,
     spectral_radius,
 )
-from megatransformer_jax.files import write_json
 from megatransformer_jax.models.megatransformer import MegaTransformer, off_mesh
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.storage import write_json
 from megatransformer_jax.training.writers import MetricWriter
 from megatransformer_jax.types import Batch
 

@@ -16,7 +16,7 @@ from megatransformer_jax.evaluation.media.judges import DrawnScores, Recognition
 from megatransformer_jax.evaluation.media.sound_scores import ResynthesisScores, TranscriptErrors
 from megatransformer_jax.evaluation.media.validation import MediaScores
 from megatransformer_jax.evaluation.report import new_figure
-from megatransformer_jax.files import write_json
+from megatransformer_jax.storage import write_json
 
 # ------------------------------------------------------------------------------
 # Tables.

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from megatransformer_jax.models.media.image_vae import (
 from megatransformer_jax.nn.parameters import axes_of
 from megatransformer_jax.runs.build import MemoryPlan
 from megatransformer_jax.runs.tasks.medium import MediumTask
+from megatransformer_jax.runs.workdir import Workdir
 from megatransformer_jax.training.media_hook import MediaSamples
 from megatransformer_jax.types import DTypePolicy, ImageBatch
 
@@ -76,7 +76,7 @@ class ImageVaeTask(MediumTask):
     def __init__(
         self,
         config: VaeRunConfig,
-        workdir: pathlib.Path,
+        workdir: Workdir,
         stack: contextlib.ExitStack,
         plan: MemoryPlan | None = None,
     ):

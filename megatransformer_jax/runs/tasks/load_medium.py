@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +23,7 @@ from megatransformer_jax.runs.tasks.medium import MediumModel, abstract_state
 from megatransformer_jax.runs.tasks.vocoder import make_vocoder
 from megatransformer_jax.sharding.mesh import make_mesh
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.storage import CHECKPOINTS, NO_CHECKPOINTS, as_path, check_reachable
 from megatransformer_jax.training.evaluation_params import restore_judged_params
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.types import DTypePolicy
@@ -49,7 +49,8 @@ def load_medium_run(
     Raises:
       UserError: if there is no such run or checkpoint, or it is of another kind.
     """
-    folder = pathlib.Path(workdir).expanduser()
+    folder = as_path("workdir", workdir, CHECKPOINTS, NO_CHECKPOINTS)
+    check_reachable("workdir", folder)
     if not (folder / "checkpoints").is_dir():
         raise UserError(
             f"{folder} is not the workdir of a run (a folder checkpoints/ in it). Train one: "

@@ -2,7 +2,6 @@
 
 import abc
 import contextlib
-import pathlib
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,11 +16,12 @@ from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.run_base import BaseRunConfig
 from megatransformer_jax.data.batches import Pipeline, first_batches
 from megatransformer_jax.evaluation.validation import MeanValidation
-from megatransformer_jax.files import write_json
 from megatransformer_jax.runs.build import MemoryPlan
 from megatransformer_jax.runs.task import ParamsOf
+from megatransformer_jax.runs.workdir import Workdir
 from megatransformer_jax.sharding.mesh import make_mesh, share_of_batch
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.storage import write_json
 from megatransformer_jax.training.distributed import make_global
 from megatransformer_jax.training.loop import Hook, StepFunction
 from megatransformer_jax.training.media_hook import MediaSampleHook, MediaSamples
@@ -70,7 +70,7 @@ class MediumTask(abc.ABC):
     def __init__(
         self,
         config: BaseRunConfig,
-        workdir: pathlib.Path,
+        workdir: Workdir,
         stack: contextlib.ExitStack,
         model: MediumModel,
         open_data: Callable[..., Pipeline],
@@ -139,7 +139,7 @@ class MediumTask(abc.ABC):
 
     def observers(self, params_of: ParamsOf, writer: MultiWriter) -> list[Hook]:
         """Samples."""
-        folder = self._workdir / "samples" if jax.process_index() == 0 else None
+        folder = self._workdir.files / "samples" if jax.process_index() == 0 else None
 
         def make(state: TrainState, step: int) -> MediaSamples:
             del step  # Nothing is drawn at random.
@@ -160,9 +160,9 @@ class MediumTask(abc.ABC):
         for name, value in scores.items():
             table.add_row(name, f"{value:.4f}")
         console.print(table)
-        path = self._workdir / "summary.json"
+        path = self._workdir.files / "summary.json"
         write_json(path, scores)
-        logging.info("numbers: %s", path)
+        logging.info("numbers: %s", self._workdir.final(path))
 
 
 def abstract_state(model: MediumModel, optimizer: Any, sharder: Sharder) -> TrainState:

@@ -1,7 +1,6 @@
 """Where a run starts: afresh, from another model, or from the newest checkpoint of its workdir."""
 
 import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +18,7 @@ from megatransformer_jax.checkpoints.compatibility import (
     config_differences,
     resume_warnings,
 )
+from megatransformer_jax.checkpoints.hub import find_model
 from megatransformer_jax.checkpoints.manager import CheckpointManager
 from megatransformer_jax.checkpoints.quantized import refuse_quantized
 from megatransformer_jax.config.build import to_dict
@@ -196,7 +196,7 @@ def pretrained_state(
     """
     options = config.fine_tuning
     assert options.init_from is not None  # The caller has asked.
-    refuse_quantized(pathlib.Path(options.init_from).expanduser())
+    refuse_quantized(find_model(options.init_from))
     source = load_model(options.init_from, step=options.init_step, sharder=sharder)
     _check_tokenizer(source, tokenizer)
     _check_model(source, config)

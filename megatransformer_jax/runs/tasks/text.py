@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.runs.build import MemoryPlan, trained_depth
 from megatransformer_jax.runs.evaluate_text import read_references
 from megatransformer_jax.runs.tasks.transformer import TransformerTask
+from megatransformer_jax.runs.workdir import Workdir
 from megatransformer_jax.training.loop import Hook, SampleHook
 from megatransformer_jax.training.writers import MultiWriter
 
@@ -36,7 +36,7 @@ class TextTask(TransformerTask):
     def __init__(
         self,
         config: RunConfig,
-        workdir: pathlib.Path,
+        workdir: Workdir,
         stack: contextlib.ExitStack,
         plan: MemoryPlan | None,
     ):

@@ -42,6 +42,7 @@ from megatransformer_jax.runs.build import (
 from megatransformer_jax.runs.task import ParamsOf
 from megatransformer_jax.runs.tasks.start import fresh_state
 from megatransformer_jax.runs.tokenizers import start_tokenizer
+from megatransformer_jax.runs.workdir import Workdir
 from megatransformer_jax.sharding.mesh import share_of_batch
 from megatransformer_jax.training.distributed import make_global_batch
 from megatransformer_jax.training.loop import Hook, StepFunction
@@ -69,13 +70,13 @@ class TransformerTask(abc.ABC):
     def __init__(
         self,
         config: RunConfig,
-        workdir: pathlib.Path,
+        workdir: Workdir,
         stack: contextlib.ExitStack,
         plan: MemoryPlan | None,
     ):
         self.config = config
         self.workdir = workdir
-        self.tokenizer = start_tokenizer(config, workdir)
+        self.tokenizer = start_tokenizer(config, workdir.root)
         self.digest = self.tokenizer.digest()
         self.facts = f"vocabulary: {self.tokenizer.vocab_size}"
         self.model, self.sharder = build_sharded_model(config)
@@ -178,13 +179,13 @@ class TransformerTask(abc.ABC):
             console.print(text, markup=False, highlight=False)
         table = make_table(scores, mean, self.shown)
         console.print(table)
-        _append(self.workdir / "train.log", table)
-        paths = write_depth_table(self.workdir, scores, mean, self.shown)
-        logging.info("table and plot: %s, %s", *paths)
+        _append(self.workdir.files / "train.log", table)
+        paths = write_depth_table(self.workdir.files, scores, mean, self.shown)
+        logging.info("table and plot: %s, %s", *map(self.workdir.final, paths))
 
     def folder(self, name: str) -> pathlib.Path | None:
         """Of the workdir, for the process that writes."""
-        return self.workdir / name if jax.process_index() == 0 else None
+        return self.workdir.files / name if jax.process_index() == 0 else None
 
     @functools.cached_property
     def validation_key(self) -> jax.Array:

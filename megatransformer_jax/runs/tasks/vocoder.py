@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import pathlib
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from megatransformer_jax.losses.sound import resynthesize, spectral_losses, voco
 from megatransformer_jax.models.vocoders import init_vocoder, vocoder_axes
 from megatransformer_jax.runs.build import MemoryPlan
 from megatransformer_jax.runs.tasks.medium import MediumTask
+from megatransformer_jax.runs.workdir import Workdir
 from megatransformer_jax.training.media_hook import MediaSamples
 from megatransformer_jax.types import DTypePolicy, WaveformBatch
 
@@ -66,7 +66,7 @@ class VocoderTask(MediumTask):
     def __init__(
         self,
         config: VocoderRunConfig,
-        workdir: pathlib.Path,
+        workdir: Workdir,
         stack: contextlib.ExitStack,
         plan: MemoryPlan | None = None,
     ):

@@ -13,6 +13,7 @@ from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.evaluation.text_metrics import bleu
 from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.runs.tasks.text import ReasoningTask, TextTask
+from megatransformer_jax.runs.workdir import Workdir
 
 PROMPTS = ("The if", "A", "never read")
 NEW_TOKENS = 5
@@ -36,7 +37,8 @@ def open_task(small_run, tmp_path):
 
         def make(task_class, generated, changes=None):
             values = {"evaluation": {"generated": generated}} | (changes or {})
-            return task_class(build(small_run(tmp_path, values)), tmp_path, stack, None)
+            config = build(small_run(tmp_path, values))
+            return task_class(config, Workdir(tmp_path, tmp_path), stack, None)
 
         yield make
 
