@@ -1,9 +1,9 @@
 """Paths of this machine and of buckets."""
 
 import pathlib
+import sys
 
 import pytest
-from without_extras import run_without
 
 import megatransformer_jax as mt
 from megatransformer_jax.config.option import ConfigError, UserError
@@ -80,10 +80,13 @@ def test_addresses_are_refused_before_a_folder_is_made(use, option, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_extra_is_named_where_its_package_is_missing():
-    code = "import megatransformer_jax as mt\nmt.load('gs://bucket/run')"
-    done = run_without({"gcsfs"}, code)
-    assert "pip install 'megatransformer_jax[gcs]'" in done.stderr
+@pytest.mark.parametrize(
+    ("scheme", "package", "extra"), [("gs", "gcsfs", "gcs"), ("s3", "s3fs", "s3")]
+)
+def test_the_extra_is_named_where_its_package_is_missing(scheme, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=rf"a='{scheme}://bucket/x'.*jax\[{extra}\]"):
+        as_path("a", f"{scheme}://bucket/x")
 
 
 @pytest.mark.parametrize("scheme", ["gs", "s3"])

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from absl import logging
 
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.runs.workdir import LOCKED_FILE
 from megatransformer_jax.storage import AnyPath, files_below, write_atomically
 from megatransformer_jax.training.recorder import METRIC_PARTS, METRICS_FILE, metric_parts
 
@@ -31,7 +32,7 @@ MAX_FAILURES = 3
 _PAUSE_S = 1.0
 
 # Files that a run goes on with on another machine.
-_CONTINUED = ("train.log", "wandb_run_id.txt")
+_CONTINUED = (LOCKED_FILE, "wandb_run_id.txt")
 # In a workdir on this machine: what is not copied. Metrics are, in parts.
 _LEFT_OUT = ("checkpoints", "wandb", METRICS_FILE, METRIC_PARTS)
 
@@ -129,13 +130,13 @@ class Mirror:
             raise self._failure
         self._wanted.set()
 
-    def send_metrics(self) -> None:
-        """Copies the metrics and waits for it, so that no checkpoint lacks the lines of its steps.
+    def send_records(self) -> None:
+        """Copies metrics and log and waits for it, so that no checkpoint lacks its steps' lines.
 
         Raises:
           MirrorFailed: if it fails several times in a row.
         """
-        self._insist(self._send_metrics)
+        self._insist(self._send_records)
 
     # Rounds.
 
@@ -181,6 +182,11 @@ class Mirror:
 
     # What is sent.
 
+    def _send_records(self) -> None:
+        self._send_metrics()
+        if (self._files / LOCKED_FILE).exists():
+            self._send_file(LOCKED_FILE)
+
     def _send_all(self) -> None:
         self._send_metrics()
         for name in files_below(self._files):
@@ -205,10 +211,11 @@ class Mirror:
         content = path.read_bytes()
         content = content[: content.rfind(b"\n") + 1]  # A line that is being written waits.
         self._cut_parts(len(content))
-        is_open = self._parts and self._parts[-1].end - self._parts[-1].start < PART_BYTES
-        start = self._parts[-1].start if is_open else self._sent_bytes
         if self._sent_bytes == len(content):
             return
+        last = self._parts[-1] if self._parts else None
+        is_open = last is not None and last.end - last.start < PART_BYTES
+        start = last.start if last is not None and is_open else self._sent_bytes
         for piece in _pieces(content[start:]):
             step = json.loads(piece.partition(b"\n")[0])["step"]
             part = _Part(

@@ -298,7 +298,7 @@ class Run:
     ) -> Mapping[str, float]:
         """Starts a save; returns how long it, and the one before, took."""
         if self._mirror is not None:
-            self._mirror.send_metrics()
+            self._mirror.send_records()
         info = run_info(self.config, self.task.digest)
         with self._save_times.measure(step):
             self._checkpoints.save(step, state, self.task.batches.get_state(), info, scores)

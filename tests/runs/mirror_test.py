@@ -47,11 +47,11 @@ def test_metrics_arrive_in_parts_whose_last_one_grows(files, bucket):
     with Mirror(files, bucket, is_workdir=True) as mirror:
         mirror.start()
         write_steps(files, 1, 2)
-        mirror.send_metrics()
+        mirror.send_records()
         assert parts(bucket) == {"000000001.jsonl": 2}
         write_steps(files, 3, 8)
         (files / "metrics.jsonl").open("a").write('{"step": 9')  # Not written to its end.
-        mirror.send_metrics()
+        mirror.send_records()
         assert parts(bucket) == {
             "000000001.jsonl": 3,
             "000000004.jsonl": 3,
@@ -90,7 +90,7 @@ def test_files_are_sent_when_they_have_changed_and_only_those_of_the_run(
         lambda path, content: (sent.append(path), write(path, content)),
     )
     for name in ("config.json", "samples/a.txt", "checkpoints/10/x", "wandb/x", ".half.json.abc"):
-        (files / name).parent.mkdir(exist_ok=True)
+        (files / name).parent.mkdir(parents=True, exist_ok=True)
         (files / name).write_text(name)
     with Mirror(files, bucket, is_workdir=False) as mirror:
         mirror.start()

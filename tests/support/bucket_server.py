@@ -82,7 +82,7 @@ def _environment(scheme: str, url: str) -> dict[str, str]:
     return {
         "STORAGE_EMULATOR_HOST": url,  # gcsfs and google-cloud-storage
         "TENSORSTORE_GCS_HTTP_URL": url,  # Orbax's arrays
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks a service that is not emulated
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # see conftest.py
         "FSSPEC_GS_TOKEN": "anon",
         "GOOGLE_CLOUD_PROJECT": "a",
         "NO_GCE_CHECK": "true",
@@ -103,7 +103,21 @@ def _wait_for(path: pathlib.Path, server: subprocess.Popen) -> None:
 
 def _serve_gs(port: int, log: pathlib.Path) -> None:
     from gcp_storage_emulator import server  # noqa: PLC0415
+    from gcp_storage_emulator.handlers import objects  # noqa: PLC0415
 
+    download = objects.download
+
+    def download_with_generation(request, response, storage, *arguments, **options):
+        """The emulator leaves out a header without which TensorStore cannot read a file again."""
+        download(request, response, storage, *arguments, **options)
+        if response.status < 400:
+            found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = found["generation"]
+
+    objects.download = download_with_generation
+    for _, methods in server.HANDLERS:
+        if methods.get("GET") is download:
+            methods["GET"] = download_with_generation
     server.RequestHandler.log_message = _logged_to(log)
     server.create_server("127.0.0.1", port, in_memory=True, default_bucket=NAME).start()
     log.with_suffix(".ready").touch()
