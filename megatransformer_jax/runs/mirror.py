@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from absl import logging
 
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.option import TRY_AGAIN, UserError
 from megatransformer_jax.runs.workdir import LOCKED_FILE
 from megatransformer_jax.storage import AnyPath, files_below, write_atomically
 from megatransformer_jax.training.recorder import METRIC_PARTS, METRICS_FILE, metric_parts
@@ -39,6 +39,8 @@ _LEFT_OUT = ("checkpoints", "wandb", METRICS_FILE, METRIC_PARTS)
 
 class MirrorFailed(UserError):
     """Files could not be copied to the bucket. The message says why and what to do."""
+
+    exit_code = TRY_AGAIN
 
 
 class _Part(NamedTuple):
