@@ -534,8 +534,7 @@ class CheckpointManager:
 
     def _delete(self, step: int) -> None:
         if is_bucket_path(self._directory) and jax.process_index() == 0:
-            # Objects go one by one. Without its last one a checkpoint counts as unfinished, for
-            # readers and for the next start, which removes the rest.
+            # Without it the checkpoint counts as unfinished; the next start removes what is left.
             (self._directory / str(step) / _WHOLE).unlink(missing_ok=True)
         self._manager.delete(step)
 
@@ -561,13 +560,10 @@ def _options(
         # Temporary folders may be of a run that is saving now. (Orbax's own `read_only` warns of
         # every option that it overrules.)
         return ocp.CheckpointManagerOptions(create=False, cleanup_tmp_directories=False, **metrics)
-    deleting: dict[str, Any] = {
-        "preservation_policy": retention_policy(config),
-        "todelete_subdir": _TRASH,
-    }
-    if is_in_bucket:
-        # Which are deleted, and in which order of objects, is up to `_delete_unkept`.
-        deleting = {"enable_background_delete": True}
+    # In a bucket `_delete_unkept` says which are deleted, and in which order of objects.
+    deleting: dict[str, Any] = {"enable_background_delete": True}
+    if not is_in_bucket:
+        deleting = {"preservation_policy": retention_policy(config), "todelete_subdir": _TRASH}
     return ocp.CheckpointManagerOptions(
         cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(

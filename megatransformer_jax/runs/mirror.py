@@ -66,6 +66,8 @@ class Mirror:
         self._bucket = bucket
         self._is_workdir = is_workdir
         self._parts: list[_Part] = []
+        # The metrics as they were in the bucket, until `start`.
+        self._fetched = b""
         # By name, size and time of what was sent of a file.
         self._sent: dict[str, tuple[int, int]] = {}
         # One sends at a time: the thread, or the run where it waits.
@@ -117,6 +119,7 @@ class Mirror:
         if not self._is_workdir:
             for path in metric_parts(self._bucket):
                 path.unlink()
+        self._drop_parts()
         logging.info("files in %s are copied to %s", self._files, self._bucket)
         self._insist(self._send_all)
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
@@ -212,7 +215,6 @@ class Mirror:
             return
         content = path.read_bytes()
         content = content[: content.rfind(b"\n") + 1]  # A line that is being written waits.
-        self._cut_parts(len(content))
         if self._sent_bytes == len(content):
             return
         last = self._parts[-1] if self._parts else None
@@ -235,31 +237,38 @@ class Mirror:
         """How much of the metrics file the parts hold."""
         return self._parts[-1].end if self._parts else 0
 
-    def _cut_parts(self, size: int) -> None:
-        """Drops from the bucket what the metrics file no longer has, the last part first."""
-        while self._sent_bytes > size:
-            part = self._parts[-1]
-            if part.start >= size:
-                part.path.unlink(missing_ok=True)
-            else:
-                write_atomically(part.path, part.path.read_bytes()[: size - part.start])
-            self._parts.pop()
-            if part.start < size:
-                self._parts.append(part._replace(end=size))
+    def _drop_parts(self) -> None:
+        """Drops from the bucket what the metrics file does not have as it was fetched.
+
+        It lacks the end, steps that are run again, and perhaps lines that could not be read.
+        """
+        path = self._files / METRICS_FILE
+        content = path.read_bytes() if path.is_file() else b""
+        kept = 0
+        for part in self._parts:
+            if content[part.start : part.end] != self._fetched[part.start : part.end]:
+                break
+            kept += 1
+        dropped, self._parts = self._parts[kept:], self._parts[:kept]
+        self._fetched = b""
+        # The last ones first, and the first one not before the lines that it keeps are sent.
+        for part in reversed(dropped[1:]):
+            part.path.unlink(missing_ok=True)
+        self._insist(self._send_metrics)
+        if dropped and dropped[0].path not in {part.path for part in self._parts}:
+            dropped[0].path.unlink(missing_ok=True)
 
     def _fetch(self) -> None:
         """Brings what the run goes on with to this machine."""
         for name in _CONTINUED:
             if (self._bucket / name).exists():
                 (self._files / name).write_bytes((self._bucket / name).read_bytes())
-        with contextlib.ExitStack() as stack:
-            paths = metric_parts(self._bucket)
-            if paths:
-                file = stack.enter_context((self._files / METRICS_FILE).open("wb"))
-            for path in paths:
-                start = self._sent_bytes
-                file.write(content := path.read_bytes())
-                self._parts.append(_Part(path, start, start + len(content)))
+        for path in metric_parts(self._bucket):
+            start = len(self._fetched)
+            self._fetched += path.read_bytes()
+            self._parts.append(_Part(path, start, len(self._fetched)))
+        if self._parts:
+            (self._files / METRICS_FILE).write_bytes(self._fetched)
 
 
 def _pieces(content: bytes) -> list[bytes]:

@@ -5,6 +5,7 @@ import traceback
 from typing import Any
 
 import pytest
+from broken_addresses import BROKEN_ADDRESSES
 from broken_audio import BROKEN_AUDIO
 from broken_diagnostics import BROKEN_DIAGNOSTICS
 from broken_images import BROKEN_IMAGES
@@ -59,6 +60,7 @@ RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)
 BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
     *BROKEN_TOKENS,
+    *BROKEN_ADDRESSES,
     *BROKEN_DIAGNOSTICS,
     *BROKEN_VALIDATION,
     *BROKEN_AUDIO,
@@ -383,28 +385,6 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         "fine_tuning.train_only",
     ),
     ("_workdir_is_named", RunConfig, {"workdir": ""}, "workdir"),
-    ("_workdir_is_served", RunConfig, {"workdir": "s3://bucket/run"}, "workdir"),
-    (
-        "_bucket_is_not_copied",
-        RunConfig,
-        {"workdir": "gs://a/b", "logging": LoggingConfig(mirror="s3://a/b")},
-        "logging.mirror",
-    ),
-    ("_mirror_is_a_bucket", LoggingConfig, {"mirror": "runs/copy"}, "mirror"),
-    ("_mirror_is_a_bucket", LoggingConfig, {"mirror": "az://bucket/copy"}, "mirror"),
-    ("_files_are_served", DataConfig, {"source": "text", "files": ("az://a/b",)}, "files"),
-    (
-        "_files_are_served",
-        DataConfig,
-        {"source": "arrayrecord", "files": ("a",), "validation_files": ("gs://a/b",)},
-        "validation_files",
-    ),
-    (
-        "_files_are_served",
-        DataConfig,
-        {"source": "tfds", "tfds_name": "a", "tfds_data_dir": "gs://a/b"},
-        "tfds_data_dir",
-    ),
     ("_environment_has_pairs", RunConfig, {"environment": ("XLA_FLAGS",)}, "environment"),
     ("_environment_has_pairs", RunConfig, {"environment": ("A=1", "A=2")}, "environment"),
     (

@@ -79,6 +79,20 @@ def test_another_machine_goes_on_with_the_lines_up_to_its_checkpoint(files, buck
     assert [row["step"] for row in read_metrics(other)] == list(range(1, 12))
 
 
+def test_a_line_that_cannot_be_read_is_left_out_in_the_bucket_too(files, bucket, tmp_path):
+    with Mirror(files, bucket, is_workdir=True) as mirror:
+        mirror.start()
+        write_steps(files, 1, 8)
+    damaged = bucket / "metrics" / "000000004.jsonl"
+    damaged.write_bytes(b"x" + damaged.read_bytes())
+    (other := tmp_path / "other").mkdir()
+    with Mirror(other, bucket, is_workdir=True) as mirror:
+        MetricsFile(other / "metrics.jsonl", 8).close()
+        mirror.start()
+    assert [row["step"] for row in read_metrics(bucket)] == [1, 2, 3, 5, 6, 7, 8]
+    assert sorted(parts(bucket)) == ["000000001.jsonl", "000000005.jsonl", "000000008.jsonl"]
+
+
 def test_files_are_sent_when_they_have_changed_and_only_those_of_the_run(
     files, bucket, monkeypatch
 ):

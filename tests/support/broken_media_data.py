@@ -105,7 +105,6 @@ BROKEN_MEDIA_DATA: list[tuple[str, type, dict[str, Any], str]] = [
         {"tasks": ("which_clip=1",)},
         "audio_per_row",
     ),
-    ("_folder_is_here", DocumentsDataConfig, {"folder": "gs://a/b"}, "folder"),
     ("_documents_have_a_folder", MediaDataConfig, {"tasks": ("documents=1",)}, "documents.folder"),
     (
         "_documents_have_a_folder",
