@@ -28,6 +28,7 @@ from megatransformer_jax.data.documents import in_order
 from megatransformer_jax.data.packing import Row, SpecialIds
 from megatransformer_jax.data.sources.record import unreadable
 from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.storage import local_path
 from megatransformer_jax.streams import Purpose, generator_of
 from megatransformer_jax.types import Batch
 
@@ -240,7 +241,7 @@ def read_prepared(name: str) -> PreparedFolder:
       ConfigError: if `megatransformer prepare` has not finished one there.
       UserError: if tokens.json cannot be read or is of another version.
     """
-    path = pathlib.Path(name).expanduser()
+    path = local_path("data.files", name)
     file = path / TOKENS_FILE
     try:
         facts = json.loads(file.read_text(encoding="utf-8"))
