@@ -163,9 +163,9 @@ def make_and_probe(option: str, path: AnyPath) -> AnyPath:
     try:
         if is_bucket_path(folder):
             # There are no empty folders in a bucket; whether it can be written to shows an object.
-            probe, content = folder / f".probe-{uuid.uuid4().hex}", uuid.uuid4().bytes
+            probe, content = folder / f".probe-{uuid.uuid4().hex}", uuid.uuid4().hex
             write_atomically(probe, content)
-            if probe.read_bytes() != content:
+            if probe.read_bytes() != content.encode():
                 raise OSError("an object that was written reads back otherwise")
             probe.unlink()
         else:
