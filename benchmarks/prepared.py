@@ -20,17 +20,23 @@ import sys
 import tempfile
 import time
 from pydoc_data.topics import topics
+from typing import Any
 
 import numpy as np
 
 from benchmarks.timing import environment
+from megatransformer_jax.checkpoints.compatibility import flatten_config
+from megatransformer_jax.config.build import configure
 from megatransformer_jax.config.data import DataConfig
+from megatransformer_jax.config.run_kinds import require_transformer
 from megatransformer_jax.data.pipeline import build_pipeline
 from megatransformer_jax.data.tokenizer import Tokenizer, load_sentencepiece
+from megatransformer_jax.runs.prepare import prepare
 
 ROWS, LENGTH = 64, 512
 PROCESSES = (1, 4, 16, 64)
 WARM_UP = 3
+ROUNDS = 3
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -42,6 +48,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--shard-mb", type=int, default=16, help="megabytes of text per file")
     parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument(
+        "--kill",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also prepare with a SIGKILL in the middle",
+    )
     parser.add_argument("--seconds", type=float, default=5, help="CPU time per measurement")
     return parser.parse_args()
 
@@ -63,21 +75,20 @@ def write_texts(path: pathlib.Path, megabytes: int) -> None:
                 written, number = written + len(text), number + 1
 
 
-def prepare(
-    words: list[str], output: pathlib.Path, kill_after_s: float | None = None
-) -> tuple[float, str]:
-    """Runs the command; returns its seconds and what it printed."""
-    command = [sys.executable, "-m", "experiments.prepare", *words, f"--output={output}"]
+def run_command(values: dict[str, Any], words: list[str], kill_after_s: float | None) -> float:
+    """Runs `megatransformer prepare`, perhaps not to its end; returns its seconds."""
+    options = [f"--config.{name}={value}" for name, value in flatten_config(values).items()]
+    command = [sys.executable, "-m", "experiments.prepare", "--config=recurrent", *options, *words]
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
-            printed, _ = process.communicate(timeout=kill_after_s)
+            process.wait(kill_after_s)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
-            return time.perf_counter() - start, "killed"
+            return time.perf_counter() - start
     if process.returncode:
         raise SystemExit(process.returncode)
-    return time.perf_counter() - start, printed.strip().replace("\n", "; ")
+    return time.perf_counter() - start
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
@@ -91,15 +102,18 @@ def digests(folder: pathlib.Path) -> dict[str, str]:
 def cpu_s_per_batch(
     data: DataConfig, tokenizer: Tokenizer, process_count: int, seconds: float
 ) -> float:
-    """CPU seconds that the first process takes for its share of a batch."""
+    """CPU seconds that the first process takes for its share of a batch, the least of 3 rounds."""
     with build_pipeline(data, tokenizer, split="train", process_count=process_count) as batches:
         for _ in range(WARM_UP):
             next(batches)
-        count, start = 0, time.process_time()
-        while time.process_time() - start < seconds:
-            next(batches)
-            count += 1
-        return (time.process_time() - start) / count
+        rounds = []
+        for _ in range(ROUNDS):
+            count, start = 0, time.process_time()
+            while time.process_time() - start < seconds / ROUNDS:
+                next(batches)
+                count += 1
+            rounds.append((time.process_time() - start) / count)
+        return min(rounds)
 
 
 def main() -> None:
@@ -116,42 +130,49 @@ def main() -> None:
 
 def measure(given: argparse.Namespace, folder: pathlib.Path) -> None:
     """Prepares, compares and times in a folder."""
-    texts = folder / "texts.jsonl"
+    texts, whole = folder / "texts.jsonl", folder / "whole"
     write_texts(texts, given.mb)
-    values = {
-        "data.source": "jsonl",
-        "data.files": str(texts),
-        "data.sequence_length": LENGTH,
-        "data.batch_size": ROWS,
-        "data.tokenizer.max_training_bytes": 3_000_000,
-        "model.vocab_size": given.vocabulary,
-        "model.max_length": LENGTH,
+    values: dict[str, Any] = {
+        "data": {
+            "source": "jsonl",
+            "files": (str(texts),),
+            "sequence_length": LENGTH,
+            "batch_size": ROWS,
+            "tokenizer": {"max_training_bytes": 3_000_000},
+        },
+        "model": {"vocab_size": given.vocabulary, "max_length": LENGTH},
     }
-    words = ["--config=recurrent", *(f"--config.{name}={value}" for name, value in values.items())]
-    words += [f"--workers={given.workers}", f"--shard_mb={given.shard_mb}"]
-    whole, killed = folder / "whole", folder / "killed"
-    duration_s, printed = prepare(words, whole)
-    print(f"prepared by {given.workers} workers in {duration_s:.1f} s: {printed}")
-    stopped_s, how = prepare(words, killed, kill_after_s=duration_s / 2)
-    finished = len(list(killed.glob("*.json"))) - 2  # The tokenizer's and the plan are not files.
-    duration_s, printed = prepare(words, killed)
-    print(f"{how} after {stopped_s:.1f} s, {finished} files finished; then {duration_s:.1f} s")
-    same = digests(whole) == digests(killed)
-    print(f"files of both: {'the same, byte for byte' if same else 'DIFFERENT'}")
-
-    config = DataConfig(
-        source="jsonl", files=(str(texts),), sequence_length=LENGTH, batch_size=ROWS
+    run = require_transformer(configure("recurrent", values))
+    done = prepare(run, str(whole), num_workers=given.workers, shard_mb=given.shard_mb)
+    megabytes = done.num_bytes / 1e6
+    print(
+        f"{given.workers} workers prepared {megabytes:.0f} MB, {done.tokens:,} tokens in "
+        f"{done.rows:,} rows, in {done.duration_s:.1f} s: {megabytes / done.duration_s:.1f} MB/s"
     )
-    tokenizer = load_sentencepiece(whole / "tokenizer.model")
-    prepared = dataclasses.replace(config, source="tokens", files=(str(whole),))
+    if given.kill:
+        killed = folder / "killed"
+        words = [f"--output={killed}", f"--workers={given.workers}", f"--shard_mb={given.shard_mb}"]
+        stopped_s = run_command(values, words, done.duration_s / 2)
+        finished = len(list(killed.glob("*-of-*.json")))
+        more_s = run_command(values, words, None)
+        same = digests(whole) == digests(killed)
+        print(
+            f"killed after {stopped_s:.1f} s with {finished} files finished, then went on for "
+            f"{more_s:.1f} s: {'the same files, byte for byte' if same else 'OTHER FILES'}"
+        )
+    print_costs(run.data, whole, given.seconds)
+
+
+def print_costs(config: DataConfig, folder: pathlib.Path, seconds: float) -> None:
+    """A table of what batches cost with many processes, of texts and of prepared rows."""
+    tokenizer = load_sentencepiece(folder / "tokenizer.model")
+    prepared = dataclasses.replace(config, source="tokens", files=(str(folder),))
     print(
         "\n| processes | rows of one | CPU per batch: texts | rows | useful tokens per CPU second: "
         "texts | rows |\n|---:|---:|---:|---:|---:|---:|"
     )
     for count in PROCESSES:
-        times = [
-            cpu_s_per_batch(data, tokenizer, count, given.seconds) for data in (config, prepared)
-        ]
+        times = [cpu_s_per_batch(data, tokenizer, count, seconds) for data in (config, prepared)]
         useful = ROWS // count * LENGTH
         print(
             f"| {count} | {ROWS // count} | {1e3 * times[0]:.2f} ms | {1e3 * times[1]:.3f} ms | "

@@ -93,6 +93,11 @@ def run(
             r"causal +xla: right: output [\s\S]+ train step +[\s\S]+ of the bound; first call",
         ),
         (
+            "prepared",
+            "--mb=1 --workers=1 --vocabulary=512 --seconds=0.01 --no-kill",
+            r"MB/s[\s\S]+\| 64 \| 1 \| [\d.]+ ms \| [\d.]+ ms \|",
+        ),
+        (
             "serving",
             "--width=16 --rows=2 --texts=6 --new=8 --slots=2 --rounds=1 --long-prompt=0",
             r"\| mixed \| \d+ \| [\d.]+ \(",
