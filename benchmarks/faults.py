@@ -50,6 +50,7 @@ class Outcome:
       codes: exit codes of the processes that met it.
       seconds: from the fault to the end of the process, the longest if there were several.
       message: the last line that a process wrote before it ended.
+      tracebacks: how many it wrote.
       result: "identical", or what differs.
     """
 
@@ -57,6 +58,7 @@ class Outcome:
     codes: list[int]
     seconds: float
     message: str
+    tracebacks: int
     result: str
 
 
@@ -182,7 +184,8 @@ def _end(process: subprocess.Popen) -> tuple[int, float]:
 def _outcome(fault: str, run: Training, process: subprocess.Popen) -> Outcome:
     """Of a fault that has just been made."""
     code, seconds = _end(process)
-    return Outcome(fault, [code], seconds, run.last_line(), "")
+    tracebacks = run.log.read_text(errors="replace").count("Traceback (most recent call last)")
+    return Outcome(fault, [code], seconds, run.last_line(), tracebacks, "")
 
 
 def _at_rest(settings: Settings, name: str) -> Training:
@@ -224,7 +227,7 @@ def kills(settings: Settings) -> Outcome:
         process.wait()
     run.finish()
     name = f"kill -9, {settings.kills} times, {inside} of them inside of a save"
-    return Outcome(name, [-9], 0.0, "", run.compare())
+    return Outcome(name, [-9], 0.0, "", 0, run.compare())
 
 
 def _checkpoints(run: Training) -> list[pathlib.Path]:
@@ -459,11 +462,13 @@ def carry_out(settings: Settings, names: Sequence[str], console: Console) -> lis
 def table_of(outcomes: Sequence[Outcome]) -> Table:
     """A line per fault."""
     table = Table(title="Faults", show_lines=True)
-    for name in ("fault", "exit code", "seconds", "last line", "metrics after the next start"):
+    names = ("fault", "exit code", "seconds", "tracebacks", "last line", "metrics after all steps")
+    for name in names:
         table.add_column(name, overflow="fold")
     for one in outcomes:
         codes = ", ".join(map(str, one.codes))
-        table.add_row(one.fault, codes, f"{one.seconds:.1f}", one.message, one.result)
+        numbers = (codes, f"{one.seconds:.1f}", str(one.tracebacks))
+        table.add_row(one.fault, *numbers, one.message, one.result)
     return table
 
 
@@ -490,10 +495,10 @@ def main(words: Sequence[str] | None = None) -> None:
     lost = [
         one.fault
         for one in outcomes
-        if not one.result.startswith("identical") or "NO" in one.result
+        if not one.result.startswith("identical") or "NO" in one.result or one.tracebacks
     ]
     if lost:
-        sys.exit(f"lost something: {', '.join(lost)}")
+        sys.exit(f"lost something, or was not clear: {', '.join(lost)}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ _STATUS = re.compile(
     r"\b(?:RESOURCE_EXHAUSTED|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED"
     r"|FAILED_PRECONDITION|ALREADY_EXISTS|NOT_FOUND|ABORTED|DATA_LOSS)\b"
 )
-_OS_ERROR = re.compile(r"OS error (\d+)")
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 # Of those and of HTTP.
 _FORBIDDEN_STATUS = re.compile(
     r"\b(?:401|403)\b|PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|Forbidden"

@@ -26,7 +26,10 @@ def raised_from(error: Exception) -> Exception:
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device", "make room"),
         (raised_from(OSError(errno.EROFS, "Read-only", "a/b")), "a/b: Read-only", "the right"),
         (
-            ValueError('RESOURCE_EXHAUSTED: writing "a/b" [OS error 28: No space left on device]'),
+            ValueError(
+                'RESOURCE_EXHAUSTED: Error writing "a": Failed to write 3 bytes to file 4: No '
+                "space left on device [os_error_code='28']"
+            ),
             "No space left on device",
             "make room",
         ),

@@ -482,7 +482,7 @@ class CheckpointManager:
         then = (
             f"it resumes from step {whole[-1]}, the newest whole checkpoint."
             if whole
-            else "no checkpoint is whole yet, so it starts afresh."
+            else "there is no whole checkpoint now, and without one it starts afresh."
         )
         fix = fix_of(error)
         return f"{fix[0].upper()}{fix[1:]}, then start the same command again: {then}"

@@ -20,6 +20,7 @@ from megatransformer_jax.config.option import (
     check_options,
     compilation_cache_option,
     option,
+    require_defaults,
     rule,
     section,
 )
@@ -46,6 +47,17 @@ class BaseRunConfig(abc.ABC):
 
     kind: str = kind_option("transformer")
     workdir: str = option("runs/recurrent", "Checkpoints, metrics, logs, samples and plots.")
+    lock_owner: str | None = option(
+        None,
+        "Name of the run that the lock of a workdir in a bucket is in. A start with the same name "
+        "takes it over at once, as a run does that comes back on another machine; others wait "
+        "until it is five minutes old. Default (None): the name of the machine.",
+    )
+    steal_lock: bool = option(
+        False,
+        "Takes the lock of a workdir in a bucket from the run that has it. That run ends before it "
+        "saves again. config.json does not keep this option.",
+    )
     environment: tuple[str, ...] = option(
         (),
         "NAME=value pairs put into the process environment before JAX starts, such as XLA_FLAGS.",
@@ -93,6 +105,19 @@ class BaseRunConfig(abc.ABC):
                 "logging.mirror",
                 f"{self.logging.mirror!r} would be a copy of a bucket, workdir={self.workdir!r}; "
                 "leave it None.",
+            )
+
+    @rule("lock_owner", "steal_lock")
+    def _bucket_has_a_lock(self) -> None:
+        """Keep the default unless workdir or logging.mirror is in a bucket."""
+        if self.lock_owner is not None and not self.lock_owner.strip():
+            raise ConfigError("lock_owner", f"{self.lock_owner!r} is not a name; give one.")
+        if not any(map(is_bucket_path, filter(None, (self.workdir, self.logging.mirror)))):
+            require_defaults(
+                self,
+                ("lock_owner", "steal_lock"),
+                f"with workdir={self.workdir!r}, whose lock ends with its process",
+                "leave it out",
             )
 
     @rule("environment")

@@ -59,12 +59,22 @@ class Mirror:
       bucket: folder of the bucket.
       is_workdir: the run's workdir is the folder of the bucket, so what it needs to go on is
         fetched from there. Otherwise `files` is, and the copy is made afresh.
+      may_write: asked before every round of copies; if not, nothing is copied: another run has
+        taken the bucket's folder over.
     """
 
-    def __init__(self, files: pathlib.Path, bucket: AnyPath, *, is_workdir: bool):
+    def __init__(
+        self,
+        files: pathlib.Path,
+        bucket: AnyPath,
+        *,
+        is_workdir: bool,
+        may_write: Callable[[], bool] = lambda: True,
+    ):
         self._files = files
         self._bucket = bucket
         self._is_workdir = is_workdir
+        self._may_write = may_write
         self._parts: list[_Part] = []
         # The metrics as they were in the bucket, until `start`.
         self._fetched = b""
@@ -163,6 +173,8 @@ class Mirror:
 
     def _succeeds(self, send: Callable[[], None]) -> bool:
         """Whether it did; a failure is logged, and counted among those in a row."""
+        if not self._may_write():
+            return True
         try:
             with self._sending:
                 send()

@@ -27,6 +27,7 @@ from megatransformer_jax.runs.build import (
     count_parameters,
     plan_memory,
 )
+from megatransformer_jax.runs.lease import Lease, lease_of
 from megatransformer_jax.runs.mirror import Mirror
 from megatransformer_jax.runs.task import Task
 from megatransformer_jax.runs.tasks.image_vae import ImageVaeTask
@@ -106,8 +107,11 @@ class Run:
         self._is_primary = jax.process_index() == 0
         self._console = Console()
         self._mirror: Mirror | None = None
+        self._lease: Lease | None = None
         if is_kept:
             self.workdir = self._open_workdir(config)
+            # It was for this start; `config.json` starts others.
+            config = dataclasses.replace(config, steal_lock=False)
         else:
             folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
             self.workdir = Workdir(folder, folder)
@@ -118,8 +122,13 @@ class Run:
         if self._is_primary and is_kept:
             log = self.workdir.files / LOCKED_FILE
             stack.enter_context(log_file(log, config.logging.level))
-            stack.enter_context(hold_workdir(self.workdir.root))
-        self._checkpoints = CheckpointManager(self.workdir.root / "checkpoints", config.checkpoint)
+            if not is_bucket_path(self.workdir.root):  # There the lease holds it.
+                stack.enter_context(hold_workdir(self.workdir.root))
+        self._checkpoints = CheckpointManager(
+            self.workdir.root / "checkpoints",
+            config.checkpoint,
+            None if self._lease is None else self._lease.confirm,
+        )
         stack.push(self._close_checkpoints)
         self._save_times = SaveTimes(self._checkpoints.join)
         config, plan = plan_memory(config, self._checkpoints)
@@ -141,7 +150,11 @@ class Run:
         elif copy is not None and self._is_primary:
             target = make_and_probe("logging.mirror", as_path("logging.mirror", copy))
         if is_bucket_path(target) and self._is_primary:
-            mirror = Mirror(files, target, is_workdir=target == root)
+            lease = lease_of(target, config.lock_owner, steals=config.steal_lock)
+            self._lease = self._stack.enter_context(lease)
+            mirror = Mirror(
+                files, target, is_workdir=target == root, may_write=lambda: not lease.is_lost
+            )
             self._mirror = self._stack.enter_context(mirror)
         return Workdir(root, files)
 
@@ -233,7 +246,9 @@ class Run:
         return result
 
     def _loop(self) -> LoopResult:
-        with self._progress, StopRequest(has_steps=self.has_unsaved_steps) as stop:
+        leave = None if self._lease is None else self._lease.release
+        stop_request = StopRequest(has_steps=self.has_unsaved_steps, before_exit=leave)
+        with self._progress, stop_request as stop:
             services = LoopServices(
                 hooks=self._hooks(),
                 recorder=self._recorder,
@@ -258,7 +273,7 @@ class Run:
     def _hooks(self) -> list[Hook]:
         """Validation comes before the checkpoint, which is saved with its scores."""
 
-        checks = [CheckHook(self.config.logging.every_steps, self._checkpoints.check)]
+        checks = [CheckHook(self.config.logging.every_steps, self._check)]
         saving = self.config.checkpoint
         timer = None if saving.every_minutes is None else SaveTimer(saving.every_minutes)
         checkpoints = [CheckpointHook(saving.every_steps, self._save, timer)]
@@ -268,6 +283,12 @@ class Run:
             *(checkpoints if self._is_kept else []),
             *self.task.observers(self.params_of, self._writer),
         ]
+
+    def _check(self) -> None:
+        """Raises what has failed in the background."""
+        if self._lease is not None:
+            self._lease.check()
+        self._checkpoints.check()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from absl import logging as absl_logging
 
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.runs.lease import lease_of
 from megatransformer_jax.storage import (
     CHECKPOINTS,
     NO_CHECKPOINTS,
@@ -248,15 +249,17 @@ def hold_workdir(workdir: AnyPath) -> Iterator[None]:
     """Keeps others from writing to a workdir; ends with the process, however that ends.
 
     Args:
-      workdir: of a run; without a log no run has begun, and nothing is held. Nor is one in a
-        bucket: locks of files are of one machine.
+      workdir: of a run; without a log no run has begun, and nothing is held. In a bucket it is held
+        by a lease, which others may take five minutes after the process has ended badly.
 
     Raises:
       UserError: if another process holds it.
     """
     path = workdir / LOCKED_FILE
     with contextlib.ExitStack() as stack:
-        if not is_bucket_path(path) and path.is_file():
+        if is_bucket_path(workdir):
+            stack.enter_context(lease_of(workdir))
+        elif path.is_file():
             file = stack.enter_context(path.open("rb"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

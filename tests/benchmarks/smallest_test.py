@@ -92,6 +92,7 @@ def run(
             "--rounds=1",
             r"causal +xla: right: output [\s\S]+ train step +[\s\S]+ of the bound; first call",
         ),
+        ("faults", "--steps=4 --every=2 --only=metrics", r"line 2 broken[\s\S]+identical but for"),
         (
             "prepared",
             "--mb=1 --workers=1 --vocabulary=512 --seconds=0.01 --no-kill",
