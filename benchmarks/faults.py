@@ -260,8 +260,9 @@ def sigterm_while_compiling(settings: Settings) -> Outcome:
     """SIGTERM before the first step; nothing that was compiled before is used."""
     run = Training(settings, settings.folder / "sigterm_compile")
     process = run.start("--config.compilation_cache_dir=None")
-    run.wait_for(process, lambda: "mesh:" in run.log.read_text())
-    time.sleep(2)
+    # It is written just before the first step.
+    run.wait_for(process, (run.workdir / "config.json").is_file)
+    time.sleep(3)
     process.send_signal(signal.SIGTERM)
     outcome = _outcome("SIGTERM while compiling", run, process)
     run.finish()

@@ -2,12 +2,13 @@
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import logging
 import pathlib
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from absl import logging as absl_logging
@@ -136,13 +137,21 @@ def _processor() -> str:
 @contextlib.contextmanager
 def quiet_libraries(level: str) -> Iterator[None]:
     """Shows what other libraries log from warnings upwards only, unless the level is 'debug'."""
-    handler = absl_logging.get_absl_handler()
+    handler, hook = absl_logging.get_absl_handler(), sys.unraisablehook
     if level != "debug":
         handler.addFilter(_own_or_important)
+        sys.unraisablehook = functools.partial(_show_unless_late, hook)
     try:
         yield
     finally:
         handler.removeFilter(_own_or_important)
+        sys.unraisablehook = hook
+
+
+def _show_unless_late(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    """Leaves out what Orbax's threads say of arrays that end after another's failure."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
 
 
 @contextlib.contextmanager
