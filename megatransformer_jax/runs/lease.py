@@ -112,7 +112,7 @@ class GcsStore:
                 uploadType="media",
                 name=name,
                 ifGenerationMatch=version or "0",
-                headers={"Content-Type": "application/json"},
+                headers={"Content-Type": "text/plain"},
                 data=content,
             )
         except FileExistsError:  # gcsfs's name of the answer that a condition does not hold.
