@@ -16,6 +16,18 @@ from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConf
 # The rule, the class, what is given, the path in the error.
 BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [
     (
+        "_groups_fill_the_loop",
+        RecurrenceConfig,
+        {"backprop_depth": 4, "kept_every": 3},
+        "kept_every",
+    ),
+    (
+        "_groups_are_recomputed",
+        ModelConfig,
+        {"remat": "none", "recurrence": RecurrenceConfig(backprop_depth=4, kept_every=2)},
+        "recurrence.kept_every",
+    ),
+    (
         "_kv_heads_divide_heads",
         AttentionConfig,
         {"num_heads": 4, "num_kv_heads": 3},
