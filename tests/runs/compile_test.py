@@ -128,7 +128,7 @@ def test_a_servers_programs_give_each_row_a_token(found, folder):
     readings = {program["name"]: program["readings"][0] for program in report["programs"]}
     # The step's other loops are the turn's.
     assert [loop["source"] for loop in readings["step"]["loops"] if loop["trips"] == 6] == [
-        "jit(step)/advance/while"
+        "jit(step)/while/body/advance/while"
     ]
     assert readings["step"]["hbm_bytes"] > readings["turn"]["hbm_bytes"]
     (speed,) = report["speeds"]
