@@ -139,7 +139,8 @@ def compilation_cache_option() -> Any:
     """Where compiled programs are kept, for all that compiles."""
     return option(
         "auto",
-        "Folder that keeps compiled programs, so that the next start need not compile them again. "
+        "Folder, also at gs:// or s3://, that keeps compiled programs, so that the next start need "
+        "not compile them again. "
         "auto: the folder that JAX is set to, otherwise ~/.cache/megatransformer_jax/xla. "
         "None: as JAX is set, which keeps nothing by default.",
     )

@@ -94,7 +94,8 @@ def use_compilation_cache(folder: str | None) -> None:
       folder: see `compilation_cache_option`. A home that cannot be written to is no error.
 
     Raises:
-      ConfigError: if a folder that is named cannot be made or written to.
+      ConfigError: if a folder that is named cannot be made or written to, or is in a bucket that
+        is not served.
     """
     # Commands import this module before they set JAX's environment.
     import jax  # noqa: PLC0415
@@ -106,12 +107,16 @@ def use_compilation_cache(folder: str | None) -> None:
     if folder == "auto":
         try:
             home = pathlib.Path.home()
-            path = make_folder("compilation_cache_dir", str(home / _CACHE / _processor()))
+            path: AnyPath = make_folder("compilation_cache_dir", str(home / _CACHE / _processor()))
         except (ConfigError, RuntimeError) as error:  # RuntimeError: the user has no home.
             absl_logging.info("compiled programs are not kept: %s", error)
             return
     else:
-        path = make_folder("compilation_cache_dir", folder)
+        named = as_path("compilation_cache_dir", folder)
+        path = make_and_probe("compilation_cache_dir", named)
+        if is_bucket_path(path):
+            # XLA's cache for GPUs, which JAX would put there, is a folder of this machine only.
+            jax.config.update("jax_persistent_cache_enable_xla_caches", "none")
     jax.config.update(_CACHE_OPTION, str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_S)
     # JAX looks once whether there is a cache, when it compiles its first program.

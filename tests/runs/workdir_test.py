@@ -1,5 +1,6 @@
 """What a process keeps of the programs that it compiles."""
 
+import collections
 import os
 import pathlib
 import platform
@@ -8,13 +9,19 @@ import sys
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 import pytest
+from bucket_server import Bucket
 from jax.experimental.compilation_cache import compilation_cache
 
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.runs.workdir import use_compilation_cache
 
-NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+NAMES = (
+    "jax_compilation_cache_dir",
+    "jax_persistent_cache_min_compile_time_secs",
+    "jax_persistent_cache_enable_xla_caches",
+)
 # Prints the number of programs that were compiled, and of those that were taken from the cache.
 GENERATE = """
 import collections
@@ -46,6 +53,23 @@ def test_what_jax_is_set_to_stays_unless_a_folder_is_named(tmp_path: pathlib.Pat
         assert getattr(jax.config, NAMES[0]) == before
     use_compilation_cache(str(tmp_path / "cache"))
     assert getattr(jax.config, NAMES[0]) == str(tmp_path / "cache")
+
+
+def test_programs_are_kept_in_a_bucket(gs_bucket: Bucket) -> None:
+    with pytest.raises(ConfigError, match=r"compilation_cache_dir: 'ftp://a/b': .* not served"):
+        use_compilation_cache("ftp://a/b")
+    folder = f"{gs_bucket.url}/cache"
+    counts: collections.Counter[str] = collections.Counter()
+    jax.monitoring.register_event_listener(lambda name, **_: counts.update([name]))
+    use_compilation_cache(folder)
+    jax.config.update(NAMES[1], 0.0)
+    for _ in range(2):
+        jax.clear_caches()
+        jax.jit(lambda x: x * 3 + 5)(np.float32(1)).block_until_ready()
+    found = {name.rsplit("/", 1)[-1]: count for name, count in counts.items()}
+    assert found["cache_hits"] >= 1
+    puts = [line for line in gs_bucket.requests() if line.startswith(("POST", "PUT"))]
+    assert any("cache" in line for line in puts), gs_bucket.requests()
 
 
 def test_a_home_that_cannot_be_written_to_is_no_error(
