@@ -529,7 +529,7 @@ class CheckpointManager:
         if self._config is None or not is_bucket_path(self._directory):
             return
         saved = [SavedCheckpoint(step, self.scores(step)) for step in self.steps()]
-        for step in {one.step for one in saved} - kept_steps(self._config, saved):
+        for step in sorted({one.step for one in saved} - kept_steps(self._config, saved)):
             self._delete(step)
 
     def _delete(self, step: int) -> None:
