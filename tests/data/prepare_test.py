@@ -5,18 +5,22 @@ import json
 import multiprocessing
 import os
 import pathlib
-import signal
+import queue
+import types
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from prepared_rows import TOKENIZER, prepare_texts, texts_config, tokens_config
 
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.data.packing import num_positions
 from megatransformer_jax.data.pipeline import build_pipeline, validation_batches
-from megatransformer_jax.data.prepare import hold_folder
+from megatransformer_jax.data.prepare import _follow, hold_folder
 from megatransformer_jax.data.sources.build import build_splits
 from megatransformer_jax.data.sources.record import BadRecordError
 from megatransformer_jax.data.token_rows import read_prepared
+from megatransformer_jax.storage import write_atomically
 
 
 def content(folder: pathlib.Path) -> dict[str, bytes]:
@@ -95,20 +99,20 @@ def test_stopped_preparations_lose_and_double_nothing(texts, tmp_path):
     assert content(folder) == content(whole)
 
 
-def test_workers_make_the_same_files_and_one_that_is_killed_is_told(texts, tmp_path):
+def test_workers_make_the_same_files(texts, tmp_path):
     config, whole = texts
     folder = tmp_path / "rows"
-
-    def kill(documents: int, num_bytes: int) -> None:
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-
-    with pytest.raises(UserError, match=r"a worker process was killed \(exit code -9"):
-        prepare_texts(config, folder, report=kill, workers=2)
-    assert not multiprocessing.active_children()
     counted = []
     prepare_texts(config, folder, report=lambda *counts: counted.append(counts), workers=2)
     assert content(folder) == content(whole)
-    assert sum(num_bytes for _, num_bytes in counted) > 0
+    assert sum(documents for documents, _ in counted) == 60
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_was_killed_is_told():
+    workers = [types.SimpleNamespace(exitcode=None), types.SimpleNamespace(exitcode=-9)]
+    with pytest.raises(UserError, match=r"a worker process was killed \(exit code -9"):
+        _follow(workers, queue.Queue(), 1, lambda documents, num_bytes: None)
 
 
 def test_a_whole_folder_is_left_alone_and_a_missing_file_made_again(texts, tmp_path):
@@ -188,3 +192,20 @@ def test_two_preparations_do_not_write_to_one_folder(tmp_path):
         pass
     with hold_folder(tmp_path):
         pass
+
+
+def test_parquet_of_a_bucket_makes_the_rows_of_the_same_files_here(s3_bucket, tmp_path):
+    texts = texts_config(tmp_path, "texts")
+    lines = pathlib.Path(texts.files[0]).read_text().splitlines()
+    table = pyarrow.table({"text": [json.loads(line)["text"] for line in lines]})
+    pyarrow.parquet.write_table(table, tmp_path / "texts.parquet", row_group_size=7)
+    there = f"{s3_bucket.url}/prepare_test/texts.parquet"
+    write_atomically(there, (tmp_path / "texts.parquet").read_bytes())
+    for name, files in (("here", str(tmp_path / "texts.parquet")), ("there", there)):
+        config = texts_config(tmp_path, "texts", source="parquet", files=(files,))
+        prepare_texts(config, tmp_path / name)
+    rows = [
+        {name: made for name, made in content(tmp_path / place).items() if name != "tokens.json"}
+        for place in ("here", "there")
+    ]
+    assert rows[0] == rows[1] and len(rows[0]) > 3
