@@ -22,7 +22,7 @@ How this differs from the paper:
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -289,7 +289,9 @@ def _round(
     iterations = jnp.minimum(left, per_row(iterations_per_round))
     iterations = jnp.where(wavefront.is_used, iterations, 0)
     refined, choice = _narrowest(
-        wavefront, functools.partial(_refine, model, params, settings, state, wavefront, iterations)
+        wavefront,
+        widths(wavefront.tokens.shape[1], model.platform),
+        functools.partial(_refine, model, params, settings, state, wavefront, iterations),
     )
     wavefront = wavefront.replace(  # type: ignore[attr-defined]
         state=refined.state, iterations=wavefront.iterations + iterations
@@ -371,11 +373,12 @@ def _choose(settings: DecodeSettings, state: DecodeState, logits: jax.Array) -> 
 
 
 def _narrowest(
-    wavefront: Wavefront, refine_columns: Callable[[int], tuple[Refined, Choice]]
+    wavefront: Wavefront,
+    widths: Sequence[int],
+    refine_columns: Callable[[int], tuple[Refined, Choice]],
 ) -> tuple[Refined, Choice]:
     """Computes the smallest width that will do; results have all columns."""
     num_columns = wavefront.tokens.shape[1]
-    widths = _widths(num_columns)
 
     def branch(width: int) -> Callable[[], tuple[Refined, Choice]]:
         def run() -> tuple[Refined, Choice]:
@@ -395,8 +398,14 @@ def _narrowest(
     return result
 
 
-def _widths(num_columns: int) -> list[int]:
-    """2, 4, 8, ... and the number of columns; each compiles the model once more."""
+def widths(num_columns: int, platform: str) -> list[int]:
+    """2, 4, 8, ... and the number of columns; each compiles the model once more.
+
+    On TPU all columns alone. A round of few takes the time of reading the weights there, and
+    libtpu 0.0.42 compiles such a choice in a loop for minutes, even of the smallest model.
+    """
+    if platform == "tpu":
+        return [num_columns]
     powers = [1 << exponent for exponent in range(1, num_columns.bit_length())]
     return [power for power in powers if power < num_columns] + [num_columns]
 

@@ -19,7 +19,7 @@ from megatransformer_jax.generation.endings import (
     stop_strings,
 )
 from megatransformer_jax.generation.history import history_of_prompts
-from megatransformer_jax.generation.parallel import rows_needed, sample_parallel
+from megatransformer_jax.generation.parallel import rows_needed, sample_parallel, widths
 from megatransformer_jax.generation.prefill import left_padded, prefill
 from megatransformer_jax.generation.processors.cuts import Temperature
 from megatransformer_jax.generation.processors.penalties import MinNewTokens, NoRepeatNgram
@@ -125,6 +125,17 @@ def test_one_position_at_a_time_is_ordinary_decoding(config):
         np.testing.assert_array_equal(got.state.steps, wanted.steps)
         assert int(got.num_rounds) == (COUNT - 1) * -(-DEPTH // iterations)
         assert got.num_iterations.tolist() == [(COUNT - 1) * DEPTH] * ROWS
+
+
+def test_all_columns_at_once_as_tpus_compute_them_give_the_same(monkeypatch):
+    assert (widths(6, "cpu"), widths(6, "tpu")) == ([2, 4, 6], [6])
+    wanted = parallel(make(TINY), settings()).state
+    monkeypatch.setattr(parallel_sampler, "widths", lambda count, platform: [count])
+    parallel_sampler._sample.clear_cache()
+    try:
+        assert_same_texts(parallel(make(TINY), settings()).state, wanted)
+    finally:
+        parallel_sampler._sample.clear_cache()
 
 
 def test_of_a_full_cache_the_last_slot_is_read():

@@ -21,9 +21,16 @@ pytestmark = [
 # tiny with the head width of larger models.
 PROGRAM = """
 import contextlib, io, json, sys
+import jax
+import jax.numpy as jnp
 import megatransformer_jax as mt
 from megatransformer_jax.cli.commands import main
+from megatransformer_jax.config.build import build
+from megatransformer_jax.config.compiling import CompileConfig
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.generation.parallel import _sample
+from megatransformer_jax.runs import compile_programs as programs
+from megatransformer_jax.sharding.topology import describe_devices, parse_topology
 
 folder = sys.argv[1]
 TINY = [
@@ -52,6 +59,24 @@ found = {
     "long": run("long", "--topology=v4-8", "--phase=decode", "--new_tokens=9"),
     "misfit": run("misfit", "--topology=v4-8", "--config.mesh.fsdp=3"),
 }
+def lower_parallel():
+    # The command does not compile it.
+    config = build({"preset": "tiny", "model": {"attention": {"num_heads": 1}}})
+    options = CompileConfig(
+        topology="v4-8", phase="decode", rows=2, prompt_tokens=64, new_tokens=64
+    )
+    place = programs._Placement.of(config, describe_devices(parse_topology("v4-8")))
+    generation, _ = programs._generation(config, options, place)
+    state = generation.state()
+    cache = place.cache(2, state.cache)
+    state = place.rows(2, state.replace(cache=None)).replace(cache=cache)
+    numbers = [jax.ShapeDtypeStruct((), kind) for kind in (jnp.int32, jnp.float32)]
+    return _sample.lower(
+        generation.model, generation.params, generation.settings, state,
+        *place.replicated(numbers), max_wavefront=4,
+    )
+
+found["parallel"] = lower_parallel().compile().as_text()[:10]
 report = mt.inspect(
     "recurrent:tiny", topology="v5e-1", phase="decode", prompt_tokens=32, new_tokens=16
 )
@@ -152,6 +177,10 @@ def test_texts_that_are_too_long_are_bad_input(found):
     assert found["long"]["code"] == 2
     message = "--prompt_tokens: 512, with new_tokens=9, is more than the model's max_length=256"
     assert message in found["stderr"]
+
+
+def test_parallel_decoding_compiles(found):
+    assert found["parallel"] == "HloModule "
 
 
 def test_a_notebook_gets_the_same(found):
