@@ -268,6 +268,10 @@ def _buffers(reading: ProgramReading, name: str) -> Table:
         if buffer.num_bytes < least:
             break
         table.add_row(buffer.shape, format_bytes(buffer.num_bytes), _path(buffer.source))
+    table.caption = (
+        f"At its fullest moment the program has {format_bytes(reading.live_bytes)} in HBM besides "
+        "arguments and results. Temporaries beyond that lie in fast memory on the chip."
+    )
     return table
 
 

@@ -188,5 +188,6 @@ def test_a_notebook_gets_the_same(found):
     assert row["program"] == "decode" and row["fits"] and row["no_overlap_s"] > 0
     shown = " ".join(found["inspect"]["shown"].split())
     assert "Loops of the decode" in shown
+    assert "in HBM besides arguments and results" in shown
     assert "CMEM" in found["v4"]["shown"] and "CMEM" not in shown  # Only v4 has it.
     assert "Products of a single row are computed element by element" in shown
