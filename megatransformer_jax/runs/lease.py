@@ -16,6 +16,7 @@ import pathlib
 import socket
 import threading
 import uuid
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
 from absl import logging
@@ -308,8 +309,19 @@ class Lease:
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        try:
+        with self._asking("taken"):
             self._take()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.release()
+
+    @contextlib.contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        """Says in one line that the bucket did not answer."""
+        try:
+            yield
         except UserError:
             raise
         except Exception as error:
@@ -317,14 +329,9 @@ class Lease:
             if problem is None:
                 raise
             raise SaveFailed(
-                f"{self._workdir}: its lock cannot be taken ({problem}); {fix_of(error)}, then "
+                f"{self._workdir}: its lock could not be {what} ({problem}); {fix_of(error)}, then "
                 "start the same command again."
             ) from error
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self.release()
 
     def _take(self) -> None:
         held = self._store.read()
@@ -360,9 +367,9 @@ class Lease:
 
         Raises:
           LostLease: if another run has taken it.
-          Exception: what the store raises if it cannot be reached.
+          SaveFailed: if the bucket does not answer.
         """
-        with self._requests:
+        with self._requests, self._asking("renewed"):
             self.check()
             if self._version is None:
                 raise RuntimeError(f"the lock of {self._workdir} is not held")
@@ -434,12 +441,7 @@ class Lease:
                 if self._ended.is_set():
                     return
                 if not has_failed:
-                    logging.warning(
-                        "%s: its lock could not be renewed (%s); the next try is in %.0f s.",
-                        self._workdir,
-                        storage_problem(error) or error,
-                        self._renew_s,
-                    )
+                    logging.warning("%s The next try is in %.0f s.", error, self._renew_s)
                 has_failed = True
 
 

@@ -318,6 +318,8 @@ class Run:
         self, step: int, state: TrainState, scores: Mapping[str, float]
     ) -> Mapping[str, float]:
         """Starts a save; returns how long it, and the one before, took."""
+        if self._lease is not None:
+            self._lease.confirm()  # What is copied would replace another run's records.
         if self._mirror is not None:
             self._mirror.send_records()
         info = run_info(self.config, self.task.digest)

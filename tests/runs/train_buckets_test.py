@@ -18,6 +18,7 @@ import pytest
 import megatransformer_jax as mt
 from megatransformer_jax.cli.commands import main
 from megatransformer_jax.config.build import build
+from megatransformer_jax.runs.lease import LostLease, WorkdirTaken, lease_of
 from megatransformer_jax.runs.load import load_model
 from megatransformer_jax.runs.train import Run, train
 from megatransformer_jax.runs.workdir import shown_logs
@@ -146,6 +147,25 @@ def test_a_folder_is_copied_to_a_bucket_without_its_checkpoints(
     assert not any(name.startswith("checkpoints") for name in found)
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
     assert mt.read_metrics(url) == mt.read_metrics(folder_run)[:3]
+
+
+def test_a_run_whose_lock_is_stolen_saves_and_copies_nothing_more(
+    s3_bucket, small_run, folder_run, tmp_path
+):
+    url = f"{s3_bucket.url}/runs/stolen"
+    config = build(small_run(tmp_path / "run", CHANGES | {"logging": {"mirror": url}}))
+    with pytest.raises(LostLease, match="taken this workdir"), mt.Trainer(config) as trainer:
+        trainer.step()
+        trainer.save()
+        with pytest.raises(WorkdirTaken), lease_of(as_path("a", url)):
+            pass
+        with lease_of(as_path("a", url), "another", steals=True):
+            trainer.step()
+            trainer.save()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    assert mt.read_metrics(url) == mt.read_metrics(folder_run)[:1]
+    assert not json.loads((tmp_path / "run" / "config.json").read_text())["steal_lock"]
+    assert "LOCK" not in files_below(as_path("a", url))
 
 
 @pytest.fixture(scope="module")
