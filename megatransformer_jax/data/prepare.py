@@ -25,7 +25,7 @@ import numpy as np
 from absl import logging
 from array_record.python import array_record_module
 
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.option import TRY_AGAIN, UserError
 from megatransformer_jax.data.documents import end_with_parent
 from megatransformer_jax.data.packing import PackedRows, PaddedRows
 from megatransformer_jax.data.sources.record import BadRecord, BadRecordPolicy, TextSource
@@ -38,6 +38,7 @@ from megatransformer_jax.data.token_rows import (
     shard_name,
 )
 from megatransformer_jax.data.tokenizer import Tokenizer
+from megatransformer_jax.failures import SaveFailed
 from megatransformer_jax.storage import write_json
 
 # What the shards of a folder have in common, while not all of them are finished.
@@ -151,7 +152,7 @@ def write_shard(corpus: Corpus, task: ShardTask, folder: pathlib.Path, report: R
 
     Raises:
       BadRecordError: for a bad record, if the policy says so.
-      UserError: if the file cannot be written.
+      SaveFailed: if the file cannot be written.
     """
     policy = BadRecordPolicy(corpus.on_bad_record)
     counts = {"documents": task.stop - task.start, "skipped": 0, "rows": 0, "tokens": 0}
@@ -196,7 +197,7 @@ def _full_disk_is_told(path: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
+        raise SaveFailed(
             f"{path} cannot be written ({error.strerror or error}). Free space or choose another "
             "folder, then start the same command again: it goes on where it stopped."
         ) from error
@@ -246,7 +247,8 @@ def write_shards(
       report: is told of progress, in this process.
 
     Raises:
-      UserError: what a shard raises, or if a worker process was killed.
+      UserError: what a shard raises.
+      LostWorker: if a worker process was killed.
     """
     if num_workers == 1 or len(tasks) < 2:
         for task in tasks:
@@ -273,12 +275,18 @@ def write_shards(
         _remove_partial(folder)
 
 
+class LostWorker(UserError):
+    """A worker process has ended. What is finished stays, so that the same command may go on."""
+
+    exit_code = TRY_AGAIN
+
+
 def _follow(workers: Sequence[Any], messages: Any, num_tasks: int, report: Report) -> None:
     finished = 0
     while finished < num_tasks:
         codes = [worker.exitcode for worker in workers if worker.exitcode]
         if codes:
-            raise UserError(
+            raise LostWorker(
                 f"a worker process was killed (exit code {codes[0]}; -9 often means that memory "
                 "has run out). Start the same command again, with fewer --workers: it goes on "
                 "where it stopped."

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 from prepared_rows import TOKENIZER, prepare_texts, texts_config, tokens_config
 
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.option import TRY_AGAIN, UserError
 from megatransformer_jax.data.packing import num_positions
 from megatransformer_jax.data.pipeline import build_pipeline, validation_batches
 from megatransformer_jax.data.prepare import _follow, hold_folder
@@ -111,8 +111,9 @@ def test_workers_make_the_same_files(texts, tmp_path):
 
 def test_a_worker_that_was_killed_is_told():
     workers = [types.SimpleNamespace(exitcode=None), types.SimpleNamespace(exitcode=-9)]
-    with pytest.raises(UserError, match=r"a worker process was killed \(exit code -9"):
+    with pytest.raises(UserError, match=r"a worker process was killed \(exit code -9") as caught:
         _follow(workers, queue.Queue(), 1, lambda documents, num_bytes: None)
+    assert caught.value.exit_code == TRY_AGAIN
 
 
 def test_a_whole_folder_is_left_alone_and_a_missing_file_made_again(texts, tmp_path):
@@ -176,8 +177,9 @@ def test_a_full_disk_is_told_in_one_line(texts, tmp_path, monkeypatch):
         prepare_texts(config, folder, report=stop_after(0))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match=r"rows-00000.* \(No space left on device\)\. Free"):
+        with pytest.raises(UserError, match=r"rows-00000.* \(No space left .*\)\. Free") as caught:
             prepare_texts(config, folder)
+        assert caught.value.exit_code == TRY_AGAIN
     assert not list(folder.glob("*.array_record")) and not list(folder.glob(".*"))
     prepare_texts(config, folder)
     assert content(folder) == content(whole)
