@@ -26,7 +26,8 @@ FLAGS = {
 }
 MIB = 2**20
 MIN_COPY = MIB
-# Copies below this share of the memory, or of the cache, are not worth a flag.
+# Copies below this share of the memory, or of the cache, are not worth a flag; nor are gradients in
+# a loop below this share of what is sent, such as those of vectors.
 NEGLIGIBLE = 0.01
 # The same for float32 among all that is sent.
 _FEW_FLOATS = 0.05
@@ -190,7 +191,9 @@ def _gradient_flags(module: Module, exchanges: Sequence[Exchange]) -> Iterator[F
         if cut and collective.kind == "all-reduce":
             share = sum(shape.num_bytes for shape in cut) / max(1, collective.logical_bytes)
             whole.append((item[0], share * collective.total_wire_bytes, item[2]))
-    yield from _flag("gradient-in-loop", repeated)
+    everything = sum(collective.total_wire_bytes for _, collective, _ in exchanges)
+    if sum(size for _, size, _ in repeated) >= NEGLIGIBLE * everything:
+        yield from _flag("gradient-in-loop", repeated)
     yield from _flag("all-reduced-gradient", whole)
 
 

@@ -237,12 +237,11 @@ def _exchanges(reading: ProgramReading, name: str) -> Table:
             _seconds(sum(item.times * item.seconds for item in items)),
             _seconds(sum(item.times * item.hidden_s for item in items)),
         )
-    estimate = reading.estimate
+    taken, hidden = reading.estimate.exchange_s, reading.estimate.hidden_s
     table.caption = (
-        f"In all {format_bytes(reading.wire_bytes)} on the wire, which take "
-        f"{_seconds(estimate.exchange_s)} at the rate of their links. Of these "
-        f"{_seconds(estimate.hidden_s)} are hidden: the schedule has other operations between the "
-        "start and the end of the exchange."
+        f"In all {format_bytes(reading.wire_bytes)} on the wire, {_seconds(taken)} at the rate of "
+        f"their links. Other operations run in {_seconds(hidden)} of this, as the schedule has it: "
+        "hidden."
     )
     return table
 

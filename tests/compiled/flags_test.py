@@ -69,6 +69,15 @@ def test_what_should_not_be_in_a_loop(operation, kind):
         assert "4 times in a loop" in flag.text
 
 
+@pytest.mark.parametrize(("rows", "kinds"), [(16384, ["gradient-in-loop"]), (262144, [])])
+def test_gradients_in_a_loop_that_are_little_of_what_is_sent_are_not_worth_a_flag(rows, kinds):
+    reduce = f"all-reduce(%x), replica_groups={{}}, to_apply=%add, {BACKWARD}"
+    gather = f"bf16[{rows},256]{{1,0}} all-gather(%params), replica_groups={{}}, dimensions={{0}}"
+    text = looping(f"%y = bf16[64,256]{{1,0}} {reduce}", devices=4)
+    text = text.replace("  %start =", f"  %gathered = {gather}\n  %start =")
+    assert list(_flags(text)) == kinds
+
+
 def test_loops_that_multiply_while_they_exchange_are_not_the_programs():
     permute = "%y = bf16[64,256]{1,0} collective-permute(%x), source_target_pairs={{0,1}}"
     text = looping(permute, devices=4)
