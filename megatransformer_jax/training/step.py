@@ -174,16 +174,19 @@ def _gradients(
 
 
 def _spread(model: MegaTransformer, config: RunConfig, trained: Any, num_rows: int) -> Spread:
-    """Matrices whose gradients are summed over the devices once per step and not per micro-batch.
+    """Matrices whose gradients are summed over the devices once per step, and not in the loops over
+    micro-batches or groups of iterations.
 
-    None of them where passes other than the model's own read the parameters, or LoRA changes them.
+    None of them without such loops, or where passes other than the model's own read the parameters,
+    or LoRA changes them.
     """
     is_read_otherwise = (
         config.fine_tuning.lora.rank
         or config.model.exit_gate.enabled
         or config.train.stability.jacobian_weight
     )
-    if config.train.accumulation == 1 or is_read_otherwise:
+    has_loop = config.train.accumulation > 1 or config.model.recurrence.kept_every > 1
+    if not has_loop or is_read_otherwise:
         return Spread(model.sharder, {})
     return Spread.of(trained, param_axes(model), model.sharder, num_rows)
 

@@ -1,5 +1,7 @@
 """Sharded training steps equal the single-device one, and gather the core's weights once."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -19,9 +21,19 @@ def test_draws_per_token_and_accumulation_shard_too():
     assert_equal_steps(run_config(draw_per="token", accumulation=2), "sequence")
 
 
-@pytest.mark.parametrize(("mesh_name", "fsdp"), [("data and tensor", 1), ("tensor", 2)])
-def test_gradients_of_micro_batches_are_summed_over_data_once(mesh_name, fsdp):
-    config = run_config(accumulation=2)
+@pytest.mark.parametrize(
+    ("mesh_name", "fsdp", "kept_every"),
+    [("data and tensor", 1, 1), ("tensor", 2, 1), ("data and tensor", 1, 2)],
+)
+def test_gradients_in_loops_are_summed_over_data_once(mesh_name, fsdp, kept_every):
+    """Of micro-batches, and of groups of iterations that are computed again together."""
+    config = run_config(accumulation=2 // kept_every)
+    if kept_every > 1:
+        recurrence = dataclasses.replace(
+            config.model.recurrence, backprop_depth=4, kept_every=kept_every
+        )
+        model = dataclasses.replace(config.model, recurrence=recurrence, remat="full")
+        config = dataclasses.replace(config, model=model)
     assert_equal_steps(config, mesh_name)
     text = sharded(config, mesh_name)[0]
     in_loops, outside = reduced_numbers(text)
