@@ -1,6 +1,8 @@
 """The attention function against the definition, for every combination of its options."""
 
 import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -293,14 +295,17 @@ def test_named_kernel_that_cannot_serve_is_an_error(kernel):
         attend(query, key, value, AttentionMask(), platform="cpu", kernel=kernel)
 
 
-def test_rows_cut_over_devices_stay_whole_in_the_program():
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_rows_cut_over_devices_stay_whole_in_the_program(is_causal):
+    """A causal call gathers keys and values itself; queries stay where they are."""
     mesh = Mesh(
         np.array(jax.devices()[:2]).reshape(1, 1, 1, 2), ("data", "fsdp", "tensor", "sequence")
     )
     sharder = Sharder(mesh)
     query, key, value = random_inputs(1, 256, query_length=256)
+    mask = AttentionMask(is_causal=is_causal)
     run = jax.jit(
-        lambda q, k, v: attend(q, k, v, AttentionMask(), platform="cpu", sharder=sharder),
+        lambda q, k, v: attend(q, k, v, mask, platform="cpu", sharder=sharder),
         in_shardings=(
             sharder.sharding("batch", "length", None, None),
             sharder.sharding(None, None, None, None),
@@ -308,8 +313,10 @@ def test_rows_cut_over_devices_stay_whole_in_the_program():
         ),
     )
     compiled = run.lower(query, key, value).compile()
-    assert "all-gather" not in compiled.as_text()
-    alone = attend(query, key, value, AttentionMask(), platform="cpu")
+    gathered = re.findall(r"f32\[([\d,]+)\]\S* all-gather\(", compiled.as_text())
+    sizes = [math.prod(map(int, shape.split(","))) for shape in gathered]
+    assert sizes == [key.size, value.size] * is_causal and key.size < query.size
+    alone = attend(query, key, value, mask, platform="cpu")
     np.testing.assert_allclose(
         compiled(*jax.device_put((query, key, value), compiled.input_shardings[0])),
         alone,
