@@ -1,5 +1,6 @@
 """Streams of batches that can be resumed: text, reasoning problems, buckets of like length."""
 
+import collections
 import dataclasses
 import functools
 import json
@@ -221,16 +222,29 @@ class Pipeline:
     Training is endless; validation is one pass in a fixed order, whose last batch is filled up
     with rows of padding. The state is that of the last batch returned, whatever was made ahead.
 
+    Args:
+      stream: of the batches.
+      bad_records: what becomes of records that cannot be used.
+      ahead: groups of batches that are made ahead.
+      group: batches that the thread hands over at once. Small batches take less time to make than
+        to hand over.
+
     Examples:
       with build_pipeline(config.data, tokenizer, split="train") as batches:
           batch = next(batches)
           state = batches.get_state()
     """
 
-    def __init__(self, stream: BatchStream, bad_records: BadRecordPolicy, ahead: int):
+    def __init__(
+        self, stream: BatchStream, bad_records: BadRecordPolicy, ahead: int, group: int = 1
+    ):
         # A list, so that closing at the exit of Python can let go of grain's iterator: whatever is
         # left of it when modules are torn down complains on stderr, and its workers delay the exit.
-        self._iterators = [grain.experimental.ThreadPrefetchDatasetIterator(stream, ahead)]
+        groups = _Groups(stream, group)
+        self._iterators = [grain.experimental.ThreadPrefetchDatasetIterator(groups, ahead)]
+        # Batches of the last group that are still to be returned, and where each of them ends.
+        self._ready: collections.deque[tuple[Any, dict[str, Any]]] = collections.deque()
+        self._state: dict[str, Any] | None = None
         self._finalizer = weakref.finalize(self, _close, self._iterators, stream)
         self.bad_records = bad_records
 
@@ -238,14 +252,17 @@ class Pipeline:
         return self
 
     def __next__(self) -> Any:
-        return next(self._iterator)
+        if not self._ready:
+            self._ready.extend(next(self._iterator))
+        batch, self._state = self._ready.popleft()
+        return batch
 
     def get_state(self) -> dict[str, Any]:
         """A JSON-able dict: where the batch after the last returned one starts.
 
         It is the same in every process and for every number of processes and workers.
         """
-        return dict(self._iterator.get_state())
+        return dict(self._iterator.get_state() if self._state is None else self._state)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes on exactly where `get_state` was called.
@@ -263,6 +280,8 @@ class Pipeline:
                 "that saved it, or start without it."
             )
         self._iterator.set_state(state)
+        self._ready.clear()
+        self._state = None
 
     def close(self) -> None:
         """Stops the thread and the worker processes; the pipeline cannot be used any more."""
@@ -279,6 +298,38 @@ class Pipeline:
 
     def __exit__(self, *unused: object) -> None:
         self.close()
+
+
+class _Groups:
+    """Some batches of a stream at a time, each with the state of the stream behind it."""
+
+    def __init__(self, stream: BatchStream, size: int):
+        self._stream = stream
+        self._size = size
+
+    def __next__(self) -> list[tuple[Any, dict[str, Any]]]:
+        found: list[tuple[Any, dict[str, Any]]] = []
+        for _ in range(self._size):
+            try:
+                batch = next(self._stream)
+            except StopIteration:
+                if not found:
+                    raise
+                break
+            found.append((batch, self._stream.get_state()))
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def get_state(self) -> dict[str, Any]:
+        return self._stream.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._stream.set_state(state)
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def _is_like(value: Any, mine: int | list[int]) -> bool:

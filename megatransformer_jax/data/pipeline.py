@@ -25,6 +25,9 @@ from megatransformer_jax.data.token_rows import TokenBatches
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.types import Batch
 
+# Prepared rows are handed over by at least so many; one takes as long to hand over as to read.
+_ROWS_OF_A_GROUP = 8
+
 
 def data_tokenizer(config: DataConfig, read_text: Callable[[], Tokenizer]) -> Tokenizer:
     """What turns the data into ids: symbols of problems, or what reads text.
@@ -88,7 +91,9 @@ def build_pipeline(
             stream = MediaBatches(config, tokenizer, media, split, share, bad_records)
         case _:
             stream = _text_batches(config, tokenizer, split, share, bad_records)
-    return Pipeline(stream, bad_records, config.prefetch_batches)
+    rows = share.rows.stop - share.rows.start
+    group = max(_ROWS_OF_A_GROUP // rows, 1) if isinstance(stream, TokenBatches) else 1
+    return Pipeline(stream, bad_records, config.prefetch_batches, group)
 
 
 def validation_batches(
