@@ -19,16 +19,27 @@ _STATUS = re.compile(
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 # Of those and of HTTP.
 _FORBIDDEN_STATUS = re.compile(
-    r"\b(?:401|403)\b|PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|Forbidden"
+    r", 40[13]\b|PERMISSION_DENIED|UNAUTHENTICATED|AccessDenied|Forbidden"
 )
 # Packages that talk to buckets; their errors have no common class.
 _CLIENTS = ("gcsfs", "google", "s3fs", "botocore", "aiobotocore", "aiohttp", "requests", "fsspec")
+
+# Their errors where nobody answers, by name of the class or of one above it, and TensorStore's.
+_SILENT = ("ConnectionError", "ClientConnectionError", "HTTPClientError", "TimeoutError")
+_SILENT_STATUS = re.compile(r"\b(?:UNAVAILABLE|DEADLINE_EXCEEDED)\b")
+_TOO_MANY, _FIRST_OF_SERVER = 429, 500  # Of HTTP.
 
 _MAX_LENGTH = 200
 
 
 class SaveFailed(UserError):
     """Something could not be written. What was saved before is whole: the run can go on later."""
+
+    exit_code = TRY_AGAIN
+
+
+class NoAnswer(UserError):
+    """A bucket has not answered; it may, later."""
 
     exit_code = TRY_AGAIN
 
@@ -58,20 +69,68 @@ def is_full(error: BaseException) -> bool:
     return any(_number(one) in (*_FULL, errno.EROFS) for one in _chain(error))
 
 
+def may_pass(error: BaseException) -> bool:
+    """Whether a bucket gave no answer, or one that it is busy: another time it may.
+
+    Examples:
+      >>> may_pass(ConnectionResetError(104, "Connection reset by peer"))
+      True
+      >>> may_pass(PermissionError("Forbidden: b/bucket"))
+      False
+    """
+    for one in _chain(error):
+        if any(kind.__name__ in _SILENT for kind in type(one).__mro__):
+            return True
+        if isinstance(one, ValueError) and _SILENT_STATUS.search(str(one)):
+            return True
+        code = getattr(one, "code", None)
+        if isinstance(code, int) and (code == _TOO_MANY or code >= _FIRST_OF_SERVER):
+            return _is_of_client(one)
+    return False
+
+
+def check_answered(where: str, error: BaseException) -> None:
+    """Tells an error that says nothing about what was to be read from one that does.
+
+    Args:
+      where: what was to be read, for the message.
+      error: that reading it has raised.
+
+    Raises:
+      NoAnswer: if the storage did not answer.
+      UserError: if it does not let this user read.
+    """
+    if may_pass(error):
+        raise NoAnswer(
+            f"{where} cannot be reached ({storage_problem(error)}); check the network of this "
+            "machine, then start the same command again."
+        ) from error
+    if any(_is_forbidden(one) for one in _chain(error)):
+        raise UserError(
+            f"{where} may not be read ({storage_problem(error)}); give this user the right to."
+        ) from error
+
+
 def fix_of(error: BaseException) -> str:
     """What to do about a problem of storage."""
     for one in _chain(error):
         number = _number(one)
         if number in _FULL:
             return "make room there"
-        is_of_bucket = isinstance(one, OSError) or _is_of_client(one) or _STATUS.search(str(one))
-        if number in _FORBIDDEN or (
-            number is None and is_of_bucket and _FORBIDDEN_STATUS.search(str(one))
-        ):
+        if _is_forbidden(one):
             return "give this user the right to write there"
         if number in _ABSENT:
             return "put the folder back"
     return "see to the storage"
+
+
+def _is_forbidden(error: BaseException) -> bool:
+    number = _number(error)
+    if number is not None:
+        return number in _FORBIDDEN
+    text = str(error)
+    is_of_bucket = isinstance(error, OSError) or _is_of_client(error) or _STATUS.search(text)
+    return bool(is_of_bucket and _FORBIDDEN_STATUS.search(text))
 
 
 def _number(error: BaseException) -> int | None:

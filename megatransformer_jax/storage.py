@@ -5,6 +5,7 @@ well about buckets is here: making folders, sizes, patterns, ranges of bytes.
 """
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ from typing import Any
 
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.failures import check_answered, may_pass
 
 if typing.TYPE_CHECKING:
     AnyPath = pathlib.Path
@@ -120,6 +122,8 @@ def as_path(
     if scheme is None:
         return pathlib.Path(text).expanduser()
     import_extra(*_PACKAGES[scheme], f"{option}={text!r}")
+    # It logs tracebacks of errors that it also raises.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # Only buckets need it.
     from etils import epath  # noqa: PLC0415
 
@@ -158,6 +162,7 @@ def make_and_probe(option: str, path: AnyPath) -> AnyPath:
 
     Raises:
       ConfigError: if it cannot be made or written to.
+      NoAnswer: if its bucket does not answer.
     """
     folder = absolute(path)
     try:
@@ -173,20 +178,27 @@ def make_and_probe(option: str, path: AnyPath) -> AnyPath:
             with tempfile.TemporaryFile(dir=folder):
                 pass
     except OSError as error:
-        raise _unwritable(option, path, error.strerror or _first_line(error)) from error
+        raise _unwritable(option, path, error) from error
     except Exception as error:
         if not is_bucket_path(folder):
             raise
         # Clients of buckets have errors of their own: of HTTP, of credentials.
-        raise _unwritable(option, path, _first_line(error)) from error
+        raise _unwritable(option, path, error) from error
     return folder
 
 
-def _unwritable(option: str, path: AnyPath, reason: str) -> ConfigError:
+def _unwritable(option: str, path: AnyPath, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or _first_line(error)
     fix = "choose another folder"
     if is_bucket_path(path):
+        _check_answered(option, path, error)
         fix = "check the bucket's name, that it exists, and the credentials of this machine"
     return ConfigError(option, f"{str(path)!r} cannot be written to ({reason}); {fix}.")
+
+
+def _check_answered(option: str, path: AnyPath, error: Exception) -> None:
+    if may_pass(error):
+        check_answered(f"{option}: {str(path)!r}", error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -200,13 +212,15 @@ def check_reachable(option: str, path: AnyPath) -> None:
     Whether the path is there is not checked, nor is anything about paths of this machine.
 
     Raises:
-      ConfigError: if the bucket does not answer, or not to this machine.
+      ConfigError: if the bucket is not there, or not for this machine.
+      NoAnswer: if it does not answer.
     """
     if not is_bucket_path(path):
         return
     try:
         path.exists()
     except Exception as error:  # Of the client: of HTTP, of credentials.
+        _check_answered(option, path, error)
         raise ConfigError(
             option,
             f"{str(path)!r} cannot be read ({_first_line(error)}); check the bucket's name and the "

@@ -5,13 +5,22 @@ import os
 
 import pytest
 
-from megatransformer_jax.config.option import TRY_AGAIN
-from megatransformer_jax.failures import SaveFailed, fix_of, is_full, storage_problem
+from megatransformer_jax.config.option import TRY_AGAIN, UserError
+from megatransformer_jax.failures import (
+    NoAnswer,
+    SaveFailed,
+    check_answered,
+    fix_of,
+    is_full,
+    may_pass,
+    storage_problem,
+)
 
 
-def error_of_client() -> Exception:
+def error_of_client(code: int = 403) -> Exception:
     """As gcsfs raises it, whose errors have a class of their own."""
-    return type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})("Forbidden, 403")
+    attributes = {"__module__": "gcsfs.retry", "code": code}
+    return type("HttpError", (Exception,), attributes)(f"Forbidden, {code}")
 
 
 def raised_from(error: Exception) -> Exception:
@@ -56,3 +65,18 @@ def test_full_disks_are_told_from_other_problems():
     full = raised_from(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)))
     assert is_full(full) and not is_full(OSError(errno.EACCES, "Permission denied"))
     assert SaveFailed("x").exit_code == TRY_AGAIN
+
+
+def test_answers_that_may_be_others_later():
+    assert may_pass(raised_from(TimeoutError()))
+    assert may_pass(error_of_client(503)) and may_pass(error_of_client(429))
+    assert not may_pass(error_of_client()) and not may_pass(FileNotFoundError("b/bucket"))
+    assert may_pass(ValueError("UNAVAILABLE: try later"))
+
+
+def test_a_reader_is_told_of_storage_and_not_of_damage():
+    with pytest.raises(NoAnswer, match=r"^gs://b/1 cannot be reached \(refused\)"):
+        check_answered("gs://b/1", raised_from(ConnectionRefusedError(111, "refused")))
+    with pytest.raises(UserError, match=r"^gs://b/1 may not be read .*; give this user"):
+        check_answered("gs://b/1", error_of_client())
+    check_answered("gs://b/1", ValueError("DATA_LOSS: checkpoints/403/state lacks 401 bytes"))

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 import megatransformer_jax as mt
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax import storage
+from megatransformer_jax.config.option import BAD_INPUT, TRY_AGAIN, ConfigError, UserError
 from megatransformer_jax.storage import (
     as_path,
     check_served,
@@ -114,3 +115,21 @@ def test_a_bucket_that_is_not_there_is_told(gs_bucket):
         ConfigError, match=r"'gs://not-there/run' cannot be written to \(.*\); check"
     ):
         make_and_probe("workdir", folder)
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "told"),
+    [
+        (ConnectionRefusedError(111, "Connection refused"), TRY_AGAIN, "cannot be reached"),
+        (PermissionError("Forbidden: b/bucket"), BAD_INPUT, "cannot be written to"),
+    ],
+)
+def test_a_bucket_that_does_not_answer_may_later(error, exit_code, told, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(storage, "write_atomically", fail)
+    folder = as_path("workdir", "gs://bucket/run")
+    with pytest.raises(UserError, match=f"^workdir: 'gs://bucket/run' {told}") as raised:
+        make_and_probe("workdir", folder)
+    assert raised.value.exit_code == exit_code

@@ -16,7 +16,7 @@ from orbax.checkpoint import checkpoint_managers
 from megatransformer_jax.checkpoints import compatibility
 from megatransformer_jax.config.loop import CheckpointConfig, SavingConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.failures import SaveFailed, fix_of, storage_problem
+from megatransformer_jax.failures import SaveFailed, check_answered, fix_of, storage_problem
 from megatransformer_jax.storage import (
     AnyPath,
     absolute,
@@ -493,6 +493,7 @@ class CheckpointManager:
         try:
             yield
         except Exception as error:
+            check_answered(str(self._directory / str(step)), error)
             # Orbax raises a bare Exception where an array's bytes are missing.
             is_bare = type(error) is Exception and isinstance(error.__cause__, _DAMAGES)
             if not (is_bare or isinstance(error, _DAMAGES)):

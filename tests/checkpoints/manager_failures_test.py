@@ -16,7 +16,7 @@ import pytest
 from megatransformer_jax.checkpoints.manager import CheckpointManager, DamagedCheckpoint
 from megatransformer_jax.config.loop import CheckpointConfig
 from megatransformer_jax.config.option import UserError
-from megatransformer_jax.failures import SaveFailed
+from megatransformer_jax.failures import NoAnswer, SaveFailed
 
 KEEP_ALL = CheckpointConfig(keep_last=100)
 RUN = {"config": {"checkpoint": {}}}
@@ -147,3 +147,22 @@ def outcome(folder: pathlib.Path) -> str:
     assert found[0] == RUN and found[1].iterator_state == {"next": 2}
     assert bool((found[1].state["params"] == 2).all()) and int(found[1].state["step"]) == 2
     return "read"
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ValueError("UNAVAILABLE: Error reading gs://bucket/2/state/manifest.ocdbt"), NoAnswer),
+        (OSError("Forbidden: b/bucket"), UserError),
+    ],
+)
+def test_storage_that_does_not_let_read_is_no_damage(error, kind, tmp_path, monkeypatch):
+    def refused(*_, **__):
+        raise error
+
+    manager = CheckpointManager(tmp_path, KEEP_ALL)
+    monkeypatch.setattr(manager._manager, "restore", refused)
+    with pytest.raises(kind, match=rf"^{tmp_path}/2 (cannot be reached|may not be read)") as raised:
+        manager.run_info(2)
+    assert not isinstance(raised.value, DamagedCheckpoint)
+    manager.close()

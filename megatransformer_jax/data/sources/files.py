@@ -22,6 +22,7 @@ from megatransformer_jax.data.sources.record import (
     unreadable,
 )
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.failures import check_answered, may_pass
 from megatransformer_jax.storage import file_system, is_bucket_path
 
 # ------------------------------------------------------------------------------
@@ -186,7 +187,9 @@ class ParquetFile:
                 f"{path}: not a readable Parquet file ({error}). Write it again, or set "
                 "data.source to the format it has."
             ) from error
-        except OSError as error:
+        except Exception as error:
+            if not isinstance(error, OSError) and not may_pass(error):
+                raise
             raise unreadable(path, error) from error
         _check_column(path, schema, column)
 
@@ -205,7 +208,11 @@ class ParquetFile:
             )
         except UnicodeDecodeError as error:
             return BadRecord(where, f"not UTF-8 ({error.reason}). Write the row again.")
-        except (_pyarrow().ArrowException, OSError) as error:
+        except Exception as error:
+            if is_bucket_path(self._path):
+                check_answered(self._path, error)  # Then nothing is wrong with the record.
+            if not isinstance(error, (_pyarrow().ArrowException, OSError)):
+                raise
             # OSError is what pyarrow raises for a page that cannot be decoded, too.
             return BadRecord(
                 where, f"row group {group} cannot be decoded ({error}). Write the file again."

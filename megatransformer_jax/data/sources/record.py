@@ -11,6 +11,7 @@ from absl import logging
 
 from megatransformer_jax import streams
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.failures import check_answered, may_pass
 from megatransformer_jax.storage import file_system, is_bucket_path
 
 # ------------------------------------------------------------------------------
@@ -92,6 +93,7 @@ def open_file(path: str) -> Iterator[typing.BinaryIO]:
 
     Raises:
       UserError: if it cannot be opened or read.
+      NoAnswer: if its bucket does not answer.
     """
     try:
         if is_bucket_path(path):
@@ -101,7 +103,10 @@ def open_file(path: str) -> Iterator[typing.BinaryIO]:
         else:
             with open(path, "rb") as file:
                 yield file
-    except OSError as error:
+    except Exception as error:
+        # Clients of buckets have errors of their own.
+        if not isinstance(error, OSError) and not may_pass(error):
+            raise
         raise unreadable(path, error) from error
 
 
@@ -122,7 +127,13 @@ def read_bytes(path: str, start: int, end: int) -> bytes:
 
 
 def unreadable(path: str, error: Exception) -> UserError:
-    """The error for a file that the system, or its bucket, does not let us read."""
+    """The error for a file that the system, or its bucket, does not let us read.
+
+    Raises:
+      NoAnswer: instead, if the bucket does not answer.
+    """
+    if may_pass(error):
+        check_answered(path, error)
     reason = getattr(error, "strerror", None) or error
     return UserError(
         f"{path}: cannot be read ({reason}). Make it readable, or name other files with data.files "

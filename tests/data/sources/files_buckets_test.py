@@ -11,6 +11,8 @@ from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.data.fingerprint import data_fingerprint
 from megatransformer_jax.data.sources import build_source
+from megatransformer_jax.data.sources import files as file_formats
+from megatransformer_jax.failures import NoAnswer
 from megatransformer_jax.storage import as_path, write_atomically
 
 # Texts of many lengths, with cuts of each kind.
@@ -89,3 +91,19 @@ def test_an_object_that_is_gone_is_told(gs_bucket):
     as_path("a", file).unlink()
     with pytest.raises(UserError, match=r"gone.jsonl: cannot be read"):
         source[0]
+
+
+@pytest.mark.parametrize("reading", ["_read_group", "_open_parquet"])
+def test_a_bucket_that_does_not_answer_makes_no_bad_record(
+    reading, gs_bucket, tmp_path, monkeypatch
+):
+    def refused(*_):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    file = f"{gs_bucket.url}/files_buckets_test/silent.parquet"
+    write_atomically(file, files("parquet", tmp_path)["a.parquet"])
+    settings = config("parquet", file)
+    source = build_source(settings, "train")
+    monkeypatch.setattr(file_formats, reading, refused)
+    with pytest.raises(NoAnswer, match=r"silent.parquet cannot be reached"):
+        source[0] if reading == "_read_group" else build_source(settings, "train")
