@@ -83,8 +83,8 @@ class ServingConfig:
     short_chunks: tuple[int, ...] = option(
         (8, 16),
         "Prompt tokens of shorter chunks, a program each: for short prompts, and while whole ones "
-        "would keep running texts waiting for over one and a half tokens. Sizes from chunk on are "
-        "left out.",
+        "would keep a text that is streamed waiting for most of a token. Sizes from chunk on "
+        "are left out.",
         minimum=1,
         maximum=MAX_COUNT,
     )

@@ -20,9 +20,10 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-# A chunk may take as long as so many tokens of the running texts: then they get theirs in less than
-# three times the usual time.
-_MOST_STEPS = 1.5
+# A chunk may take as long as so many tokens of the running texts, if somebody streams one: then
+# they get theirs in less than twice the usual time, but for what the two take from each other
+# (memory, caches), which makes it less than three times on a CPU.
+_MOST_STEPS = 0.75
 # An iteration of a chunk that was too fast to be measured is taken for so many of the batch.
 _LEAST = 0.01
 # A text whose prompt has been read waits for a row to finish as long as so many turns take, before
@@ -225,11 +226,12 @@ class Scheduler:
         chunk, size, iterations = None, 0, None
         begun: tuple[Hashable, ...] = ()
         if reading and (not is_turn or self._credit >= 0 or self.policy.max_prefill_share >= 1):
-            size, begun, cost = self._choose_begun(reading, running)
+            most = self._longest(running) if running and is_streamed else float("inf")
+            size, begun, cost = self._choose_begun(reading, most)
             if not begun:
                 chosen = self._choose_chunk(reading)
                 chunk = chosen.key
-                size, iterations = self._chunk_size(chosen, running)
+                size, iterations = self._chunk_size(chosen, most)
                 cost = self._cost_of(chosen, size, iterations)
             if is_turn:
                 self._credit -= cost
@@ -244,18 +246,15 @@ class Scheduler:
         turns = 1 if waits else self.policy.max_turns
         return Launch(chunk, size, min_waiting, max_ticks, is_turn, turns, iterations, begun)
 
-    def _chunk_size(
-        self, chosen: Reading, running: Mapping[Hashable, int]
-    ) -> tuple[int, int | None]:
-        """Reads what is left fastest, unless that would keep running texts too long.
+    def _chunk_size(self, chosen: Reading, most: float) -> tuple[int, int | None]:
+        """Reads what is left fastest, unless that takes longer than `most`.
 
         Then in short chunks; if these take too long too, in some iterations of one at a time.
         """
         whole = max(self.costs.chunks)
-        most = self._longest(running)
         if chosen.begun is not None:
             size = chosen.begun[0]
-            return size, self._iterations_within(most, chosen, size) if running else None
+            return size, self._iterations_within(most, chosen, size)
         if not chosen.may_be_short:
             return whole, None
         each = {
@@ -265,7 +264,7 @@ class Scheduler:
         num_left = min(chosen.num_left, whole)
         # Of equals the largest, which is fewer launches.
         fastest = min(each, key=lambda size: (-(-num_left // size) * each[size], -size))
-        if not running or each[fastest] <= most:
+        if each[fastest] <= most:
             return fastest, None
         brief = [size for size in each if each[size] <= most]
         if brief:
@@ -276,16 +275,18 @@ class Scheduler:
 
     def _longest(self, running: Mapping[Hashable, int]) -> float:
         """How long what is read in one launch may take."""
-        if not running:
-            return float("inf")
         depths = [depth for key in running for depth in self._depths.get(key, ())]
         step = self.costs.turn + float(np.mean(depths or list(running.values())))
         return _MOST_STEPS * step
 
     def _choose_begun(
-        self, reading: Sequence[Reading], running: Mapping[Hashable, int]
+        self, reading: Sequence[Reading], most: float
     ) -> tuple[int, tuple[Hashable, ...], float]:
         """Short prompts that are read at once because that is faster than one by one, if any are.
+
+        Args:
+          reading: all prompts that are being read.
+          most: how long that may take.
 
         Returns:
           The size, the keys of their texts, and what that costs.
@@ -301,7 +302,7 @@ class Scheduler:
                 continue
             cost = once + iteration * max(item.depth for item in found)
             saved = sum(self._cost_alone(item) for item in found) - cost
-            if cost <= self._longest(running) and saved > most_saved:
+            if cost <= most and saved > most_saved:
                 best, most_saved = (size, tuple(item.key for item in found), cost), saved
         for item in reading if best[1] else ():
             if item.key not in best[1]:
@@ -317,6 +318,8 @@ class Scheduler:
         """Iterations of a chunk that take no longer than `most`; None if none is left then."""
         left = chosen.depth - (chosen.begun[1] if chosen.begun else 0)
         once, iteration = self.costs.of_parts(size, chosen.place)
+        if most == float("inf"):
+            return None
         fitting = max(int((most - once) / max(iteration, _LEAST)), 1)
         # Parts of about the same size.
         num_parts = -(-left // fitting)

@@ -159,15 +159,15 @@ def test_prompts_have_all_of_the_time_while_no_text_is_continued():
         (16, 0, 1.2, 16),
         (17, 0, 1.2, 64),  # Two take longer than a whole one.
         (17, 0, 4.0, 16),
-        (1000, 0, 3.9, 64),
-        (1000, 8, 1.7, 64),  # 1 + 8 * 1.7 is less than 1.5 tokens' time, 1.5 * (2 + 8).
-        (1000, 8, 1.8, 16),
+        (1000, 0, 3.3, 64),
+        (1000, 8, 0.8, 64),  # 1 + 8 * 0.8 is less than three quarters of a token's time, 2 + 8.
+        (1000, 8, 0.9, 16),
     ],
 )
 def test_chunks_are_short_where_that_reads_as_fast_or_texts_would_wait(
     num_left, num_running, whole, size
 ):
-    costs = Costs(2.0, {4: (1.0, 0.7, 0.7), 16: (1.0, 1.0, 1.0), 64: (1.0, whole, whole)})
+    costs = Costs(2.0, {4: (1.0, 0.7, 0.7), 16: (1.0, 0.75, 0.75), 64: (1.0, whole, whole)})
     running = {number: 8 for number in range(num_running)}
     launch = lambda *reading: Scheduler(Policy(8), costs).next_launch(running, 0, reading)  # noqa: E731
     assert launch(Reading("a", num_left, 8)).chunk_size == size
@@ -184,7 +184,7 @@ def test_the_briefest_chunk_is_taken_where_all_keep_texts_waiting():
 def test_a_chunk_is_read_in_parts_where_even_the_short_ones_keep_texts_waiting():
     costs = Costs(2.0, {8: (2.0, 2.0, 2.0), 16: (3.0, 3.0, 3.0), 64: (4.0, 9.0, 9.0)}, 16)
     scheduler = Scheduler(Policy(8), costs)
-    most = 1.5 * (2 + 8)
+    most = 0.75 * (2 + 8)
 
     def parts(depth, running):
         begun, found = None, []
@@ -198,9 +198,9 @@ def test_a_chunk_is_read_in_parts_where_even_the_short_ones_keep_texts_waiting()
             found.append(launch.chunk_iterations)
             begun = (16, sum(found))
 
-    assert parts(8, {1: 8}) == [4]
+    assert parts(8, {1: 8}) == [1] * 7
     assert parts(8, {}) == []
-    assert parts(32, {1: 8}) == [4] * 7
+    assert parts(32, {1: 8}) == [1] * 31
     assert all(3 + 3 * part <= most for part in parts(32, {1: 8}))
     # One that has been begun is finished at once where nobody waits.
     launch = scheduler.next_launch({}, 0, [Reading("a", 1000, 8, begun=(16, 4))])
@@ -255,10 +255,10 @@ def test_a_launch_has_several_turns_where_nobody_waits(others, turns):
 
 
 def test_chunks_become_shorter_as_a_row_fills():
-    costs = Costs(2.0, {16: (1.0, 0.5, 1.0), 64: (1.0, 1.0, 3.0)})
+    costs = Costs(2.0, {16: (1.0, 0.5, 1.0), 64: (1.0, 0.6, 3.0)})
     sizes = [
         Scheduler(Policy(8), costs).next_launch({1: 8}, 0, [Reading("a", 100, 8, place)]).chunk_size
-        for place in (0.0, 0.3, 0.5, 0.9)
+        for place in (0.0, 0.05, 0.3, 0.9)
     ]
     assert sizes == [64, 64, 16, 16]
 
