@@ -115,6 +115,10 @@ def test_a_bucket_that_is_not_there_is_told(gs_bucket):
         ConfigError, match=r"'gs://not-there/run' cannot be written to \(.*\); check"
     ):
         make_and_probe("workdir", folder)
+    with pytest.raises(UserError, match=r"^gs://not-there/run: no such folder in the bucket"):
+        mt.load("gs://not-there/run")
+    with pytest.raises(UserError, match=r"^gs://not-there/run does not exist"):
+        mt.read_metrics("gs://not-there/run")
 
 
 @pytest.mark.parametrize(

@@ -248,6 +248,8 @@ def foreign_format(folder: AnyPath) -> Format | None:
     refuse_quantized(folder)
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "no such folder"
+        if is_bucket_path(folder):
+            raise UserError(f"{folder}: {what} in the bucket. Name the workdir of a run.")
         raise UserError(
             f"{folder}: {what}. Name the workdir of a run, or a folder of a known format "
             f"({_titles()}); paths are relative to {pathlib.Path.cwd()}."

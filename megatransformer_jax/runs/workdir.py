@@ -141,16 +141,20 @@ def _processor() -> str:
 
 @contextlib.contextmanager
 def quiet_libraries(level: str) -> Iterator[None]:
-    """Shows what other libraries log from warnings upwards only, unless the level is 'debug'."""
+    """Shows what other libraries log from warnings upwards only, unless the level is 'debug'.
+
+    An error that leaves the block ends the command, and Orbax's threads may still talk after it.
+    """
     handler, hook = absl_logging.get_absl_handler(), sys.unraisablehook
     if level != "debug":
         handler.addFilter(_own_or_important)
-        sys.unraisablehook = functools.partial(_show_unless_late, hook)
+        if getattr(hook, "func", None) is not _show_unless_late:
+            sys.unraisablehook = functools.partial(_show_unless_late, hook)
     try:
         yield
+        sys.unraisablehook = hook
     finally:
         handler.removeFilter(_own_or_important)
-        sys.unraisablehook = hook
 
 
 def _show_unless_late(hook: Callable[[Any], Any], unraisable: Any) -> None:

@@ -145,7 +145,10 @@ def metric_parts(folder: AnyPath) -> list[AnyPath]:
     first of them.
     """
     forget_listings(folder)
-    return sorted((folder / METRIC_PARTS).glob("*.jsonl"), key=lambda path: path.name)
+    try:
+        return sorted((folder / METRIC_PARTS).glob("*.jsonl"), key=lambda path: path.name)
+    except FileNotFoundError:  # There is no such bucket.
+        return []
 
 
 class _Lines(NamedTuple):

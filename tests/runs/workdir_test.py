@@ -1,4 +1,4 @@
-"""What a process keeps of the programs that it compiles."""
+"""What a process keeps of the programs that it compiles, and what it shows."""
 
 import collections
 import os
@@ -6,6 +6,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 
 import jax
@@ -14,8 +15,8 @@ import pytest
 from bucket_server import Bucket
 from jax.experimental.compilation_cache import compilation_cache
 
-from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.runs.workdir import use_compilation_cache
+from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.runs.workdir import quiet_libraries, use_compilation_cache
 
 NAMES = (
     "jax_compilation_cache_dir",
@@ -100,3 +101,21 @@ def test_the_second_process_takes_the_programs_of_the_first(tmp_path: pathlib.Pa
     assert folder.name.startswith(platform.machine()) and any(folder.iterdir())
     # All of them; others count as missed if they took longer than in the first process.
     assert run()[1] == misses
+
+
+def test_late_ends_of_threads_are_silent_after_an_error_too(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", shown.append)
+    late, other = (
+        types.SimpleNamespace(exc_value=RuntimeError(text))
+        for text in ("Event loop is closed", "another")
+    )
+    with quiet_libraries("info"):
+        pass
+    sys.unraisablehook(late)
+    assert shown.pop() is late
+    with pytest.raises(UserError), quiet_libraries("info"):
+        raise UserError("the checkpoint is damaged")
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert shown == [other]
