@@ -396,13 +396,13 @@ def start_folder(folder: pathlib.Path, plan: Mapping[str, Any]) -> dict[str, dic
     else:
         plan_file = folder / PLAN_FILE
         if plan_file.is_file():
-            _check_same(json.loads(plan_file.read_text(encoding="utf-8")), plan, folder)
+            _check_same(_read_json(plan_file), plan, folder)
         else:
             with _full_disk_is_told(plan_file):
                 write_json(plan_file, plan)
     for path in folder.glob("*.array_record"):
         if _facts_file(path).is_file():
-            facts[path.name] = json.loads(_facts_file(path).read_text(encoding="utf-8"))
+            facts[path.name] = _read_json(_facts_file(path))
     return {
         name: fact
         for name, fact in facts.items()
@@ -410,15 +410,34 @@ def start_folder(folder: pathlib.Path, plan: Mapping[str, Any]) -> dict[str, dic
     }
 
 
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict):
+            return values
+        problem = f"a {type(values).__name__}, not an object"
+    except ValueError as error:
+        problem = f"not JSON ({error})"
+    raise UserError(
+        f"{path} is damaged: {problem}. Delete it, then start the same command again: it goes on "
+        "with the files that are finished."
+    )
+
+
 def _remove_partial(folder: pathlib.Path) -> None:
     for path in folder.glob(f".*{_PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
+# What of a plan an option of the command says in other words.
+_OPTIONS = {"shards": "files (--shard_mb)"}
+
+
 def _check_same(saved: Mapping[str, Any], plan: Mapping[str, Any], folder: pathlib.Path) -> None:
     nothing = "(not there)"
     lines = [
-        f"  {name}: then {saved.get(name, nothing)!r}, now {plan.get(name, nothing)!r}"
+        f"  {_OPTIONS.get(name, name)}: then {saved.get(name, nothing)!r}, "
+        f"now {plan.get(name, nothing)!r}"
         for name in sorted((saved.keys() | plan.keys()) - set(SPLITS))
         if saved.get(name, nothing) != plan.get(name, nothing)
     ]

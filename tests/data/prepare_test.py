@@ -142,6 +142,22 @@ def test_a_folder_of_other_rows_is_refused(texts, tmp_path):
         prepare_texts(config, folder)
 
 
+@pytest.mark.parametrize("damage", ['{"shards', "[]"])
+def test_a_damaged_plan_is_told_with_the_way_out(damage, texts, tmp_path):
+    config, whole = texts
+    folder = tmp_path / "rows"
+    with pytest.raises(Stop):
+        prepare_texts(config, folder, report=stop_after(15))
+    (folder / "plan.json").write_text(damage, encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"plan\.json is damaged: .* Delete it, then start the same"
+    ):
+        prepare_texts(config, folder)
+    (folder / "plan.json").unlink()
+    prepare_texts(config, folder)
+    assert content(folder) == content(whole)
+
+
 def test_bad_records_stop_it_or_are_counted(tmp_path):
     config = texts_config(tmp_path, "texts", 30)
     with open(config.files[0], "a") as file:
