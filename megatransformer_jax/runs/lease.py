@@ -441,7 +441,12 @@ class Lease:
                 if self._ended.is_set():
                     return
                 if not has_failed:
-                    logging.warning("%s The next try is in %.0f s.", error, self._renew_s)
+                    logging.warning(
+                        "%s: its lock could not be renewed (%s); the next try is in %.0f s.",
+                        self._workdir,
+                        storage_problem(error.__cause__ or error) or error,
+                        self._renew_s,
+                    )
                 has_failed = True
 
 

@@ -128,7 +128,9 @@ def test_a_run_whose_lock_is_stolen_ends_before_it_commits_anything(store: FakeS
             second.confirm()
 
 
-def test_the_thread_that_renews_notices_a_theft_and_survives_an_outage(store: FakeStore) -> None:
+def test_the_thread_that_renews_notices_a_theft_and_survives_an_outage(
+    store: FakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
     with Lease(store, WORKDIR, "a", renew_s=0.01) as lease:
         store.is_down = True
         time.sleep(0.05)
@@ -142,6 +144,8 @@ def test_the_thread_that_renews_notices_a_theft_and_survives_an_outage(store: Fa
             while time.monotonic() < deadline:
                 lease.check()
                 time.sleep(0.005)
+    assert "could not be renewed (no route to host); the next try is in 0 s" in caplog.text
+    assert "again" not in caplog.text  # The run goes on.
 
 
 def test_an_answer_that_was_lost_is_not_taken_for_a_theft(store: FakeStore) -> None:
