@@ -109,7 +109,9 @@ class Mirror:
         self._wanted.set()
         self._thread.join()
         self._thread = None
-        self._failures, self._failure = 0, None
+        # A bucket that has just failed several times in a row is asked once more.
+        self._failures = MAX_FAILURES - 1 if isinstance(error, MirrorFailed) else 0
+        self._failure = None
         try:
             self._insist(self._send_all)
         except MirrorFailed as failure:

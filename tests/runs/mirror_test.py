@@ -153,6 +153,22 @@ def test_failures_warn_and_three_in_a_row_end_the_run(files, bucket, monkeypatch
     assert caplog.text.count("trying again") >= 2
 
 
+def test_a_bucket_that_has_ended_the_run_is_asked_once_more(files, bucket, monkeypatch):
+    tries = []
+
+    def fail(*arguments):
+        tries.append(arguments)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(mirroring, "_PAUSE_S", 0)
+    with pytest.raises(MirrorFailed), Mirror(files, bucket, is_workdir=True) as mirror:
+        mirror.start()
+        (files / "train.log").write_text("a")
+        monkeypatch.setattr(mirroring, "write_atomically", fail)
+        mirror.send_records()
+    assert len(tries) == mirroring.MAX_FAILURES + 1
+
+
 def test_a_run_that_reports_does_not_wait_for_the_bucket(files, bucket, monkeypatch):
     arrived, may_go_on = threading.Event(), threading.Event()
 
