@@ -128,6 +128,11 @@ COMPANIONS |= {
     "evaluation.generated.metrics": ["--config.evaluation.generated.references=r.jsonl"],
     "evaluation.generated.references": _SCORED,
 }
+COMPANIONS |= {
+    "lock_owner": ["--config.workdir=gs://bucket/run"],
+    "steal_lock": ["--config.workdir=gs://bucket/run"],
+    "model.recurrence.kept_every": ["--config.model.remat=full"],
+}
 COMPANIONS |= MEDIA_COMPANIONS
 SECTION_COMPANIONS |= MEDIA_SECTION_COMPANIONS
 
@@ -147,6 +152,7 @@ NEW_VALUES: dict[str, Any] = {
     "preset": "tiny",
     "environment": ("XLA_FLAGS=--a=b --c=d", "B="),
     "workdir": "runs/with space, =\"quotes' ünïcode",
+    "logging.mirror": "gs://bucket/copy",
     "model.attention.num_kv_heads": 2,
     "model.attention.head_dim": 32,
     "model.attention.prelude_windows": (5,),
