@@ -68,7 +68,7 @@ def test_a_prompt_may_be_repeated_and_hold_commas() -> None:
         (["--zzz=1"], r"--zzz: no such option; --help lists all\."),
         (["--depth=deep"], r"depth=deep: 'deep' is not a whole number"),
         (["--top_p=1.5"], r"^--top_p: 1\.5 is not allowed; it must be above 0 and at most 1"),
-        (["--exit_criterion=entropy"], r"^--exit_criterion: 'entropy' .* one of 'fixed', 'latent"),
+        (["--exit_criterion=entropi"], r"^--exit_criterion: 'entropi' .* one of 'fixed', 'latent"),
         (["--strategy=nucleus"], r"^--strategy: 'nucleus' .* one of 'greedy', 'sample'"),
         (["--temperature=0"], r"^--temperature: 0 draws nothing; .* strategy='greedy'"),
         (["--strategy=greedy", "--temperature=0.5"], r"^--temperature: 0\.5 would be ignored"),

@@ -24,8 +24,10 @@ TEXTS = [
 
 
 def given(mesh_name, rows):
-    batcher = Batcher(*model_and_params(mesh_name), None, BatchShape(rows, CAPACITY, 4, chunk=4))
-    got = drive(batcher, TEXTS, min_waiting=2)
+    shape = BatchShape(rows, CAPACITY, 4, chunk=4, short_chunks=(3,))
+    batcher = Batcher(*model_and_params(mesh_name), None, shape)
+    # Chunks in parts and together, and several turns in a launch, too.
+    got = drive(batcher, TEXTS, min_waiting=2, arrival=0)
     # Of a row on one device, into a row on another.
     batcher.place(0, TEXTS[8])
     while not batcher.prefill(0):
@@ -35,7 +37,7 @@ def given(mesh_name, rows):
     batcher.release([0])
     batcher.turn()
     batcher.advance(1, 9)
-    events = batcher.turn().fetch()
+    (events,) = batcher.turn().fetch()
     return got, int(events.token[rows - 1]), batcher
 
 

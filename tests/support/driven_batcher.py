@@ -53,7 +53,7 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
             row, text = free.pop(0), queue.pop(0)
             batcher.place(row, texts[text])
             reading[row] = text
-        if waits():
+        if batcher.begun_sizes and waits():
             begin_some(batcher, {row: texts[text] for row, text in reading.items()}, chance)
         for row in list(reading):
             while row in reading and not waits():

@@ -279,9 +279,12 @@ def step(
         return batch, jax.tree.map(put, events, new), count + 1
 
     events = DeviceEvents.none(shape.rows, shape.turns, shape.num_top)
-    events = constrain_rows_of(for_rows(model, shape.rows), events)
+    laid_out = for_rows(model, shape.rows)
+    events = constrain_rows_of(laid_out, events)
     batch, events, _ = jax.lax.while_loop(goes_on, one, (batch, events, jnp.int32(0)))
-    return batch, events
+    # What a loop leaves is laid out as the compiler likes, unless it is told.
+    batch = constrained(laid_out, batch.lanes, batch.cache)
+    return batch, constrain_rows_of(laid_out, events)
 
 
 def _with_new_tokens(

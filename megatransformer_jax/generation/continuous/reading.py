@@ -106,7 +106,7 @@ def begin(
         return _write_rows(model, shape, batch, rows[number], one, own)
 
     written: Batch = jax.lax.fori_loop(0, jnp.sum(rows >= 0), write, batch)
-    return written
+    return constrained(for_rows(model, shape.rows), written.lanes, written.cache)
 
 
 def part(
