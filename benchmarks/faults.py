@@ -31,6 +31,8 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.table import Table
 
+from megatransformer_jax.storage import tree_bytes
+
 _TIMEOUT_S = 600
 _PROGRAM = (sys.executable, "-m", "megatransformer_jax.cli.commands", "train")
 # Replaces the clock of a process that has this folder on its path.
@@ -237,23 +239,13 @@ def _checkpoints(run: Training) -> list[pathlib.Path]:
 def sigterm(settings: Settings) -> Outcome:
     """SIGTERM between two saves."""
     run = Training(settings, settings.folder / "sigterm")
-    process = run.start()
-    run.wait_for(process, lambda: run.has_saved(settings.every))
-    process.send_signal(signal.SIGTERM)
-    outcome = _outcome("SIGTERM", run, process)
-    run.finish()
-    return dataclasses.replace(outcome, result=run.compare())
+    return _sigterm("SIGTERM", run, run.start(), lambda: run.has_saved(settings.every))
 
 
 def sigterm_in_a_save(settings: Settings) -> Outcome:
     """SIGTERM while a checkpoint is written."""
     run = Training(settings, settings.folder / "sigterm_save")
-    process = run.start()
-    run.wait_for(process, run.is_saving)
-    process.send_signal(signal.SIGTERM)
-    outcome = _outcome("SIGTERM inside of a save", run, process)
-    run.finish()
-    return dataclasses.replace(outcome, result=run.compare())
+    return _sigterm("SIGTERM inside of a save", run, run.start(), run.is_saving)
 
 
 def sigterm_while_compiling(settings: Settings) -> Outcome:
@@ -261,10 +253,22 @@ def sigterm_while_compiling(settings: Settings) -> Outcome:
     run = Training(settings, settings.folder / "sigterm_compile")
     process = run.start("--config.compilation_cache_dir=None")
     # It is written just before the first step.
-    run.wait_for(process, (run.workdir / "config.json").is_file)
-    time.sleep(3)
+    is_written = (run.workdir / "config.json").is_file
+    return _sigterm("SIGTERM while compiling", run, process, is_written, 3)
+
+
+def _sigterm(
+    name: str,
+    run: Training,
+    process: subprocess.Popen,
+    is_time: Callable[[], bool],
+    seconds: float = 0,
+) -> Outcome:
+    """SIGTERM so many seconds after it is time, and the run to its end."""
+    run.wait_for(process, is_time)
+    time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
-    outcome = _outcome("SIGTERM while compiling", run, process)
+    outcome = _outcome(name, run, process)
     run.finish()
     return dataclasses.replace(outcome, result=run.compare())
 
@@ -291,9 +295,9 @@ def disk_full(settings: Settings) -> Outcome:
     run = Training(settings, settings.folder / "full")
     run.workdir.mkdir()
     # Room for one checkpoint and a half.
-    size = sum(path.stat().st_size for path in settings.whole.rglob("*") if path.is_file())
+    size = tree_bytes(settings.whole)
     saved = settings.whole / "checkpoints" / str(settings.every)
-    one = sum(path.stat().st_size for path in saved.rglob("*") if path.is_file())
+    one = tree_bytes(saved)
     _try("mount", "-t", "tmpfs", "-o", f"size={3 * one // 2 + 200_000}", "tmpfs", str(run.workdir))
     process = run.start()
     try:

@@ -53,7 +53,7 @@ def storage_problem(error: BaseException) -> str | None:
       >>> storage_problem(TypeError("a mistake in the program")) is None
       True
     """
-    for one in _chain(error):
+    for one in chain_of(error):
         number = _number(one)
         if isinstance(one, OSError) and one.strerror:
             return f"{one.filename}: {one.strerror}" if one.filename else one.strerror
@@ -66,7 +66,7 @@ def storage_problem(error: BaseException) -> str | None:
 
 def is_full(error: BaseException) -> bool:
     """Whether a disk is full, or may not be written to at all."""
-    return any(_number(one) in (*_FULL, errno.EROFS) for one in _chain(error))
+    return any(_number(one) in (*_FULL, errno.EROFS) for one in chain_of(error))
 
 
 def may_pass(error: BaseException) -> bool:
@@ -78,7 +78,7 @@ def may_pass(error: BaseException) -> bool:
       >>> may_pass(PermissionError("Forbidden: b/bucket"))
       False
     """
-    for one in _chain(error):
+    for one in chain_of(error):
         if any(kind.__name__ in _SILENT for kind in type(one).__mro__):
             return True
         if isinstance(one, ValueError) and _SILENT_STATUS.search(str(one)):
@@ -105,7 +105,7 @@ def check_answered(where: str, error: BaseException) -> None:
             f"{where} cannot be reached ({storage_problem(error)}); check the network of this "
             "machine, then start the same command again."
         ) from error
-    if any(_is_forbidden(one) for one in _chain(error)):
+    if any(_is_forbidden(one) for one in chain_of(error)):
         raise UserError(
             f"{where} may not be read ({storage_problem(error)}); give this user the right to."
         ) from error
@@ -113,7 +113,7 @@ def check_answered(where: str, error: BaseException) -> None:
 
 def fix_of(error: BaseException) -> str:
     """What to do about a problem of storage."""
-    for one in _chain(error):
+    for one in chain_of(error):
         number = _number(one)
         if number in _FULL:
             return "make room there"
@@ -145,7 +145,7 @@ def _is_of_client(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] in _CLIENTS
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
     """The error and those that it came from, the outermost first."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -153,5 +153,5 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         yield error
         if isinstance(error, BaseExceptionGroup):
             for part in error.exceptions:
-                yield from _chain(part)
+                yield from chain_of(part)
         error = error.__cause__ or error.__context__

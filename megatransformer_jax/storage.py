@@ -4,6 +4,7 @@ A path in a bucket (`gs://`, `s3://`) has the methods of a `pathlib.Path`. What 
 well about buckets is here: making folders, sizes, patterns, ranges of bytes.
 """
 
+import fcntl
 import json
 import logging
 import os
@@ -15,7 +16,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatransformer_jax.config.option import ConfigError
+from absl import logging as absl_logging
+
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.extras import import_extra
 from megatransformer_jax.failures import check_answered, may_pass
 
@@ -188,7 +191,7 @@ def make_and_probe(option: str, path: AnyPath) -> AnyPath:
 
 
 def _unwritable(option: str, path: AnyPath, error: Exception) -> ConfigError:
-    reason = getattr(error, "strerror", None) or _first_line(error)
+    reason = getattr(error, "strerror", None) or first_line(error)
     fix = "choose another folder"
     if is_bucket_path(path):
         _check_answered(option, path, error)
@@ -201,7 +204,8 @@ def _check_answered(option: str, path: AnyPath, error: Exception) -> None:
         check_answered(f"{option}: {str(path)!r}", error)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The class of an error and the first line of what it says."""
     text = str(error).strip() or repr(error)
     return f"{type(error).__name__}: {text.splitlines()[0][:200]}"
 
@@ -223,7 +227,7 @@ def check_reachable(option: str, path: AnyPath) -> None:
         _check_answered(option, path, error)
         raise ConfigError(
             option,
-            f"{str(path)!r} cannot be read ({_first_line(error)}); check the bucket's name and the "
+            f"{str(path)!r} cannot be read ({first_line(error)}); check the bucket's name and the "
             "credentials of this machine.",
         ) from error
 
@@ -263,6 +267,26 @@ def write_into(
         for name in files_below(pathlib.Path(local)):
             write_atomically(folder / name, pathlib.Path(local, name).read_bytes())
         return [folder / path.relative_to(local) for path in named]
+
+
+def lock_opened(descriptor: int, path: pathlib.Path, *, taken: str, otherwise: str) -> None:
+    """Locks a file or folder of this machine until its descriptor is closed, or the process ends.
+
+    Args:
+      descriptor: of the opened file or folder.
+      path: of it, for messages.
+      taken: what to say if another process has locked it.
+      otherwise: what to see to where the file system has no locks, which is a warning.
+
+    Raises:
+      UserError: if another process has locked it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(taken) from error
+    except OSError as error:  # Some network file systems have no locks.
+        absl_logging.warning("%s cannot be locked (%s): %s.", path, error.strerror, otherwise)
 
 
 # ------------------------------------------------------------------------------

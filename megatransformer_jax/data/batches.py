@@ -243,7 +243,7 @@ class Pipeline:
         groups = _Groups(stream, group)
         self._iterators = [grain.experimental.ThreadPrefetchDatasetIterator(groups, ahead)]
         # Batches of the last group that are still to be returned, and where each of them ends.
-        self._ready: collections.deque[tuple[Any, dict[str, Any]]] = collections.deque()
+        self._ready: collections.deque[tuple[Any, dict[str, Any] | None]] = collections.deque()
         self._state: dict[str, Any] | None = None
         self._finalizer = weakref.finalize(self, _close, self._iterators, stream)
         self.bad_records = bad_records
@@ -301,22 +301,26 @@ class Pipeline:
 
 
 class _Groups:
-    """Some batches of a stream at a time, each with the state of the stream behind it."""
+    """Some batches of a stream at a time, each with the state of the stream behind it.
+
+    The last one of a whole group has none: its state is that of the stream of groups.
+    """
 
     def __init__(self, stream: BatchStream, size: int):
         self._stream = stream
         self._size = size
 
-    def __next__(self) -> list[tuple[Any, dict[str, Any]]]:
-        found: list[tuple[Any, dict[str, Any]]] = []
-        for _ in range(self._size):
+    def __next__(self) -> list[tuple[Any, dict[str, Any] | None]]:
+        found: list[tuple[Any, dict[str, Any] | None]] = []
+        for number in range(1, self._size + 1):
             try:
                 batch = next(self._stream)
             except StopIteration:
                 if not found:
                     raise
                 break
-            found.append((batch, self._stream.get_state()))
+            is_last = number == self._size
+            found.append((batch, None if is_last else self._stream.get_state()))
         return found
 
     def __iter__(self) -> Iterator[Any]:

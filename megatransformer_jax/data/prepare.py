@@ -7,7 +7,6 @@ goes on with the shards that are not finished. `token_rows.py` reads what is wri
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import itertools
 import json
@@ -39,7 +38,7 @@ from megatransformer_jax.data.token_rows import (
 )
 from megatransformer_jax.data.tokenizer import Tokenizer
 from megatransformer_jax.failures import SaveFailed
-from megatransformer_jax.storage import write_json
+from megatransformer_jax.storage import lock_opened, write_json
 
 # What the shards of a folder have in common, while not all of them are finished.
 PLAN_FILE = "plan.json"
@@ -357,19 +356,13 @@ def hold_folder(folder: pathlib.Path) -> Iterator[None]:
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder}: another process is preparing data there; wait until it has ended, or "
-                "name another folder."
-            ) from error
-        except OSError as error:  # Some network file systems have no locks.
-            logging.warning(
-                "%s cannot be locked (%s): make sure that nothing else prepares data there.",
-                folder,
-                error.strerror,
-            )
+        lock_opened(
+            descriptor,
+            folder,
+            taken=f"{folder}: another process is preparing data there; wait until it has ended, or "
+            "name another folder.",
+            otherwise="make sure that nothing else prepares data there",
+        )
         yield
     finally:
         os.close(descriptor)

@@ -19,7 +19,7 @@ from absl import logging
 
 from megatransformer_jax.config.option import TRY_AGAIN, UserError
 from megatransformer_jax.runs.workdir import LOCKED_FILE
-from megatransformer_jax.storage import AnyPath, files_below, write_atomically
+from megatransformer_jax.storage import AnyPath, files_below, first_line, write_atomically
 from megatransformer_jax.training.recorder import METRIC_PARTS, METRICS_FILE, metric_parts
 
 # A part of the metrics is written again with each report until it has this many bytes.
@@ -181,7 +181,7 @@ class Mirror:
             with self._sending:
                 send()
         except Exception as error:  # Of the client: of HTTP, of credentials, of the disk.
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+            reason = first_line(error)
             self._failures += 1
             if self._failures >= MAX_FAILURES:
                 self._failure = MirrorFailed(

@@ -1,7 +1,6 @@
 """A run's folder: who holds it, its log file, and what of other libraries' messages is shown."""
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
@@ -13,7 +12,7 @@ from typing import Any, NamedTuple
 
 from absl import logging as absl_logging
 
-from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.runs.lease import lease_of
 from megatransformer_jax.storage import (
     CHECKPOINTS,
@@ -22,6 +21,7 @@ from megatransformer_jax.storage import (
     as_path,
     is_bucket_path,
     local_path,
+    lock_opened,
     make_and_probe,
 )
 
@@ -279,19 +279,13 @@ def hold_workdir(workdir: AnyPath) -> Iterator[None]:
             stack.enter_context(lease_of(workdir))
         elif path.is_file():
             file = stack.enter_context(path.open("rb"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"{workdir}: a run is writing to this workdir; wait until it has ended, stop "
-                    "it (Ctrl-C saves; in Python close() of its Trainer), or name another workdir."
-                ) from error
-            except OSError as error:  # Some network file systems have no locks.
-                absl_logging.warning(
-                    "%s cannot be locked (%s): make sure that no other run uses this workdir.",
-                    path,
-                    error.strerror,
-                )
+            lock_opened(
+                file.fileno(),
+                path,
+                taken=f"{workdir}: a run is writing to this workdir; wait until it has ended, stop "
+                "it (Ctrl-C saves; in Python close() of its Trainer), or name another workdir.",
+                otherwise="make sure that no other run uses this workdir",
+            )
         yield
 
 

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 
 from megatransformer_jax.config.loop import DistributedConfig
 from megatransformer_jax.config.option import TRY_AGAIN, ConfigError, UserError
+from megatransformer_jax.failures import chain_of
 from megatransformer_jax.sharding.mesh import share_of_batch
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import Batch
@@ -94,12 +95,10 @@ def lost_process_reason(error: BaseException) -> str | None:
       'UNAVAILABLE: Socket closed'
       >>> lost_process_reason(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"))
     """
-    one: BaseException | None = error
-    while one is not None:
+    for one in chain_of(error):
         text = " ".join(str(one).split())
         if isinstance(one, jax.errors.JaxRuntimeError) and _LOST.search(text):
             return text[:_REASON_LENGTH]
-        one = one.__cause__ or one.__context__
     return None
 
 
