@@ -356,7 +356,7 @@ def _try(*words: str) -> None:
 
 
 def files_cut(settings: Settings) -> list[Outcome]:
-    """One file of each kind of the newest checkpoint cut to half, each in a run of its own."""
+    """Cuts one file of each kind in the newest checkpoint to half its size, each in its own run."""
     newest = settings.whole / "checkpoints" / str(settings.middle)
     kinds: dict[str, pathlib.Path] = {}
     for path in sorted(newest.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size):

@@ -175,7 +175,7 @@ def _watched(work: Callable[[Callable[[str], object]], _T]) -> _T:
     """What `work` returns, with a live line in a terminal, else a line a minute, while it goes on.
 
     The lines go to stderr, so that the tables can be piped. The compiler ignores Ctrl-C,
-    so it runs in a thread of its own.
+    so it runs in its own thread.
 
     Args:
       work: gets a function that is to be told what is being done.

@@ -467,7 +467,7 @@ class MeshConfig(DataMeshConfig):
 def data_ways_option() -> Any:
     """The axis `data` of a finished model's mesh."""
     return option(
-        1, "Devices that texts are divided among, each with weights of its own.", minimum=1
+        1, "Devices that the texts are divided among; each has a copy of the weights.", minimum=1
     )
 
 

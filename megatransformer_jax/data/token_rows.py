@@ -1,6 +1,6 @@
 """Rows that `megatransformer prepare` has tokenised and packed: their files, and batches of them.
 
-A folder holds the files below. Whoever trains opens only the rows of its own share of a batch.
+A folder holds the files below. A process that trains opens only the rows of its share of a batch.
 
 | file | holds |
 |---|---|
@@ -291,7 +291,7 @@ class TokenRecords:
     Files are opened when a row of theirs is read first, and records are read one by one.
 
     Raises:
-      UserError: if a file is missing, or there is no row.
+      UserError: if a file is missing, or there are no rows.
     """
 
     def __init__(self, folders: Sequence[PreparedFolder], split: str):

@@ -73,7 +73,7 @@ def batch_shape(config: ServingConfig, lm: Any) -> BatchShape:
     )
 
 
-def _costs(batcher: Any, part_size: int | None) -> Costs:
+def _costs(batcher: Any) -> Costs:
     """What things take, in iterations."""
     durations: Durations = batcher.durations()
     tick = max(durations.tick, 1e-9)
@@ -83,7 +83,7 @@ def _costs(batcher: Any, part_size: int | None) -> Costs:
             size: (once / tick, first / tick, last / tick)
             for size, (once, first, last) in durations.chunks.items()
         },
-        part_size=part_size,
+        part_size=batcher.part_size,
         begun={size: (once / tick, each / tick) for size, (once, each) in durations.begun.items()},
         most_begun=batcher.most_begun,
     )
@@ -349,10 +349,9 @@ class Engine:
             max_prefill_share=config.max_prefill_share,
             max_bypasses=config.max_bypasses,
         )
-        part_size = self.shape.part_size if self._lm.config.is_recurrent else None
         self._launches = Launches(
             batcher,
-            Scheduler(policy, _costs(batcher, part_size)),
+            Scheduler(policy, _costs(batcher)),
             Prefixes(config.rows, config.chunk),
             self.metrics,
             self._see_end,

@@ -44,7 +44,6 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
       max_ticks: of every advance.
     """
     chance = random.Random(arrival)
-    has_core = batcher.batch.cache.core is not None
     waits = lambda: arrival is not None and chance.random() < 0.5  # noqa: E731
     queue, got = list(range(len(texts)) if order is None else order), [Got() for _ in texts]
     free, reading, running = list(range(batcher.shape.rows)), {}, {}
@@ -60,8 +59,8 @@ def drive(batcher, texts, *, min_waiting=1, order=None, arrival=None, max_ticks=
                 may_be_short = texts[reading[row]].depth <= batcher.shape.num_slots
                 size = chance.choice(batcher.shape.chunks) if may_be_short and waits() else None
                 begun = batcher.begun(row)
-                is_part = begun is not None or size == batcher.shape.part_size is not None
-                if batcher.prefill(row, size, 1 if is_part and has_core and waits() else None):
+                is_part = begun is not None or size == batcher.part_size is not None
+                if batcher.prefill(row, size, 1 if is_part and waits() else None):
                     running[row] = reading.pop(row)
         turns = batcher.shape.turns if waits() else 1
         limits = StepLimits(min_waiting, max_ticks, turns, len(running))

@@ -170,7 +170,7 @@ class FakeBatcher:
         if held.is_entering:
             return True
         if iterations is not None and done + iterations < held.text.depth:
-            assert size == self.shape.part_size and iterations > 0
+            assert size == self.part_size and iterations > 0
             self.num_parts += 1
             self._wait(iterations / held.text.depth)
             held.begun = size, done + iterations
@@ -181,6 +181,10 @@ class FakeBatcher:
         return held.is_entering
 
     most_begun = 3
+
+    @property
+    def part_size(self):
+        return self.shape.part_size
 
     @property
     def begun_sizes(self):

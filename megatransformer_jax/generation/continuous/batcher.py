@@ -170,8 +170,7 @@ class Batcher:
         for size in self.begun_sizes:
             progress(f"begin {size}")
             self._executable("begin", (self._params, self._batch, self._rows(())), size)
-        if self.has_core:
-            self._compile_parts(progress)
+        self._compile_parts(progress)
         if self.shape.with_images:
             placed = self._no_images(PromptPlaces(np.zeros(0, np.int32), np.zeros(0, bool), ()))
             pixels = self._host(np.zeros(self._model.config.image.shape, np.float32))
@@ -182,7 +181,7 @@ class Batcher:
             self._executable(name, given)
 
     def _compile_parts(self, progress: Callable[[str], object]) -> None:
-        size = self.shape.part_size
+        size = self.part_size
         if size is None:
             return
         row, given = self._number(0), (self._params, self._batch, self._number(0))
@@ -256,7 +255,7 @@ class Batcher:
           size: tokens of the chunk, one of `shape.chunks`. None: a whole one. Prompts with images
             are read in whole chunks. Without meaning while one is begun.
           iterations: does no more of them, and the next call goes on with them; for chunks of
-            `shape.part_size`. None: does all that are left.
+            `part_size`. None: does all that are left.
         """
         begun = self._begun.pop(row, None)
         size = self.shape.chunk if size is None or row in self._placed else size
@@ -278,6 +277,11 @@ class Batcher:
         if not self.num_unread(row):
             self._placed.pop(row, None)
         return not self.num_unread(row)
+
+    @property
+    def part_size(self) -> int | None:
+        """Tokens of the chunks that may be cut between iterations. None: there is none."""
+        return self.shape.part_size if self.has_core else None
 
     @property
     def most_begun(self) -> int:
@@ -308,7 +312,7 @@ class Batcher:
     def _read_part(
         self, given: tuple[Any, ...], size: int, end: int, before: _Begun | None
     ) -> _Begun:
-        assert self.has_core and size == self.shape.part_size
+        assert size == self.part_size
         if before is None:
             read = self._run("part", *given, self._number(end), static=(size,))
         else:

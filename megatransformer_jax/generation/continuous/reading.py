@@ -1,15 +1,15 @@
 """Programs that read prompts into a batch's cache, for `programs`, whose table goes on here.
 
-| program        | does                                                   | keys and values   |
-|----------------|--------------------------------------------------------|-------------------|
+| program        | does                                                    | keys and values   |
+|----------------|---------------------------------------------------------|-------------------|
 | prefill        | the next tokens of one row's prompt, but never its last | written, in place |
-| begin          | the first tokens of several rows' prompts at once      | written, in place |
-| part           | the first iterations of such a chunk                   | only read         |
-| part_on        | some more of them                                      | only read         |
-| rest           | the last of them, after which it has been read         | written, in place |
-| score          | prefill, and log-probabilities of the tokens behind    | written, in place |
-| place_image    | an image among a prompt's vectors                      | not touched       |
-| prefill_placed | prefill of a prompt with images                        | written, in place |
+| begin          | the first tokens of several rows' prompts at once       | written, in place |
+| part           | the first iterations of such a chunk                    | only read         |
+| part_on        | some more of them                                       | only read         |
+| rest           | the last of them, after which it has been read          | written, in place |
+| score          | prefill, and log-probabilities of the tokens behind     | written, in place |
+| place_image    | an image among a prompt's vectors                       | not touched       |
+| prefill_placed | prefill of a prompt with images                         | written, in place |
 """
 
 import dataclasses
@@ -95,15 +95,13 @@ def begin(
     # Written after everything was read.
     start = known_after(jnp.int32(0), read.hidden)
     counts = jnp.sum(is_token, axis=1, dtype=jnp.int32)
-    chunk = _Chunk((), start, counts, None)
 
     def write(number: jax.Array, batch: Batch) -> Batch:
         take = functools.partial(
             jax.lax.dynamic_slice_in_dim, start_index=number, slice_size=1, axis=1
         )
         own = jax.tree.map(take, read.rows), read.num_steps[number]
-        one = dataclasses.replace(chunk, count=counts[number])
-        return _write_rows(model, shape, batch, rows[number], one, own)
+        return _write_rows(model, shape, batch, rows[number], _Span(start, counts[number]), own)
 
     written: Batch = jax.lax.fori_loop(0, jnp.sum(rows >= 0), write, batch)
     return constrained(for_rows(model, shape.rows), written.lanes, written.cache)
@@ -199,7 +197,7 @@ def score(
     start, history = batch.cache.next_position[row], batch.lanes.history
     chunk = _open_chunk(model, shape, params, batch, row)
     read = chunk.read_by(read_tokens)
-    batch, count = _write_chunk(model, shape, batch, row, chunk, read), chunk.count
+    batch, count = _write_chunk(model, shape, batch, row, chunk, read), chunk.span.count
     one = for_rows(model, 1)
     logits = apply_head(one, gather_weights(one, params), read.hidden)[0].astype(jnp.float32)
     columns = jnp.minimum(start + 1 + jnp.arange(logits.shape[0]), history.capacity - 1)
@@ -211,20 +209,31 @@ def score(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Chunk:
-    """The next tokens of a row's prompt, and how they are read.
+class _Span:
+    """Where tokens of a prompt are.
 
     Attributes:
-      arguments: of `read_tokens`.
       start: places before them.
       count: how many they are; the others are padding.
       is_image: places of images among them. None: there are none.
     """
 
-    arguments: tuple[Any, ...]
     start: jax.Array
     count: jax.Array
-    is_image: jax.Array | None
+    is_image: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chunk:
+    """The next tokens of a row's prompt, and how they are read.
+
+    Attributes:
+      arguments: of `read_tokens`.
+      span: where they are.
+    """
+
+    arguments: tuple[Any, ...]
+    span: _Span
 
     def read_by(self, read: Callable[..., Any], *more: Any) -> Any:
         """What one of the functions that read tokens gives."""
@@ -257,7 +266,7 @@ def _open_chunk(
     rule = _rule(shape, settings)
     view = view_sequence(cache, row, model.sharder)
     arguments = (one, gather_weights(one, params), new, view, rule, places[None])
-    return _Chunk(arguments, start, jnp.sum(is_token, dtype=jnp.int32), is_image)
+    return _Chunk(arguments, _Span(start, jnp.sum(is_token, dtype=jnp.int32), is_image))
 
 
 def _rule(shape: BatchShape, settings: RowSettings) -> DepthRule:
@@ -276,8 +285,8 @@ def _write_chunk(
     read: TokensRead,
 ) -> Batch:
     # Written after everything was read.
-    chunk = dataclasses.replace(chunk, start=known_after(chunk.start, read.hidden))
-    return _write_rows(model, shape, batch, row, chunk, (read.rows, read.num_steps[0]))
+    span = dataclasses.replace(chunk.span, start=known_after(chunk.span.start, read.hidden))
+    return _write_rows(model, shape, batch, row, span, (read.rows, read.num_steps[0]))
 
 
 def _write_rows(
@@ -285,21 +294,21 @@ def _write_rows(
     shape: BatchShape,
     batch: Batch,
     row: Int[Array, ""],
-    chunk: _Chunk,
+    span: _Span,
     new: tuple[NewPairs, Int[Array, "T"]],
 ) -> Batch:
     """What one sequence has read: pairs, [E, 1, K, T, P], and iterations of its tokens."""
-    model, cache, count = for_rows(model, shape.rows), batch.cache, chunk.count
+    model, cache, count = for_rows(model, shape.rows), batch.cache, span.count
     (prelude, core, coda), num_steps = new
     depth = batch.lanes.settings.rules.depth[row][None]
     rows = NewRows((prelude, coda), core, depth)
-    cache = write_sequence(cache, rows, row, chunk.start, count, model.sharder)
+    cache = write_sequence(cache, rows, row, span.start, count, model.sharder)
     places = jnp.arange(num_steps.shape[0], dtype=jnp.int32)
-    columns = jnp.where(places < count, chunk.start + places, cache.capacity)
+    columns = jnp.where(places < count, span.start + places, cache.capacity)
     steps = cache.num_steps[row].at[columns].set(num_steps, mode="drop")
     cache = changed(cache, num_steps=cache.num_steps.at[row].set(steps))
-    if chunk.is_image is not None:
-        is_medium = cache.is_medium[row].at[columns].set(chunk.is_image, mode="drop")
+    if span.is_image is not None:
+        is_medium = cache.is_medium[row].at[columns].set(span.is_image, mode="drop")
         cache = changed(cache, is_medium=cache.is_medium.at[row].set(is_medium))
     next_position = cache.next_position.at[row].add(count)
     cache = with_positions(cache, next_position, batch.lanes.is_live)
