@@ -89,6 +89,19 @@ def may_pass(error: BaseException) -> bool:
     return False
 
 
+def check_reached(where: str, error: BaseException) -> None:
+    """As `check_answered`, but for an answer that this user may not read.
+
+    Raises:
+      NoAnswer: if the storage did not answer.
+    """
+    if may_pass(error):
+        raise NoAnswer(
+            f"{where} cannot be reached ({storage_problem(error)}); check the network of this "
+            "machine, then start the same command again."
+        ) from error
+
+
 def check_answered(where: str, error: BaseException) -> None:
     """Tells an error that says nothing about what was to be read from one that does.
 
@@ -100,11 +113,7 @@ def check_answered(where: str, error: BaseException) -> None:
       NoAnswer: if the storage did not answer.
       UserError: if it does not let this user read.
     """
-    if may_pass(error):
-        raise NoAnswer(
-            f"{where} cannot be reached ({storage_problem(error)}); check the network of this "
-            "machine, then start the same command again."
-        ) from error
+    check_reached(where, error)
     if any(_is_forbidden(one) for one in chain_of(error)):
         raise UserError(
             f"{where} may not be read ({storage_problem(error)}); give this user the right to."

@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.extras import import_extra
-from megatransformer_jax.failures import check_answered, may_pass
+from megatransformer_jax.failures import check_reached
 
 if typing.TYPE_CHECKING:
     AnyPath = pathlib.Path
@@ -194,14 +194,9 @@ def _unwritable(option: str, path: AnyPath, error: Exception) -> ConfigError:
     reason = getattr(error, "strerror", None) or first_line(error)
     fix = "choose another folder"
     if is_bucket_path(path):
-        _check_answered(option, path, error)
+        check_reached(f"{option}: {str(path)!r}", error)
         fix = "check the bucket's name, that it exists, and the credentials of this machine"
     return ConfigError(option, f"{str(path)!r} cannot be written to ({reason}); {fix}.")
-
-
-def _check_answered(option: str, path: AnyPath, error: Exception) -> None:
-    if may_pass(error):
-        check_answered(f"{option}: {str(path)!r}", error)
 
 
 def first_line(error: BaseException) -> str:
@@ -224,7 +219,7 @@ def check_reachable(option: str, path: AnyPath) -> None:
     try:
         path.exists()
     except Exception as error:  # Of the client: of HTTP, of credentials.
-        _check_answered(option, path, error)
+        check_reached(f"{option}: {str(path)!r}", error)
         raise ConfigError(
             option,
             f"{str(path)!r} cannot be read ({first_line(error)}); check the bucket's name and the "

@@ -11,7 +11,7 @@ from absl import logging
 
 from megatransformer_jax import streams
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.failures import check_answered, may_pass
+from megatransformer_jax.failures import check_reached, may_pass
 from megatransformer_jax.storage import file_system, is_bucket_path
 
 # ------------------------------------------------------------------------------
@@ -132,8 +132,7 @@ def unreadable(path: str, error: Exception) -> UserError:
     Raises:
       NoAnswer: instead, if the bucket does not answer.
     """
-    if may_pass(error):
-        check_answered(path, error)
+    check_reached(path, error)
     reason = getattr(error, "strerror", None) or error
     return UserError(
         f"{path}: cannot be read ({reason}). Make it readable, or name other files with data.files "
