@@ -531,11 +531,18 @@ def experiment_config(name: str, argument: str | None = None) -> Any:
     return _run_get_config(pathlib.Path(str(experiment_folder() / f"{name}.py")), argument)
 
 
-def parse_variants(argument: str, known: Sequence[str]) -> set[str]:
+def parse_variants(
+    argument: str, known: Sequence[str], exclusive: Sequence[Sequence[str]] = ()
+) -> set[str]:
     """The variants in the argument of a `get_config`, such as 'tiny,diagonal'.
 
+    Args:
+      argument: names separated by commas.
+      known: those that there are.
+      exclusive: groups of which at most one can be chosen.
+
     Raises:
-      UserError: if one is not known; lists those that are.
+      UserError: if one is not known, or if two exclude each other; lists what is allowed.
     """
     variants = {word.strip() for word in argument.split(",") if word.strip()}
     unknown = sorted(variants - set(known))
@@ -544,6 +551,13 @@ def parse_variants(argument: str, known: Sequence[str]) -> set[str]:
             f"unknown variant {unknown[0]!r}; {nearest_hint(unknown[0], known)}known: "
             f"{', '.join(known)} (separate several by commas)."
         )
+    for group in exclusive:
+        chosen = [name for name in group if name in variants]
+        if len(chosen) > 1:
+            raise UserError(
+                f"variants {' and '.join(map(repr, chosen[:2]))} exclude each other; choose one of "
+                f"{', '.join(group)}."
+            )
     return variants
 
 

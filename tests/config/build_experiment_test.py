@@ -65,6 +65,13 @@ def test_another_kind_of_file_is_an_error(reference: str) -> None:
         read_experiment(reference)
 
 
+def test_variants_of_one_group_exclude_each_other() -> None:
+    known, groups = ("tiny", "linear", "diagonal"), (("linear", "diagonal"),)
+    assert parse_variants("tiny,linear", known, groups) == {"tiny", "linear"}
+    with pytest.raises(UserError, match="'linear' and 'diagonal' exclude each other; choose one"):
+        parse_variants("diagonal,linear", known, groups)
+
+
 def test_variants_combine_and_unknown_ones_are_errors() -> None:
     assert parse_variants("", ("tiny", "diagonal")) == set()
     assert parse_variants("tiny, diagonal", ("tiny", "diagonal")) == {"tiny", "diagonal"}

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+from typing import Any
 
 import pytest
 from tpu_chips import torus
@@ -25,11 +26,26 @@ def source(name: str) -> ast.Module:
     return ast.parse((experiment_folder() / f"{name}.py").read_text(encoding="utf-8"))
 
 
-def variants_of(name: str) -> tuple[str, ...]:
+def constant(name: str, variable: str) -> Any:
+    """The literal that the file of an experiment assigns, or None."""
     for statement in source(name).body:
-        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "VARIANTS":
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == variable:
             return ast.literal_eval(statement.value)
-    raise AssertionError(f"{name} has no VARIANTS")
+    return None
+
+
+def combinations_of(name: str) -> list[tuple[str, ...]]:
+    """Of variants, without those of which two exclude each other (EXCLUSIVE)."""
+    known = constant(name, "VARIANTS")
+    exclusive = constant(name, "EXCLUSIVE") or ()
+    combinations = itertools.chain.from_iterable(
+        itertools.combinations(known, count) for count in range(len(known) + 1)
+    )
+    return [
+        chosen
+        for chosen in combinations
+        if all(len(set(group) & set(chosen)) < 2 for group in exclusive)
+    ]
 
 
 def test_all_experiments_are_found() -> None:
@@ -38,10 +54,8 @@ def test_all_experiments_are_found() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_combination_of_variants_builds(name: str) -> None:
-    known = variants_of(name)
+    combinations = combinations_of(name)
     workdirs = set()
-    counts = range(len(known) + 1)
-    combinations = [c for n in counts for c in itertools.combinations(known, n)]
     for variants in combinations:
         config = parse(f"{name}:{','.join(variants)}")
         workdirs.add(config.workdir)
