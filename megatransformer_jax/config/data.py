@@ -107,7 +107,7 @@ _COPY = (
 SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "tokens", "reasoning", "media")
 # Special tokens and 256 bytes take 260.
 MIN_TRAINED_PIECES = 300
-REASONING_TASKS = ("parity", "addition", "hop", "permutation")
+REASONING_TASKS = ("parity", "addition", "hop", "permutation", "mano")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +184,12 @@ class ReasoningConfig:
     task: str = option(
         "parity",
         "parity: prefix sums modulo 2. addition: multi-digit sums. hop: k-fold function "
-        "composition (p-hop). permutation: running product in the symmetric group.",
+        "composition (p-hop). permutation: running product in the symmetric group. "
+        "mano: modular arithmetic in prefix notation.",
         choices=REASONING_TASKS,
     )
     min_length: int = option(
-        1, "Shortest training problem (bits, digits, hops or factors).", minimum=1
+        1, "Shortest training problem (bits, digits, hops, factors or operations).", minimum=1
     )
     max_length: int = option(16, "Longest training problem.", minimum=1)
     eval_min_length: int = option(
@@ -205,6 +206,9 @@ class ReasoningConfig:
         minimum=2,
         maximum=16,
     )
+    modulus: int = option(
+        23, "mano: residues are 0 to modulus - 1, each one token.", minimum=2, maximum=36
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -220,18 +224,26 @@ class ReasoningConfig:
 
     @rule("num_symbols")
     def _number_of_symbols_goes_with_task(self) -> None:
-        """At most 5 for permutation (the vocabulary has num_symbols! elements); 5 for parity and
-        addition, which have none."""
+        """At most 5 for permutation (the vocabulary has num_symbols! elements); 5 for parity,
+        addition and mano, which have none."""
         if self.task == "permutation" and self.num_symbols > 5:
             raise ConfigError(
                 "num_symbols",
                 f"{self.num_symbols} gives a vocabulary of {self.num_symbols}! elements; "
                 "task='permutation' allows at most 5.",
             )
-        if self.task in ("parity", "addition") and self.num_symbols != 5:
+        if self.task not in ("hop", "permutation") and self.num_symbols != 5:
             raise ConfigError(
                 "num_symbols",
                 f"{self.num_symbols} would be ignored by task={self.task!r}; leave it at 5.",
+            )
+
+    @rule("modulus")
+    def _modulus_is_for_mano(self) -> None:
+        """Keep the default unless task='mano'."""
+        if self.task != "mano" and self.modulus != 23:
+            raise ConfigError(
+                "modulus", f"{self.modulus} would be ignored by task={self.task!r}; leave it at 23."
             )
 
 

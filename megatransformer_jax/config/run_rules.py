@@ -109,7 +109,7 @@ def media_places(run: "RunConfig") -> tuple[int, int]:
 
 # Tasks whose answers follow their problems; in the others each symbol of an answer stands under
 # one of the problem, so that nothing is generated.
-CONTINUED_TASKS = ("addition", "hop")
+CONTINUED_TASKS = ("addition", "hop", "mano")
 
 
 def check_generated_texts(run: "RunConfig") -> None:

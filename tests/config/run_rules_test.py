@@ -181,6 +181,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         {"task": "parity", "num_symbols": 4},
         "num_symbols",
     ),
+    ("_modulus_is_for_mano", ReasoningConfig, {"task": "hop", "modulus": 7}, "modulus"),
     ("_file_sources_need_files", DataConfig, {"source": "jsonl"}, "files"),
     ("_tfds_needs_a_name", DataConfig, {"source": "tfds"}, "tfds_name"),
     ("_files_need_a_file_source", DataConfig, {"files": ("a.txt",)}, "files"),

@@ -102,6 +102,10 @@ COMPANIONS |= {
     "train.exit_gate.prior": [*_GATE, "--config.train.exit_gate.prior_mean=4"],
     "train.exit_gate.prior_mean": [*_GATE, "--config.train.exit_gate.prior=geometric"],
     "train.stability.jacobian_warmup_steps": ["--config.train.stability.jacobian_weight=0.1"],
+    "data.reasoning.modulus": [
+        "--config.data.source=reasoning",
+        "--config.data.reasoning.task=mano",
+    ],
     "fine_tuning.init_step": ["--config.fine_tuning.init_from=runs/a"],
     "fine_tuning.base_precision": _LORA,
     "fine_tuning.retrofit": [flag for flag in _RETROFIT if "retrofit" not in flag],
@@ -183,6 +187,7 @@ NEW_VALUES: dict[str, Any] = {
     "data.tokenizer.vocab_size": 300,
     "data.reasoning.min_length": 2,
     "data.reasoning.eval_min_length": 18,
+    "data.reasoning.modulus": 7,
     "data.batch_size": 16,
     "train.accumulation": 2,
     "checkpoint.keep_every_steps": 300,

@@ -1,9 +1,10 @@
-"""Generated tasks that need iterations: running parity, addition, hop, products of permutations."""
+"""Generated tasks that need iterations: parity, addition, hop, permutations, modular arithmetic."""
 
 import abc
 import dataclasses
 import functools
 import itertools
+import string
 import typing
 
 import numpy as np
@@ -249,6 +250,84 @@ def _products(degree: int) -> list[list[int]]:
 
 
 # ------------------------------------------------------------------------------
+# Modular arithmetic in prefix notation (MANO).
+#
+# Ouro (Zhu et al. 2025, arXiv 2510.25741) trains it to compare loops with layers at equal
+# parameters; the task itself is from Allen-Zhu's "Physics of Language Models: Part 4.1".
+
+FIRST_OPERATION, ASKED, FIRST_RESIDUE = 2, 5, 6
+OPERATIONS = "+-*"
+NUMERALS = string.digits + string.ascii_lowercase
+
+
+@dataclasses.dataclass(frozen=True)
+class Mano(Task):
+    """`<s> - * 3 + 4 1 2 =` is 3 * (4 + 1) - 2; modulo 7 the answer is 6. Length: operations.
+
+    All expressions with the same number of operations are equally likely. A residue is one token,
+    written as one digit of base 36 (10 is `a`), so that prompts need no spaces. The answer is one
+    token as well, asked at `=` only: every intermediate result must be worked out inside the model.
+    """
+
+    modulus: int = 23
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """Padding, start, the operations, the equals sign and the residues."""
+        return ("<pad>", "<s>", *OPERATIONS, "=", *NUMERALS[: self.modulus])
+
+    def row_length(self, length: int) -> int:
+        """Start, operations, one operand more, and the equals sign."""
+        return 2 * length + 3
+
+    def generate(self, rng: np.random.Generator, length: int) -> Problem:
+        """Uniform operations, operands and shape of the expression."""
+        operations = rng.integers(0, len(OPERATIONS), length)
+        operands = rng.integers(0, self.modulus, length + 1)
+        expression = _prefix_form(
+            rng.permutation(
+                np.concatenate((FIRST_OPERATION + operations, FIRST_RESIDUE + operands))
+            )
+        )
+        tokens = np.concatenate(([BOS], expression, [ASKED])).astype(np.int32)
+        targets = np.full(len(tokens), PAD, np.int32)
+        targets[-1] = FIRST_RESIDUE + self._value(expression.tolist())
+        loss_mask = np.zeros(len(tokens), np.float32)
+        loss_mask[-1] = 1
+        return Problem(tokens, targets, loss_mask)
+
+    def _value(self, expression: list[int]) -> int:
+        """The residue that the prefix expression has, read from its end with a stack."""
+        stack: list[int] = []
+        for token in reversed(expression):
+            if token >= FIRST_RESIDUE:
+                stack.append(token - FIRST_RESIDUE)
+                continue
+            left, right = stack.pop(), stack.pop()
+            match OPERATIONS[token - FIRST_OPERATION]:
+                case "+":
+                    value = left + right
+                case "-":
+                    value = left - right
+                case _:
+                    value = left * right
+            stack.append(value % self.modulus)
+        return stack.pop()
+
+
+def _prefix_form(shuffled: np.ndarray) -> np.ndarray:
+    """The one rotation of n operations and n + 1 operands that is an expression.
+
+    Each operation asks for one operand more and each operand gives one, and only at its very end
+    has an expression as many as it needs. Of all rotations exactly one, the one that starts after
+    the first lowest point, is like that (cycle lemma). So shuffling makes every shape of
+    expression equally likely.
+    """
+    missing = np.cumsum(np.where(shuffled < FIRST_RESIDUE, 1, -1))
+    return np.roll(shuffled, -(int(np.argmin(missing)) + 1))
+
+
+# ------------------------------------------------------------------------------
 # From the configuration to a task.
 
 
@@ -267,5 +346,7 @@ def build_task(config: ReasoningConfig) -> Task:
             return Addition()
         case "hop":
             return Hop(config.num_symbols)
+        case "mano":
+            return Mano(config.modulus)
         case unknown:
             raise ValueError(f"no task {unknown!r}; known: {', '.join(REASONING_TASKS)}")

@@ -1,6 +1,8 @@
 """Each task against a slow solution written from its definition."""
 
+import collections
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -73,6 +75,48 @@ def test_hop(index: int):
     assert answer == [place]
 
 
+def value_of(expression: Iterator[str], modulus: int) -> int:
+    """The value of a prefix expression, by recursion and Python's own arithmetic."""
+    symbol = next(expression)
+    if symbol not in "+-*":
+        return int(symbol, 36)
+    left, right = value_of(expression, modulus), value_of(expression, modulus)
+    return eval(f"{left} {symbol} {right}") % modulus
+
+
+@given(indices)
+def test_mano(index: int):
+    question, answer = read("mano", index)
+    *expression, asked = question
+    assert asked == "="
+    symbols = iter(expression)
+    assert value_of(symbols, 23) == int(*answer, 36)
+    assert list(symbols) == []  # One expression, and nothing after it.
+    assert len([symbol for symbol in expression if symbol in "+-*"]) == len(expression) // 2
+
+
+def test_mano_asks_once_and_draws_all_shapes_and_symbols_alike():
+    problems = problem_set("mano", modulus=3, min_length=3, max_length=3)
+    texts = [problems.task.decode(problems[index].tokens[1:-1]) for index in range(4000)]
+    assert problems[0].loss_mask.tolist() == [0] * 8 + [1]
+    shapes = collections.Counter(
+        "".join("x" if symbol in "+-*" else "." for symbol in text.split()) for text in texts
+    )
+    assert len(shapes) == 5  # Binary trees with three inner nodes.
+    assert max(abs(count - 800) for count in shapes.values()) < 100  # Four standard deviations.
+    symbols = collections.Counter("".join(texts).replace(" ", ""))
+    assert set(symbols) == set("+-*012")
+    for kind in ("+-*", "012"):
+        counts = [symbols[symbol] for symbol in kind]
+        assert max(counts) < 1.06 * min(counts)
+
+
+def test_the_modulus_is_an_option_of_mano_alone():
+    assert problem_set("mano", modulus=7).task.symbols[-1] == "6"
+    with pytest.raises(ConfigError, match=r"modulus: 7 would be ignored by task='hop'"):
+        ReasoningConfig(task="hop", modulus=7)
+
+
 def test_addition_targets_are_the_next_tokens():
     problem = problem_set("addition")[17]
     asked = np.flatnonzero(problem.loss_mask)
@@ -130,7 +174,7 @@ def test_a_row_too_short_for_the_longest_problem_is_an_error():
         )
 
 
-@pytest.mark.parametrize(("task", "degree"), [("permutation", 6), ("parity", 4)])
+@pytest.mark.parametrize(("task", "degree"), [("permutation", 6), ("parity", 4), ("mano", 4)])
 def test_a_number_of_symbols_that_does_not_go_with_the_task_is_an_error(task: str, degree: int):
     with pytest.raises(ConfigError, match=f"num_symbols: {degree}"):
         ReasoningConfig(task=task, num_symbols=degree)
@@ -143,4 +187,5 @@ def test_build_task_gives_each_task():
         "addition": 15,
         "hop": 8,
         "permutation": 122,
+        "mano": 29,
     }
