@@ -364,7 +364,7 @@ class ExitGateTrainingConfig:
 
 
 # ------------------------------------------------------------------------------
-# Regularisation of the core's Jacobian.
+# Terms that keep iterations beyond the trained depth from leaving what was reached.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -381,17 +381,25 @@ class StabilityConfig:
     jacobian_warmup_steps: int = option(
         0, "Optimiser steps over which jacobian_weight grows from 0.", minimum=0
     )
+    fixed_point_weight: float = option(
+        0.0,
+        "Weight of |h_T - h_{T-1}|^2 / |h_T|^2 per token that counts: how far the last iteration "
+        "still moved the state h (arXiv 2608.18222). Tokens that made one iteration alone add "
+        "nothing. 0: off, at no cost.",
+        minimum=0,
+    )
+    fixed_point_warmup_steps: int = option(
+        0, "Optimiser steps over which fixed_point_weight grows from 0.", minimum=0
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
 
-    @rule("jacobian_warmup_steps")
-    def _warmup_needs_a_weight(self) -> None:
-        """Only with jacobian_weight above 0."""
-        if self.jacobian_weight == 0:
-            require_defaults(
-                self,
-                ("jacobian_warmup_steps",),
-                "with jacobian_weight=0",
-                "raise jacobian_weight",
-            )
+    @rule("jacobian_warmup_steps", "fixed_point_warmup_steps")
+    def _warmups_need_a_weight(self) -> None:
+        """Only with jacobian_weight and fixed_point_weight above 0."""
+        for term in ("jacobian", "fixed_point"):
+            weight = f"{term}_weight"
+            if getattr(self, weight) == 0:
+                names = (f"{term}_warmup_steps",)
+                require_defaults(self, names, f"with {weight}=0", f"raise {weight}")

@@ -243,14 +243,28 @@ class RunConfig(BaseRunConfig):
                 "False, or let fine_tuning train '^exit_gate/'.",
             )
 
-    @rule("train.stability.jacobian_weight")
-    def _jacobian_needs_a_core(self) -> None:
+    @rule("train.stability.jacobian_weight", "train.stability.fixed_point_weight")
+    def _stability_needs_a_core(self) -> None:
         """0 when model.core_layers=0."""
-        if self.train.stability.jacobian_weight and not self.model.is_recurrent:
+        for name in ("jacobian_weight", "fixed_point_weight"):
+            weight = getattr(self.train.stability, name)
+            if weight and not self.model.is_recurrent:
+                raise ConfigError(
+                    f"train.stability.{name}",
+                    f"{weight} needs a core, and model.core_layers=0; set it to 0.",
+                )
+
+    @rule("train.stability.fixed_point_weight")
+    def _fixed_point_needs_two_iterations(self) -> None:
+        """0 when each draw is 1: sampling='fixed' with mean_steps=1, or max_steps=1."""
+        recurrence, weight = self.model.recurrence, self.train.stability.fixed_point_weight
+        most = recurrence.mean_steps if recurrence.sampling == "fixed" else recurrence.max_steps
+        if weight and self.model.is_recurrent and most == 1:
             raise ConfigError(
-                "train.stability.jacobian_weight",
-                f"{self.train.stability.jacobian_weight} needs a core, and model.core_layers=0; "
-                "set it to 0.",
+                "train.stability.fixed_point_weight",
+                f"{weight} looks at how far the last of several iterations moves the state, and "
+                "training makes one iteration only; set it to 0, or raise "
+                "model.recurrence.mean_steps.",
             )
 
     @rule("diagnostics.kinds", "diagnostics.num_steps")

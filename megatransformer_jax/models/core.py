@@ -221,6 +221,7 @@ def recur(
     unroll: int = 1,
     trains_state: bool = False,
     kept_every: int = 1,
+    see_previous: Callable[[Float[Array, "B T D"]], object] | None = None,
 ) -> Float[Array, "B T D"]:
     """Iterates the core `num_steps` times.
 
@@ -235,6 +236,8 @@ def recur(
         follow it.
       kept_every: of the states before iterations with gradients every n-th is kept; the others are
         computed again. Divides `backprop_depth`.
+      see_previous: called once, while the loop with gradients is traced, with the state before the
+        last iteration, which is the last one of every row. None: that state is not kept.
 
     Returns:
       The state after the last iteration; rows whose count is 0 keep theirs.
@@ -257,18 +260,49 @@ def recur(
     # Draws below backprop_depth make the first of these iterations negative: before every begin.
     steps = total - backprop_depth + jnp.arange(backprop_depth)
 
-    def scan(core: Pass, state: jax.Array, steps: jax.Array) -> jax.Array:
-        state, _ = jax.lax.scan(
-            lambda s, i: (advance(core, s, i), None), state, steps, unroll=unroll
-        )
-        return state
+    return _recur_with_gradients(
+        core,
+        state,
+        steps,
+        advance,
+        unroll=unroll,
+        kept_every=kept_every,
+        see_previous=see_previous,
+    )
+
+
+def _recur_with_gradients(
+    core: Pass,
+    state: jax.Array,
+    steps: jax.Array,
+    advance: Callable[[Pass, jax.Array, jax.Array], jax.Array],
+    *,
+    unroll: int,
+    kept_every: int,
+    see_previous: Callable[[jax.Array], object] | None,
+) -> jax.Array:
+    """The loop's second phase, iterations `steps`; the rest as of `recur`."""
+    # The state and, if somebody wants to see it, the one before.
+    num_carried = 1 if see_previous is None else 2
+
+    def scan(core: Pass, state: jax.Array, steps: jax.Array) -> tuple[jax.Array, ...]:
+        def turn(carried: tuple[jax.Array, ...], step: jax.Array) -> tuple[Any, None]:
+            state = carried[0]
+            return (advance(core, state, step), state)[:num_carried], None
+
+        carried, _ = jax.lax.scan(turn, (state,) * num_carried, steps, unroll=unroll)
+        return carried
 
     if kept_every == 1:
-        return scan(core, state, steps)
-    group = jax.checkpoint(scan, policy=jax.checkpoint_policies.nothing_saveable)
-    groups = steps.reshape(-1, kept_every)
-    state, _ = jax.lax.scan(lambda s, steps: (group(core, s, steps), None), state, groups)
-    return state
+        carried = scan(core, state, steps)
+    else:
+        group = jax.checkpoint(scan, policy=jax.checkpoint_policies.nothing_saveable)
+        groups = steps.reshape(-1, kept_every)
+        first = (state,) * num_carried
+        carried, _ = jax.lax.scan(lambda c, steps: (group(core, c[0], steps), None), first, groups)
+    if see_previous is not None:
+        see_previous(carried[1])
+    return carried[0]
 
 
 def recur_reading(

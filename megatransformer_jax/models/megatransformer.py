@@ -38,8 +38,9 @@ from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy, MediaBatch, ModelOutput
 
-# Collection that a forward pass sows the core's last raw state into, [B, T, core width].
-LAST_STATE = "last_state"
+# Collections that a forward pass sows the core's raw state into, [B, T, core width]: the last one
+# and, in passes with gradients, the one before the last iteration.
+LAST_STATE, PREVIOUS_STATE = "last_state", "previous_state"
 
 
 @struct.dataclass
@@ -345,16 +346,17 @@ class MegaTransformer(nn.Module):
             state = core.place(state)
         if not context.deterministic:
             core = core.replace(dropout_key=self.make_rng("dropout"))  # type: ignore[attr-defined]
-        unroll = config.recurrence.unroll
+        sow_previous = functools.partial(self.sow, PREVIOUS_STATE, "state")
         if readout is None:
             read = last = recur(
                 core,
                 state,
                 num_steps,
                 backprop_depth=backprop_depth,
-                unroll=unroll,
+                unroll=config.recurrence.unroll,
                 trains_state=config.recurrence.trains_state,
                 kept_every=config.recurrence.kept_every,
+                see_previous=sow_previous if self.is_mutable_collection(PREVIOUS_STATE) else None,
             )
         else:
             if backprop_depth:

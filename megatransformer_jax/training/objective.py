@@ -25,6 +25,7 @@ from megatransformer_jax.losses.tokens import (
 from megatransformer_jax.models.core import recur_observed
 from megatransformer_jax.models.megatransformer import (
     LAST_STATE,
+    PREVIOUS_STATE,
     MegaTransformer,
     gather_weights,
     param_axes,
@@ -32,6 +33,7 @@ from megatransformer_jax.models.megatransformer import (
 )
 from megatransformer_jax.models.passes.observed import open_batch, random_signs, squared_jacobian
 from megatransformer_jax.nn.cut_matrices import cut_matrices
+from megatransformer_jax.ops.interleave import Layout, take_places
 from megatransformer_jax.types import Batch, MediaBatch, ModelOutput
 
 # ------------------------------------------------------------------------------
@@ -329,17 +331,18 @@ def make_objective(
     Shares are divided by the whole batch's count, so that micro-batches simply add up.
 
     Terms: with an exit gate exit_expected_loss, exit_kl, exit_entropy (nats) and exit_mean_steps;
-    with Jacobian regularisation jacobian_penalty, before its weight; with media text_loss,
-    image_loss and audio_loss before their weights, the decoders' parts of them, and media_loss,
-    which is what the latter two add to the loss.
+    with Jacobian regularisation jacobian_penalty and with the fixed-point loss fixed_point_penalty,
+    before their weights; with media text_loss, image_loss and audio_loss before their weights, the
+    decoders' parts of them, and media_loss, which is what the latter two add to the loss.
 
     Args:
       model: the model.
       config: of the run.
       room: most media of a batch that decoders learn to make. None: as a training batch has.
     """
-    jacobian_weight = config.train.stability.jacobian_weight
-    data = config.data
+    stability, data = config.train.stability, config.data
+    sown_states = [LAST_STATE] if stability.jacobian_weight or stability.fixed_point_weight else []
+    sown_states += [PREVIOUS_STATE] if stability.fixed_point_weight else []
     room = room or MediaRoom(
         data.media.most_drawn(data.batch_size), data.media.most_spoken(data.batch_size)
     )
@@ -360,7 +363,7 @@ def make_objective(
             backprop_depth=config.model.recurrence.backprop_depth,
             deterministic=False,
             rngs={"state": state_key, "dropout": dropout_key},
-            mutable=[LAST_STATE] if jacobian_weight else [],
+            mutable=sown_states,
             media=part.media,
             fills_slots=data.media.fills_slots,
         )
@@ -380,11 +383,18 @@ def make_objective(
         if config.model.exit_gate.enabled:
             gate_share, gate_terms = _gate_share(model, config, params, part, key, place)
             share, terms = share + gate_share, terms | gate_terms
-        if jacobian_weight:
+        if stability.jacobian_weight:
             state = sown[LAST_STATE]["state"][0]
             penalty = jacobian_term(model, params, part, state, num_steps, key, place)
-            share = share + jacobian_weight * _warmup(config, place.step) * penalty
+            factor = _warmup(stability.jacobian_warmup_steps, place.step)
+            share = share + stability.jacobian_weight * factor * penalty
             terms |= {"jacobian_penalty": penalty}
+        if stability.fixed_point_weight:
+            states = sown[PREVIOUS_STATE]["state"][0], sown[LAST_STATE]["state"][0]
+            penalty = fixed_point_term(model, params, part, states, num_steps, place)
+            factor = _warmup(stability.fixed_point_warmup_steps, place.step)
+            share = share + stability.fixed_point_weight * factor * penalty
+            terms |= {"fixed_point_penalty": penalty}
         return share, ObjectiveSums(sums, terms)
 
     return objective
@@ -431,7 +441,48 @@ def jacobian_term(
     return squared_jacobian(core, state, probe, num_steps) / (place.num_tokens * width)
 
 
-def _warmup(config: RunConfig, step: jax.Array) -> jax.Array:
+def fixed_point_term(
+    model: MegaTransformer,
+    params: Any,
+    part: Batch,
+    states: tuple[jax.Array, jax.Array],
+    num_steps: jax.Array,
+    place: Place,
+) -> jax.Array:
+    """|h_T - h_{T-1}|^2 / |h_T|^2, summed over the text's tokens that count.
+
+    Gradients flow through both states, so that a token may also settle earlier. |h_T| is a
+    constant to them: a core without norms around its residual could otherwise lower the term by
+    making its state larger. Tokens of one iteration add nothing, because h_{T-1} is their first
+    state, which is random or the input: no place to stay.
+
+    Args:
+      model: the model.
+      params: its parameters.
+      part: a micro-batch.
+      states: h_{T-1} and h_T, the core's raw states before and after the last iteration.
+      num_steps: T: [], [B] or [B, S].
+      place: where in the batch; the sum is divided by all of its tokens that count.
+    """
+    previous, last = (state.astype(jnp.float32) for state in states)
+    size = jax.lax.stop_gradient(jnp.sum(jnp.square(last), axis=-1))
+    moved = jnp.sum(jnp.square(last - previous), axis=-1) / jnp.maximum(size, _SMALLEST_SIZE)
+    counts = num_steps.reshape(num_steps.shape + (1,) * (2 - num_steps.ndim))
+    moved = jnp.where(counts > 1, moved, 0.0)
+    if part.media is not None:
+        layout: Any = model.apply({"params": params}, part, method=_layout)
+        moved = take_places(moved, layout.text_places)
+    return jnp.sum(moved * part.loss_mask) / place.num_tokens
+
+
+def _layout(model: MegaTransformer, part: Batch) -> Layout:
+    return model.media.layout(cast(MediaBatch, part.media), part.segment_ids)
+
+
+# |h_T|^2 of a state of zeros, which is divided by.
+_SMALLEST_SIZE = 1e-12
+
+
+def _warmup(steps: int, step: jax.Array) -> jax.Array:
     """From 0 to 1 over the warmup's steps."""
-    steps = config.train.stability.jacobian_warmup_steps
     return jnp.minimum(step / steps, 1.0) if steps else jnp.float32(1.0)

@@ -12,6 +12,7 @@ from broken_images import BROKEN_IMAGES
 from broken_media_data import BROKEN_MEDIA_DATA
 from broken_media_runs import BROKEN_MEDIA_RUNS
 from broken_models import BROKEN_MODELS
+from broken_stability import BROKEN_STABILITY
 from broken_tokens import BROKEN_TOKENS
 from broken_validation import BROKEN_VALIDATION
 from broken_vocoder import BROKEN_VOCODER
@@ -47,7 +48,6 @@ from megatransformer_jax.config.recurrence import (
     ExitGateConfig,
     ExitGateTrainingConfig,
     RecurrenceConfig,
-    StabilityConfig,
 )
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_kinds import AllOptions
@@ -59,6 +59,7 @@ RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)
 # The rule, the class, what is given, the path in the error.
 BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
+    *BROKEN_STABILITY,
     *BROKEN_TOKENS,
     *BROKEN_ADDRESSES,
     *BROKEN_DIAGNOSTICS,
@@ -85,12 +86,6 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
         ExitGateTrainingConfig,
         {"kl_weight": 0.0, "prior": "geometric", "prior_mean": 4.0},
         "prior",
-    ),
-    (
-        "_warmup_needs_a_weight",
-        StabilityConfig,
-        {"jacobian_warmup_steps": 5},
-        "jacobian_warmup_steps",
     ),
     (
         "_gate_training_needs_a_gate",
@@ -135,15 +130,6 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
             "fine_tuning": FineTuningConfig(init_from="runs/base", lora=LoraConfig(rank=2)),
         },
         "optimizer.name",
-    ),
-    (
-        "_jacobian_needs_a_core",
-        RunConfig,
-        {
-            "model": ModelConfig(core_layers=0),
-            "train": TrainConfig(stability=StabilityConfig(jacobian_weight=0.1)),
-        },
-        "train.stability.jacobian_weight",
     ),
     (
         "_training_options_need_training",

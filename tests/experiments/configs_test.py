@@ -35,11 +35,12 @@ def constant(name: str, variable: str) -> Any:
 
 
 def combinations_of(name: str) -> list[tuple[str, ...]]:
-    """Of variants, without those of which two exclude each other (EXCLUSIVE)."""
+    """Of variants, without those of which two exclude each other (EXCLUSIVE): of many, pairs."""
     known = constant(name, "VARIANTS")
     exclusive = constant(name, "EXCLUSIVE") or ()
+    most = len(known) if len(known) <= 6 else 2
     combinations = itertools.chain.from_iterable(
-        itertools.combinations(known, count) for count in range(len(known) + 1)
+        itertools.combinations(known, count) for count in range(most + 1)
     )
     return [
         chosen

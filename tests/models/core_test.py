@@ -149,6 +149,37 @@ def test_unrolling_changes_nothing(unroll):
     np.testing.assert_allclose(out, plain, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kept_every", [1, 2])
+def test_the_state_before_the_last_iteration_can_be_seen(kept_every):
+    params, prepared, state = inputs(4)
+    counts = np.array([[1, 2, 9, 3]] * ROWS, np.int32)
+
+    def both(params):
+        seen = []
+        options = {"backprop_depth": 4, "kept_every": kept_every, "see_previous": seen.append}
+        last = recur(toy(params, prepared), state, jnp.asarray(counts), **options)
+        return seen[0], last
+
+    def in_two_loops(params):
+        return tuple(
+            python_loop(params, prepared, state, counts - less, 4 - less) for less in (1, 0)
+        )
+
+    def differentiate(states):
+        def moved(params):
+            previous, last = states(params)
+            return jnp.sum((last - previous) ** 2), (previous, last)
+
+        return jax.value_and_grad(moved, has_aux=True)(params)
+
+    found = jax.jit(lambda: differentiate(both))()
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5),
+        found,
+        differentiate(in_two_loops),
+    )
+
+
 @pytest.mark.parametrize("num_steps", [2, 7, [1, 7, 2], [[1, 2, 9, 3]] * ROWS])
 def test_gradients_reach_the_first_state_of_rows_that_are_short_enough(num_steps):
     params, prepared, state = inputs(5)

@@ -1,4 +1,4 @@
-"""A training step with an exit gate, Jacobian regularisation, value embeddings and norms over all
+"""A training step with an exit gate, both terms of stability, value embeddings and norms over all
 heads, sharded, equals one device's."""
 
 import dataclasses
@@ -26,7 +26,7 @@ from megatransformer_jax.types import DTypePolicy
 OPTIMIZER = optax.sgd(0.1)
 
 
-def with_both_terms():
+def with_all_terms():
     config = run_config()
     model = dataclasses.replace(
         config.model,
@@ -41,7 +41,7 @@ def with_both_terms():
     train = dataclasses.replace(
         config.train,
         exit_gate=ExitGateTrainingConfig(max_steps=2),
-        stability=StabilityConfig(jacobian_weight=0.5),
+        stability=StabilityConfig(jacobian_weight=0.5, fixed_point_weight=0.5),
     )
     return dataclasses.replace(config, model=model, train=train)
 
@@ -60,13 +60,14 @@ def compiled_step(config, sharder):
 
 
 def test_a_sharded_step_equals_the_single_device_one_and_gathers_outside_of_loops():
-    config = with_both_terms()
+    config = with_all_terms()
     _, expected, expected_metrics = compiled_step(config, Sharder())
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices())
     text, state, metrics = compiled_step(config, Sharder(mesh))
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
-    assert metrics["jacobian_penalty"] > 0 and metrics["exit_mean_steps"] > 1
+    assert metrics["jacobian_penalty"] > 0 and metrics["fixed_point_penalty"] > 0
+    assert metrics["exit_mean_steps"] > 1
     for (path, ours), theirs in zip(
         jax.tree_util.tree_leaves_with_path(state.params),
         jax.tree.leaves(expected.params),

@@ -106,6 +106,7 @@ COMPANIONS |= {
         "--config.data.source=reasoning",
         "--config.data.reasoning.task=mano",
     ],
+    "train.stability.fixed_point_warmup_steps": ["--config.train.stability.fixed_point_weight=0.1"],
     "fine_tuning.init_step": ["--config.fine_tuning.init_from=runs/a"],
     "fine_tuning.base_precision": _LORA,
     "fine_tuning.retrofit": [flag for flag in _RETROFIT if "retrofit" not in flag],

@@ -1,4 +1,4 @@
-"""The exit gate's term and the Jacobian's with images and sound, against whole passes."""
+"""The terms of exit gate, Jacobian and fixed point with images and sound, against whole passes."""
 
 import dataclasses
 
@@ -22,6 +22,7 @@ from megatransformer_jax.models.passes.observed import random_signs
 from megatransformer_jax.ops.interleave import take_places
 from megatransformer_jax.training.objective import (
     Place,
+    fixed_point_term,
     gate_term,
     jacobian_term,
 )
@@ -94,6 +95,23 @@ def test_the_gate_learns_from_the_text_between_media(made):
     (_, found), gradient = differentiate(params["exit_gate"])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), found, wanted)
     assert np.any(gradient["weight"])
+
+
+def test_the_fixed_point_is_that_of_the_text_between_media(made):
+    model, params = made
+    places = layout_of(made).text_places
+
+    @jax.jit
+    def both():
+        states = tuple(whole_pass(made, jnp.int32(number))[1] for number in (1, 2))
+        place = Place(jnp.int32(0), jnp.sum(BATCH.loss_mask), 1.0)
+        return states, fixed_point_term(model, params, BATCH, states, jnp.int32(2), place)
+
+    states, term = both()
+    previous, last = (np.asarray(take_places(state, places)) for state in states)
+    counts = np.asarray(BATCH.loss_mask) > 0
+    moved, size = (np.sum(array[counts] ** 2, -1) for array in (last - previous, last))
+    np.testing.assert_allclose(term, np.mean(moved / size), rtol=1e-4)
 
 
 def test_the_jacobian_is_that_of_one_more_iteration_over_all_places(made):

@@ -1,4 +1,4 @@
-"""Jacobian regularisation in the objective: its weight, its warmup, and nothing when it is off."""
+"""Stability terms of the objective: their weights and warm-up, and nothing when they are off."""
 
 import jax
 import jax.numpy as jnp
@@ -45,11 +45,12 @@ def example():
     return Batch(tokens, jnp.roll(tokens, -1, 1), mask, jnp.ones_like(tokens), positions)
 
 
-def evaluated(config, params, step):
+def evaluated(config, params, step, num_steps=3):
     model = build_model(config.model, DTypePolicy(), Sharder(), "cpu")
     batch = example()
     place = Place(step, jnp.sum(batch.loss_mask), 1.0)
-    return make_objective(model, config)(params, batch, jnp.int32(3), KEY, place)
+    num_steps = jnp.asarray(num_steps, jnp.int32)
+    return make_objective(model, config)(params, batch, num_steps, KEY, place)
 
 
 def test_the_penalty_is_added_with_its_weight_and_warms_up():
@@ -87,6 +88,51 @@ def test_the_penalty_is_added_with_its_weight_and_warms_up():
         return square / jnp.sum(probe**2)
 
     np.testing.assert_allclose(penalty, wanted(params), rtol=1e-5)
+
+
+DRAWS = np.array([[1, 2, 3, 4], [5, 1, 2, 1]])
+
+
+def test_the_fixed_point_loss_is_what_the_last_iteration_moves_by():
+    """Against a state kept from every iteration. Draws per token; masked tokens and those of one
+    iteration are left out, and gradients leave the size alone."""
+    config = run_config(fixed_point_weight=0.5, fixed_point_warmup_steps=10)
+    model = build_model(config.model, DTypePolicy(), Sharder(), "cpu")
+    params, batch = init_params(model, jax.random.key(0)), example()
+    keeps = batch.loss_mask * (DRAWS > 1)
+
+    def penalty(params):
+        core = open_core(
+            model,
+            params,
+            batch.tokens,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+        )
+        states = [jnp.zeros_like(core.injected)]
+        for step in range(DRAWS.max()):
+            truncated = core if step >= DRAWS.max() - 2 else core.stopped()
+            joined = (step >= DRAWS.max() - DRAWS)[..., None]
+            states.append(jnp.where(joined, truncated.iterate(states[-1], step), states[-1]))
+        moved = jnp.sum((states[-1] - states[-2]) ** 2, -1)
+        size = jnp.sum(jax.lax.stop_gradient(states[-1]) ** 2, -1)
+        return jnp.sum(keeps * moved / size) / jnp.sum(batch.loss_mask)
+
+    def added(params):
+        share, sums = evaluated(config, params, jnp.int32(5), DRAWS)
+        text = sums.tokens.cross_entropy / sums.tokens.tokens
+        return share - text, sums.terms["fixed_point_penalty"]
+
+    differentiate = jax.jit(jax.value_and_grad(added, has_aux=True))
+    (share, metric), gradient = differentiate(params)
+    wanted, wanted_gradient = jax.jit(jax.value_and_grad(penalty))(params)
+    np.testing.assert_allclose(metric, wanted, rtol=1e-5)
+    np.testing.assert_allclose(share, 0.25 * wanted, rtol=1e-3)
+    jax.tree.map(
+        lambda ours, theirs: np.testing.assert_allclose(ours, 0.25 * theirs, rtol=1e-3, atol=1e-6),
+        gradient,
+        wanted_gradient,
+    )
 
 
 def test_without_terms_the_program_is_that_of_the_plain_loss():
