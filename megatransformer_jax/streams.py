@@ -10,7 +10,8 @@ independent of everything else that draws from the same key. Two purposes must n
 |                          | split: first half               | weights; `ADDED_WEIGHTS`: LoRA's   |
 |                          | split: second half, then step   | depth; the step's objective        |
 | objective of a step      | split                           | first state; dropout               |
-|                          | `GATE`, `PROBE`, `MEDIA`        | terms of gate, Jacobian, media     |
+|                          | `GATE`, `PROBE`, `MEDIA`,       | terms of gate, Jacobian, media,    |
+|                          | `SUPERVISION`                   | the loss at every iteration        |
 | a validated batch        | `VALIDATED_IMAGES`, `..._CLIPS` | noise that decoders are judged on  |
 | generation seed, prompt, | place of the token              | the token                          |
 | sample                   | `FIRST_STATE`, then place       | the token's first state            |
@@ -34,7 +35,7 @@ ADMIN_PROFILE = 2**32 - 2
 ADDED_WEIGHTS = 1
 
 # Of the objective of one step. `jax.random.split` of the same key has the first two.
-GATE, PROBE, MEDIA = 2, 3, 4
+GATE, PROBE, MEDIA, SUPERVISION = 2, 3, 4, 5
 
 # Of one medium's term in a validation.
 VALIDATED_IMAGES, VALIDATED_CLIPS = 1, 2

@@ -12,7 +12,11 @@ from megatransformer_jax.config.option import (
     rule,
     section,
 )
-from megatransformer_jax.config.recurrence import ExitGateTrainingConfig, StabilityConfig
+from megatransformer_jax.config.recurrence import (
+    ExitGateTrainingConfig,
+    StabilityConfig,
+    SupervisionConfig,
+)
 from megatransformer_jax.config.sampling import check_texts
 from megatransformer_jax.storage import check_served, is_bucket_path
 
@@ -84,6 +88,7 @@ class TrainConfig(LoopConfig):
     exit_gate: ExitGateTrainingConfig = section(
         ExitGateTrainingConfig, "The exit gate's term of the loss."
     )
+    supervision: SupervisionConfig = section(SupervisionConfig, "A loss at every iteration.")
     stability: StabilityConfig = section(StabilityConfig, "Stability of the iterations.")
 
 

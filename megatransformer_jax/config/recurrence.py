@@ -308,8 +308,20 @@ class ExitGateConfig:
 @dataclasses.dataclass(frozen=True)
 class ExitGateTrainingConfig:
     """The gate's term of the loss: weight * (expected loss over iterations + kl_weight * KL of the
-    exit distribution from the prior)."""
+    exit distribution from the prior), or what target='gain' says."""
 
+    target: str = option(
+        "expected_loss",
+        "What the gate learns from. expected_loss: the loss under its exit distribution. gain: in "
+        "each iteration from the second on, to go on with probability sigmoid(gain_slope (gain - "
+        "gain_threshold)), where gain is how much the iteration lowered the token's loss, at least "
+        "0; by cross-entropy (Ouro's second stage, arXiv 2510.25741).",
+        choices=("expected_loss", "gain"),
+    )
+    gain_slope: float = option(50.0, "Per nat; how sharply target='gain' decides.", above=0)
+    gain_threshold: float = option(
+        0.005, "Gain in nats at which target='gain' is undecided.", minimum=0
+    )
     weight: float = option(
         1.0, "Weight of the term relative to the loss at the drawn depth.", above=0
     )
@@ -347,13 +359,30 @@ class ExitGateTrainingConfig:
     @rule("prior_mean")
     def _prior_mean_goes_with_geometric(self) -> None:
         """Given if and only if prior='geometric'."""
-        if self.prior != "geometric":
-            require_defaults(
-                self, ("prior_mean",), f"with prior={self.prior!r}", "set prior='geometric'"
-            )
-        elif self.prior_mean is None:
+        _check_prior_mean(self)
+
+    @rule("kl_weight", "prior")
+    def _gain_has_no_prior(self) -> None:
+        """Keep the default with target='gain'."""
+        if self.target == "gain":
+            names = ("kl_weight", "prior", "prior_mean")
+            require_defaults(self, names, "with target='gain'", "set target='expected_loss'")
+
+    @rule("gain_slope", "gain_threshold")
+    def _gain_is_the_target(self) -> None:
+        """Only with target='gain'."""
+        if self.target != "gain":
+            names = ("gain_slope", "gain_threshold")
+            require_defaults(self, names, f"with target={self.target!r}", "set target='gain'")
+
+    @rule("detach")
+    def _gain_trains_the_gate_alone(self) -> None:
+        """True with target='gain', whose losses are constants."""
+        if self.target == "gain" and not self.detach:
             raise ConfigError(
-                "prior_mean", "None says nothing with prior='geometric'; give a number above 1."
+                "detach",
+                "False with target='gain' would move states towards what the gate guessed, as the "
+                "target's losses are constants; set it to True.",
             )
 
     @rule("prior", "prior_mean")
@@ -361,6 +390,78 @@ class ExitGateTrainingConfig:
         """Keep the default with kl_weight=0."""
         if self.kl_weight == 0:
             require_defaults(self, ("prior", "prior_mean"), "with kl_weight=0", "raise kl_weight")
+
+
+def _check_prior_mean(options: "ExitGateTrainingConfig | SupervisionConfig") -> None:
+    if options.prior != "geometric":
+        require_defaults(
+            options, ("prior_mean",), f"with prior={options.prior!r}", "set prior='geometric'"
+        )
+    elif options.prior_mean is None:
+        raise ConfigError(
+            "prior_mean", "None says nothing with prior='geometric'; give a number above 1."
+        )
+
+
+# ------------------------------------------------------------------------------
+# A loss at every iteration.
+
+
+@dataclasses.dataclass(frozen=True)
+class SupervisionConfig:
+    """The text's loss at every iteration, weighted by a fixed prior over iterations; it takes the
+    place of the loss at the drawn depth, or part of it."""
+
+    prior: str = option(
+        "none",
+        "Weights of the iterations. none: only the drawn depth has a loss. uniform: all alike. "
+        "geometric: with mean prior_mean, the last one takes what is left (arXiv 2607.20519).",
+        choices=("none", "uniform", "geometric"),
+    )
+    prior_mean: float | None = option(
+        None,
+        "Mean of the geometric prior in iterations, before it is truncated at max_steps.",
+        above=1,
+    )
+    mix: float = option(
+        1.0,
+        "Part of the text's loss that is the mean over iterations; the rest is the loss at the "
+        "drawn depth, from another pass. 1: no depth is drawn, and there is one pass.",
+        above=0,
+        maximum=1,
+    )
+    max_steps: int | None = option(
+        None,
+        "Iterations that have a loss. Default (None): model.recurrence.mean_steps.",
+        minimum=2,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no pass goes to a drawn depth."""
+        return self.prior != "none" and self.mix == 1
+
+    @rule("mix", "max_steps")
+    def _options_need_a_prior(self) -> None:
+        """Keep the default with prior='none'."""
+        if self.prior == "none":
+            require_defaults(self, ("mix", "max_steps"), "with prior='none'", "choose a prior")
+
+    @rule("prior_mean")
+    def _prior_mean_goes_with_geometric(self) -> None:
+        """Given if and only if prior='geometric'."""
+        _check_prior_mean(self)
+
+    @rule("max_steps")
+    def _one_pass_has_one_depth(self) -> None:
+        """None with mix=1, where model.recurrence.mean_steps is the number of iterations."""
+        if self.is_alone:
+            require_defaults(
+                self, ("max_steps",), "with mix=1", "set model.recurrence.mean_steps instead"
+            )
 
 
 # ------------------------------------------------------------------------------

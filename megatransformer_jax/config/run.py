@@ -32,6 +32,7 @@ from megatransformer_jax.config.run_rules import (
     check_media_model,
     check_media_samples,
     check_sequence_room,
+    check_supervision,
     check_text_only_options,
 )
 
@@ -242,6 +243,14 @@ class RunConfig(BaseRunConfig):
                 "True lets the term train the gate alone, and fine_tuning freezes it; set it to "
                 "False, or let fine_tuning train '^exit_gate/'.",
             )
+
+    @rule("train.supervision.prior", "train.supervision.mix")
+    def _supervision_fits_the_run(self) -> None:
+        """A prior needs a core of at least 2 model.recurrence.mean_steps (or a max_steps). With
+        mix=1 there is no pass at a drawn depth, so model.recurrence.sampling is 'fixed' and has no
+        ramp, model.recurrence.kept_every is 1, train.stability is off and the data has no media.
+        """
+        check_supervision(self)
 
     @rule("train.stability.jacobian_weight", "train.stability.fixed_point_weight")
     def _stability_needs_a_core(self) -> None:

@@ -148,3 +148,48 @@ def check_generated_texts(run: "RunConfig") -> None:
                     f"{run.data.reasoning.task!r}, whose answers stand under the problem and are "
                     "not generated; leave it empty: validation/exact_accuracy scores them.",
                 )
+
+
+# ------------------------------------------------------------------------------
+# A loss at every iteration, and what only the pass at the drawn depth has.
+
+
+def check_supervision(run: "RunConfig") -> None:
+    """Checks that the model has iterations to supervise, and that nothing that is asked for needs
+    a pass that supervision alone does not make.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    supervision, recurrence = run.train.supervision, run.model.recurrence
+    stability = run.train.stability
+    if supervision.prior == "none":
+        return
+    if not run.model.is_recurrent:
+        raise ConfigError(
+            "train.supervision.prior",
+            f"{supervision.prior!r} needs a core, and model.core_layers=0; set it to 'none'.",
+        )
+    if supervision.max_steps is None and recurrence.mean_steps < 2:
+        raise ConfigError(
+            "train.supervision.prior",
+            f"{supervision.prior!r} says nothing of a single iteration "
+            f"(model.recurrence.mean_steps={recurrence.mean_steps}); set it to 'none', or raise "
+            "mean_steps.",
+        )
+    if not supervision.is_alone:
+        return
+    for name, value, wanted in (
+        ("model.recurrence.sampling", recurrence.sampling, "fixed"),
+        ("model.recurrence.ramp", recurrence.ramp, "none"),
+        ("model.recurrence.kept_every", recurrence.kept_every, 1),
+        ("train.stability.jacobian_weight", stability.jacobian_weight, 0),
+        ("train.stability.fixed_point_weight", stability.fixed_point_weight, 0),
+        ("data.source", run.data.source if run.data.source == "media" else "text", "text"),
+    ):
+        if value != wanted:
+            raise ConfigError(
+                name,
+                f"{value!r} needs a pass at the drawn depth, and with train.supervision.mix=1 "
+                f"there is none; set it to {wanted!r}, or lower mix.",
+            )

@@ -119,3 +119,34 @@ def exit_loss(
         entropy=mean(-log_probs),
         steps=mean(steps),
     )
+
+
+# ------------------------------------------------------------------------------
+# The gate learns from what each iteration gains (Ouro's second stage, arXiv 2510.25741).
+
+
+def gain_loss(
+    gate_logits: Float[Array, "n B T"],
+    token_losses: Float[Array, "n B T"],
+    loss_mask: Float[Array, "B T"],
+    slope: float,
+    threshold: float,
+) -> Float[Array, ""]:
+    """The sum over tokens of the mean over iterations 2 .. n of the cross-entropy of going on.
+
+    An iteration that lowered its token's loss by `gain` nats (at least 0) wants the gate to go on
+    with probability sigmoid(slope (gain - threshold)). The losses are taken as constants.
+
+    Args:
+      gate_logits: of stopping after each iteration.
+      token_losses: L_i in nats, each iteration's.
+      loss_mask: 1.0 where a position counts, else 0.0.
+      slope: per nat.
+      threshold: in nats.
+    """
+    losses = jax.lax.stop_gradient(token_losses)
+    gain = jnp.maximum(losses[:-1] - losses[1:], 0.0)
+    goes_on = jax.nn.sigmoid(slope * (gain - threshold))
+    logits = gate_logits[1:]
+    entropy = -(goes_on * log_continue(logits) + (1 - goes_on) * log_stop(logits))
+    return jnp.sum(jnp.mean(entropy, axis=0) * loss_mask)

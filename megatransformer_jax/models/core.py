@@ -347,6 +347,7 @@ def recur_observed(
     num_steps: int,
     backprop_depth: int,
     trains_state: bool = False,
+    unroll: int = 1,
 ) -> Any:
     """Iterates a known number of times and looks at every state.
 
@@ -360,6 +361,7 @@ def recur_observed(
       num_steps: static, at least 1.
       backprop_depth: static; more than `num_steps` counts as `num_steps`.
       trains_state: as of `recur`.
+      unroll: as of `recur`.
 
     Returns:
       The observations, stacked along a new first axis of length `num_steps`.
@@ -382,7 +384,7 @@ def recur_observed(
         state, early = jax.lax.scan(advance(core.stopped()), state, jnp.arange(num_stopped))
         parts.append(early)
     steps = jnp.arange(num_stopped, num_steps)
-    _, late = jax.lax.scan(advance(core), state, steps)
+    _, late = jax.lax.scan(advance(core), state, steps, unroll=unroll)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts, late)
 
 

@@ -476,6 +476,10 @@ def _not_counted(config: RunConfig) -> str:
     extra = []
     if config.model.exit_gate.enabled:
         extra.append("the exit gate's own pass")
+    if config.train.supervision.is_alone:
+        extra.append("coda and head of all iterations but the last")
+    elif config.train.supervision.prior != "none":
+        extra.append("the pass with a loss at every iteration")
     if config.train.stability.jacobian_weight:
         extra.append("the probe of the core's Jacobian")
     return f" Train FLOPs leave out {' and '.join(extra)}." if extra else ""

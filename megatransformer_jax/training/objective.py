@@ -1,8 +1,10 @@
 """What a training step minimises, as a pure function of parameters and a micro-batch.
 
-The text's loss, and the terms that the exit gate and media add to it.
+The text's loss, at the drawn depth or at every iteration, and the terms that the exit gate and
+media add to it.
 """
 
+import functools
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
@@ -17,6 +19,7 @@ from megatransformer_jax.losses.tokens import (
     TokenLoss,
     exit_log_probs,
     exit_loss,
+    gain_loss,
     geometric_log_prior,
     token_cross_entropy,
     token_loss,
@@ -48,13 +51,16 @@ def gate_steps(config: RunConfig) -> int:
 
 def gate_term(
     model: MegaTransformer, config: RunConfig, params: Any, part: Batch, key: Key[Array, ""]
-) -> ExitLoss:
+) -> tuple[ExitLoss, jax.Array | None]:
     """The term's sums over a micro-batch, from a pass of its own over all iterations.
 
     Every iteration's state goes through coda and head; with media, at the text's places. Gradients
     flow to the core through the last `recurrence.backprop_depth` iterations; with
     `train.exit_gate.detach` to the gate alone, and then nothing of the pass is stored for the
     backward pass but the states. No dropout: the gate learns from what the model does in use.
+
+    Returns:
+      The sums under the gate's exit distribution; and the sum of `gain_loss` with target='gain'.
     """
     options = config.train.exit_gate
     params = gather_weights(model, params)
@@ -83,14 +89,70 @@ def gate_term(
             trains_state=config.model.recurrence.trains_state,
         ),
     )
-    return exit_loss(
-        exit_log_probs(gate_logits), losses, part.loss_mask, _log_prior(config, num_steps)
-    )
+    log_prior = _log_prior(options.prior_mean, num_steps)
+    sums = exit_loss(exit_log_probs(gate_logits), losses, part.loss_mask, log_prior)
+    if options.target != "gain":
+        return sums, None
+    slope, threshold = options.gain_slope, options.gain_threshold
+    return sums, gain_loss(gate_logits, losses, part.loss_mask, slope, threshold)
 
 
-def _log_prior(config: RunConfig, num_steps: int) -> Float[Array, "n"]:
-    mean = config.train.exit_gate.prior_mean
+def _log_prior(mean: float | None, num_steps: int) -> Float[Array, "n"]:
     return uniform_log_prior(num_steps) if mean is None else geometric_log_prior(num_steps, mean)
+
+
+# ------------------------------------------------------------------------------
+# The text's loss at every iteration, under a fixed prior.
+
+
+def supervised_steps(config: RunConfig) -> int:
+    """Iterations that have a loss."""
+    wanted = config.train.supervision.max_steps
+    return config.model.recurrence.mean_steps if wanted is None else wanted
+
+
+def supervise(
+    model: MegaTransformer, config: RunConfig, params: Any, part: Batch, key: Key[Array, ""]
+) -> TokenLoss:
+    """A micro-batch's sums at each iteration, as arrays [n].
+
+    Gradients flow to the core through the last `recurrence.backprop_depth` iterations, so earlier
+    losses train coda and head alone. Each iteration of the core draws its own dropout; the coda
+    drops the same in all of them.
+    """
+    state_key, dropout_key = jax.random.split(key)
+    params = gather_weights(model, params)
+    entered, core = open_batch(model, params, part, dropout_key)
+    apply = functools.partial(model.apply, {"params": params}, rngs={"dropout": dropout_key})
+
+    def observe(state: jax.Array) -> TokenLoss:
+        _, hidden = cast(Any, apply(state, core.outer, method="run_coda"))
+        logits = cast(jax.Array, apply(entered.at_text(hidden), method="run_head"))
+        return token_loss(logits, part.targets, part.loss_mask)
+
+    recurrence = config.model.recurrence
+    sums = recur_observed(
+        core,
+        core.first_state(state_key),
+        observe,
+        num_steps=supervised_steps(config),
+        backprop_depth=recurrence.backprop_depth,
+        trains_state=recurrence.trains_state,
+        unroll=recurrence.unroll,
+    )
+    return cast(TokenLoss, sums)
+
+
+def _supervised_share(
+    model: MegaTransformer, config: RunConfig, params: Any, part: Batch, key: jax.Array, place: Any
+) -> tuple[jax.Array, TokenLoss, dict[str, jax.Array]]:
+    """The mean over iterations under the prior, sums at the last one, and the metric."""
+    sums = supervise(model, config, params, part, key)
+    prior = jnp.exp(_log_prior(config.train.supervision.prior_mean, sums.tokens.shape[0]))
+    mean = jnp.sum(prior * sums.cross_entropy) / place.num_tokens
+    penalty = jnp.sum(prior * sums.squared_log_normalizer) / place.num_tokens
+    last = jax.tree.map(lambda values: values[-1], sums)
+    return mean + config.train.z_loss * penalty, last, {"supervised_loss": mean}
 
 
 # ------------------------------------------------------------------------------
@@ -328,9 +390,13 @@ def make_objective(
 ) -> Objective:
     """The objective of a run: mean cross-entropy, z-loss, and the terms that the config asks for.
 
+    With `train.supervision.mix=1` the model's pass goes to `mean_steps` and has its loss at every
+    iteration; the sums are those of the last.
+
     Shares are divided by the whole batch's count, so that micro-batches simply add up.
 
-    Terms: with an exit gate exit_expected_loss, exit_kl, exit_entropy (nats) and exit_mean_steps;
+    Terms: with an exit gate exit_expected_loss, exit_kl or exit_gain_loss, exit_entropy (nats) and
+    exit_mean_steps; with a loss at every iteration supervised_loss, their mean under the prior;
     with Jacobian regularisation jacobian_penalty and with the fixed-point loss fixed_point_penalty,
     before their weights; with media text_loss, image_loss and audio_loss before their weights, the
     decoders' parts of them, and media_loss, which is what the latter two add to the loss.
@@ -340,7 +406,8 @@ def make_objective(
       config: of the run.
       room: most media of a batch that decoders learn to make. None: as a training batch has.
     """
-    stability, data = config.train.stability, config.data
+    stability, supervision = config.train.stability, config.train.supervision
+    data = config.data
     sown_states = [LAST_STATE] if stability.jacobian_weight or stability.fixed_point_weight else []
     sown_states += [PREVIOUS_STATE] if stability.fixed_point_weight else []
     room = room or MediaRoom(
@@ -350,6 +417,12 @@ def make_objective(
     def objective(
         params: Any, part: Batch, num_steps: jax.Array, key: jax.Array, place: Place
     ) -> tuple[jax.Array, ObjectiveSums]:
+        if supervision.is_alone:
+            share, sums, terms = _supervised_share(model, config, params, part, key, place)
+            if config.model.exit_gate.enabled:
+                gate_share, gate_terms = _gate_share(model, config, params, part, key, place)
+                share, terms = share + gate_share, terms | gate_terms
+            return share, ObjectiveSums(sums, terms)
         state_key, dropout_key = jax.random.split(key)
         num_rows = part.tokens.shape[0]
         copied = cut_matrices(params, param_axes(model), model.sharder, num_rows)
@@ -370,12 +443,16 @@ def make_objective(
         sums = token_loss(output.logits, part.targets, part.loss_mask)
         weighted = sums.cross_entropy + config.train.z_loss * sums.squared_log_normalizer
         share = weighted / place.num_tokens
-        terms: dict[str, jax.Array] = {}
+        terms = {}
+        if supervision.prior != "none":
+            own_key = jax.random.fold_in(key, streams.SUPERVISION)
+            mean, _, terms = _supervised_share(model, config, params, part, own_key, place)
+            share = (1 - supervision.mix) * share + supervision.mix * mean
         if place.media is not None:
             media_key = jax.random.fold_in(key, streams.MEDIA)
             term = media_term(model, params, part, output, place.media, room, media_key)
             added = sum(weighted_losses(config.model, term).values(), jnp.float32(0))
-            terms = {"text_loss": share, **term.metrics, "media_loss": added}
+            terms |= {"text_loss": share, **term.metrics, "media_loss": added}
             share, weights = weigh_losses(
                 config.model, params, share, term, place.media, place.share
             )
@@ -410,14 +487,17 @@ def _gate_share(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The exit gate's share of the loss, and its metrics."""
     options = config.train.exit_gate
-    sums = gate_term(model, config, params, part, jax.random.fold_in(key, streams.GATE))
+    sums, gained = gate_term(model, config, params, part, jax.random.fold_in(key, streams.GATE))
     means = {
         "exit_expected_loss": sums.expected_loss / place.num_tokens,
-        "exit_kl": sums.divergence / place.num_tokens,
         "exit_entropy": sums.entropy / place.num_tokens,
         "exit_mean_steps": sums.steps / place.num_tokens,
     }
-    loss = means["exit_expected_loss"] + options.kl_weight * means["exit_kl"]
+    if gained is not None:
+        means["exit_gain_loss"] = loss = gained / place.num_tokens
+    else:
+        means["exit_kl"] = sums.divergence / place.num_tokens
+        loss = means["exit_expected_loss"] + options.kl_weight * means["exit_kl"]
     return options.weight * loss, means
 
 

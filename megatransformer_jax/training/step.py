@@ -183,6 +183,7 @@ def _spread(model: MegaTransformer, config: RunConfig, trained: Any, num_rows: i
     is_read_otherwise = (
         config.fine_tuning.lora.rank
         or config.model.exit_gate.enabled
+        or config.train.supervision.prior != "none"
         or config.train.stability.jacobian_weight
     )
     has_loop = config.train.accumulation > 1 or config.model.recurrence.kept_every > 1

@@ -13,6 +13,7 @@ from broken_media_data import BROKEN_MEDIA_DATA
 from broken_media_runs import BROKEN_MEDIA_RUNS
 from broken_models import BROKEN_MODELS
 from broken_stability import BROKEN_STABILITY
+from broken_supervision import BROKEN_SUPERVISION
 from broken_tokens import BROKEN_TOKENS
 from broken_validation import BROKEN_VALIDATION
 from broken_vocoder import BROKEN_VOCODER
@@ -68,6 +69,7 @@ BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_IMAGES,
     *BROKEN_MEDIA_DATA,
     *BROKEN_MEDIA_RUNS,
+    *BROKEN_SUPERVISION,
     *BROKEN_VOCODER,
     (
         "_prior_mean_goes_with_geometric",

@@ -59,6 +59,8 @@ COMPANIONS = {
 _BUCKETS = ["--config.data.packing=bucket"]
 _SCORED = ["--config.evaluation.generated.metrics=exact_match"]
 _GATE = ["--config.model.exit_gate.enabled"]
+_GAIN = [*_GATE, "--config.train.exit_gate.target=gain", "--config.train.exit_gate.detach"]
+_FIXED = ["--config.model.recurrence.sampling=fixed"]
 _LORA = ["--config.fine_tuning.init_from=runs/a", "--config.fine_tuning.lora.rank=4"]
 _PEER = ["--config.model.mlp.kind=peer", "--config.model.mlp.hidden_width=704"]
 _QK_NORM = ["--config.model.attention.qk_norm"]
@@ -101,6 +103,16 @@ COMPANIONS |= {
     "optimizer.sgd.nesterov": _SGD,
     "train.exit_gate.prior": [*_GATE, "--config.train.exit_gate.prior_mean=4"],
     "train.exit_gate.prior_mean": [*_GATE, "--config.train.exit_gate.prior=geometric"],
+    "train.exit_gate.target": [*_GATE, "--config.train.exit_gate.detach"],
+    "train.exit_gate.gain_slope": _GAIN,
+    "train.exit_gate.gain_threshold": _GAIN,
+    "train.supervision.prior": _FIXED,
+    "train.supervision.prior_mean": ["--config.train.supervision.prior=geometric", *_FIXED],
+    "train.supervision.mix": ["--config.train.supervision.prior=uniform"],
+    "train.supervision.max_steps": [
+        "--config.train.supervision.prior=uniform",
+        "--config.train.supervision.mix=0.5",
+    ],
     "train.stability.jacobian_warmup_steps": ["--config.train.stability.jacobian_weight=0.1"],
     "data.reasoning.modulus": [
         "--config.data.source=reasoning",
@@ -181,6 +193,7 @@ NEW_VALUES: dict[str, Any] = {
     "optimizer.groups": ("mlp/: learning_rate=0.5",),
     "diagnostics.kinds": ("recurrence",),
     "train.exit_gate.prior_mean": 3.0,
+    "train.supervision.prior_mean": 3.0,
     "fine_tuning.init_step": "best",
     "fine_tuning.lora.targets": ("mlp/up",),
     "model.recurrence.ramp_from": 3,

@@ -87,7 +87,7 @@ def test_the_gate_learns_from_the_text_between_media(made):
     @jax.jit
     def differentiate(gate):
         def loss(gate):
-            sums = gate_term(model, RUN, params | {"exit_gate": gate}, BATCH, KEY)
+            sums, _ = gate_term(model, RUN, params | {"exit_gate": gate}, BATCH, KEY)
             return sums.divergence, sums
 
         return jax.value_and_grad(loss, has_aux=True)(gate)

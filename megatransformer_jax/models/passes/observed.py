@@ -1,10 +1,11 @@
 """The core alone, for what looks at its iterations from outside of a forward pass.
 
 Losses that read every iteration, the Jacobian, Admin's profile, diagnostics: all of it is without
-dropout.
+dropout, but for a loss at every iteration in training.
 """
 
 import dataclasses
+import functools
 from typing import Any, cast
 
 import jax
@@ -45,22 +46,36 @@ def open_core(
     return _open(model, params, entered)
 
 
-def open_batch(model: MegaTransformer, params: Any, batch: Batch) -> tuple[Entered, Pass]:
+def open_batch(
+    model: MegaTransformer, params: Any, batch: Batch, dropout_key: Key[Array, ""] | None = None
+) -> tuple[Entered, Pass]:
     """The same for a batch, whose media are encoded; and where text and media are.
+
+    With a key the pass has dropout, and so has whoever gives `Pass.dropout_key` to the coda.
 
     Raises:
       ValueError: if the model has no core.
     """
     _check_core(model)
     arguments = (batch.tokens, batch.positions, batch.segment_ids, batch.media)
-    entered: Any = model.apply({"params": params}, *arguments, method="enter")
-    return entered, _open(model, params, entered)
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    enter = functools.partial(model.apply, method="enter", deterministic=dropout_key is None)
+    entered: Any = enter({"params": params}, *arguments, rngs=rngs)
+    return entered, _open(model, params, entered, dropout_key)
 
 
-def _open(model: MegaTransformer, params: Any, entered: Entered) -> Pass:
-    config = model.config
-    core: Any = open_pass(model, params, entered.x, entered.context(config, config.core_width))
-    return cast(Pass, core.replace(outer=entered.context(config, config.width)))
+def _open(
+    model: MegaTransformer,
+    params: Any,
+    entered: Entered,
+    dropout_key: Key[Array, ""] | None = None,
+) -> Pass:
+    config, off = model.config, dropout_key is None
+    inner, outer = (
+        entered.context(config, width, off) for width in (config.core_width, config.width)
+    )
+    core: Any = open_pass(model, params, entered.x, inner)
+    return cast(Pass, core.replace(outer=outer, dropout_key=dropout_key))
 
 
 def _check_core(model: MegaTransformer) -> None:
