@@ -431,6 +431,11 @@ class ModelConfig:
         own = self.recurrence.core_width
         return self.width if own is None else own
 
+    @property
+    def state_width(self) -> int:
+        """Width of the core's state: that of the core, for each of its streams."""
+        return self.core_width * max(1, self.recurrence.hyper_connections)
+
     def unique_layers(self, stack: str) -> int:
         """Different layers of 'prelude', 'core' or 'coda' after resolving None."""
         own = getattr(self.sharing, f"{stack}_unique")

@@ -12,7 +12,13 @@ from megatransformer_jax.config.option import (
 
 # Options of parameters that iterations have for themselves. They start as the identity, so a model
 # can start from one that lacks them.
-LOOP_OPTIONS = ("loop_embedding", "loop_scale", "loop_lora_rank", "loop_iterations")
+LOOP_OPTIONS = (
+    "loop_embedding",
+    "loop_scale",
+    "loop_lora_rank",
+    "hyper_connections",
+    "loop_iterations",
+)
 
 
 def is_loop_parameter(path: str) -> bool:
@@ -120,10 +126,18 @@ class RecurrenceConfig:
         "and feed-forward layers, not of PEER's (arXiv 2410.20672); it starts at zero. 0: none.",
         minimum=0,
     )
+    hyper_connections: int = option(
+        0,
+        "Number of streams that the core's state consists of (hyper-connections between loops, "
+        "arXiv 2409.19606, 2604.21106). Each iteration reads a learned mixture of them and adds "
+        "its change to each by a learned weight; both are the iteration's own. It starts as the "
+        "plain loop. 0: the state is one vector.",
+        minimum=0,
+    )
     loop_iterations: int | None = option(
         None,
-        "Iterations with their own loop_embedding, loop_scale and loop_lora_rank; later ones have "
-        "the last one's. Default (None): mean_steps.",
+        "Iterations with their own loop_embedding, loop_scale, loop_lora_rank and "
+        "hyper_connections; later ones have the last one's. Default (None): mean_steps.",
         minimum=1,
     )
     unroll: int = option(
@@ -175,7 +189,8 @@ class RecurrenceConfig:
     @property
     def has_loop_parameters(self) -> bool:
         """Whether iterations of the core differ in parameters."""
-        return self.loop_embedding or self.loop_scale or self.loop_lora_rank > 0
+        low_rank, streams = self.loop_lora_rank > 0, self.hyper_connections > 0
+        return self.loop_embedding or self.loop_scale or low_rank or streams
 
     @property
     def own_iterations(self) -> int:
@@ -184,10 +199,19 @@ class RecurrenceConfig:
 
     @rule("loop_iterations")
     def _own_iterations_have_parameters(self) -> None:
-        """Only with loop_embedding, loop_scale or loop_lora_rank."""
+        """Only with loop_embedding, loop_scale, loop_lora_rank or hyper_connections."""
         if not self.has_loop_parameters:
-            names = "loop_embedding, loop_scale or loop_lora_rank"
+            names = "loop_embedding, loop_scale, loop_lora_rank or hyper_connections"
             require_defaults(self, ("loop_iterations",), f"without {names}", "set one of them")
+
+    @rule("hyper_connections")
+    def _streams_are_several(self) -> None:
+        """0, or at least 2."""
+        if self.hyper_connections == 1:
+            raise ConfigError(
+                "hyper_connections",
+                "1 stream is the plain loop with more parameters; use 0, or at least 2.",
+            )
 
     @property
     def trains_state(self) -> bool:

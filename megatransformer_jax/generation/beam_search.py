@@ -120,7 +120,7 @@ class _Memory:
     """
 
     cache: KVCache
-    core_state: Any  # [M, 1, core width]
+    core_state: Any  # [M, 1, state width]
 
 
 @dataclasses.dataclass(frozen=True)

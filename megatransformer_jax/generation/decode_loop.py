@@ -63,7 +63,7 @@ class DecodeState:
     Attributes:
       cache: keys and values of all tokens but the last.
       history: all tokens.
-      core_state: the core's last state at the newest token of the cache, [B, 1, core width].
+      core_state: the core's last state at the newest token of the cache, [B, 1, state width].
       chain_states: of the logits processors.
       end: which rows have ended, and why.
       steps: int32 [B, C], in the history's columns: iterations of the pass that led to a generated

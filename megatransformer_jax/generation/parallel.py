@@ -63,7 +63,7 @@ class Wavefront:
 
     Attributes:
       tokens: int32 [B, W].
-      state: of the core, [B, W, core width].
+      state: of the core, [B, W, state width].
       iterations: int32 [B, W], since the column's token or one before it has changed. Never more
         than in the column before.
       count: int32 [B], columns in use; 0 once a row has ended.

@@ -36,7 +36,7 @@ class Prefilled:
     Attributes:
       cache: with all prompts.
       logits: of the token behind each prompt.
-      core_state: the core's last state at each prompt's last token, [B, 1, core width].
+      core_state: the core's last state at each prompt's last token, [B, 1, state width].
       num_steps: iterations of each prompt's last token.
     """
 

@@ -38,7 +38,7 @@ from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.embedding import embedding_scale
 from megatransformer_jax.nn.kv_cache import KVCache
 from megatransformer_jax.nn.layer_sharing import stack_owners
-from megatransformer_jax.nn.loop_parameters import Loop
+from megatransformer_jax.nn.loop_parameters import HyperConnections, Loop, begin_streams
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import truncated_normal, vector, weight_init
 from megatransformer_jax.sharding.rules import Sharder
@@ -65,6 +65,9 @@ class RecurrentCore(nn.Module):
         if recurrence.loop_embedding:
             shape = (recurrence.own_iterations, config.core_width)
             self.loop_embedding = vector(self, "loop_embedding", nn.initializers.zeros, shape)
+        if recurrence.hyper_connections:
+            sizes = (recurrence.hyper_connections, recurrence.own_iterations)
+            self.connections = HyperConnections(*sizes)
         owners = stack_owners(config, "core")
         parts = (init, self.policy, self.sharder, self.platform)
         self.layers = Stack(config, owners, *parts, stack="core")
@@ -76,8 +79,8 @@ class RecurrentCore(nn.Module):
         return self.adapter.prepare(injected)
 
     def __call__(
-        self, state: Float[Array, "B T D"], prepared: Float[Array, "B T D"], context: LayerContext
-    ) -> Float[Array, "B T D"]:
+        self, state: Float[Array, "B T W"], prepared: Float[Array, "B T D"], context: LayerContext
+    ) -> Float[Array, "B T W"]:
         """The next state.
 
         Raises:
@@ -86,16 +89,21 @@ class RecurrentCore(nn.Module):
         recurrence, loop = self.config.recurrence, context.loop
         if recurrence.has_loop_parameters and loop is None:
             raise ValueError("the core's iterations differ; give the number (see `at_iteration`)")
-        x = self.adapter(state, prepared)
+        read = state
+        if loop is not None and recurrence.hyper_connections:
+            read = self.connections.read(state, loop)
+        x = self.adapter(read, prepared)
         if loop is not None and recurrence.loop_embedding:
             x = x + loop.of(self.loop_embedding).astype(x.dtype)
-        state = self.layers(x, context)
+        new = self.layers(x, context)
         if self.config.recurrence.iteration_norm:
-            state = self.iteration_norm(state)
-        return self.sharder.constrain(state, "batch", "length", None)
+            new = self.iteration_norm(new)
+        if loop is not None and recurrence.hyper_connections:
+            new = self.connections.write(state, read, new, loop)
+        return self.sharder.constrain(new, "batch", "length", None)
 
     def prepare_and_call(
-        self, state: Float[Array, "B T D"], injected: Float[Array, "B T D"], context: LayerContext
+        self, state: Float[Array, "B T W"], injected: Float[Array, "B T D"], context: LayerContext
     ) -> jax.Array:
         """Touches every parameter once; used to initialise them."""
         return self(state, self.prepare(injected), context)
@@ -406,7 +414,7 @@ def _own_number(step: jax.Array, begin: jax.Array) -> jax.Array:
 
 def initial_state(
     config: ModelConfig, key: Key[Array, ""] | None, injected: Float[Array, "B T D"]
-) -> Float[Array, "B T D"]:
+) -> Float[Array, "B T W"]:
     """The state before the first iteration, as `recurrence.state_init` says.
 
     Args:
@@ -415,11 +423,16 @@ def initial_state(
       injected: the embedding that every iteration is given, [B, T, core width].
 
     Returns:
-      An array like `injected`.
+      An array like `injected`; with hyper-connections one for each stream, all the same.
 
     Raises:
       ValueError: if a kind that needs a key has none.
     """
+    first = _first_stream(config, key, injected)
+    return begin_streams(first, config.recurrence.hyper_connections)
+
+
+def _first_stream(config: ModelConfig, key: jax.Array | None, injected: jax.Array) -> jax.Array:
     kind, shape, dtype = config.recurrence.state_init, injected.shape, injected.dtype
     if kind == "zero":
         return jnp.zeros(shape, dtype)

@@ -29,6 +29,7 @@ from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.nn.cut_matrices import gather_matrix
 from megatransformer_jax.nn.embedding import TextEmbedding, ValueEmbedding
 from megatransformer_jax.nn.layer_sharing import stack_owners
+from megatransformer_jax.nn.loop_parameters import begin_streams, mean_stream
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import axes_of, check_shapes, matrix, weight_init
 from megatransformer_jax.nn.quantized import is_matrix_node, is_quantized_matrix
@@ -38,7 +39,7 @@ from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy, MediaBatch, ModelOutput
 
-# Collections that a forward pass sows the core's raw state into, [B, T, core width]: the last one
+# Collections that a forward pass sows the core's raw state into, [B, T, state width]: the last one
 # and, in passes with gradients, the one before the last iteration.
 LAST_STATE, PREVIOUS_STATE = "last_state", "previous_state"
 
@@ -151,7 +152,7 @@ class MegaTransformer(nn.Module):
           segment_ids: document of each token, 0 for padding. None: one document per row.
           num_steps: iterations of the core: [], [B] or [B, T]; traced. Ignored without a core.
           backprop_depth: last iterations that gradients flow through; 0 for inference.
-          state: the core's first state, [B, T, core width]. None: `recurrence.state_init`, from
+          state: the core's first state, [B, T, state width]. None: `recurrence.state_init`, from
             the rng stream 'state'.
           head_mask: factor on the output of each head, one row per layer: prelude, core, coda.
           deterministic: no dropout. Otherwise the rng stream 'dropout' is needed.
@@ -300,6 +301,7 @@ class MegaTransformer(nn.Module):
     ) -> tuple[Float[Array, "B T D2"], Float[Array, "B T D2"]]:
         """Latent and coda's output from the core's last state (or the prelude's output)."""
         if self.config.is_recurrent:
+            x = mean_stream(x, self.config.recurrence.hyper_connections)
             if self.config.core_width != self.config.width:
                 x = x @ self.core_out
             if self.config.recurrence.readout_matrix:
@@ -394,14 +396,12 @@ class MegaTransformer(nn.Module):
                 expected = _abstract_core(self.config, self.policy, self.platform)
                 check_shapes(self, "core", stored, expected)
             return stored
-        return self.param("core", self._init_core)
+        init = functools.partial(_init_core, self.config, self.policy, self.platform)
+        return self.param("core", init)
 
     def core_module(self) -> RecurrentCore:
         """The module of one iteration; its parameters are the tree `core` of this module's."""
         return RecurrentCore(self.config, self.policy, self.sharder, self.platform, parent=None)
-
-    def _init_core(self, key: Key[Array, ""]) -> Any:
-        return _init_core(self.config, self.policy, self.platform, key)
 
     def _split_head_mask(self, head_mask: jax.Array | None) -> tuple[jax.Array | None, ...]:
         config = self.config
@@ -418,15 +418,14 @@ class MegaTransformer(nn.Module):
 
 
 def _init_core(config: ModelConfig, policy: DTypePolicy, platform: str, key: Key[Array, ""]) -> Any:
-    state = jnp.zeros((1, 1, config.core_width), policy.compute)
-    positions = jnp.zeros((1, 1), jnp.int32)
-    context = pass_context(config, positions, None, config.core_width)
-    shape = (1, 1, config.attention.kv_heads, config.head_dim(state.shape[-1]))
-    rows = jnp.zeros((len(config.value_layers("core")), *shape), policy.compute)
-    context = dataclasses.replace(context, value_embeddings={"core": rows})
-    context = at_iteration(config, context, 0)
+    injected = jnp.zeros((1, 1, config.core_width), policy.compute)
+    state = begin_streams(injected, config.recurrence.hyper_connections)
+    context = pass_context(config, jnp.zeros((1, 1), jnp.int32), None, config.core_width)
+    shape = (len(config.value_layers("core")), 1, 1, config.attention.kv_heads)
+    rows = jnp.zeros((*shape, config.head_dim(config.core_width)), policy.compute)
+    context = at_iteration(config, dataclasses.replace(context, value_embeddings={"core": rows}), 0)
     core = RecurrentCore(_with_xla_attention(config), policy, Sharder(), platform, parent=None)
-    return core.init(key, state, state, context, method="prepare_and_call")["params"]
+    return core.init(key, state, injected, context, method="prepare_and_call")["params"]
 
 
 @functools.lru_cache(maxsize=8)

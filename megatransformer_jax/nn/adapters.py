@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.nn.loop_parameters import mean_stream
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import WeightInit, matrix, vector
 from megatransformer_jax.nn.quantized import multiply, record_input
@@ -203,8 +204,9 @@ class ExitGate(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, state: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+    def __call__(self, state: Float[Array, "B T W"]) -> Float[Array, "B T"]:
         """Logits, float32, of stopping after the iteration that made `state`."""
+        state = mean_stream(state, self.config.recurrence.hyper_connections)
         if self.config.exit_gate.norm:
             state = Norm(self.config.norm, name="norm")(state)
         odds_against = max(self.config.recurrence.mean_steps - 1, 1)

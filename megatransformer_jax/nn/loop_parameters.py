@@ -2,9 +2,9 @@
 
 The core's weights are the same in every iteration. What may differ is small: a vector that is added
 to the core's input (`RecurrentCore`), a number that each attention and feed-forward layer's update
-is multiplied by, and a low-rank update of each of their matrices (Relaxed Recursive Transformers,
-arXiv 2410.20672). Iteration i has row i of these tables; iterations beyond the last row have the
-last one.
+is multiplied by, a low-rank update of each of their matrices (Relaxed Recursive Transformers,
+arXiv 2410.20672), and the weights of hyper-connections. Iteration i has row i of these tables;
+iterations beyond the last row have the last one.
 
 A layer's context says in which iteration it runs. Usually that is one number for the whole pass.
 Where rows or tokens are at different iterations (draws per row, the parallel sampler) it is an
@@ -96,3 +96,88 @@ def with_low_rank(
     own = jax.nn.one_hot(loop.row, loop.count, dtype=x.dtype)
     hidden = jnp.einsum("btk,ikr->btir", x, a) * own[..., None]
     return product + jnp.tensordot(hidden, b, axes=2)
+
+
+# ------------------------------------------------------------------------------
+# Hyper-connections between loops (arXiv 2604.21106, after 2409.19606).
+#
+# The core's state is n streams h_1 .. h_n of the core's width, side by side in its last axis. What
+# an iteration F does to one vector, it does to a mixture u of them, and every stream gets a share
+# of the change:
+#
+#     u = sum_j read_j h_j        h_i <- sum_j mix_ij h_j + write_i (F(u) - u)
+#
+# Each iteration has its own weights: read, mix and write. They start as read = the stream i mod n
+# of iteration i, mix = 1 and write = 1. All streams are the same at first, so they stay the same,
+# and the loop is the plain one; training tells them apart, because iterations read different ones.
+# Coda and exit gate read the mean of the streams.
+
+
+class HyperConnections(nn.Module):
+    """Reads the streams before an iteration, and writes to them behind it."""
+
+    num_streams: int
+    num_iterations: int
+
+    def setup(self) -> None:
+        """Declares the weights of all iterations."""
+        iterations, streams = self.num_iterations, self.num_streams
+        square = (iterations, streams, streams)
+        self.read_weights = vector(self, "loop_read", _one_after_another, (iterations, streams))
+        self.mix_weights = vector(self, "loop_mix", _identities, square)
+        self.write_weights = vector(self, "loop_write", nn.initializers.ones, (iterations, streams))
+
+    def read(self, state: Float[Array, "B T W"], loop: Loop) -> Float[Array, "B T D"]:
+        """The mixture that the iteration changes."""
+        streams = split_streams(state, self.num_streams).astype(jnp.float32)
+        weights = loop.of(self.read_weights)
+        return jnp.sum(weights[..., None] * streams, axis=-2).astype(state.dtype)
+
+    def write(
+        self,
+        state: Float[Array, "B T W"],
+        before: Float[Array, "B T D"],
+        after: Float[Array, "B T D"],
+        loop: Loop,
+    ) -> Float[Array, "B T W"]:
+        """The streams after an iteration.
+
+        Args:
+          state: the streams before it.
+          before: what it has read.
+          after: what it has made of that.
+          loop: which iteration.
+        """
+        streams = split_streams(state, self.num_streams).astype(jnp.float32)
+        change = after.astype(jnp.float32) - before.astype(jnp.float32)
+        mix, write = loop.of(self.mix_weights), loop.of(self.write_weights)
+        # Sums over a few streams: as products of matrices they would not fuse.
+        mixed = jnp.sum(mix[..., None] * streams[..., None, :, :], axis=-2)
+        written = mixed + write[..., None] * change[..., None, :]
+        return written.astype(state.dtype).reshape(state.shape)
+
+
+def split_streams(state: Float[Array, "B T W"], num_streams: int) -> Float[Array, "B T I D"]:
+    """The state's streams."""
+    return state.reshape(*state.shape[:2], num_streams, -1)
+
+
+def begin_streams(first: Float[Array, "B T D"], num_streams: int) -> Float[Array, "B T W"]:
+    """The state whose streams are all the same; `first` itself without hyper-connections (0)."""
+    return jnp.tile(first, (1, 1, num_streams)) if num_streams else first
+
+
+def mean_stream(state: Float[Array, "B T W"], num_streams: int) -> Float[Array, "B T D"]:
+    """What reads the state outside of the loop; the state itself without hyper-connections (0)."""
+    return jnp.mean(split_streams(state, num_streams), axis=2) if num_streams else state
+
+
+def _one_after_another(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+    del key
+    iterations, streams = shape
+    return jax.nn.one_hot(jnp.arange(iterations) % streams, streams, dtype=dtype)
+
+
+def _identities(key: jax.Array, shape: tuple[int, int, int], dtype: jnp.dtype) -> jax.Array:
+    del key
+    return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)

@@ -66,6 +66,7 @@ VARIANTS = {
             "injection_norm": True,
             "loop_embedding": True,
             "loop_lora_rank": 2,
+            "hyper_connections": 2,
             "loop_iterations": 2,
         }
     ),
@@ -204,6 +205,7 @@ def test_every_parameter_has_a_gradient():
             "readout_matrix": True,
             "loop_embedding": True,
             "loop_scale": True,
+            "hyper_connections": 2,
         },
         value_embedding={"layers": (0, 1, 2), "gate_channels": 4},
         tie_embeddings=False,

@@ -35,6 +35,7 @@ LOOPED = dataclasses.replace(
         loop_embedding=True,
         loop_scale=True,
         loop_lora_rank=2,
+        hyper_connections=2,
         loop_iterations=OWN,
     ),
 )
@@ -69,11 +70,20 @@ def reference(params, depth):
     places = jnp.broadcast_to(jnp.arange(5), TOKENS.shape)
     opened = open_core(model, params, TOKENS, positions=places, segment_ids=None)
     plain = RecurrentCore(PLAIN, DTypePolicy(), Sharder(), "cpu", parent=None)
-    state = opened.first_state(None)
+    first, weights = jnp.zeros_like(opened.injected), params["core"]["connections"]
+    streams = [first, first]
     for iteration in range(depth):
         core, vector = of_iteration(params, iteration)
-        state = plain.apply({"params": core}, state, opened.prepared + vector, opened.context)
-    return state
+        read, mix, write = (
+            weights[f"loop_{name}"][min(iteration, OWN - 1)] for name in ("read", "mix", "write")
+        )
+        before = read[0] * streams[0] + read[1] * streams[1]
+        after = plain.apply({"params": core}, before, opened.prepared + vector, opened.context)
+        streams = [
+            mix[i, 0] * streams[0] + mix[i, 1] * streams[1] + write[i] * (after - before)
+            for i in range(2)
+        ]
+    return jnp.concatenate(streams, axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames="backprop_depth")
@@ -121,7 +131,8 @@ def test_a_trace_has_the_iterations_in_their_order():
     found = trace_iterations(model, params, TOKENS, None, jax.random.key(0), depth=5, top_k=1)
     for depth in (2, 5):
         state, variables = reference(params, depth), {"params": params}
-        latent = model.apply(variables, state, method=lambda model, s: model.final_norm(s))
+        mean = (state[..., :16] + state[..., 16:]) / 2
+        latent = model.apply(variables, mean, method=lambda model, s: model.final_norm(s))
         np.testing.assert_allclose(found.latents[depth - 1], latent, atol=1e-5)
 
 
@@ -136,11 +147,12 @@ def test_a_fresh_model_is_the_plain_one():
     plain = build_model(PLAIN, DTypePolicy(), Sharder(), "cpu")
     arguments = {"num_steps": 5, "mutable": ["last_state"]}
     _, sown = plain.apply({"params": unflatten_dict(shared, sep="/")}, TOKENS, **arguments)
-    wanted = sown["last_state"]["state"][0]
+    # Each of the streams is the plain model's state.
+    wanted = jnp.tile(sown["last_state"]["state"][0], (1, 1, 2))
     np.testing.assert_allclose(last_state(params, jnp.int32(5)), wanted, atol=1e-6)
     counts = count_parameters(params)
-    # Two scales, updates of four matrices, and a vector, for each of three.
-    assert sum(counts["loop_parameters"].values()) == 3 * (2 + 2 * 184 + 16)
+    # Two scales, updates of four matrices, a vector, and the streams' weights, for each of three.
+    assert sum(counts["loop_parameters"].values()) == 3 * (2 + 2 * 184 + 16 + 2 + 4 + 2)
     axes = flatten_dict(param_axes(model), sep="/")
     assert axes["core/layers/layer_0/mlp/up_loop_b"] == (None, None, None, "mlp")
     assert axes["core/layers/layer_0/attention/output_loop_a"] == (None, "heads", None)

@@ -182,6 +182,7 @@ NEW_VALUES: dict[str, Any] = {
     "model.positions.scaling.beta_fast": 16.0,
     "model.positions.rotary_base": 500.0,
     "model.recurrence.core_width": 128,
+    "model.recurrence.hyper_connections": 3,
     "mesh.data": 2,
     "model.mlp.peer.num_experts": 64**2,
     "model.sharing.prelude_unique": 1,

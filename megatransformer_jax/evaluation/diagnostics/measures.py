@@ -177,7 +177,7 @@ def observe_prelude(
 def observe_iteration(
     core: Pass, state: jax.Array, iteration: jax.Array | int
 ) -> tuple[jax.Array, list[LayerOutput]]:
-    """The next state [B, T, core width], and the core's layers."""
+    """The next state [B, T, state width], and the core's layers."""
     context = at_iteration(core.core.config, core.context, iteration)
     new_state, seen = _apply(core.core, core.params, state, core.prepared, context)
     return new_state, list(_layers(seen["layers"], core.core.config, "core"))

@@ -395,7 +395,7 @@ def constrained(model: MegaTransformer, lanes: Lanes, cache: KVCache) -> Batch:
 
 
 def _state_width(model: MegaTransformer) -> int:
-    return model.config.core_width if model.config.is_recurrent else model.config.width
+    return model.config.state_width if model.config.is_recurrent else model.config.width
 
 
 def changed(tree: Any, **changes: Any) -> Any:

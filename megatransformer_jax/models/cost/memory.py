@@ -81,7 +81,7 @@ def activation_memory(
         kept = dataclasses.replace(
             kept,
             once=max(0, kept.once - one * config.width * layers),
-            per_iteration=max(0, kept.per_iteration - one * config.core_width),
+            per_iteration=max(0, kept.per_iteration - one * config.state_width),
         )
     logits = rows * length * config.vocab_size
     float32, compute = jnp.dtype(jnp.float32).itemsize, model.policy.compute.itemsize

@@ -60,7 +60,7 @@ class NewTokens:
       tokens: ids, padded on either side; those at places of media do not matter.
       is_token: False for padding.
       inserted: media among the tokens. The text's prelude does not see them, as without a cache.
-      state: the core's first state, [B, T, core width]. None: `recurrence.state_init`.
+      state: the core's first state, [B, T, state width]. None: `recurrence.state_init`.
       state_keys: a key per sequence, for first states that are drawn at random. A token's draw
         depends on its sequence's key and on its position, not on how the prompt is chunked.
       is_first: static; promises that the cache is empty, so that fused attention kernels can serve.
@@ -80,7 +80,7 @@ class CachedOutput:
 
     Attributes:
       logits: of every new token, or of each sequence's last one ([B, 1, V]).
-      state: the core's raw state, [B, T, core width]; the prelude's output without a core.
+      state: the core's raw state, [B, T, state width]; the prelude's output without a core.
       num_steps: iterations that each token took; 0 for padding.
       cache: with the new tokens.
       memory: what the rule's criterion keeps of the last iteration; None without a core.
@@ -367,7 +367,7 @@ def token_states(
     keys: Key[Array, "B"] | None,
     places: Int[Array, "B T"],
     injected: Float[Array, "B T D"],
-) -> Float[Array, "B T D"]:
+) -> Float[Array, "B T W"]:
     """First states, one draw per token, from its sequence's key and its position.
 
     Raises:

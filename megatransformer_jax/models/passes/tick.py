@@ -73,7 +73,7 @@ class Tokens:
 
     ids: Int[Array, "B"]
     positions: Int[Array, "B"]
-    state: Float[Array, "B 1 D"]
+    state: Float[Array, "B 1 W"]
     prepared: Float[Array, "B 1 D"] | None
     prelude: Float[Array, "B E K 1 P"]
     core: Float[Array, "B E2 K 1 P2"] | None

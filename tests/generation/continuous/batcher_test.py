@@ -34,6 +34,7 @@ LOOPED = tiny(
         "loop_embedding": True,
         "loop_scale": True,
         "loop_lora_rank": 2,
+        "hyper_connections": 2,
     },
     exit_gate={"enabled": True},
 )

@@ -59,6 +59,7 @@ CONFIGS = {
             "loop_embedding": True,
             "loop_scale": True,
             "loop_lora_rank": 2,
+            "hyper_connections": 2,
             "loop_iterations": 2,
         },
         value_embedding={"layers": (0, 2, 3), "gate_channels": 3},

@@ -52,6 +52,7 @@ CONFIGS = {
             loop_embedding=True,
             loop_scale=True,
             loop_lora_rank=2,
+            hyper_connections=2,
             loop_iterations=4,
         ),
     ),
