@@ -13,9 +13,7 @@ N_once are the parameters that run once (prelude, coda), N_rec those of an itera
 of training; embedding and head do not count. phi = 0: further loops are worthless. phi = 1: a loop
 is as good as layers with their own parameters.
 
-E + B D^-beta is one number for each budget of tokens, and is fitted as such; E, B and beta follow
-with three budgets or more. phi and alpha minimise the squared residual over a grid of values, and
-the interval is the central 95% of phi over resampled runs (each r keeps its number of runs).
+`benchmarks/scaling_law.py` has the fit, and how the 95% interval is made.
 
 Every finished run is a line of the file --runs, and a run that has a line is not trained again. The
 runs without a loop (r = 1) have no adapter, so different recipes in one file share them.
@@ -23,22 +21,28 @@ runs without a loop (r = 1) have no adapter, so different recipes in one file sh
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import platform
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
+import optax
 
 import megatransformer_jax as mt
+from benchmarks.scaling_law import Fit, Outcome, fit_law
+from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.option import UserError, options_of, parse_text
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.config.run_kinds import AllOptions
-from megatransformer_jax.data.pipeline import validation_batches
+from megatransformer_jax.data.pipeline import build_pipeline, first_batches
 from megatransformer_jax.data.tokenizer import BytesTokenizer
 from megatransformer_jax.evaluation.validation import ValidationSet, make_eval_step
 from megatransformer_jax.models.cost.parameter_counts import (
@@ -46,14 +50,19 @@ from megatransformer_jax.models.cost.parameter_counts import (
     count_parameters,
     total_parameters,
 )
+from megatransformer_jax.models.megatransformer import MegaTransformer, build_model
+from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.training.optimizers import build_optimizer
+from megatransformer_jax.training.state import TrainState, init_state
+from megatransformer_jax.training.step import make_train_step
+from megatransformer_jax.types import Batch, DTypePolicy
 
-HEAD_WIDTH = 16
+HEAD_WIDTH = 32
+# Of --learning-rate; the rate of other widths is in inverse proportion to them.
+REFERENCE_WIDTH = 64
 # Byte values and special tokens.
 VOCAB_SIZE = 260
 VALIDATION_BATCHES = 16
-# Where phi and alpha are looked for.
-PHIS = np.round(np.arange(-1.0, 2.0001, 0.02), 2)
-ALPHAS = np.geomspace(0.02, 2.0, 81)
 # What runs once, besides embedding and head.
 ONCE_PARTS = ("prelude", "injection_norm", "loop_parameters", "c_matrix", "coda", "final_norm")
 
@@ -108,17 +117,6 @@ class Cell:
     seed: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """One run's model and result."""
-
-    loops: int
-    tokens: int
-    once: int
-    iterated: int
-    loss: float
-
-
 def configuration(recipe: Recipe, cell: Cell) -> RunConfig:
     """The run's configuration.
 
@@ -151,16 +149,14 @@ def configuration(recipe: Recipe, cell: Cell) -> RunConfig:
         "model.attention.num_heads": max(1, cell.width // HEAD_WIDTH),
         "model.mlp.hidden_width": 8 * round(cell.width / 3),
         "model.norm.placement": recipe.norm,
+        "model.scan_layers": max(prelude, core // cell.loops, coda) > 1,
         "data.tokenizer.kind": "bytes",
         "data.batch_size": recipe.batch,
         "data.sequence_length": recipe.length,
-        "optimizer.name": "muon",
-        "optimizer.learning_rate": recipe.learning_rate,
-        "optimizer.warmup_steps": max(1, steps // 10),
-        "optimizer.final_fraction": 0.0,
-        "samples.every_steps": 0,
+        "optimizer.learning_rate": recipe.learning_rate * REFERENCE_WIDTH / cell.width,
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_steps": 0,
         "train.steps": steps,
-        "train.seed": cell.seed,
     }
     options |= {f"model.recurrence.{name}": value for name, value in recurrence.items()}
     options |= dict(map(_read_change, recipe.changes))
@@ -182,21 +178,85 @@ def _read_change(text: str) -> tuple[str, Any]:
 # Runs, and the file that remembers them.
 
 
+class Course(NamedTuple):
+    """State of an optimiser whose rate follows the course of the run: the number of steps is data,
+    so that runs of any length share a compiled step."""
+
+    inner: Any
+    done: Any
+    total: Any
+
+
+def follow_course(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimiser with its updates scaled: up to 1 in a tenth of the run, then down to 0."""
+
+    def init(params: Any) -> Course:
+        return Course(optimizer.init(params), jnp.float32(0), jnp.float32(1))
+
+    def update(gradients: Any, course: Course, params: Any = None) -> tuple[Any, Course]:
+        updates, inner = optimizer.update(gradients, course.inner, params)
+        done = course.done + 1
+        rising = 10 * done / course.total
+        falling = (course.total - course.done) / (0.9 * course.total)
+        factor = jnp.minimum(jnp.minimum(rising, falling), 1.0)
+        updates = jax.tree.map(lambda leaf: factor * leaf, updates)
+        return updates, Course(inner, done, course.total)
+
+    return optax.GradientTransformation(init, update)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What all runs of one model share: compiled once."""
+
+    model: MegaTransformer
+    init: Callable[[jax.Array], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Any]]
+    score: Any
+
+
+@functools.lru_cache(maxsize=2)
+def make_program(recipe: Recipe, loops: int, width: int) -> Program:
+    """The program of a model."""
+    config = configuration(recipe, Cell(loops, width, 1, 0))
+    policy = DTypePolicy.from_precision("auto", jax.default_backend())
+    model = build_model(config.model, policy, Sharder(), jax.default_backend())
+    optimizer = follow_course(build_optimizer(config.optimizer, config.train.steps))
+    # Compiling random numbers for every matrix takes longer than drawing them.
+    cheap = {"xla_backend_optimization_level": 0}
+    init = jax.jit(functools.partial(init_state, model, optimizer), compiler_options=cheap)
+    step = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0)
+    return Program(model, init, step, jax.jit(make_eval_step(model, jax.random.key(0))))
+
+
+@functools.lru_cache(maxsize=2)
+def text_batches(data: DataConfig, split: str, count: int) -> list[Batch]:
+    """The first batches of a split, the same for all runs."""
+    with build_pipeline(data, BytesTokenizer(), split=split) as batches:
+        return first_batches(batches, count)
+
+
 def train(recipe: Recipe, cell: Cell) -> dict[str, Any]:
     """Trains one model and scores it: numbers of its line in the file."""
     config, start = configuration(recipe, cell), time.perf_counter()
-    with mt.Trainer(config, workdir=None) as trainer:
-        for _ in range(config.train.steps):
-            trainer.step()
-        lm = trainer.model
-    counts = count_parameters(lm.params)
+    program = make_program(recipe, cell.loops, cell.width)
+    state = program.init(jax.random.key(cell.seed))
+    course = state.opt_state._replace(total=jnp.float32(config.train.steps))
+    state = dataclasses.replace(state, opt_state=course)
+    for batch in text_batches(config.data, "train", config.train.steps):
+        state, _ = program.step(state, batch)
+    if int(state.skipped_steps):
+        raise UserError(
+            f"{int(state.skipped_steps)} of {config.train.steps} steps of {cell} were not finite; "
+            "lower --learning-rate."
+        )
+    held_out = text_batches(config.data, "validation", VALIDATION_BATCHES)
+    loss = ValidationSet(held_out, program.score).score(state.params, cell.loops).loss
+    counts = count_parameters(state.params)
     once, iterated = (
         total_parameters({part: counts.get(part, {}) for part in parts})
         for parts in (ONCE_PARTS, ITERATED_PARTS)
     )
-    batches = validation_batches(config.data, BytesTokenizer(), num_batches=VALIDATION_BATCHES)
-    step = jax.jit(make_eval_step(lm.module, jax.random.key(0)))
-    loss = ValidationSet(batches, step).score(lm.params, cell.loops).loss
     duration_s = time.perf_counter() - start
     return {"once": once, "iterated": iterated, "loss": loss, "seconds": round(duration_s, 1)}
 
@@ -242,126 +302,6 @@ def _key(setting: dict[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------------------
-# The law.
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """The law's numbers.
-
-    Attributes:
-      phi: loop exponent.
-      interval: of phi, 95%.
-      alpha: exponent of the parameters.
-      scale: A.
-      floors: E + B D^-beta of each budget of tokens.
-      residual: root of the mean squared residual of the loss.
-      data: E, B and beta; None with fewer than three budgets.
-    """
-
-    phi: float
-    interval: tuple[float, float]
-    alpha: float
-    scale: float
-    floors: dict[int, float]
-    residual: float
-    data: tuple[float, float, float] | None
-
-
-def fit_law(outcomes: list[Outcome], resamples: int = 1000, seed: int = 0) -> Fit:
-    """Fits the law to the runs of a grid.
-
-    Args:
-      outcomes: at least two numbers of loops, and two sizes.
-      resamples: of the interval.
-      seed: of the resampling.
-    """
-    loops = np.array([one.loops for one in outcomes])
-    budgets = np.array([one.tokens for one in outcomes])
-    loss = np.array([one.loss for one in outcomes])
-    groups = (budgets[:, None] == np.unique(budgets)).astype(float)
-    powers = _powers(outcomes)
-    weights = np.concatenate([np.ones((1, len(loss))), _resampled(loops, resamples, seed)])
-    errors = _squared_errors(powers, loss, groups, weights)
-    best = errors.reshape(len(weights), -1).argmin(axis=1)
-    found = PHIS[np.unravel_index(best, errors.shape[1:])[0]]
-    at_phi, at_alpha = np.unravel_index(best[0], errors.shape[1:])
-    design = np.column_stack([powers[at_phi, at_alpha], groups])
-    numbers = np.linalg.lstsq(design, loss, rcond=None)[0]
-    alpha = float(ALPHAS[at_alpha])
-    # The power is of parameters by their geometric mean, see `_powers`.
-    scale = float(numbers[0] * _typical(outcomes) ** alpha)
-    low, high = np.percentile(found[1:], (2.5, 97.5)) if resamples else (np.nan, np.nan)
-    floors = dict(zip(map(int, np.unique(budgets)), map(float, numbers[1:]), strict=True))
-    residual = float(np.sqrt(np.mean((design @ numbers - loss) ** 2)))
-    interval = (float(low), float(high))
-    return Fit(float(found[0]), interval, alpha, scale, floors, residual, _fit_data(floors))
-
-
-def _typical(outcomes: list[Outcome]) -> float:
-    return float(np.exp(np.mean([np.log(one.once + one.iterated) for one in outcomes])))
-
-
-def _powers(outcomes: list[Outcome]) -> np.ndarray:
-    """(N_once + r^phi N_rec)^-alpha, N in units of a typical size: [phis, alphas, runs]."""
-    once, iterated, loops = (
-        np.array([getattr(one, name) for one in outcomes], float)
-        for name in ("once", "iterated", "loops")
-    )
-    sizes = (once + loops ** PHIS[:, None] * iterated) / _typical(outcomes)
-    return np.asarray(sizes[:, None] ** -ALPHAS[:, None])
-
-
-def _resampled(loops: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """How often each run counts, [resamples, runs]; those of each number of loops among
-    themselves."""
-    rng, counts = np.random.default_rng(seed), np.zeros((resamples, len(loops)))
-    for number in np.unique(loops):
-        (members,) = np.nonzero(loops == number)
-        drawn = rng.integers(len(members), size=(resamples, len(members)))
-        for place, member in enumerate(members):
-            counts[:, member] = (drawn == place).sum(axis=1)
-    return counts
-
-
-def _squared_errors(
-    powers: np.ndarray, loss: np.ndarray, groups: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """The least squared error with A >= 0 and a free floor per budget: [weights, phis, alphas]."""
-
-    def centred(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-        """Weighted sums of products after each budget's means are taken off."""
-        total = np.einsum("wn,...n->w...", weights, left * right)
-        for group in groups.T:
-            own = weights * group
-            size = np.maximum(own.sum(axis=1), 1e-9).reshape(-1, *(1,) * (total.ndim - 1))
-            sums = (np.einsum("wn,...n->w...", own, side) for side in (left, right))
-            total = total - next(sums) * next(sums) / size
-        return np.asarray(total)
-
-    of_powers = np.maximum(centred(powers, powers), 1e-12)
-    shared = np.maximum(centred(powers, np.broadcast_to(loss, powers.shape)), 0.0)
-    own = centred(loss, loss).reshape(-1, 1, 1)
-    return np.asarray(own - shared**2 / of_powers)
-
-
-def _fit_data(floors: dict[int, float]) -> tuple[float, float, float] | None:
-    """E, B and beta of E + B D^-beta; None where they are not determined."""
-    if len(floors) < 3:
-        return None
-    tokens, values = np.array(list(floors), float), np.array(list(floors.values()))
-    best = None
-    for beta in ALPHAS:
-        design = np.column_stack([np.ones_like(tokens), (tokens / tokens[0]) ** -beta])
-        numbers = np.linalg.lstsq(design, values, rcond=None)[0]
-        error = float(np.sum((design @ numbers - values) ** 2))
-        if best is None or error < best[0]:
-            best = (error, float(numbers[0]), float(numbers[1] * tokens[0] ** beta), float(beta))
-    assert best is not None
-    return best[1:]
-
-
-# ------------------------------------------------------------------------------
 # The command.
 
 
@@ -375,17 +315,19 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--hyper-connections", type=int, default=0, help="streams; 0: off")
     parser.add_argument("--set", nargs="+", default=[], metavar="OPTION=VALUE", help="any option")
     parser.add_argument("--loops", type=int, nargs="+", default=[1, 2, 4], metavar="R")
-    parser.add_argument("--widths", type=int, nargs="+", default=[32, 48, 80], metavar="D")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64, 96], metavar="D")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", default=[400_000, 1_200_000], metavar="N", help="budgets"
+        "--tokens", type=int, nargs="+", default=[150_000, 450_000], metavar="N", help="budgets"
     )
     parser.add_argument(
         "--layers", type=int, nargs=3, default=[1, 4, 1], help="executed: prelude, core, coda"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], metavar="SEED")
-    parser.add_argument("--learning-rate", type=float, default=0.01, help="of Muon")
+    parser.add_argument(
+        "--learning-rate", type=float, default=4e-3, help=f"of AdamW at width {REFERENCE_WIDTH}"
+    )
     parser.add_argument("--batch", type=int, default=16, help="rows")
-    parser.add_argument("--length", type=int, default=128, help="bytes per row")
+    parser.add_argument("--length", type=int, default=64, help="bytes per row")
     parser.add_argument("--runs", default="runs/loop_value.jsonl", help="file of finished runs")
     parser.add_argument("--resamples", type=int, default=1000, help="for the interval")
     parser.add_argument("--json", help="also write all numbers to this file")
@@ -421,13 +363,13 @@ def make_recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def run_grid(arguments: argparse.Namespace, recipe: Recipe) -> list[dict[str, Any]]:
-    """The lines of all runs; cheap ones first, so that the first results come early."""
+    """The lines of all runs; those of one model follow each other, as they share a program."""
     cells = [
         Cell(loops, width, tokens, seed)
-        for seed in arguments.seeds
-        for tokens in sorted(set(arguments.tokens))
         for width in sorted(set(arguments.widths))
         for loops in sorted(set(arguments.loops))
+        for tokens in sorted(set(arguments.tokens))
+        for seed in arguments.seeds
     ]
     for cell in cells:
         configuration(recipe.without_loop() if cell.loops == 1 else recipe, cell)
