@@ -309,7 +309,11 @@ diagnostics.kinds except for depth_draws, which only a run that is going on has.
 class CompareOptions:
     """Which runs are compared by what, and where the plot goes."""
 
-    model: tuple[str, ...] = option((), "Folders of finished runs; --model may be left out.")
+    model: tuple[str, ...] = option(
+        (),
+        "Folders of finished runs, or LABEL=FOLDER,FOLDER: the mean and range of runs that differ "
+        "in their seed; --model may be left out.",
+    )
     metric: str | None = option(
         None,
         "Metric to compare. Default (None): exact_accuracy if all runs are of reasoning tasks, "
@@ -334,15 +338,19 @@ def compare(parsed: Parsed) -> None:
         METRICS,
         default_metric,
         markdown_table,
+        parse_groups,
         plot_curves,
         plot_formats,
         read_curve,
     )
 
     options: CompareOptions = parsed.options
-    folders = [as_path("model", name) for name in options.model]
-    metric = options.metric or default_metric(folders)
-    curves = [read_curve(folder, metric) for folder in folders]
+    groups = [
+        (label, [as_path("model", name) for name in names])
+        for label, names in parse_groups(options.model)
+    ]
+    metric = options.metric or default_metric([path for _, paths in groups for path in paths])
+    curves = [read_curve(paths, metric, label) for label, paths in groups]
     path = local_path("output", options.output)
     if not path.parent.is_dir():
         raise ConfigError("output", f"folder {path.parent} does not exist; make it first.")
@@ -363,7 +371,10 @@ COMPARE = Command(
     doc="Compares finished runs by depth: a Markdown table on the screen and a plot in a file.",
     options=CompareOptions,
     run=compare,
-    examples=("runs/reasoning runs/reasoning_diagonal --output=depth.png",),
+    examples=(
+        "runs/reasoning runs/reasoning_diagonal --output=depth.png",
+        "looped=runs/seed_0,runs/seed_1,runs/seed_2 plain=runs/plain --metric=loss",
+    ),
     repeated=("model",),
     words="model",
 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -154,12 +155,45 @@ METRICS = {
 
 @dataclasses.dataclass(frozen=True)
 class DepthCurve:
-    """One metric of one run by depth."""
+    """One metric by depth: of one run, or the mean over several that differ in their seeds."""
 
     label: str
-    trained_depth: int
-    depths: tuple[int, ...]
+    trained_depth: int | None  # None for a model without a core.
+    depths: tuple[int | None, ...]
     values: tuple[float, ...]
+    # Lowest and highest of the runs at each depth; None for a single run.
+    lowest: tuple[float, ...] | None = None
+    highest: tuple[float, ...] | None = None
+
+    @property
+    def is_level(self) -> bool:
+        """Whether there is one depth only, so that a line over depth would be a point."""
+        return len(self.depths) == 1
+
+
+def parse_groups(words: Sequence[str]) -> list[tuple[str | None, tuple[str, ...]]]:
+    """Label and folders of each word of `compare`: a folder, or 'LABEL=FOLDER,FOLDER'.
+
+    Raises:
+      UserError: for a group without a folder.
+
+    Examples:
+      >>> parse_groups(["runs/a", "both=runs/a,runs/b", "./lr=0.1"])
+      [(None, ('runs/a',)), ('both', ('runs/a', 'runs/b')), (None, ('./lr=0.1',))]
+    """
+    groups: list[tuple[str | None, tuple[str, ...]]] = []
+    for word in words:
+        label, equals, names = word.partition("=")
+        if not equals or "/" in label:
+            groups.append((None, (word,)))
+            continue
+        folders = tuple(name for name in names.split(",") if name)
+        if not label or not folders:
+            raise UserError(
+                f"{word!r} names no group; write LABEL=FOLDER,FOLDER with at least one folder."
+            )
+        groups.append((label, folders))
+    return groups
 
 
 def default_metric(workdirs: Sequence[AnyPath]) -> str:
@@ -175,23 +209,37 @@ def default_metric(workdirs: Sequence[AnyPath]) -> str:
     return metric if all(shows) else "loss"
 
 
-def read_curve(workdir: AnyPath, metric: str) -> DepthCurve:
-    """Reads what a finished run wrote into its workdir.
+def read_curve(workdirs: Sequence[AnyPath], metric: str, label: str | None = None) -> DepthCurve:
+    """Reads what finished runs wrote into their workdirs; of several, their mean and range.
 
     Raises:
-      UserError: if the run is not finished, has no depth, or the metric is unknown.
+      UserError: if a run is not finished, the metric is unknown, or the runs were judged at
+        different depths.
     """
     if metric not in METRICS:
         raise UserError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}.")
-    content = _read_table(workdir)
-    if content["trained_depth"] is None:
-        raise UserError(f"{workdir} holds a model without a core, which has no depth to compare.")
-    rows = content["rows"]
+    tables = [_read_table(workdir) for workdir in workdirs]
+    depths = [tuple(row["depth"] for row in table["rows"]) for table in tables]
+    for workdir, table, judged in zip(workdirs, tables, depths, strict=True):
+        first = tables[0]["trained_depth"], depths[0]
+        if (table["trained_depth"], judged) != first:
+            raise UserError(
+                f"{workdir} was trained at depth {table['trained_depth']} and judged at {judged}, "
+                f"but {workdirs[0]} at {first[0]} and {first[1]}; group runs that differ in their "
+                "seed only."
+            )
+    values = np.array(
+        [[row[metric] for row in table["rows"]] for table in tables], np.float64
+    )  # [runs, depths]; None becomes NaN.
+    ranges = (tuple(map(float, bound)) for bound in (values.min(axis=0), values.max(axis=0)))
+    lowest, highest = ranges if len(tables) > 1 else (None, None)
     return DepthCurve(
-        label=workdir.name,
-        trained_depth=content["trained_depth"],
-        depths=tuple(row["depth"] for row in rows),
-        values=tuple(float("nan") if row[metric] is None else row[metric] for row in rows),
+        label=label or workdirs[0].name,
+        trained_depth=tables[0]["trained_depth"],
+        depths=depths[0],
+        values=tuple(map(float, values.mean(axis=0))),
+        lowest=lowest,
+        highest=highest,
     )
 
 
@@ -209,28 +257,60 @@ def plot_formats() -> list[str]:
 
 
 def markdown_table(curves: Sequence[DepthCurve]) -> str:
-    """A row per depth and a column per run; '-' where a run has no such depth."""
+    """A row per depth and a column per curve; '-' where a curve has no such depth.
+
+    A mean over several runs is followed by its lowest and highest run. What models without a core
+    score stands in a row of its own, which has no depth.
+    """
     lines = ["| depth | " + " | ".join(curve.label for curve in curves) + " |"]
     lines.append("|---:|" + "---:|" * len(curves))
-    for depth in sorted({depth for curve in curves for depth in curve.depths}):
-        cells = []
-        for curve in curves:
-            value = dict(zip(curve.depths, curve.values, strict=True)).get(depth)
-            star = "\\*" if depth == curve.trained_depth else ""
-            cells.append("-" if value is None else f"{value:.3f}{star}")
-        lines.append(f"| {depth} | " + " | ".join(cells) + " |")
+    depths = {depth for curve in curves for depth in curve.depths}
+    for depth in sorted(depths, key=lambda depth: (depth is not None, depth)):
+        cells = [_cell(curve, depth) for curve in curves]
+        lines.append(f"| {'-' if depth is None else depth} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _cell(curve: DepthCurve, depth: int | None) -> str:
+    if depth not in curve.depths:
+        return "-"
+    index = curve.depths.index(depth)
+    star = "\\*" if depth is not None and depth == curve.trained_depth else ""
+    spread = ""
+    if curve.lowest is not None and curve.highest is not None:
+        spread = f" ({curve.lowest[index]:.3f} to {curve.highest[index]:.3f})"
+    return f"{curve.values[index]:.3f}{star}{spread}"
+
+
 def plot_curves(curves: Sequence[DepthCurve], metric: str) -> Figure:
-    """One line per run over depth on a logarithmic axis; a dashed line at each trained mean."""
+    """One line per curve over depth on a logarithmic axis; a dashed line at each trained mean.
+
+    A band spans the lowest to the highest of several runs. A model that is judged at one depth
+    only, such as one without a core, is a level dotted line.
+
+    Raises:
+      UserError: if no curve has two depths.
+    """
+    ticks = sorted({depth for curve in curves if not curve.is_level for depth in curve.depths})
+    if not ticks:
+        raise UserError(
+            "none of these runs was judged at two depths or more; add a run of a model with a "
+            "core, or judge one at others by `megatransformer evaluate --depths`."
+        )
     figure = new_figure(6.0, 3.8)
     axes = figure.subplots()
     for curve in curves:
-        axes.plot(curve.depths, curve.values, marker="o", label=curve.label)
-    for trained_depth in sorted({curve.trained_depth for curve in curves}):
-        axes.axvline(trained_depth, color="gray", linestyle="--", label="trained mean")
-    ticks = sorted({depth for curve in curves for depth in curve.depths})
+        across = (ticks[0], ticks[-1]) if curve.is_level else curve.depths
+        repeats = 2 if curve.is_level else 1
+        style = {"linestyle": ":"} if curve.is_level else {"marker": "o"}
+        (line,) = axes.plot(across, curve.values * repeats, label=curve.label, **style)
+        if curve.lowest is not None and curve.highest is not None:
+            bounds = curve.lowest * repeats, curve.highest * repeats
+            axes.fill_between(across, *bounds, color=line.get_color(), alpha=0.2, linewidth=0)
+    trained = {curve.trained_depth for curve in curves if not curve.is_level}
+    for number, trained_depth in enumerate(sorted(trained)):
+        label = "trained mean" if number == 0 else None
+        axes.axvline(trained_depth, color="gray", linestyle="--", label=label)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [str(depth) for depth in ticks])
     axes.minorticks_off()
