@@ -73,6 +73,8 @@ TRAINING_ONLY = (
     "model.init.std",
     "model.recurrence.mean_steps",
     "model.recurrence.backprop_depth",
+    "model.recurrence.gradient",
+    "model.recurrence.implicit_tolerance",
     "model.recurrence.sampling",
     "model.recurrence.sampling_sigma",
     "model.recurrence.max_steps",

@@ -75,8 +75,26 @@ class RecurrenceConfig:
     backprop_depth: int = option(
         4,
         "Number of last iterations that gradients flow through (k); the iterations "
-        "before run without gradients.",
+        "before run without gradients. With gradient='implicit': terms of the sum.",
         minimum=1,
+    )
+    gradient: str = option(
+        "truncated",
+        "How gradients go back through the iterations. truncated: through the last "
+        "backprop_depth of them, which are stored. implicit: as if the core had settled "
+        "(s = f(s)), by v + J^T v + (J^T)^2 v + ... of backprop_depth terms, J being the Jacobian "
+        "of the last iteration, the only one that is stored. Needs an adapter that injects, and "
+        "iterations that do not differ.",
+        choices=("truncated", "implicit"),
+    )
+    implicit_tolerance: float = option(
+        0.0,
+        "With gradient='implicit', a row of a training batch stops iterating, before its draw, "
+        "once an iteration moves its state by no more than this share of the state's length; "
+        "and its sum ends before a term that is no more than this share of the sum. 0: all "
+        "iterations and terms. Evaluation and generation always go as deep as they are asked to.",
+        minimum=0,
+        below=1,
     )
     sampling: str = option(
         "lognormal_poisson",
@@ -171,6 +189,8 @@ class RecurrenceConfig:
     @property
     def kept_states(self) -> int:
         """States of the loop with gradients that are in memory at one time."""
+        if self.gradient == "implicit":
+            return 1
         if self.kept_every == 1:
             return self.backprop_depth
         return self.backprop_depth // self.kept_every + self.kept_every
@@ -239,6 +259,28 @@ class RecurrenceConfig:
                 "first state does not depend on it and nothing is injected; set "
                 "state_init='none', or choose another adapter.",
             )
+
+    @rule("gradient")
+    def _a_fixed_point_depends_on_the_input(self) -> None:
+        """'implicit' needs another adapter than 'none', and neither loop parameters, kept_every nor
+        unroll."""
+        if self.gradient != "implicit":
+            require_defaults(
+                self,
+                ("implicit_tolerance",),
+                f"with gradient={self.gradient!r}",
+                "set gradient='implicit'",
+            )
+            return
+        if self.adapter == "none":
+            raise ConfigError(
+                "gradient",
+                "'implicit' with adapter='none': nothing is injected, so where the state settles "
+                "does not depend on the input; choose another adapter, or gradient='truncated'.",
+            )
+        reason, fix = "with gradient='implicit'", "set gradient='truncated'"
+        # Iterations that differ have no fixed point in common; only one of them is stored.
+        require_defaults(self, (*LOOP_OPTIONS, "kept_every", "unroll"), reason, fix)
 
     @rule("zero_order_hold")
     def _zero_order_hold_needs_diagonal(self) -> None:

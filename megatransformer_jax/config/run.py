@@ -276,6 +276,18 @@ class RunConfig(BaseRunConfig):
                 "model.recurrence.mean_steps.",
             )
 
+    @rule("train.stability.fixed_point_weight", "model.recurrence.gradient")
+    def _fixed_point_loss_sees_the_last_iteration(self) -> None:
+        """0 with model.recurrence.gradient='implicit'."""
+        weight, gradient = self.train.stability.fixed_point_weight, self.model.recurrence.gradient
+        if weight and gradient == "implicit":
+            raise ConfigError(
+                "train.stability.fixed_point_weight",
+                f"{weight} with model.recurrence.gradient='implicit', to which a state that still "
+                "moves is settled, so that nothing pulls it there; set it to 0 "
+                "(jacobian_weight goes with both), or gradient='truncated'.",
+            )
+
     @rule("diagnostics.kinds", "diagnostics.num_steps")
     def _diagnostics_fit_the_model(self) -> None:
         """With model.core_layers=0 no recurrence, spectral_radius, depth_draws; num_steps=None."""

@@ -183,6 +183,7 @@ def check_supervision(run: "RunConfig") -> None:
         ("model.recurrence.sampling", recurrence.sampling, "fixed"),
         ("model.recurrence.ramp", recurrence.ramp, "none"),
         ("model.recurrence.kept_every", recurrence.kept_every, 1),
+        ("model.recurrence.gradient", recurrence.gradient, "truncated"),
         ("train.stability.jacobian_weight", stability.jacobian_weight, 0),
         ("train.stability.fixed_point_weight", stability.fixed_point_weight, 0),
         ("data.source", run.data.source if run.data.source == "media" else "text", "text"),

@@ -251,7 +251,7 @@ def recur(
       The state after the last iteration; rows whose count is 0 keep theirs.
     """
     total = jnp.max(num_steps)
-    begin = _first_iteration(num_steps, total)
+    begin = first_iteration(num_steps, total)
 
     def advance(core: Pass, state: jax.Array, step: jax.Array) -> jax.Array:
         new_state = core.iterate(state, _own_number(step, begin), step)
@@ -333,7 +333,7 @@ def recur_reading(
       The last state, and what coda and head read.
     """
     total = jnp.max(num_steps)
-    begin = _first_iteration(num_steps, total)
+    begin = first_iteration(num_steps, total)
 
     def advance(step: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
         state, reading = carry
@@ -396,7 +396,7 @@ def recur_observed(
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts, late)
 
 
-def _first_iteration(num_steps: jax.Array, total: jax.Array) -> jax.Array:
+def first_iteration(num_steps: jax.Array, total: jax.Array) -> jax.Array:
     """The iteration in which each row or token joins, shaped to broadcast over [B, T, D]."""
     begin = total - num_steps
     return begin.reshape(begin.shape + (1,) * (3 - begin.ndim)) if begin.ndim else begin

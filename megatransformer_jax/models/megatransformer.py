@@ -17,10 +17,10 @@ from megatransformer_jax.models.core import (
     Pass,
     RecurrentCore,
     at_iteration,
-    recur,
     recur_reading,
 )
 from megatransformer_jax.models.gate_readout import GateReadout
+from megatransformer_jax.models.implicit import recur_as_configured
 from megatransformer_jax.models.media.decoder import Condition
 from megatransformer_jax.models.media.parts import MediaParts
 from megatransformer_jax.nn.adapters import ExitGate, identity
@@ -348,18 +348,11 @@ class MegaTransformer(nn.Module):
             state = core.place(state)
         if not context.deterministic:
             core = core.replace(dropout_key=self.make_rng("dropout"))  # type: ignore[attr-defined]
-        sow_previous = functools.partial(self.sow, PREVIOUS_STATE, "state")
         if readout is None:
-            read = last = recur(
-                core,
-                state,
-                num_steps,
-                backprop_depth=backprop_depth,
-                unroll=config.recurrence.unroll,
-                trains_state=config.recurrence.trains_state,
-                kept_every=config.recurrence.kept_every,
-                see_previous=sow_previous if self.is_mutable_collection(PREVIOUS_STATE) else None,
-            )
+            sow_previous = functools.partial(self.sow, PREVIOUS_STATE, "state")
+            sees = self.is_mutable_collection(PREVIOUS_STATE)
+            arguments = (core, state, num_steps, backprop_depth, sow_previous if sees else None)
+            read = last = recur_as_configured(*arguments, self.sow)
         else:
             if backprop_depth:
                 raise ValueError(

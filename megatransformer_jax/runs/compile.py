@@ -41,6 +41,7 @@ Progress = Callable[[str], object]
 # Parts of the paths of loops whose turns depend on data, see `read_program`.
 _ATTENTION_LOOP = "_attend_to_cache/while"
 _TRAIN_LOOP = "_iterate_core/while"
+_SETTLING_LOOP, _TERMS_LOOP = "settle/while", "sum_terms/while"
 
 # ------------------------------------------------------------------------------
 # The report.
@@ -349,7 +350,10 @@ def _traced_trips(
     iterations = depth or 1
     match compiling.phase:
         case "train":
-            return {_TRAIN_LOOP: max(0, iterations - config.model.recurrence.backprop_depth)}
+            recurrence = config.model.recurrence
+            if recurrence.gradient == "implicit":
+                return {_TERMS_LOOP: recurrence.backprop_depth - 1, _SETTLING_LOOP: iterations - 1}
+            return {_TRAIN_LOOP: max(0, iterations - recurrence.backprop_depth)}
         case "prefill":
             return {_ATTENTION_LOOP: 1, "/while": iterations}
         case "decode":

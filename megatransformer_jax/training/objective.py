@@ -26,6 +26,7 @@ from megatransformer_jax.losses.tokens import (
     uniform_log_prior,
 )
 from megatransformer_jax.models.core import recur_observed
+from megatransformer_jax.models.implicit import SETTLING
 from megatransformer_jax.models.megatransformer import (
     LAST_STATE,
     PREVIOUS_STATE,
@@ -398,7 +399,8 @@ def make_objective(
     Terms: with an exit gate exit_expected_loss, exit_kl or exit_gain_loss, exit_entropy (nats) and
     exit_mean_steps; with a loss at every iteration supervised_loss, their mean under the prior;
     with Jacobian regularisation jacobian_penalty and with the fixed-point loss fixed_point_penalty,
-    before their weights; with media text_loss, image_loss and audio_loss before their weights, the
+    before their weights; with the implicit gradient implicit_residual and implicit_iterations,
+    means over rows; with media text_loss, image_loss and audio_loss before their weights, the
     decoders' parts of them, and media_loss, which is what the latter two add to the loss.
 
     Args:
@@ -408,8 +410,6 @@ def make_objective(
     """
     stability, supervision = config.train.stability, config.train.supervision
     data = config.data
-    sown_states = [LAST_STATE] if stability.jacobian_weight or stability.fixed_point_weight else []
-    sown_states += [PREVIOUS_STATE] if stability.fixed_point_weight else []
     room = room or MediaRoom(
         data.media.most_drawn(data.batch_size), data.media.most_spoken(data.batch_size)
     )
@@ -436,7 +436,7 @@ def make_objective(
             backprop_depth=config.model.recurrence.backprop_depth,
             deterministic=False,
             rngs={"state": state_key, "dropout": dropout_key},
-            mutable=sown_states,
+            mutable=_sown_for(config),
             media=part.media,
             fills_slots=data.media.fills_slots,
         )
@@ -472,9 +472,23 @@ def make_objective(
             factor = _warmup(stability.fixed_point_warmup_steps, place.step)
             share = share + stability.fixed_point_weight * factor * penalty
             terms |= {"fixed_point_penalty": penalty}
+        for name, (mean,) in sown.get(SETTLING, {}).items():
+            terms[f"implicit_{name}"] = place.share * mean
         return share, ObjectiveSums(sums, terms)
 
     return objective
+
+
+def _sown_for(config: RunConfig) -> list[str]:
+    """Collections that the objective reads after the pass."""
+    stability, sown = config.train.stability, []
+    if stability.jacobian_weight or stability.fixed_point_weight:
+        sown.append(LAST_STATE)
+    if stability.fixed_point_weight:
+        sown.append(PREVIOUS_STATE)
+    if config.model.recurrence.gradient == "implicit":
+        sown.append(SETTLING)
+    return sown
 
 
 def _gate_share(

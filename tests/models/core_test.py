@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatransformer_jax.config.layers import AttentionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.recurrence import RecurrenceConfig
-from megatransformer_jax.models import megatransformer
+from megatransformer_jax.models import implicit
 from megatransformer_jax.models.core import Pass, RecurrentCore, recur, recur_observed
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.nn.context import LayerContext
@@ -284,7 +284,7 @@ def test_dropout_differs_between_iterations_and_is_repeatable(monkeypatch):
         caught.append([core.iterate(state, jnp.int32(step)) for step in (0, 1, 1)])
         return state
 
-    monkeypatch.setattr(megatransformer, "recur", catch)
+    monkeypatch.setattr(implicit, "recur", catch)
     model.apply(
         {"params": params},
         jnp.zeros((1, 4), jnp.int32),

@@ -16,6 +16,7 @@ COMPANIONS = {
     "model.head_bias": ["--config.model.tie_embeddings=false"],
     "model.init.std": ["--config.model.init.scheme=scaled"],
     "model.recurrence.zero_order_hold": ["--config.model.recurrence.adapter=diagonal"],
+    "model.recurrence.implicit_tolerance": ["--config.model.recurrence.gradient=implicit"],
     "model.recurrence.loop_iterations": ["--config.model.recurrence.loop_scale"],
     "model.exit_gate.norm": ["--config.model.exit_gate.enabled"],
     "model.recurrence.ramp": ["--config.model.recurrence.ramp_steps=9"],

@@ -121,23 +121,34 @@ def forward_flops(
 def train_flops(config: ModelConfig, forward: ForwardFlops, num_steps: int) -> TrainFlops:
     """Counts a training step whose draw is `num_steps`.
 
-    The last `backprop_depth` iterations have gradients, the ones before run forward only.
+    The last `backprop_depth` iterations have gradients, the ones before run forward only. With the
+    implicit gradient the last one has, and each further term costs a product with its Jacobian, as
+    much as an iteration. Rows that settle early, which cost less, are not counted.
 
     Args:
       config: the model that `forward` was counted for.
       forward: its forward pass.
       num_steps: iterations; of no meaning without a core.
     """
-    backprop_depth = config.recurrence.backprop_depth
-    with_gradient = min(num_steps, backprop_depth)
-    without = num_steps - with_gradient
-    model = 3 * forward.once_total + (without + 3 * with_gradient) * forward.iteration_total
-    masked = (backprop_depth - with_gradient) * 3 * forward.iteration_total
+    backprop_depth, iteration = config.recurrence.backprop_depth, forward.iteration_total
     layers = [forward.once["prelude"], forward.once["coda"]]
     again = sum((_recomputed(config, products) for products in layers), 0.0)
+    if config.recurrence.gradient == "implicit":
+        terms = min(num_steps, backprop_depth)
+        model = 3 * forward.once_total + (num_steps + 2 + terms - 1) * iteration
+        # The last iteration is computed again as a whole, with any `remat`.
+        remat = config.remat if config.remat == "none" else "full"
+        again += _recomputed(dataclasses.replace(config, remat=remat), forward.iteration)
+        return TrainFlops(
+            model=model, hardware=model + (backprop_depth - terms) * iteration + again
+        )
+    with_gradient = min(num_steps, backprop_depth)
+    without = num_steps - with_gradient
+    model = 3 * forward.once_total + (without + 3 * with_gradient) * iteration
+    masked = (backprop_depth - with_gradient) * 3 * iteration
     again += backprop_depth * _recomputed(config, forward.iteration)
     if config.recurrence.kept_every > 1:
-        again += backprop_depth * forward.iteration_total
+        again += backprop_depth * iteration
     return TrainFlops(model=model, hardware=model + masked + again)
 
 

@@ -181,8 +181,11 @@ def _kept(
     """Bytes that the forward pass hands to the backward pass, without the parameters."""
     config = model.config
     # Laying out several iterations per turn changes no residual, but must fit the depth. Groups of
-    # iterations keep fewer of the same states, and offloaded ones are subtracted.
-    recurrence = dataclasses.replace(config.recurrence, unroll=1, kept_every=1)
+    # iterations keep fewer of the same states, and offloaded ones are subtracted. The implicit
+    # gradient keeps what one iteration of this loop does.
+    recurrence = dataclasses.replace(
+        config.recurrence, unroll=1, kept_every=1, gradient="truncated", implicit_tolerance=0.0
+    )
     remat = "full" if config.remat == "offload" else config.remat
     model = model.copy(config=dataclasses.replace(config, recurrence=recurrence, remat=remat))
 
