@@ -463,9 +463,12 @@ def _depths(report: CostReport, config: RunConfig) -> Table:
     for row in report.depths:
         table.add_row(*_depth_cells(row, length, depth, has_overhead))
     if depth is not None:
+        backprop_depth = config.model.recurrence.backprop_depth
+        gradients = f"gradients through the last {backprop_depth} iterations"
+        if config.model.recurrence.gradient == "implicit":
+            gradients = f"an implicit gradient of {backprop_depth} terms"
         table.caption = (
-            f"* mean depth in training, with gradients through the last "
-            f"{config.model.recurrence.backprop_depth} iterations. KV cache: full, a slot per "
+            f"* mean depth in training, with {gradients}. KV cache: full, a slot per "
             f"layer and iteration, {report.compute_type}.{_not_counted(config)}"
         )
     return table

@@ -138,6 +138,9 @@ def test_of_a_reasoning_run(run: Callable[..., str], reasoning_run: pathlib.Path
     assert run("reasoning_depth", f"--workdir={reasoning_run}", *few).count("|") > 8
     shown = run("stability", str(reasoning_run), "--times", "1", "--rows=1", "--products=2")
     assert shown.count("|") > 8
+    few = ("--terms", "1", "--depth=2", "--rows=1", "--rounds=1")
+    shown = run("implicit_gradient", str(reasoning_run), *few)
+    assert re.search(r"\| implicit \| 1 \| [\d.-]+ \| [\d.]+ \| [\d.]+ MiB \| \d+ ms \|", shown)
 
 
 def test_without_a_gpu_the_benchmark_of_one_says_so(

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 from flax import struct
 
+from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.layers import AttentionConfig, ValueEmbeddingConfig
+from megatransformer_jax.config.loop import TrainConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.config.recurrence import RecurrenceConfig
+from megatransformer_jax.config.recurrence import (
+    RecurrenceConfig,
+    StabilityConfig,
+    SupervisionConfig,
+)
+from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.core import Pass, recur
 from megatransformer_jax.models.implicit import SETTLING, settle
 from megatransformer_jax.models.megatransformer import build_model, init_params, open_pass
@@ -300,3 +307,24 @@ def test_what_an_implicit_gradient_cannot_take_is_refused():
         assert caught.value.path == name
     with pytest.raises(ConfigError, match="set gradient='implicit'"):
         RecurrenceConfig(implicit_tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [
+        (
+            "train.stability.fixed_point_weight",
+            TrainConfig(stability=StabilityConfig(fixed_point_weight=0.1)),
+        ),
+        (
+            "model.recurrence.gradient",
+            TrainConfig(supervision=SupervisionConfig(prior="uniform", mix=1.0)),
+        ),
+    ],
+)
+def test_a_run_has_no_term_that_the_implicit_gradient_leaves_out(name, train):
+    model = config(gradient="implicit", sampling="fixed", max_steps=8)
+    data = DataConfig(source="reasoning", batch_size=2, sequence_length=6)
+    with pytest.raises(ConfigError, match="set it to") as caught:
+        RunConfig(model=model, data=data, train=train)
+    assert caught.value.path == name

@@ -21,6 +21,19 @@ def test_draws_per_token_and_accumulation_shard_too():
     assert_equal_steps(run_config(draw_per="token", accumulation=2), "sequence")
 
 
+def test_the_implicit_gradient_shards_too():
+    config = run_config(draw_per="sequence", accumulation=2)
+    recurrence = dataclasses.replace(
+        config.model.recurrence, gradient="implicit", implicit_tolerance=0.1
+    )
+    model = dataclasses.replace(config.model, recurrence=recurrence)
+    config = dataclasses.replace(config, model=model)
+    assert_equal_steps(config, "tensor")
+    text, *_, metrics = sharded(config, "tensor")
+    assert 1 < metrics["implicit_iterations"] < 8 and metrics["implicit_residual"] > 0
+    assert count_in_loops(text, "all-gather")[0] == 0  # Neither to settle nor to add terms.
+
+
 @pytest.mark.parametrize(
     ("mesh_name", "fsdp", "kept_every"),
     [("data and tensor", 1, 1), ("tensor", 2, 1), ("data and tensor", 1, 2)],

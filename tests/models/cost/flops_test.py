@@ -83,9 +83,17 @@ def test_forward_agrees_with_xla(name: str) -> None:
     assert 1.0 <= counted / expected < 1.05
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_training_agrees_with_xla(remat: str) -> None:
-    config = dataclasses.replace(BASE, core_layers=1, coda_layers=0, remat=remat)
+@pytest.mark.parametrize(
+    ("remat", "gradient"),
+    [("none", "truncated"), ("full", "truncated"), ("none", "implicit"), ("full", "implicit")],
+)
+def test_training_agrees_with_xla(remat: str, gradient: str) -> None:
+    recurrence = RecurrenceConfig(backprop_depth=2, gradient=gradient)
+    if gradient == "truncated":
+        recurrence = BASE.recurrence
+    config = dataclasses.replace(
+        BASE, core_layers=1, coda_layers=0, remat=remat, recurrence=recurrence
+    )
     model, optimizer = build(config), optax.sgd(1e-3)
     train_step = make_train_step(model, optimizer, RunConfig(model=config))
 
@@ -96,9 +104,10 @@ def test_training_agrees_with_xla(remat: str) -> None:
         return new_state.params, metrics
 
     counted = xla_flops(step, abstract_params(model), abstract_batch())
-    # The loop without gradients is counted once, the two unrolled gradient iterations twice.
+    # The loop without gradients is counted once, the two unrolled gradient iterations twice; before
+    # an implicit gradient there is one iteration less without.
     forward = forward_flops(config, LENGTH, visible_keys_only=False)
-    flops = train_flops(config, forward, num_steps=3)
+    flops = train_flops(config, forward, num_steps=3 if gradient == "truncated" else 2)
     assert 0.95 < counted / (ROWS * LENGTH * flops.hardware) < 1.05
     if remat == "none":
         assert 1.0 <= counted / (ROWS * LENGTH * flops.model) < 1.05
