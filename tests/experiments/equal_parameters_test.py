@@ -31,7 +31,7 @@ def step_flops(config: ModelConfig) -> float:
     return train_flops(config, forward, config.recurrence.mean_steps).model
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", ["", "text"])
 def test_what_is_said_to_be_equal_is(task: str) -> None:
     looped, once, deep = (model_of(f"{task},{name}") for name in ("", "once", "deep"))
     assert looped.recurrence.adapter == "none" and looped.recurrence.sampling == "fixed"
