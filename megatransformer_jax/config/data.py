@@ -107,7 +107,9 @@ _COPY = (
 SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "tokens", "reasoning", "media")
 # Special tokens and 256 bytes take 260.
 MIN_TRAINED_PIECES = 300
-REASONING_TASKS = ("parity", "addition", "hop", "permutation", "mano")
+REASONING_TASKS = ("parity", "addition", "hop", "permutation", "mano", "sudoku", "maze")
+# Largest lengths of tasks whose rows have the same cells at every length.
+PUZZLE_LENGTHS = {"sudoku": 24, "maze": 20}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,12 +186,16 @@ class ReasoningConfig:
     task: str = option(
         "parity",
         "parity: prefix sums modulo 2. addition: multi-digit sums. hop: k-fold function "
-        "composition (p-hop). permutation: running product in the symmetric group. "
-        "mano: modular arithmetic in prefix notation.",
+        "composition (p-hop). permutation: running product in the symmetric group. mano: modular "
+        "arithmetic in prefix notation. sudoku, maze: puzzles of 6 x 6 and 9 x 9 cells, which need "
+        "model.attention.is_causal=False.",
         choices=REASONING_TASKS,
     )
     min_length: int = option(
-        1, "Shortest training problem (bits, digits, hops, factors or operations).", minimum=1
+        1,
+        "Shortest training problem: bits, digits, hops, factors, operations, blank cells, or rooms "
+        "to pass.",
+        minimum=1,
     )
     max_length: int = option(16, "Longest training problem.", minimum=1)
     eval_min_length: int = option(
@@ -222,10 +228,24 @@ class ReasoningConfig:
                     low, f"{getattr(self, low)} exceeds {high}={getattr(self, high)}; lower it."
                 )
 
+    @rule("max_length", "eval_max_length")
+    def _puzzles_have_a_largest_length(self) -> None:
+        """At most 24 for sudoku, 20 for maze."""
+        largest = PUZZLE_LENGTHS.get(self.task)
+        if largest is None:
+            return
+        for name in ("max_length", "eval_max_length"):
+            if getattr(self, name) > largest:
+                raise ConfigError(
+                    name,
+                    f"{getattr(self, name)} is more than puzzles of task={self.task!r} allow; use "
+                    f"at most {largest}.",
+                )
+
     @rule("num_symbols")
     def _number_of_symbols_goes_with_task(self) -> None:
         """At most 5 for permutation (the vocabulary has num_symbols! elements); 5 for parity,
-        addition and mano, which have none."""
+        addition, mano, sudoku and maze, which have none."""
         if self.task == "permutation" and self.num_symbols > 5:
             raise ConfigError(
                 "num_symbols",

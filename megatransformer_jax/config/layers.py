@@ -57,6 +57,12 @@ class AttentionConfig:
         "(None): off.",
         above=0,
     )
+    is_causal: bool = option(
+        True,
+        "A token sees itself and those before it. False: also those after it, for problems whose "
+        "answers stand under them, such as puzzles. Such a model answers whole rows and cannot "
+        "continue a prompt.",
+    )
     window: int | None = option(
         None,
         "Sliding window: a query sees itself and the window-1 positions before it. Default "
@@ -95,6 +101,13 @@ class AttentionConfig:
                 f"{self.kv_heads} does not divide num_heads={self.num_heads}; "
                 f"use a divisor of {self.num_heads}.",
             )
+
+    @rule("window", "prelude_windows", "core_windows", "coda_windows")
+    def _windows_look_back(self) -> None:
+        """Only with is_causal=True."""
+        if not self.is_causal:
+            names = ("window", "prelude_windows", "core_windows", "coda_windows")
+            require_defaults(self, names, "with is_causal=False", "set is_causal=True")
 
     @rule("qk_norm_span", "qk_norm_scale", "qk_norm_after_rotary", "qk_norm_eps")
     def _norm_options_need_the_norm(self) -> None:

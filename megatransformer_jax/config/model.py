@@ -225,6 +225,15 @@ class ModelConfig:
                     f"make {name} / num_heads even or choose another positions.scheme.",
                 )
 
+    @rule("attention.is_causal")
+    def _media_are_read_in_order(self) -> None:
+        """True with images or sound."""
+        if self.has_media and not self.attention.is_causal:
+            raise ConfigError(
+                "attention.is_causal",
+                "False with images or sound, which stand in the order of a text; set it to True.",
+            )
+
     @rule("width")
     def _sinusoidal_width_is_even(self) -> None:
         """Even with positions.scheme='sinusoidal'."""

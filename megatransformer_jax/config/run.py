@@ -32,6 +32,7 @@ from megatransformer_jax.config.run_rules import (
     check_media_model,
     check_media_samples,
     check_sequence_room,
+    check_sight,
     check_supervision,
     check_text_only_options,
 )
@@ -183,6 +184,12 @@ class RunConfig(BaseRunConfig):
     def _sequences_with_media_fit(self) -> None:
         """At least data.sequence_length and the places of all media slots of a row."""
         check_sequence_room(self)
+
+    @rule("model.attention.is_causal")
+    def _answers_are_not_in_sight(self) -> None:
+        """False only with data.source='reasoning', a task other than addition (whose digits are
+        read one after another) and no evaluation.generated.metrics. sudoku and maze need False."""
+        check_sight(self)
 
     @rule("optimizer.name")
     def _muon_has_matrices(self) -> None:

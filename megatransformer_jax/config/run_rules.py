@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from megatransformer_jax.config.data import PUZZLE_LENGTHS
 from megatransformer_jax.config.option import ConfigError, require_defaults
 
 if TYPE_CHECKING:  # run.py imports this module.
@@ -110,6 +111,8 @@ def media_places(run: "RunConfig") -> tuple[int, int]:
 # Tasks whose answers follow their problems; in the others each symbol of an answer stands under
 # one of the problem, so that nothing is generated.
 CONTINUED_TASKS = ("addition", "hop", "mano")
+# Those of which the model reads the answer so far.
+_READ_ANSWERS = ("addition",)
 
 
 def check_generated_texts(run: "RunConfig") -> None:
@@ -194,3 +197,43 @@ def check_supervision(run: "RunConfig") -> None:
                 f"{value!r} needs a pass at the drawn depth, and with train.supervision.mix=1 "
                 f"there is none; set it to {wanted!r}, or lower mix.",
             )
+
+
+# ------------------------------------------------------------------------------
+# What a model that sees the whole row needs.
+
+
+def check_sight(run: "RunConfig") -> None:
+    """Checks that attention sees what a problem needs, and not its answer.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    path, task = "model.attention.is_causal", run.data.reasoning.task
+    is_problem = run.data.source == "reasoning"
+    if run.model.attention.is_causal:
+        if is_problem and task in PUZZLE_LENGTHS:
+            raise ConfigError(
+                path,
+                f"True with data.reasoning.task={task!r}, whose first cells depend on the last "
+                "ones; set it to False.",
+            )
+        return
+    if not is_problem:
+        raise ConfigError(
+            path,
+            f"False with data.source={run.data.source!r} lets a token see the next one, which it "
+            "must predict; set it to True, or choose data.source='reasoning'.",
+        )
+    if task in _READ_ANSWERS:
+        raise ConfigError(
+            path,
+            f"False with data.reasoning.task={task!r} lets a token see the answer, which stands "
+            "in the row; set it to True, or choose another task.",
+        )
+    if run.evaluation.generated.metrics:
+        raise ConfigError(
+            "evaluation.generated.metrics",
+            f"{run.evaluation.generated.metrics!r} with {path}=False, which cannot continue a "
+            "prompt; leave it empty: validation/exact_accuracy scores the answers.",
+        )

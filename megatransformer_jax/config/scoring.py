@@ -40,7 +40,15 @@ OF_GENERATION = {
 }
 # Options of which 0 asks for nothing.
 _COUNTS = ("media_per_class", "resynthesized_clips")
-_OF_DATA = ("files", "text_field", "num_batches", "sequence_length", *MEDIA_OPTIONS, *SOUND_OPTIONS)
+_OF_DATA = (
+    "files",
+    "text_field",
+    "num_batches",
+    "sequence_length",
+    "votes",
+    *MEDIA_OPTIONS,
+    *SOUND_OPTIONS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +99,13 @@ class ScoringConfig:
         "Cumulative exit probability of gate_readout=threshold.",
         above=0,
         maximum=1,
+    )
+    votes: int = option(
+        1,
+        "For problems: passes from as many random first states, whose answers vote at each "
+        "position. Needs a first state that is drawn (model.recurrence.state_init).",
+        minimum=1,
+        maximum=MAX_COUNT,
     )
     references: str | None = option(
         None,

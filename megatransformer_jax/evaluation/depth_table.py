@@ -80,6 +80,7 @@ def write_depth_table(
     trained_depth: int | None,
     names: Sequence[str],
     text_size: TextSize | None = None,
+    votes: int = 1,
 ) -> tuple[Path, Path]:
     """Writes depth_table.json and depth_table.png.
 
@@ -90,6 +91,7 @@ def write_depth_table(
       names: of the scores that are shown; the plot has the loss and the last of them.
       text_size: of the text that was predicted. If given, each row of the JSON file also has
         `bits_per_byte` and `word_perplexity`.
+      votes: first states that voted; written to the JSON file if they are several.
 
     Returns:
       The paths of the JSON file and of the plot.
@@ -97,6 +99,7 @@ def write_depth_table(
     json_path = Path(directory, "depth_table.json")
     rows = depth_rows(scores, text_size)
     content = {"trained_depth": trained_depth, "shown": list(names), "rows": rows}
+    content |= {"votes": votes} if votes > 1 else {}
     write_json(json_path, content)
     png_path = Path(directory, "depth_table.png")
     plot_scores(scores, trained_depth, names[-1]).savefig(png_path, dpi=120)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -366,6 +367,64 @@ class Trace:
         figure.colorbar(image, label="log10 of the residual")
         return figure
 
+    def plot(self, position: int = -1, row: int = 0) -> Figure:
+        """Three views of one input: where it moves, what it would say, how one answer forms.
+
+        Args:
+          position: the token whose answer is shown by iteration; -1 is the last.
+          row: which input.
+        """
+        place, length = self._place(position, row), self._length(row)
+        width = 6.0 + min(0.35 * length, 12.0)
+        figure = new_figure(width, max(3.2, min(0.3 * self.depth + 1, 9.0)))
+        moves, says, answer = figure.subplots(1, 3, width_ratios=(3, width - 6, 3))
+        self._plot_residuals(moves, row)
+        self._plot_lens(says, row)
+        self._plot_answer(answer, place, row)
+        inputs = [self._shown(token) for token in self.tokens[row, :length].tolist()]
+        says.set_xticks(range(length), inputs, size=8, rotation=45 if _is_long(inputs) else 0)
+        return figure
+
+    def _plot_residuals(self, axes: Axes, row: int) -> None:
+        """One thin line per token, and their median."""
+        residuals = np.maximum(self.residuals[:, row, : self._length(row)], 1e-7)
+        iterations = range(1, self.depth + 1)
+        axes.plot(iterations, residuals, color="tab:blue", alpha=0.25, linewidth=0.8)
+        axes.plot(iterations, np.median(residuals, axis=1), color="tab:orange", label="median")
+        axes.set_yscale("log")
+        axes.set_title("residual |h_i - h_(i-1)| / |h_i|", size=9)
+        axes.set_xlabel("iteration")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+
+    def _plot_lens(self, axes: Axes, row: int) -> None:
+        """The likeliest next token of every iteration and position, coloured by probability."""
+        length = self._length(row)
+        probs = self.top_probs[:, row, :length, 0]
+        axes.imshow(probs, aspect="auto", origin="lower", cmap="viridis", vmin=0, vmax=1, alpha=0.9)
+        for iteration, place in np.ndindex(*probs.shape) if probs.size <= _WRITTEN_CELLS else ():
+            text = self._shown(int(self.top_ids[iteration, row, place, 0]))
+            color = "black" if probs[iteration, place] > 0.5 else "white"
+            axes.text(place, iteration, text, ha="center", va="center", size=7, color=color)
+        axes.set_yticks(range(self.depth), [str(i + 1) for i in range(self.depth)], size=8)
+        axes.set_title("likeliest token if the core stopped there (yellow: certain)", size=9)
+        axes.set_xlabel("token that is read")
+        axes.set_ylabel("iteration")
+
+    def _plot_answer(self, axes: Axes, place: int, row: int) -> None:
+        """Probabilities, by iteration, of the tokens that were ever the likeliest at one place."""
+        ids, probs = self.top_ids[:, row, place], self.top_probs[:, row, place]
+        iterations = range(1, self.depth + 1)
+        for token in dict.fromkeys(ids[::-1, 0].tolist()):
+            kept = np.where(ids == token, probs, 0.0).sum(axis=1)
+            axes.plot(iterations, kept, marker=".", label=self._shown(token))
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_title(f"answer after token {place}", size=9)
+        axes.set_xlabel("iteration")
+        axes.set_ylabel("probability")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+
     def __str__(self) -> str:
         return tables_as_text([self.table()])
 
@@ -387,6 +446,14 @@ class Trace:
         text = self.tokenizer.decode([token]) or f"<{token}>"
         # Line ends would break tables, dollars mean something in figures.
         return repr(text)[1:-1].replace("$", r"\$")
+
+
+# More cells than these are coloured only, as their texts would overlap.
+_WRITTEN_CELLS = 700
+
+
+def _is_long(texts: Sequence[str]) -> bool:
+    return max(map(len, texts)) > 2
 
 
 def make_trace(

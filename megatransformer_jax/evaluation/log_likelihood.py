@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.models.megatransformer import MegaTransformer
 from megatransformer_jax.models.passes.cached import token_states
 
@@ -59,6 +60,7 @@ class LogLikelihoodScorer:
       seed: of the first states.
 
     Raises:
+      ConfigError: if the model is not causal.
       ValueError: if depth does not go with the model, or a number is out of range.
     """
 
@@ -72,6 +74,12 @@ class LogLikelihoodScorer:
         max_length: int,
         seed: int = 0,
     ):
+        if not model.config.attention.is_causal:
+            raise ConfigError(
+                "model.attention.is_causal",
+                "is False, so every token sees the one that it must predict; likelihoods of text "
+                "need a causal model.",
+            )
         if model.config.is_recurrent != (depth is not None):
             fix = "a core, so give a number" if model.config.is_recurrent else "no core; give None"
             raise ValueError(f"depth is {depth}, but the model has {fix}.")

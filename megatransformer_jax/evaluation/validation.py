@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ EvalStep = Callable[[Any, Batch, Any], tuple[EvalSums, Int[Array, "B T"]]]
 
 
 def make_eval_step(
-    model: nn.Module, key: Key[Array, ""], readout: GateReadout | None = None
+    model: nn.Module, key: Key[Array, ""], readout: GateReadout | None = None, *, votes: int = 1
 ) -> EvalStep:
     """Builds (params, batch, num_steps) -> (sums, predictions); jit it once for all depths.
 
@@ -46,11 +46,14 @@ def make_eval_step(
       model: called like `MegaTransformer`.
       key: for the rng stream 'state'.
       readout: what is scored of the iterations. None: the last one's output.
+      votes: passes over each batch, from other first states; the first is that of one pass. At each
+        position most of them decide, the more probable token if they are equal. The loss is that
+        of their mean probabilities.
     """
     # Not named if there is none, as other modules than ours do not know it.
     reading: dict[str, Any] = {} if readout is None else {"readout": readout}
 
-    def eval_step(params: Any, batch: Batch, num_steps: Any) -> tuple[EvalSums, Int[Array, "B T"]]:
+    def logits_from(params: Any, batch: Batch, num_steps: Any, key: Key[Array, ""]) -> jax.Array:
         output: Any = model.apply(
             {"params": params},
             batch.tokens,
@@ -63,22 +66,46 @@ def make_eval_step(
             media=batch.media,
             **reading,
         )
-        return score_sums(output.logits, batch)
+        return cast(jax.Array, output.logits)
+
+    def eval_step(params: Any, batch: Batch, num_steps: Any) -> tuple[EvalSums, Int[Array, "B T"]]:
+        first = logits_from(params, batch, num_steps, key)
+        if votes == 1:
+            return score_sums(first, batch)
+
+        def add(sums: Any, vote: jax.Array) -> tuple[Any, None]:
+            logits = logits_from(params, batch, num_steps, jax.random.fold_in(key, vote))
+            return jax.tree.map(jnp.add, sums, _vote(logits)), None
+
+        (probs, counts), _ = jax.lax.scan(add, _vote(first), jnp.arange(1, votes))
+        mean = probs / votes
+        # Half of a probability decides between equal counts alone.
+        predictions = jnp.argmax(counts + 0.5 * mean, axis=-1).astype(jnp.int32)
+        return score_sums(jnp.log(mean), batch, predictions)
 
     return eval_step
 
 
-def score_sums(logits: Float[Array, "B T V"], batch: Batch) -> tuple[EvalSums, Int[Array, "B T"]]:
-    """What the scores of a batch add up to, and the most likely tokens."""
+def _vote(logits: Float[Array, "B T V"]) -> tuple[Float[Array, "B T V"], Float[Array, "B T V"]]:
+    """Probabilities, and 1 at the likeliest token."""
+    size = logits.shape[-1]
+    return jax.nn.softmax(logits), jax.nn.one_hot(jnp.argmax(logits, axis=-1), size)
+
+
+def score_sums(
+    logits: Float[Array, "B T V"], batch: Batch, predictions: Int[Array, "B T"] | None = None
+) -> tuple[EvalSums, Int[Array, "B T"]]:
+    """What the scores of a batch add up to, and the predictions. None: the most likely tokens."""
     totals = token_loss(logits, batch.targets, batch.loss_mask)
-    predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if predictions is None:
+        predictions = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     counts = batch.loss_mask > 0
     has_tokens = jnp.any(counts, axis=-1)
     is_exact = jnp.all((predictions == batch.targets) | ~counts, axis=-1) & has_tokens
     sums = EvalSums(
         cross_entropy=totals.cross_entropy,
         tokens=totals.tokens,
-        correct=totals.correct,
+        correct=jnp.sum((predictions == batch.targets) * batch.loss_mask),
         exact_rows=jnp.sum(is_exact, dtype=jnp.float32),
         rows=jnp.sum(has_tokens, dtype=jnp.float32),
     )

@@ -127,6 +127,7 @@ def _features(
         head_width=model.config.head_dim(width),
         query_length=length,
         key_length=length,
+        is_causal=attention.is_causal,
         window=attention.window,
         has_segments=True,
         has_softcap=attention.logit_softcap is not None,

@@ -436,7 +436,7 @@ def pass_context(
 ) -> LayerContext:
     """What the layers of a stack of this width share in a pass over whole rows, without a cache."""
     mask = AttentionMask(
-        is_causal=True,
+        is_causal=config.attention.is_causal,
         window=config.attention.window,
         query_segment_ids=segment_ids,
         key_segment_ids=segment_ids,

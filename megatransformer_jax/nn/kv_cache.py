@@ -25,7 +25,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from megatransformer_jax.config.model import ModelConfig
-from megatransformer_jax.config.option import UserError
+from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.sharding.rules import Sharder
 
 SHARINGS = ("modulo", "anchor", "last")
@@ -180,7 +180,19 @@ class CacheShape:
 
 
 def init_cache(config: ModelConfig, shape: CacheShape) -> KVCache:
-    """An empty cache for the model of this config."""
+    """An empty cache for the model of this config.
+
+    Raises:
+      ConfigError: if the model sees whole rows, so that what is kept of a token would change with
+        every later one.
+    """
+    if not config.attention.is_causal:
+        raise ConfigError(
+            "model.attention.is_causal",
+            "is False, so the model answers whole rows and cannot go on from a prompt: generation, "
+            "serving and exported programs need a causal one. Score it with megatransformer "
+            "evaluate (mt.evaluate), or call lm([...]).",
+        )
     batch_size, rows, num_slots = shape.batch_size, shape.rows, shape.num_slots
 
     def entries(count: int, width: int) -> jax.Array:

@@ -85,6 +85,7 @@ def evaluate(
     reading = DepthConfig(gate_readout=options.gate_readout, gate_threshold=options.gate_threshold)
     reading.check_gate(loaded.config.exit_gate.enabled)
     key = state_key(options, loaded.run_config)
+    check_votes(options, loaded)
     shown: Sequence[str] = TEXT_SCORES
     tokenizer = loaded.tokenizer
     match "text" if options.files else loaded.task:
@@ -103,8 +104,33 @@ def evaluate(
     batches = evaluation_batches(options, loaded)
     size = None if tokenizer is None else predicted_text_size(batches, tokenizer)
     readout = make_readout(reading.gate_readout, reading.gate_threshold)
-    scores = score_batches(loaded, batches, depths, key, progress, readout)
-    return _report(scores, loaded.trained_depth, shown, size)
+    scores = score_batches(
+        loaded, batches, depths, key, progress, readout=readout, votes=options.votes
+    )
+    return _report(scores, loaded.trained_depth, shown, size, options.votes)
+
+
+def check_votes(options: ScoringConfig, loaded: LoadedModel) -> None:
+    """Checks that several passes over a problem differ.
+
+    Raises:
+      ConfigError: naming the option.
+    """
+    if options.votes == 1:
+        return
+    config = loaded.config
+    if options.files or loaded.task != "reasoning":
+        problem = "is for answers to problems, and this scores text or media; leave it out."
+    elif not config.is_recurrent:
+        problem = "needs a recurrent core, whose first state is drawn; leave it out."
+    elif config.recurrence.state_init in ("zero", "none"):
+        problem = (
+            "needs first states that differ, and this model's are not drawn "
+            f"(model.recurrence.state_init={config.recurrence.state_init!r}); leave it out."
+        )
+    else:
+        return
+    raise ConfigError("votes", f"{options.votes} {problem}")
 
 
 def evaluation_depths(options: ScoringConfig, loaded: LoadedModel) -> tuple[int | None, ...]:
@@ -126,13 +152,25 @@ def evaluation_depths(options: ScoringConfig, loaded: LoadedModel) -> tuple[int 
 
 
 def _report(
-    scores: Sequence[Scores], mean: int | None, names: Sequence[str], size: TextSize | None
+    scores: Sequence[Scores],
+    mean: int | None,
+    names: Sequence[str],
+    size: TextSize | None,
+    votes: int,
 ) -> Report:
+    table = make_table(scores, mean, names, text_size=size)
+    if votes > 1:
+        table.title = f"{table.title}, {votes} votes"
     return Report(
         depth_rows(scores, size),
-        [make_table(scores, mean, names, text_size=size)],
+        [table],
         functools.partial(
-            write_depth_table, scores=scores, trained_depth=mean, names=names, text_size=size
+            write_depth_table,
+            scores=scores,
+            trained_depth=mean,
+            names=names,
+            text_size=size,
+            votes=votes,
         ),
         functools.partial(plot_scores, scores, mean, names[-1]),
     )
@@ -144,7 +182,9 @@ def score_batches(
     depths: Sequence[int | None],
     key: jax.Array,
     progress: Progress,
+    *,
     readout: GateReadout | None = None,
+    votes: int = 1,
 ) -> list[Scores]:
     """Scores batches at each depth, with one compilation for all.
 
@@ -155,8 +195,9 @@ def score_batches(
       key: of the core's first states.
       progress: shows how far it is.
       readout: what is scored of the iterations. None: the last one's output.
+      votes: first states that vote, see `make_eval_step`.
     """
-    eval_step = jax.jit(make_eval_step(loaded.model, key, readout))
+    eval_step = jax.jit(make_eval_step(loaded.model, key, readout, votes=votes))
     scores = []
     with progress:
         task = progress.add_task("scoring", total=len(batches) * len(depths))

@@ -1,13 +1,48 @@
-"""A numbered set of problems as padded rows."""
+"""From the configuration to a task, and a numbered set of its problems as padded rows."""
 
 import dataclasses
 
 import numpy as np
 
-from megatransformer_jax.config.data import ReasoningConfig
+from megatransformer_jax.config.data import REASONING_TASKS, ReasoningConfig
 from megatransformer_jax.config.option import ConfigError
-from megatransformer_jax.data.reasoning.tasks import PAD, Problem, Task, build_task
+from megatransformer_jax.data.reasoning.puzzles import Maze, Sudoku
+from megatransformer_jax.data.reasoning.tasks import (
+    PAD,
+    Addition,
+    Hop,
+    Mano,
+    Parity,
+    Permutation,
+    Problem,
+    Task,
+)
 from megatransformer_jax.types import Batch
+
+
+def build_task(config: ReasoningConfig) -> Task:
+    """The task that `config.task` names.
+
+    Raises:
+      ValueError: for a name that the configuration allows but this function does not know.
+    """
+    match config.task:
+        case "parity":
+            return Parity()
+        case "permutation":
+            return Permutation(config.num_symbols)
+        case "addition":
+            return Addition()
+        case "hop":
+            return Hop(config.num_symbols)
+        case "mano":
+            return Mano(config.modulus)
+        case "sudoku":
+            return Sudoku()
+        case "maze":
+            return Maze()
+        case unknown:
+            raise ValueError(f"no task {unknown!r}; known: {', '.join(REASONING_TASKS)}")
 
 
 @dataclasses.dataclass(frozen=True)

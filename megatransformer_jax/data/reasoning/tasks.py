@@ -9,8 +9,6 @@ import typing
 
 import numpy as np
 
-from megatransformer_jax.config.data import REASONING_TASKS, ReasoningConfig
-
 # ------------------------------------------------------------------------------
 # What every task has in common.
 
@@ -325,28 +323,3 @@ def _prefix_form(shuffled: np.ndarray) -> np.ndarray:
     """
     missing = np.cumsum(np.where(shuffled < FIRST_RESIDUE, 1, -1))
     return np.roll(shuffled, -(int(np.argmin(missing)) + 1))
-
-
-# ------------------------------------------------------------------------------
-# From the configuration to a task.
-
-
-def build_task(config: ReasoningConfig) -> Task:
-    """The task that `config.task` names.
-
-    Raises:
-      ValueError: for a name that the configuration allows but this function does not know.
-    """
-    match config.task:
-        case "parity":
-            return Parity()
-        case "permutation":
-            return Permutation(config.num_symbols)
-        case "addition":
-            return Addition()
-        case "hop":
-            return Hop(config.num_symbols)
-        case "mano":
-            return Mano(config.modulus)
-        case unknown:
-            raise ValueError(f"no task {unknown!r}; known: {', '.join(REASONING_TASKS)}")

@@ -86,7 +86,7 @@ def forward_flops(
 
     def keys(stack: str) -> float:
         windows = config.windows(stack)
-        if not visible_keys_only or not windows:
+        if not visible_keys_only or not windows or not config.attention.is_causal:
             return float(length)
         return sum(mean_keys(length, window) for window in windows) / len(windows)
 

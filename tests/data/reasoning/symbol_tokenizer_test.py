@@ -13,7 +13,7 @@ from megatransformer_jax.data.reasoning.symbol_tokenizer import SymbolTokenizer
 from megatransformer_jax.data.tokenizer import Tokenizer
 
 TOKENIZERS = {
-    name: SymbolTokenizer.of_task(build_task(ReasoningConfig(task=name)))
+    name: SymbolTokenizer.of_task(build_task(ReasoningConfig(task=name, eval_max_length=17)))
     for name in REASONING_TASKS
 }
 

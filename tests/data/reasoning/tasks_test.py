@@ -17,7 +17,8 @@ indices = st.integers(0, 10**6 - 1)
 
 
 def problem_set(task: str, held_out: bool = False, seed: int = 3, **changes) -> ProblemSet:
-    config = ReasoningConfig(task=task, **changes)
+    # Puzzles have a largest length, below the default of held-out problems.
+    config = ReasoningConfig(task=task, **({"eval_max_length": 20} | changes))
     return ProblemSet.from_config(config, sequence_length=128, seed=seed, held_out=held_out)
 
 
@@ -174,18 +175,32 @@ def test_a_row_too_short_for_the_longest_problem_is_an_error():
         )
 
 
-@pytest.mark.parametrize(("task", "degree"), [("permutation", 6), ("parity", 4), ("mano", 4)])
+@pytest.mark.parametrize("option", ["max_length", "eval_max_length"])
+def test_a_puzzle_longer_than_any_is_an_error(option: str):
+    assert problem_set("sudoku", eval_max_length=24).max_length == 16
+    with pytest.raises(ConfigError, match=f"{option}: 25 is more than .* use at most 24"):
+        ReasoningConfig(task="sudoku", **({"eval_max_length": 24} | {option: 25}))
+
+
+@pytest.mark.parametrize(
+    ("task", "degree"), [("permutation", 6), ("parity", 4), ("mano", 4), ("maze", 4)]
+)
 def test_a_number_of_symbols_that_does_not_go_with_the_task_is_an_error(task: str, degree: int):
     with pytest.raises(ConfigError, match=f"num_symbols: {degree}"):
-        ReasoningConfig(task=task, num_symbols=degree)
+        ReasoningConfig(task=task, num_symbols=degree, eval_max_length=17)
 
 
 def test_build_task_gives_each_task():
-    sizes = [build_task(ReasoningConfig(task=task)).vocab_size for task in REASONING_TASKS]
+    sizes = [
+        build_task(ReasoningConfig(task=task, eval_max_length=17)).vocab_size
+        for task in REASONING_TASKS
+    ]
     assert dict(zip(REASONING_TASKS, sizes, strict=True)) == {
         "parity": 4,
         "addition": 15,
         "hop": 8,
         "permutation": 122,
         "mano": 29,
+        "sudoku": 9,
+        "maze": 7,
     }
