@@ -139,6 +139,12 @@ def test_a_trace_shows_itself(lm: mt.Model) -> None:
     assert trace._repr_html_().count("<tr>") == 3
     figure = trace.figure()
     assert len(figure.axes[0].texts) == 2 * 7
+    moves, says, answer = trace.plot().axes
+    assert len(moves.lines) == 7 + 1 and len(says.texts) == 2 * 7
+    for line in answer.lines:
+        # The tokens that were ever the likeliest after the last one, with their probabilities.
+        values = line.get_ydata()
+        assert any(np.isclose(values, trace.top_probs[:, 0, -1, 0]))
     for name, wrong in (
         ("iteration", {"iteration": 0}),
         ("position", {"iteration": 1, "position": 7}),

@@ -22,15 +22,22 @@ def get_config(arg: str = "") -> ConfigDict:
         {
             "preset": "tiny",
             "model": {
-                "width": 96,
+                "width": 64,
                 "prelude_layers": 0,
                 "core_layers": 2,
                 "coda_layers": 0,
-                # Every cell sees every other, and knows its place by heart.
-                "attention": {"is_causal": False, "num_heads": 6},
+                # Places count as much as symbols, and their sum is injected at size 1.
+                "scale_embeddings": False,
                 "positions": {"scheme": "learned"},
-                "mlp": {"hidden_width": 256},
-                "recurrence": {"state_init": "normal", "mean_steps": 8, "backprop_depth": 4},
+                # Every cell sees every other one.
+                "attention": {"is_causal": False, "num_heads": 4},
+                "mlp": {"hidden_width": 176},
+                "recurrence": {
+                    "injection_norm": True,
+                    "state_init": "normal",
+                    "mean_steps": 8,
+                    "backprop_depth": 4,
+                },
             },
             "data": {"source": "reasoning", "batch_size": 64},
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 50, "beta2": 0.98},
@@ -54,7 +61,7 @@ def _sudoku() -> dict[str, Any]:
             "sequence_length": 37,
             "reasoning": {
                 "task": "sudoku",
-                "min_length": 4,
+                "min_length": 1,
                 "max_length": 20,
                 "eval_min_length": 21,
                 "eval_max_length": 24,
@@ -84,7 +91,7 @@ def _maze() -> dict[str, Any]:
 
 def _tiny() -> dict[str, Any]:
     return {
-        "model": {"width": 32, "attention": {"num_heads": 4}, "mlp": {"hidden_width": 64}},
+        "model": {"width": 32, "mlp": {"hidden_width": 64}},
         "data": {"batch_size": 8, "reasoning": {"num_eval": 16}},
         "optimizer": {"warmup_steps": 5},
         "train": {"steps": 20},

@@ -12,6 +12,7 @@ from broken_images import BROKEN_IMAGES
 from broken_media_data import BROKEN_MEDIA_DATA
 from broken_media_runs import BROKEN_MEDIA_RUNS
 from broken_models import BROKEN_MODELS
+from broken_puzzles import BROKEN_PUZZLES
 from broken_stability import BROKEN_STABILITY
 from broken_supervision import BROKEN_SUPERVISION
 from broken_tokens import BROKEN_TOKENS
@@ -60,6 +61,7 @@ RETROFIT = FineTuningConfig(init_from="runs/plain", retrofit=True)
 # The rule, the class, what is given, the path in the error.
 BROKEN: list[tuple[str, type, dict[str, Any], str]] = [
     *BROKEN_MODELS,
+    *BROKEN_PUZZLES,
     *BROKEN_STABILITY,
     *BROKEN_TOKENS,
     *BROKEN_ADDRESSES,

@@ -30,6 +30,7 @@ TUTORIALS = [
     "docs/tutorials/depth.md",
     "docs/tutorials/own_text.md",
     "docs/tutorials/reasoning.md",
+    "docs/tutorials/watch_thinking.md",
     "docs/commands.md",
     "docs/tutorials/fine_tune.md",
     "docs/tutorials/media.md",

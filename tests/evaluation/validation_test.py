@@ -54,6 +54,47 @@ BATCH = make_batch(
 PARAMS = {"scale": jnp.float32(1.0)}
 
 
+class RandomModel(nn.Module):
+    """Says what the stream 'state' draws, more of it at a greater depth."""
+
+    @nn.compact
+    def __call__(self, tokens, *, num_steps, **options):
+        noise = jax.random.normal(self.make_rng("state"), (*tokens.shape, VOCAB))
+        return ModelOutput(noise * num_steps, noise)
+
+
+def test_votes_against_numpy():
+    """The likeliest tokens of separate passes, the more probable of those with as many votes."""
+    key = jax.random.key(3)
+    keys = [key, *(jax.random.fold_in(key, vote) for vote in (1, 2, 3))]
+    logits = np.stack(
+        [
+            RandomModel().apply({}, BATCH.tokens, num_steps=2, rngs={"state": one}).logits
+            for one in keys
+        ]
+    )
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    said, mean = logits.argmax(-1), probs.mean(0)
+    wanted = np.zeros(BATCH.tokens.shape, np.int32)
+    has_equal_votes = False
+    for place in np.ndindex(*wanted.shape):
+        counts = np.bincount(said[(slice(None), *place)], minlength=VOCAB)
+        most = np.flatnonzero(counts == counts.max())
+        has_equal_votes |= len(most) > 1
+        wanted[place] = max(most, key=lambda token: mean[place][token])
+    assert has_equal_votes
+    step = make_eval_step(RandomModel(), key, votes=4)
+    sums, predictions = jax.jit(step)({}, BATCH, jnp.int32(2))
+    np.testing.assert_array_equal(predictions, wanted)
+    mask, targets = np.asarray(BATCH.loss_mask), np.asarray(BATCH.targets)
+    of_targets = np.take_along_axis(mean, targets[..., None], -1)[..., 0]
+    assert sums.cross_entropy == pytest.approx(-np.sum(np.log(of_targets) * mask), rel=1e-5)
+    assert sums.correct == np.sum((wanted == targets) * mask)
+    # One vote is the pass from the same key.
+    alone = make_eval_step(RandomModel(), key)({}, BATCH, jnp.int32(2))[1]
+    np.testing.assert_array_equal(alone, said[0])
+
+
 def test_sums_against_numpy():
     step = make_eval_step(FakeModel(Traces()), jax.random.key(0))
     sums, predictions = step(PARAMS, BATCH, jnp.int32(1))

@@ -1,7 +1,9 @@
 """experiments.evaluate on a small run's checkpoint, from the command line to the files."""
 
+import dataclasses
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -11,10 +13,14 @@ from written_run import write_run
 
 from megatransformer_jax.cli.commands import main as command
 from megatransformer_jax.config.build import build
+from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.config.scoring import ScoringConfig
 from megatransformer_jax.data.pipeline import validation_batches
 from megatransformer_jax.data.sources import build_source
 from megatransformer_jax.evaluation.validation import Scores, ValidationSet, make_eval_step
 from megatransformer_jax.runs import evaluate as evaluate_module
+from megatransformer_jax.runs.evaluate import check_votes
 from megatransformer_jax.runs.load import load_model
 
 DEPTHS = (1, 3)
@@ -125,7 +131,8 @@ def test_texts_are_generated_and_scored(run, tmp_path, capfd):
 
 
 def test_problems_have_exact_answers(tmp_path, small_run, capfd, monkeypatch):
-    def score(loaded, batches, depths, key, progress, readout):
+    def score(loaded, batches, depths, key, progress, *, readout, votes):
+        assert votes == 1
         tokens = sum(int(np.asarray(batch.loss_mask).sum()) for batch in batches)
         return [Scores(depth, 1.0, math.e, 0.5, 0.25, tokens) for depth in depths]
 
@@ -144,3 +151,24 @@ def test_problems_have_exact_answers(tmp_path, small_run, capfd, monkeypatch):
     with pytest.raises(SystemExit):
         command("evaluate", [f"--model={tmp_path}/run", "--files=a.txt"])
     assert "symbols of a reasoning task" in capfd.readouterr().err
+
+
+def test_votes_need_first_states_that_differ(config):
+    def loaded(task, **recurrence):
+        model = dataclasses.replace(
+            config.model, recurrence=dataclasses.replace(config.model.recurrence, **recurrence)
+        )
+        return types.SimpleNamespace(task=task, config=model)
+
+    votes = ScoringConfig(votes=4)
+    check_votes(votes, loaded("reasoning", state_init="normal"))
+    check_votes(ScoringConfig(), loaded("text", state_init="zero"))
+    with pytest.raises(ConfigError, match="votes: 4 is for answers to problems"):
+        check_votes(votes, loaded("text", state_init="normal"))
+    with pytest.raises(ConfigError, match=r"votes: 4 needs first states that differ.*'zero'"):
+        check_votes(votes, loaded("reasoning", state_init="zero"))
+    plain = types.SimpleNamespace(task="reasoning", config=ModelConfig(core_layers=0))
+    with pytest.raises(ConfigError, match="votes: 4 needs a recurrent core"):
+        check_votes(votes, plain)
+    with pytest.raises(ConfigError, match="votes"):
+        ScoringConfig(votes=4, references="a.jsonl")

@@ -80,6 +80,7 @@ _SGD = ["--config.optimizer.name=sgd"]
 _SHARED = ["--config.model.sharing.scheme=cycle"]
 _DEEP = [*_SHARED, "--config.model.prelude_layers=2", "--config.model.coda_layers=2"]
 COMPANIONS |= {
+    "model.attention.is_causal": ["--config.data.source=reasoning"],
     "model.attention.qk_norm_span": _QK_NORM,
     "model.attention.qk_norm_scale": _QK_NORM,
     "model.attention.qk_norm_after_rotary": _QK_NORM,

@@ -87,7 +87,7 @@ def smallest(words: list[str]) -> list[str]:
 def _sizes(own: list[str]) -> dict[str, Any]:
     """Of a training command's model; those of files, and those with media, keep theirs."""
     experiments = [word[9:] for word in own if word.startswith("--config=")]
-    if any("reasoning" in name for name in experiments):
+    if any("reasoning" in name or "puzzles" in name for name in experiments):
         return _REASONING
     if any("recurrent" not in name or "." in name for name in experiments):
         return {}
