@@ -32,6 +32,12 @@ BLANK, FIRST_NUMBER = 2, 3
 MAX_BLANKS = 24
 NUM_STORED = 1024
 _ALL_NUMBERS = (1 << SIDE) - 1
+# Row, column and box of each cell, in one numbering of all units.
+_UNITS = tuple(
+    (row, SIDE + column, 2 * SIDE + row // BOX_ROWS * BOX_ROWS + column // BOX_COLUMNS)
+    for row in range(SIDE)
+    for column in range(SIDE)
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +83,7 @@ class _Puzzle:
 
 @functools.cache
 def _stored_puzzle(index: int) -> _Puzzle:
-    """Puzzle `index`, made when it is first asked for: a random grid without ever more cells."""
+    """Puzzle `index`, made when it is first asked for: a random grid, less cell after cell."""
     rng = np.random.Generator(np.random.Philox(key=np.array([SIDE, index], np.uint64)))
     while True:
         grid = [1 << number for number in next(solutions([0] * CELLS, rng))]
@@ -85,7 +91,7 @@ def _stored_puzzle(index: int) -> _Puzzle:
         blanks = []
         for cell in rng.permutation(CELLS).tolist():
             number, grid[cell] = grid[cell], 0
-            if sum(1 for _, _ in zip(range(2), solutions(grid), strict=False)) == 1:
+            if len(list(itertools.islice(solutions(grid), 2))) == 1:
                 blanks.append(cell)
             else:
                 grid[cell] = number
@@ -102,7 +108,7 @@ def solutions(grid: list[int], rng: np.random.Generator | None = None) -> Iterat
     """
     used = [0] * (3 * SIDE)
     for cell, bit in enumerate(grid):
-        for unit in _units(cell):
+        for unit in _UNITS[cell]:
             used[unit] |= bit
     yield from _fill(list(grid), used, rng)
 
@@ -113,7 +119,7 @@ def _fill(grid: list[int], used: list[int], rng: np.random.Generator | None) -> 
     for cell, bit in enumerate(grid):
         if bit:
             continue
-        row, column, box = _units(cell)
+        row, column, box = _UNITS[cell]
         free = _ALL_NUMBERS & ~(used[row] | used[column] | used[box])
         count = free.bit_count()
         if count < fewest:
@@ -129,33 +135,12 @@ def _fill(grid: list[int], used: list[int], rng: np.random.Generator | None) -> 
         if not choices & bit:
             continue
         grid[best] = bit
-        for unit in _units(best):
+        for unit in _UNITS[best]:
             used[unit] |= bit
         yield from _fill(grid, used, rng)
         grid[best] = 0
-        for unit in _units(best):
+        for unit in _UNITS[best]:
             used[unit] &= ~bit
-
-
-def _units(cell: int) -> tuple[int, int, int]:
-    """Row, column and box of a cell, in one numbering of all units."""
-    return _UNITS[cell]
-
-
-def _make_units() -> tuple[tuple[int, int, int], ...]:
-    places = [divmod(cell, SIDE) for cell in range(CELLS)]
-    boxes_per_band = SIDE // BOX_COLUMNS
-    return tuple(
-        (
-            row,
-            SIDE + column,
-            2 * SIDE + row // BOX_ROWS * boxes_per_band + column // BOX_COLUMNS,
-        )
-        for row, column in places
-    )
-
-
-_UNITS = _make_units()
 
 
 def _shuffled_places(rng: np.random.Generator) -> np.ndarray:
