@@ -18,6 +18,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from megatransformer_jax.config.model import ModelConfig
@@ -368,7 +369,10 @@ class Trace:
         return figure
 
     def plot(self, position: int = -1, row: int = 0) -> Figure:
-        """Three views of one input: where it moves, what it would say, how one answer forms.
+        """Three views of one input: how far it moves, what it would say, how one answer forms.
+
+        The answer's curves are of the tokens that were ever the likeliest, 0 where they are not among
+        the `top_k` that the trace keeps.
 
         Args:
           position: the token whose answer is shown by iteration; -1 is the last.
@@ -392,6 +396,7 @@ class Trace:
         axes.plot(iterations, residuals, color="tab:blue", alpha=0.25, linewidth=0.8)
         axes.plot(iterations, np.median(residuals, axis=1), color="tab:orange", label="median")
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title("residual |h_i - h_(i-1)| / |h_i|", size=9)
         axes.set_xlabel("iteration")
         axes.grid(alpha=0.3)
@@ -419,6 +424,7 @@ class Trace:
             kept = np.where(ids == token, probs, 0.0).sum(axis=1)
             axes.plot(iterations, kept, marker=".", label=self._shown(token))
         axes.set_ylim(-0.03, 1.03)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(f"answer after token {place}", size=9)
         axes.set_xlabel("iteration")
         axes.set_ylabel("probability")
@@ -453,7 +459,7 @@ _WRITTEN_CELLS = 700
 
 
 def _is_long(texts: Sequence[str]) -> bool:
-    return max(map(len, texts)) > 2
+    return float(np.median([len(text) for text in texts])) > 2
 
 
 def make_trace(

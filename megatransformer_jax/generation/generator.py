@@ -88,7 +88,7 @@ from megatransformer_jax.generation.streaming import Pace, TokenStream
 from megatransformer_jax.models.exit_criteria import DepthRule, exit_criterion
 from megatransformer_jax.models.gate_readout import make_readout
 from megatransformer_jax.models.megatransformer import MegaTransformer
-from megatransformer_jax.nn.kv_cache import constrain_cache
+from megatransformer_jax.nn.kv_cache import check_can_continue, constrain_cache
 from megatransformer_jax.sharding.rules import Sharder
 
 # A text, token ids, or a prompt that may hold media.
@@ -146,6 +146,7 @@ class Generator:
         trained_depth: int | None,
         end_ids: Sequence[int] | None = None,
     ):
+        check_can_continue(model.config)
         check_depth(model, trained_depth)
         self._model = model
         self._params = params

@@ -179,12 +179,11 @@ class CacheShape:
         return rows_to_blocks(self.capacity, self.platform)
 
 
-def init_cache(config: ModelConfig, shape: CacheShape) -> KVCache:
-    """An empty cache for the model of this config.
+def check_can_continue(config: ModelConfig) -> None:
+    """Checks that what is kept of a token does not change with every later one.
 
     Raises:
-      ConfigError: if the model sees whole rows, so that what is kept of a token would change with
-        every later one.
+      ConfigError: if the model sees whole rows.
     """
     if not config.attention.is_causal:
         raise ConfigError(
@@ -193,6 +192,15 @@ def init_cache(config: ModelConfig, shape: CacheShape) -> KVCache:
             "serving and exported programs need a causal one. Score it with megatransformer "
             "evaluate (mt.evaluate), or call lm([...]).",
         )
+
+
+def init_cache(config: ModelConfig, shape: CacheShape) -> KVCache:
+    """An empty cache for the model of this config.
+
+    Raises:
+      ConfigError: as `check_can_continue`.
+    """
+    check_can_continue(config)
     batch_size, rows, num_slots = shape.batch_size, shape.rows, shape.num_slots
 
     def entries(count: int, width: int) -> jax.Array:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from sharded_step import assert_equal_steps, run_config
 
+from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
 from megatransformer_jax.config.model import MlpConfig, ModelConfig
 from megatransformer_jax.config.option import ConfigError
 from megatransformer_jax.config.recurrence import RecurrenceConfig
 from megatransformer_jax.evaluation.log_likelihood import LogLikelihoodScorer
+from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.models.attention_kernels import kernel_choices
 from megatransformer_jax.models.cost.flops import forward_flops
 from megatransformer_jax.models.megatransformer import build_model, init_params
@@ -72,6 +74,8 @@ def test_what_goes_on_from_a_prompt_is_refused():
     model = build_model(CONFIG, DTypePolicy(), Sharder(), "cpu")
     with pytest.raises(ConfigError, match="need a causal model"):
         LogLikelihoodScorer(model, None, depth=1, batch_size=1, max_length=8)
+    with pytest.raises(ConfigError, match=r"model.attention.is_causal: is False"):
+        Generator(model, None, None, GenerationConfig(), 1)
 
 
 def test_all_keys_are_counted_and_kernels_know():
