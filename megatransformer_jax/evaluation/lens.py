@@ -371,8 +371,8 @@ class Trace:
     def plot(self, position: int = -1, row: int = 0) -> Figure:
         """Three views of one input: how far it moves, what it would say, how one answer forms.
 
-        The answer's curves are of the tokens that were ever the likeliest, 0 where they are not among
-        the `top_k` that the trace keeps.
+        The answer's curves are of the tokens that were ever the likeliest, 0 where they are not
+        among the `top_k` that the trace keeps.
 
         Args:
           position: the token whose answer is shown by iteration; -1 is the last.
