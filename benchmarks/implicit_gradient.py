@@ -18,15 +18,15 @@ last iteration, and the largest |eigenvalue| of its Jacobian.
 
 import argparse
 import dataclasses
-import functools
 import json
 import pathlib
 import platform
 import sys
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
@@ -68,9 +68,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def differentiator(
-    model: MegaTransformer, gradient: str, terms: int, depth: int, batch: Batch, key: jax.Array
-) -> Callable[[Any], Any]:
-    """The gradient of the mean loss per token, as a function of the parameters."""
+    model: MegaTransformer, gradient: str, terms: int, params: Any, batch: Batch, key: jax.Array
+) -> Any:
+    """A compiled program: parameters, batch and depth to the mean loss's gradient."""
     recurrence = dataclasses.replace(
         model.config.recurrence, gradient=gradient, implicit_tolerance=0.0, unroll=1, kept_every=1
     )
@@ -90,9 +90,11 @@ def differentiator(
         sums = token_loss(output.logits, batch.targets, batch.loss_mask)
         return sums.cross_entropy / sums.tokens
 
-    return functools.partial(
-        jax.jit(jax.grad(loss)), batch=batch, num_steps=np.asarray(depth, np.int32)
-    )
+    return jax.jit(jax.grad(loss)).lower(params, batch, jnp.int32(0)).compile()
+
+
+def _call(program: Any, params: Any, batch: Batch) -> Callable[[Any], Any]:
+    return lambda depth: program(params, batch, depth)
 
 
 def flat(tree: Any) -> np.ndarray:
@@ -109,11 +111,12 @@ def measure(
         ways += [("truncated", terms), ("implicit", terms)]
     phases, found, memory = [], {}, {}
     for way in dict.fromkeys(ways):
-        compute = cast(Any, differentiator(model, *way, depth, batch, key))
-        lowered = compute.func.lower(params, **compute.keywords)
-        memory[way] = lowered.compile().memory_analysis().temp_size_in_bytes / 2**20
-        found[way] = flat(compute(params))
-        phases.append(Phase(f"{way[0]} {way[1]}", lambda: params, compute))
+        program = differentiator(model, *way, params, batch, key)
+        memory[way] = program.memory_analysis().temp_size_in_bytes / 2**20
+        found[way] = flat(program(params, batch, jnp.int32(depth)))
+        phases.append(
+            Phase(f"{way[0]} {way[1]}", lambda: jnp.int32(depth), _call(program, params, batch))
+        )
     alternate(phases, arguments.rounds)
     reference = found["truncated", depth]
     return [
