@@ -61,19 +61,27 @@ class Bounds:
     source: str
 
 
-A100, H100, H200 = (f"NVIDIA {name} data sheet, dense" for name in ("A100", "H100", "H200"))
-# By the name that CUDA gives the device. The data sheets of H100 and H200 state FLOP/s with
-# sparsity, twice the dense ones.
+def _sheet(name: str, tflops: float, bytes_per_s: float) -> Bounds:
+    return Bounds(tflops * 1e12, bytes_per_s, f"NVIDIA {name} data sheet, dense")
+
+
+# By the name that CUDA gives the device. From Hopper on, and for L4 and L40S, data sheets headline
+# FLOP/s with sparsity, twice the dense ones.
 GPUS = {
-    "NVIDIA A100-SXM4-40GB": Bounds(312e12, 1.555e12, A100),
-    "NVIDIA A100-PCIE-40GB": Bounds(312e12, 1.555e12, A100),
-    "NVIDIA A100-SXM4-80GB": Bounds(312e12, 2.039e12, A100),
-    "NVIDIA A100 80GB PCIe": Bounds(312e12, 1.935e12, A100),
-    "NVIDIA H100 80GB HBM3": Bounds(989.5e12, 3.35e12, H100),
-    "NVIDIA H100 PCIe": Bounds(756e12, 2.0e12, H100),
-    "NVIDIA H100 NVL": Bounds(835.5e12, 3.9e12, H100),
-    "NVIDIA H200": Bounds(989.5e12, 4.8e12, H200),
-    "NVIDIA H200 NVL": Bounds(835.5e12, 4.8e12, H200),
+    "NVIDIA A10": _sheet("A10", 125, 600e9),
+    "NVIDIA A100-SXM4-40GB": _sheet("A100", 312, 1.555e12),
+    "NVIDIA A100-PCIE-40GB": _sheet("A100", 312, 1.555e12),
+    "NVIDIA A100-SXM4-80GB": _sheet("A100", 312, 2.039e12),
+    "NVIDIA A100 80GB PCIe": _sheet("A100", 312, 1.935e12),
+    "NVIDIA L4": _sheet("L4", 121, 300e9),
+    "NVIDIA L40S": _sheet("L40S", 362, 864e9),
+    "NVIDIA H100 80GB HBM3": _sheet("H100", 989.5, 3.35e12),
+    "NVIDIA H100 PCIe": _sheet("H100", 756, 2.0e12),
+    "NVIDIA H100 NVL": _sheet("H100", 835.5, 3.9e12),
+    "NVIDIA H200": _sheet("H200", 989.5, 4.8e12),
+    "NVIDIA H200 NVL": _sheet("H200", 835.5, 4.8e12),
+    "NVIDIA GH200 480GB": _sheet("GH200", 989.5, 4.0e12),
+    "NVIDIA B200": _sheet("DGX B200", 2250, 8.0e12),
 }
 ALLOWED_ERROR = 2.0
 

@@ -14,7 +14,7 @@ hold and do can be seen without one, in about 12 minutes of two cores:
 Expected, as `megatransformer inspect --device=v4` (v5e) predicts, not run: 15.5 of 30.75 GiB on a
 chip of v4, 14.3 of 15.75 GiB on one of v5e; splash attention. The steps of these meshes were not
 compiled. What has been is the step on v4-128 with data=2 fsdp=32, and decoding one text at depth
-32, which takes 12.7 GiB on a chip of v5e (docs/pods.md).
+32, which takes 11.2 GiB on a chip of v5e (docs/pods.md).
 """
 
 from ml_collections import ConfigDict

@@ -32,7 +32,7 @@ from megatransformer_jax.nn.layer_sharing import stack_owners
 from megatransformer_jax.nn.loop_parameters import begin_streams, mean_stream
 from megatransformer_jax.nn.norms import Norm
 from megatransformer_jax.nn.parameters import axes_of, check_shapes, matrix, weight_init
-from megatransformer_jax.nn.quantized import is_matrix_node, is_quantized_matrix
+from megatransformer_jax.nn.quantized import is_matrix_node
 from megatransformer_jax.ops.interleave import Layout, interleave, place_media, take_places
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.ops.positions import alibi_slopes, rotary_table
@@ -503,39 +503,6 @@ def abstract_params(model: MegaTransformer) -> Any:
 def param_axes(model: MegaTransformer) -> Any:
     """Logical axis names of every parameter, in the tree of `init_params`."""
     return axes_of(_abstract_boxed(off_mesh(model)))
-
-
-def computed_types(model: MegaTransformer) -> Any:
-    """The tree of `init_params` with shapes, and for matrices the type that passes compute in.
-
-    Vectors (norm scales, biases) are float32 in every pass.
-    """
-    policy = dataclasses.replace(model.policy, param=model.policy.compute)
-    return abstract_params(model.copy(policy=policy))
-
-
-def computed_weights(model: MegaTransformer, params: Any) -> Any:
-    """Parameters in the types that passes compute in, on the device.
-
-    Every pass rounds matrices so. A caller of many passes with the same parameters rounds them
-    once, and the device then holds nothing else. The results are the same.
-
-    Args:
-      model: the model.
-      params: of it; NumPy arrays are rounded on the host before they are sent. Parameters that are
-        held in fewer bits already, and those of quantised models, keep their types.
-    """
-
-    def send(leaf: Any) -> Any:
-        return leaf if is_quantized_matrix(leaf) else jnp.asarray(leaf)
-
-    def to_compute(leaf: Any, shape: jax.ShapeDtypeStruct) -> Any:
-        return send(leaf.astype(shape.dtype) if leaf.dtype == model.policy.param else leaf)
-
-    leaves = jax.tree.leaves(params, is_leaf=is_quantized_matrix)
-    if any(map(is_quantized_matrix, leaves)):
-        return jax.tree.map(send, params, is_leaf=is_quantized_matrix)
-    return jax.tree.map(to_compute, params, computed_types(model))
 
 
 def gather_weights(model: MegaTransformer, params: Any) -> Any:

@@ -38,10 +38,10 @@ from megatransformer_jax.models.exit_criteria import DepthRule
 from megatransformer_jax.models.megatransformer import (
     MegaTransformer,
     build_model,
-    computed_types,
     param_axes,
 )
 from megatransformer_jax.models.passes.cached import NewTokens
+from megatransformer_jax.models.weights import computed_types, read_format
 from megatransformer_jax.nn.kv_cache import KVCache, constrain_cache, init_cache, rows_to_blocks
 from megatransformer_jax.runs.build import (
     abstract_batches,
@@ -170,11 +170,18 @@ class _Placement:
         """Of the model, as `load_model` places them."""
         shapes = computed_types(self.model)
         if self.model.sharder.mesh is None:
-            return self.replicated(shapes)
-        sharder = _Shapes(self.model.sharder.mesh, self.model.sharder.rules)
-        return jax.tree.map(
-            lambda leaf, axes: sharder.constrain(leaf, *axes), shapes, param_axes(self.model)
-        )
+            placed = self.replicated(shapes)
+        else:
+            sharder = _Shapes(self.model.sharder.mesh, self.model.sharder.rules)
+            placed = jax.tree.map(
+                lambda leaf, axes: sharder.constrain(leaf, *axes), shapes, param_axes(self.model)
+            )
+
+        def in_order(leaf: Any) -> Any:
+            place = read_format(self.model, leaf.ndim, leaf.sharding)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
+
+        return jax.tree.map(in_order, placed)
 
     def rows(self, count: int, tree: Any) -> Any:
         """Arrays that are cut as rows; single numbers are everywhere."""

@@ -26,8 +26,8 @@ from megatransformer_jax.sharding.mesh import check_run_fits_mesh, make_mesh
 from megatransformer_jax.sharding.rules import MESH_AXES
 from megatransformer_jax.sharding.topology import describe_devices, parse_topology
 
-# From what computes least to what keeps least.
-REMATS = ("none", "dots", "full")
+# From what takes the least time to what keeps least on the chip.
+REMATS = ("none", "dots", "full", "offload")
 # Micro-batches that are tried, at most.
 MAX_ACCUMULATION = 16
 # A step whose memory is expected to be so many times the chip's is not compiled.

@@ -50,9 +50,9 @@ from megatransformer_jax.models.megatransformer import (
     MegaTransformer,
     abstract_params,
     build_model,
-    computed_weights,
     param_axes,
 )
+from megatransformer_jax.models.weights import computed_weights
 from megatransformer_jax.sharding.mesh import model_sharder
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.storage import AnyPath, as_path, is_bucket_path
@@ -80,8 +80,8 @@ class LoadedModel:
       config: the architecture.
       model: the module, without a mesh unless `load_model` was told of one.
       params: its parameters, on the first local device or where `load_model` was told to. NumPy
-        arrays on the host if passes compute in another type, so that the device has room for
-        `weights` alone.
+        arrays on the host if passes compute in another type, and for a TPU, so that the device
+        has room for `weights` alone.
       tokenizer: between text and ids; of a reasoning task its symbols. None: the folder has none,
         so that prompts must be ids.
       trained_depth: mean iterations in training, None without a core.
@@ -336,7 +336,7 @@ def _placer(model: MegaTransformer, sharder: Sharder | None) -> Place:
 
 def _stays_on_host(model: MegaTransformer) -> bool:
     """Whether the device is to hold other arrays than the parameters, see `LoadedModel.weights`."""
-    return model.policy.compute != model.policy.param
+    return model.policy.compute != model.policy.param or model.platform == "tpu"
 
 
 def _load_run(

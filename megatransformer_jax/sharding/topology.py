@@ -8,6 +8,8 @@ two; behind v5e and v6e it counts chips.
 import contextlib
 import dataclasses
 import math
+import os
+import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -35,6 +37,8 @@ _BOXES_2D = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 MAX_CHIPS = 65_536
 # Sides of the box of chips that share a host, where the slice is not smaller.
 _HOST_SIDE = 2
+# Files by which a machine with TPUs offers them.
+_TPU_FILES = ("/dev/accel0", "/dev/vfio/0")
 # What libtpu is told before it describes a slice; otherwise it looks for a TPU and complains that
 # there is none. Several processes may describe and compile at the same time.
 QUIET_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
@@ -188,8 +192,7 @@ def _check_box(name: str, kind: SliceKind, box: tuple[int, ...]) -> None:
 def describe_devices(topology: Topology) -> Sequence[Any]:
     """The devices of slices that need not be here; a chip is one device.
 
-    libtpu describes them, and programs may be compiled for them. `QUIET_ENVIRONMENT` is what it
-    should have been told before JAX was imported.
+    libtpu describes them, and programs may be compiled for them.
 
     Raises:
       UserError: if libtpu is missing or cannot be used in this process.
@@ -203,7 +206,7 @@ def describe_devices(topology: Topology) -> Sequence[Any]:
         options["num_slices"] = topology.slices
     sides = tuple(min(side, _HOST_SIDE) for side in topology.box[:2])
     extents = "x".join(map(str, topology.box))
-    with _libtpu_errors(topology):
+    with _quiet_libtpu(), _libtpu_errors(topology):
         devices: Sequence[Any] = topologies.get_topology_desc(
             f"{topology.kind}:{extents}",
             "tpu",
@@ -212,6 +215,25 @@ def describe_devices(topology: Topology) -> Sequence[Any]:
             **options,
         ).devices
     return devices
+
+
+@contextlib.contextmanager
+def _quiet_libtpu() -> Iterator[None]:
+    """Sets what keeps libtpu from looking for a TPU while it is loaded, on a machine without one.
+
+    It reads these variables once, so they are removed again.
+    """
+    missing = [name for name in QUIET_ENVIRONMENT if name not in os.environ]
+    # It is of no use to a JAX that has been imported.
+    missing = [name for name in missing if name != "JAX_PLATFORMS"]
+    if any(pathlib.Path(file).exists() for file in _TPU_FILES):
+        missing = []
+    os.environ.update({name: QUIET_ENVIRONMENT[name] for name in missing})
+    try:
+        yield
+    finally:
+        for name in missing:
+            os.environ.pop(name, None)
 
 
 @contextlib.contextmanager

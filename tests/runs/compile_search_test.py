@@ -47,14 +47,32 @@ def test_what_cannot_be_faster_than_what_fits_is_not_compiled(tried):
         sizes = tuple(getattr(config.mesh, axis) for axis in compile_search.MESH_AXES)
         by_mesh.setdefault(sizes, []).append((config.train.accumulation, config.model.remat))
     for attempts in by_mesh.values():
-        # remat=dots fits with one micro-batch, so neither full nor more micro-batches of it.
-        assert ("full" not in {remat for _, remat in attempts}) and attempts[0] == (1, "none")
+        # remat=dots fits with one micro-batch, so neither what keeps less nor more micro-batches.
+        assert {remat for _, remat in attempts} == {"none", "dots"} and attempts[0] == (1, "none")
         assert attempts.count((1, "dots")) == 1 and (2, "dots") not in attempts
     assert all(math.prod(sizes) == 4 for sizes in by_mesh) and (1, 4, 1, 1) in by_mesh
     # The cheapest to compile come first, and the fastest stands last.
     assert next(iter(by_mesh))[2:] == (1, 1)
     assert found.fits and found.left == 0
     assert found.trials[0].no_overlap_s == math.inf and found.trials[-1].no_overlap_s == 1.0
+
+
+def test_states_go_to_the_host_where_nothing_else_fits(tried, monkeypatch):
+    compile_one = compile_search.compile_for_topology
+
+    def only_offload(config, compiling, progress):
+        done = compile_one(config, compiling, progress)
+        fits = config.model.remat == "offload"
+        return types.SimpleNamespace(**(vars(done) | {"fits": fits}))
+
+    monkeypatch.setattr(compile_search, "compile_for_topology", only_offload)
+    found = search(run(), COMPILING, 600.0)
+    fitting = {trial.candidate.remat for trial in found.trials if trial.report.fits}
+    assert fitting == {"offload"}
+    mesh = found.trials[-1].candidate.mesh
+    tries = [trial.candidate for trial in found.trials if trial.candidate.mesh == mesh]
+    # With one micro-batch, so no more of them are tried with it.
+    assert [tried.accumulation for tried in tries if tried.remat == "offload"] == [1]
 
 
 def test_a_search_ends_with_its_budget_but_tries_once(tried):

@@ -83,6 +83,31 @@ CASES = (
         {"fsdp": 4},
         2531.0,
     ),
+    # Three layers instead of all: arguments, and the arrays that the report adds up.
+    case(
+        "gpt2_small",
+        "v4",
+        {
+            "preset": "gpt2_small",
+            "model": {"prelude_layers": 3},
+            "data": {"batch_size": 32, "sequence_length": 1024},
+        },
+        "none",
+        {"data": 4},
+        3061,
+    ),
+    case(
+        "modern_medium",
+        "v5p",
+        {
+            "preset": "modern_medium",
+            "model": {"prelude_layers": 3},
+            "data": {"batch_size": 32, "sequence_length": 2048},
+        },
+        "none",
+        {"data": 4},
+        4306,
+    ),
 )
 
 

@@ -491,8 +491,9 @@ class Batcher:
 
 
 def _signature(leaf: Any) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding if isinstance(leaf, jax.Array) else None
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=sharding)
+    # Sharding, and the order of axes in memory.
+    place = leaf.format if isinstance(leaf, jax.Array) else None
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=place)
 
 
 def program_of(name: str) -> Callable[..., Any]:

@@ -43,10 +43,13 @@ _STORED = (
 )
 # What goes into these is stored too: no loop and no kernel starts from values in the making.
 _READ_STORED = ("conv_general_dilated", "pallas_call", "scan", "while")
-# A product computes its factors while it reads them, unless that takes one of these for each
-# element. One of these per row, as in norms, does not count: there are this many times fewer.
+# A product computes its factors while it reads them, unless that takes another order of axes or, in
+# a loop, one of these for each element. One of these per row, as in norms, does not count: there
+# are this many times fewer.
 _ELEMENTS_PER_ROW = 64
-_NOT_INTO_PRODUCTS = (
+_REORDERS = ("transpose",)
+_NOT_INTO_PRODUCTS_OF_LOOPS = (
+    *_REORDERS,
     "atan2",
     "cos",
     "div",
@@ -57,7 +60,6 @@ _NOT_INTO_PRODUCTS = (
     "sin",
     "sqrt",
     "tan",
-    "transpose",
 )
 # Equations that do nothing but call a function.
 _CALLS = (
@@ -136,8 +138,9 @@ class _Value:
 class _Values:
     """The values of a trace in the order in which they are made, calls of functions laid out."""
 
-    def __init__(self, lanes: int) -> None:
+    def __init__(self, lanes: int, in_loop: bool = False) -> None:
         self._lanes = lanes
+        self._not_into_products = _NOT_INTO_PRODUCTS_OF_LOOPS if in_loop else _REORDERS
         self._values: list[_Value] = []
         self._is_read_stored: set[int] = set()
         self._is_factor: set[int] = set()
@@ -221,12 +224,12 @@ class _Values:
         values it comes from, near or far, or itself.
 
         `product_of`: if not 0, by a product that reads so many bytes and computes none of
-        `_NOT_INTO_PRODUCTS` for them; None if that cannot be.
+        what is not computed into products; None if that cannot be.
         """
         value = self._values[number]
         if number in kept or value.made_by is None:
             return set()
-        is_expensive = value.made_by.startswith(_NOT_INTO_PRODUCTS)
+        is_expensive = value.made_by.startswith(self._not_into_products)
         if is_expensive and value.size * _ELEMENTS_PER_ROW > product_of > 0:
             return None
         if number not in known:
@@ -290,7 +293,7 @@ class _Values:
 def _of_loop(body: core.Jaxpr, carried: int, lanes: int) -> tuple[int, list[int]]:
     """Of what an iteration hands to its backward pass: the fewest bytes, and those of each value,
     0 for those that it was given."""
-    values = _Values(lanes)
+    values = _Values(lanes, in_loop=True)
     wanted = values.add(body, [values.given() for _ in body.invars])[carried:]
     kept = values.fewest(values.made({value for value in wanted if value is not None}))
     return values.sum(kept).once, [0 if one is None else values.size(one) for one in wanted]

@@ -9,6 +9,8 @@ import jax.monitoring
 import numpy as np
 import pytest
 from driven_batcher import Got, drive
+from jax.experimental.layout import Format, Layout
+from jax.sharding import SingleDeviceSharding
 from tiny_generator import generator
 from tiny_model import PLAIN, PROMPTS, TINY, all_logits, make, tiny
 
@@ -301,6 +303,17 @@ def test_the_cache_is_written_in_place():
         memory = made.memory(name)
         assert memory.temp_size_in_bytes < size / 100
     assert made.memory("turn").alias_size_in_bytes > size
+
+
+def test_programs_read_weights_in_the_order_in_which_they_lie():
+    model, params = make(TINY)
+    columns = Format(Layout((1, 0)), SingleDeviceSharding(jax.devices()[0]))
+    params = jax.tree.map(lambda x: jax.device_put(x, columns) if x.ndim == 2 else x, params)
+    made = Batcher(model, params, None, BatchShape(2, 16, 2))
+    made.turn()
+    formats, _ = made._programs["turn"].input_formats
+    orders = {given.layout.major_to_minor for given in formats if given.layout is not None}
+    assert (1, 0) in orders
 
 
 def test_a_launch_of_several_turns_ends_with_the_first_text():

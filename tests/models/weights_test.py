@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from tiny_model import make, tiny
 
-from megatransformer_jax.models.megatransformer import computed_types, computed_weights
+from megatransformer_jax.models.weights import computed_types, computed_weights
 from megatransformer_jax.types import DTypePolicy
 
 BFLOAT16 = DTypePolicy(compute=jnp.dtype(jnp.bfloat16))
@@ -39,3 +40,21 @@ def test_nothing_changes_where_the_types_are_those_of_passes():
     model, params = make()
     weights = computed_weights(model, params)
     assert all(map(lambda a, b: a is b, *map(jax.tree.leaves, (weights, params))))
+
+
+def test_on_a_tpu_matrices_lie_in_the_order_of_their_axes():
+    model, params = make(CONFIG)
+
+    def reverse(leaf):
+        backwards = Layout(tuple(reversed(range(leaf.ndim))))
+        return jax.device_put(leaf, Format(backwards, leaf.sharding))
+
+    def orders(tree):
+        return {leaf.format.layout.major_to_minor for leaf in jax.tree.leaves(tree)}
+
+    reversed_params = jax.tree.map(reverse, params)
+    assert (1, 0) in orders(reversed_params)
+    assert orders(computed_weights(model, reversed_params)) == orders(reversed_params)
+    weights = computed_weights(model.copy(platform="tpu"), reversed_params)
+    assert orders(weights) == {tuple(range(ndim)) for ndim in (1, 2, 3, 4, 5)}
+    jax.tree.map(np.testing.assert_array_equal, weights, params)
