@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from sharded_step import assert_equal_steps, run_config
+from sharded_step import MESHES, example_batch, run_config
 
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.layers import AttentionConfig, PositionConfig
@@ -19,6 +19,7 @@ from megatransformer_jax.models.attention_kernels import kernel_choices
 from megatransformer_jax.models.cost.flops import forward_flops
 from megatransformer_jax.models.megatransformer import build_model, init_params
 from megatransformer_jax.nn.kv_cache import CacheShape, init_cache
+from megatransformer_jax.sharding.mesh import make_mesh, make_sharder
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
@@ -88,9 +89,30 @@ def test_all_keys_are_counted_and_kernels_know():
     assert [choice.kernel for choice in kernel_choices(model, [8], is_training=True)] == ["xla"]
 
 
-def test_a_sharded_step_equals_the_single_device_one():
-    """Rows are cut over devices, whose keys come together again."""
-    config = run_config()
-    attention = dataclasses.replace(config.model.attention, is_causal=False)
-    model = dataclasses.replace(config.model, attention=attention)
-    assert_equal_steps(dataclasses.replace(config, model=model), "keys")
+def test_rows_cut_over_devices_are_answered_as_on_one():
+    """Keys of all devices come together again, and so do heads."""
+    config = run_config().model
+    config = dataclasses.replace(
+        config, attention=dataclasses.replace(config.attention, is_causal=False)
+    )
+    alone = build_model(config, DTypePolicy(), Sharder(), "cpu")
+    params, batch = init_params(alone, jax.random.key(0)), example_batch()
+
+    def logits(model, batch):
+        @jax.jit
+        def forward(batch):
+            return model.apply(
+                {"params": params},
+                batch.tokens,
+                positions=batch.positions,
+                segment_ids=batch.segment_ids,
+                num_steps=jnp.int32(2),
+                rngs={"state": jax.random.key(1)},
+            ).logits
+
+        return np.asarray(forward(batch))
+
+    sharder = make_sharder(config, make_mesh(MESHES["keys"], jax.devices()))
+    on_mesh = build_model(config, DTypePolicy(), sharder, "cpu")
+    placed = jax.device_put(batch, sharder.sharding("batch", "length"))
+    np.testing.assert_allclose(logits(on_mesh, placed), logits(alone, batch), atol=2e-5)
