@@ -30,7 +30,7 @@ from megatransformer_jax.config.option import (
 )
 from megatransformer_jax.config.quantization import QuantizationConfig
 from megatransformer_jax.config.sampling import GATE_THRESHOLD, DepthConfig
-from megatransformer_jax.config.scoring import ScoringConfig
+from megatransformer_jax.config.scoring import CalibrationConfig, ScoringConfig
 from megatransformer_jax.data.chat_template import checked_variables
 from megatransformer_jax.data.hf_tokenizer import require_chat_template
 from megatransformer_jax.data.media.records import AudioPart, ImagePart
@@ -43,6 +43,7 @@ from megatransformer_jax.evaluation.lens import (
     trace_iterations,
 )
 from megatransformer_jax.evaluation.report import Report
+from megatransformer_jax.generation.generator import Generator
 from megatransformer_jax.generation.media_prompt import media_tokenizer, prompt_of_text
 from megatransformer_jax.generation.placement import for_rows
 from megatransformer_jax.generation.request import (
@@ -95,6 +96,7 @@ class Model:
       tokenizer: between text and ids. None: inputs must be ids.
       trained_depth: mean iterations of the core in training, the default depth. None: no core.
       description: where it comes from.
+      calibration: thresholds that exit_threshold="auto" stands for. None: not calibrated.
     """
 
     def __init__(self, loaded: LoadedModel):
@@ -105,6 +107,7 @@ class Model:
         self.tokenizer = loaded.tokenizer
         self.trained_depth = loaded.trained_depth
         self.description = loaded.description
+        self.calibration = loaded.calibration
 
     def __call__(
         self,
@@ -196,7 +199,7 @@ class Model:
         given, is_single = _listed(prompts)
         given = self._with_media(given, images, clips)
         with out_of_memory_is_bad_input():
-            found = self._loaded.generator(config).generate(given, each)
+            found = self._generator(config).generate(given, each)
         return found[0] if is_single and len(found) == 1 else list(found)
 
     def chat(
@@ -270,7 +273,7 @@ class Model:
         if not is_single:
             raise UserError("stream continues one prompt; for several use generate.")
         prompts = self._with_media(prompts, images, clips)
-        generator = self._loaded.generator(config)
+        generator = self._generator(config)
         generator.check(prompts)
         return generator.stream(prompts[0], tokens_per_call)
 
@@ -321,6 +324,31 @@ class Model:
                 )
             )
         return make_trace(found, tokens, lengths, self.tokenizer)
+
+    def calibrate(self, **options: Any) -> Report:
+        """Finds the cheapest threshold of each exit criterion, for exit_threshold="auto".
+
+        The model keeps them. `report.write(folder)` writes them into the folder of its run, where
+        `load` finds them, as `megatransformer calibrate` does.
+
+        Args:
+          **options: those of `megatransformer calibrate`: accuracy=0.99, depth, criteria=("kl",),
+            files, num_batches, sequence_length, batch_size, seed.
+
+        Raises:
+          UserError: if an option is not known or does not fit the model, or data cannot be read.
+
+        Examples:
+          >>> report = lm.calibrate(criteria=("latent_diff",), num_batches=1, sequence_length=8)
+          >>> [row["criterion"] for row in report.rows]
+          ['fixed', 'latent_diff']
+        """
+        from megatransformer_jax.runs.calibrate import calibrate  # noqa: PLC0415
+
+        config = from_options(CalibrationConfig, options)
+        with out_of_memory_is_bad_input():
+            report, self.calibration = calibrate(self._loaded, config)
+        return report
 
     def quantize(self, **options: Any) -> "Model":
         """The model with matrices of 8 or 4 bits, for inference; this one stays as it is.
@@ -407,6 +435,9 @@ class Model:
             known = ", ".join(map(repr, ("run", *FOREIGN_FORMATS)))
             raise ConfigError("format", f"{format!r} is unknown; known: {known}.")
         return path
+
+    def _generator(self, config: GenerationConfig) -> Generator:
+        return dataclasses.replace(self._loaded, calibration=self.calibration).generator(config)
 
     def _module_for(self, tokens: Any) -> MegaTransformer:
         """The module, laid out for so many inputs."""

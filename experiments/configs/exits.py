@@ -8,9 +8,9 @@ Variants, separated by commas after the file's name and a colon:
   gate       trains only an exit gate by Ouro's second stage, on the finished run of the others
   tiny       the same run in under a minute
 
-Two layers are applied six times to expressions of up to four operations modulo 7 in prefix notation
-(the task `mano`), without prelude, coda and injection (arXiv 2607.20519 has modulo 23 and 10
-operations). Without a prior only the sixth iteration has a loss.
+Two layers are applied six times to expressions of up to three operations modulo 5 in prefix
+notation (the task `mano`), without prelude, coda and injection (arXiv 2607.20519 has modulo 23 and
+10 operations). Without a prior only the sixth iteration has a loss.
 
 Expected on 2 CPU cores: see docs/results/exits.md.
 What each exit criterion saves:  megatransformer calibrate --model=runs/exits_geometric
@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "preset": "tiny",
             "workdir": f"runs/exits{suffix}",
             "model": {
-                "vocab_size": 13,
+                "vocab_size": 11,
                 "max_length": 64,
                 "prelude_layers": 0,
                 "core_layers": 2,
@@ -49,14 +49,14 @@ def get_config(arg: str = "") -> ConfigDict:
             },
             "data": {
                 "source": "reasoning",
-                "batch_size": 128,
-                "sequence_length": 11,
+                "batch_size": 64,
+                "sequence_length": 9,
                 "reasoning": {
                     "task": "mano",
-                    "modulus": 7,
-                    "max_length": 4,
+                    "modulus": 5,
+                    "max_length": 3,
                     "eval_min_length": 1,
-                    "eval_max_length": 4,
+                    "eval_max_length": 3,
                     "num_eval": 1024,
                 },
             },

@@ -402,6 +402,12 @@ def _prepare() -> Command:
     return COMMAND
 
 
+def _calibrate() -> Command:
+    from megatransformer_jax.cli.calibrate import COMMAND  # noqa: PLC0415
+
+    return COMMAND
+
+
 def _quantize() -> Command:
     from megatransformer_jax.cli.quantize import COMMAND  # noqa: PLC0415
 
@@ -445,6 +451,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "generate": ("Continues prompts, at any depth and by any decoding strategy.", _generate),
     "serve": ("Serves a model over HTTP, by OpenAI's API, with a page to try it.", _serve),
     "evaluate": ("Scores a model at several depths.", _evaluate),
+    "calibrate": ("Finds thresholds for exits that keep the accuracy.", _calibrate),
     "inspect": ("Shows parameters, memory and FLOPs of a run before it starts.", lambda: INSPECT),
     "compile": ("Compiles a run for TPUs that are not here, and reads the programs.", _compile),
     "prepare": ("Tokenises and packs the data of a run once.", _prepare),

@@ -9,6 +9,7 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatransformer_jax.config.calibration import Calibration, calibrated_threshold
 from megatransformer_jax.config.option import (
     MAX_COUNT,
     MAX_SEED,
@@ -24,6 +25,7 @@ from megatransformer_jax.config.option import (
     unknown_key,
 )
 from megatransformer_jax.config.sampling import (
+    AUTO,
     CacheConfig,
     DepthConfig,
     SamplingConfig,
@@ -408,14 +410,17 @@ def for_model(
     *,
     has_exit_gate: bool,
     makes_media: bool = False,
+    calibration: Calibration | None = None,
 ) -> GenerationConfig:
-    """The same generation for a certain model: `depth.depth` is a number unless it has no core.
+    """The same generation for a certain model: `depth.depth` is a number unless it has no core, and
+    `depth.exit_threshold` is not 'auto'.
 
     Args:
       config: as the user gave it.
       trained_depth: mean number of iterations in training. None: a plain model without a core.
       has_exit_gate: whether the model was given a gate that learns when to stop.
       makes_media: whether the model has parts for images or sound.
+      calibration: thresholds that were found for the model. None: nobody has looked for them.
 
     Raises:
       ConfigError: if an option does not fit the depth, or needs a core or a gate and there is none.
@@ -427,11 +432,9 @@ def for_model(
             own = [field.name for field in dataclasses.fields(MediaGenerationConfig)]
             require_defaults(config.media, own, "for text alone", "use a model that makes media")
     if trained_depth is not None:
-        if config.depth.depth is not None:
-            return config
         with _errors_below("depth"):
-            depth = dataclasses.replace(config.depth, depth=trained_depth)
-        return dataclasses.replace(config, depth=depth)
+            depth = depth_for_model(config.depth, trained_depth, calibration)
+        return config if depth == config.depth else dataclasses.replace(config, depth=depth)
     if config.strategy in ("speculative", "parallel"):
         raise ConfigError(
             "strategy",
@@ -450,6 +453,22 @@ def for_model(
                 "use a recurrent model",
             )
     return config
+
+
+def depth_for_model(
+    rule: DepthConfig, trained_depth: int, calibration: Calibration | None
+) -> DepthConfig:
+    """The same rule with a depth, and with a number in place of an 'auto' threshold.
+
+    Raises:
+      ConfigError: if it does not fit the depth, or there is no such number.
+    """
+    depth = trained_depth if rule.depth is None else rule.depth
+    changed: dict[str, Any] = {"depth": depth}
+    if rule.exit_threshold == AUTO:
+        found = calibrated_threshold(calibration, rule.exit_criterion, depth)
+        changed["exit_threshold"] = found
+    return dataclasses.replace(rule, **changed)
 
 
 def flag_name(path: str) -> str:

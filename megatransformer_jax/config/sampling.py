@@ -29,6 +29,9 @@ EXIT_CRITERIA = (
 )
 
 
+# `exit_threshold` of a model that was calibrated, see config/calibration.py.
+AUTO = "auto"
+
 # models/gate_readout.py has what they mean.
 GATE_READOUTS = ("last", "threshold", "weighted")
 GATE_THRESHOLD = 0.5
@@ -69,11 +72,13 @@ class DepthConfig:
         "learned_gate: the model's trained exit gate (model.exit_gate.enabled).",
         choices=EXIT_CRITERIA,
     )
-    exit_threshold: float | None = option(
+    exit_threshold: float | str | None = option(
         None,
-        "A token exits once its value is below this (argmax_stability: at least this). Default "
+        "A token exits once its value is below this (argmax_stability: at least this). auto: what "
+        "`megatransformer calibrate` has found for this model, criterion and depth. Default "
         "(None): the criterion's default, see models/exit_criteria.py.",
         above=0,
+        words=(AUTO,),
     )
     min_depth: int = option(
         1, "Smallest number of iterations before a token may exit.", minimum=1, maximum=MAX_COUNT
@@ -127,12 +132,19 @@ class DepthConfig:
     def _survival_is_a_probability(self) -> None:
         """Below 1 with exit_criterion='learned_gate', where it is a probability."""
         threshold = self.exit_threshold
-        if self.exit_criterion == "learned_gate" and threshold is not None and threshold >= 1:
+        is_number = threshold is not None and not isinstance(threshold, str)
+        if self.exit_criterion == "learned_gate" and is_number and threshold >= 1:  # type: ignore[operator]
             raise ConfigError(
                 "exit_threshold",
                 f"{threshold} is not below 1, so that every token would leave at once; "
                 "learned_gate compares it with the probability of not having exited.",
             )
+
+    @property
+    def threshold(self) -> float | None:
+        """`exit_threshold` of a certain model, as a number. None: the criterion's default."""
+        assert not isinstance(self.exit_threshold, str)  # `for_model` has put a number there.
+        return self.exit_threshold
 
     def check_gate(self, has_exit_gate: bool) -> None:
         """Checks that a model has the gate that is asked.

@@ -16,7 +16,12 @@ from megatransformer_jax.config.option import (
     require_function_name,
     rule,
 )
-from megatransformer_jax.config.sampling import GATE_READOUTS, GATE_THRESHOLD, check_readout
+from megatransformer_jax.config.sampling import (
+    EXIT_CRITERIA,
+    GATE_READOUTS,
+    GATE_THRESHOLD,
+    check_readout,
+)
 
 # Sources of files, by the ending of their names.
 FILE_KINDS = {".txt": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -48,6 +53,15 @@ _OF_DATA = (
     "votes",
     *MEDIA_OPTIONS,
     *SOUND_OPTIONS,
+)
+# Options of a calibration that a score has too.
+CALIBRATION_DATA = (
+    "files",
+    "text_field",
+    "num_batches",
+    "sequence_length",
+    "batch_size",
+    "seed",
 )
 
 
@@ -211,6 +225,82 @@ class ScoringConfig:
             value = getattr(self, name)
             if value is not None and (name not in _COUNTS or value != 0):
                 raise ConfigError(name, f"{value!r} would be ignored, as {why}; leave it out.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibrationConfig:
+    """How well exits must do, which criteria are tried, and on what."""
+
+    accuracy: float = option(
+        0.99,
+        "Share of the full depth's accuracy that a threshold must keep. Accuracy is that of exact "
+        "answers to problems; on text it is how often the likeliest token is the one of the full "
+        "depth.",
+        above=0,
+        maximum=1,
+    )
+    depth: int | None = option(
+        None,
+        "Full depth: most iterations of a token. Default (None): the mean in training.",
+        minimum=2,
+        maximum=MAX_COUNT,
+    )
+    criteria: tuple[str, ...] = option(
+        (),
+        "Exit criteria to calibrate. Default (empty): all that the model has.",
+        choices=EXIT_CRITERIA[1:],
+    )
+    files: tuple[str, ...] = option(
+        (),
+        "Files with text to calibrate on (.txt, .jsonl, .parquet). Default (empty): the validation "
+        "split of the run.",
+    )
+    text_field: str = option("text", "Field with the text, of .jsonl and .parquet files.")
+    num_batches: int | None = option(
+        None,
+        "Largest number of batches. Default (None): all.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    sequence_length: int | None = option(
+        None,
+        "Tokens per row of a batch. Default (None): data.sequence_length of the run; of other "
+        "models 1024, or less if the model reads less.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    batch_size: int | None = option(
+        None,
+        "Rows at once. Default (None): data.batch_size of the run; otherwise 8.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+    seed: int | None = option(
+        None,
+        "Seed of the core's first states. Default (None): the seed of validation in training; for "
+        "other models 0.",
+        minimum=0,
+        maximum=MAX_SEED,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    @rule("criteria")
+    def _criteria_differ(self) -> None:
+        """Each criterion once."""
+        if len(set(self.criteria)) != len(self.criteria):
+            raise ConfigError("criteria", f"{self.criteria} names one twice; give each once.")
+
+    @rule("files", "text_field")
+    def _data_can_be_scored(self) -> None:
+        """All .txt, all .jsonl or all .parquet; text_field only with files."""
+        _ = self.scoring
+
+    @property
+    def scoring(self) -> ScoringConfig:
+        """The same data for a score."""
+        return ScoringConfig(**{name: getattr(self, name) for name in CALIBRATION_DATA})
 
 
 def check_generation(given: Mapping[str, Any], *, has_prompts: bool) -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Bool, Int, Key
 
 from megatransformer_jax.evaluation.validation import EvalStep, depth_argument
 from megatransformer_jax.models.exit_criteria import DepthRule
@@ -117,8 +117,7 @@ class CachedScores:
     problems: int
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("one_by_one", "warm_start"))
-def cached_answers(
+def pass_problems(
     model: MegaTransformer,
     params: Any,
     batch: Batch,
@@ -128,8 +127,9 @@ def cached_answers(
     *,
     one_by_one: bool = True,
     warm_start: bool = False,
+    makes_all: Bool[Array, "B T"] | None = None,
 ) -> CachedAnswers:
-    """Passes a batch of problems through the model; one compilation serves all depths.
+    """Passes a batch of problems through the model; one compilation serves all depths. Pure.
 
     Args:
       model: the model.
@@ -141,6 +141,7 @@ def cached_answers(
       one_by_one: a pass per token, as in decoding; otherwise one pass for all, as in reading a
         prompt.
       warm_start: a token's first state is the last one of the token before.
+      makes_all: tokens that make all iterations, whatever the criterion says. None: none of them.
 
     Raises:
       ValueError: if `warm_start` is wanted in one pass, where the token before has no last state
@@ -148,33 +149,48 @@ def cached_answers(
     """
     if warm_start and not one_by_one:
         raise ValueError("warm_start needs one_by_one=True: in one pass all tokens start together.")
+    if makes_all is not None and not one_by_one:
+        raise ValueError("makes_all needs one_by_one=True: in one pass a row has one min_depth.")
     is_token = batch.segment_ids > 0
+    waits = jnp.zeros(batch.tokens.shape, bool) if makes_all is None else makes_all
 
-    def run(tokens: jax.Array, is_token: jax.Array, cache: KVCache, **given: Any) -> CachedOutput:
+    def run(
+        tokens: jax.Array, is_token: jax.Array, cache: KVCache, waits: jax.Array, **given: Any
+    ) -> CachedOutput:
         new = NewTokens(tokens, is_token, state_keys=state_keys, **given)
-        return cached_forward(model, params, new, cache, rule)
+        of_pass: Any = rule
+        if makes_all is not None:
+            of_pass = of_pass.replace(min_depth=jnp.where(waits, rule.depth, rule.min_depth))
+        return cached_forward(model, params, new, cache, of_pass)
 
     def answer(output: CachedOutput) -> tuple[jax.Array, jax.Array]:
         return jnp.argmax(output.logits, axis=-1).astype(jnp.int32), output.num_steps
 
     num_first = 1 if one_by_one else batch.tokens.shape[1]
-    first = run(batch.tokens[:, :num_first], is_token[:, :num_first], cache, is_first=True)
+    columns = (batch.tokens[:, :num_first], is_token[:, :num_first])
+    first = run(*columns, cache, waits[:, 0], is_first=True)
     if not one_by_one:
         return CachedAnswers(*answer(first))
 
     def read_one(carry: tuple[KVCache, Any], column: tuple[jax.Array, jax.Array]) -> Any:
         cache, state = carry
-        tokens, is_token = column
-        output = run(tokens[:, None], is_token[:, None], cache, state=state if warm_start else None)
+        tokens, is_token, waits = column
+        given = {"state": state if warm_start else None}
+        output = run(tokens[:, None], is_token[:, None], cache, waits, **given)
         return (output.cache, output.state), answer(output)
 
-    columns = (batch.tokens[:, 1:].T, is_token[:, 1:].T)
-    _, others = jax.lax.scan(read_one, (first.cache, first.state), columns)
+    rest = (batch.tokens[:, 1:].T, is_token[:, 1:].T, waits[:, 1:].T)
+    _, others = jax.lax.scan(read_one, (first.cache, first.state), rest)
 
     def join(first: jax.Array, others: jax.Array) -> jax.Array:
         return jnp.concatenate([first, others[:, :, 0].T], axis=1)
 
     return CachedAnswers(*map(join, answer(first), others))
+
+
+cached_answers = functools.partial(
+    jax.jit, static_argnums=0, static_argnames=("one_by_one", "warm_start")
+)(pass_problems)
 
 
 def cached_scores(batches: Iterable[Batch], answers: Iterable[CachedAnswers]) -> CachedScores:

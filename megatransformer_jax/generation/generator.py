@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from megatransformer_jax.config.calibration import Calibration
 from megatransformer_jax.config.generation import (
     GenerationConfig,
     MediaGenerationConfig,
@@ -129,6 +130,7 @@ class Generator:
       trained_depth: mean iterations in training, used if `config.depth.depth` is None. None: the
         model has no core.
       end_ids: tokens that end a text. None: the tokenizer's.
+      calibration: what exit_threshold=auto stands for.
 
     Attributes:
       config: how, with the depth that is used.
@@ -145,24 +147,25 @@ class Generator:
         config: GenerationConfig,
         trained_depth: int | None,
         end_ids: Sequence[int] | None = None,
+        calibration: Calibration | None = None,
     ):
         check_can_continue(model.config)
         check_depth(model, trained_depth)
-        self._model = model
-        self._params = params
-        self._tokenizer = tokenizer
+        self._model, self._params, self._tokenizer = model, params, tokenizer
         self.config = for_model(
             config,
             trained_depth,
             has_exit_gate=model.config.exit_gate.enabled,
             makes_media=model.config.has_media,
+            calibration=calibration,
         )
         self._trained_depth = trained_depth
         self._maker: MediaMaker | None = None
         if model.config.has_media and isinstance(tokenizer, MediaTokenizer):
             self._maker = MediaMaker(model, params, tokenizer, self.config)
         self._end_ids = tuple(end_ids_of(tokenizer) if end_ids is None else end_ids)
-        self._text_model = TextModel(model, params, tokenizer, trained_depth, self._end_ids)
+        texts = model, params, tokenizer, trained_depth, self._end_ids
+        self._text_model = TextModel(*texts, calibration)
         # First, as it finds out whether the tokenizer fits the model.
         self._chain = build_chain(self.config, tokenizer, model.config.vocab_size)
         self._stops = self._stop_texts()
@@ -517,7 +520,7 @@ def check_depth(model: MegaTransformer, trained_depth: int | None) -> None:
 def depth_rule(config: GenerationConfig) -> DepthRule:
     """How deep the tokens of a generation go; its depth is a number, unless there is no core."""
     criterion = exit_criterion(config.depth.exit_criterion)
-    threshold = config.depth.exit_threshold
+    threshold = config.depth.threshold
     return DepthRule(
         depth=jnp.int32(config.depth.depth or 1),
         threshold=jnp.float32(criterion.default_threshold if threshold is None else threshold),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import typing
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from megatransformer_jax.checkpoints.quantized import (
 )
 from megatransformer_jax.checkpoints.tensor_map import Place
 from megatransformer_jax.config.build import build, read_values
+from megatransformer_jax.config.calibration import CALIBRATION_FILE, Calibration
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.loop import ModelMeshConfig
 from megatransformer_jax.config.model import ModelConfig
@@ -89,6 +91,8 @@ class LoadedModel:
       run_config: of the run that the model comes from; None: it comes from no run of ours.
       quantization: how its matrices are quantised. None: they are not.
       quantized_from: what was quantised, for people. None: it is not quantised.
+      calibration: thresholds of exit criteria that were found for it. None: nobody has looked.
+      checkpoint: step and weights ('average', 'raw') of a run. None: it is not of a run.
     """
 
     config: ModelConfig
@@ -100,6 +104,8 @@ class LoadedModel:
     run_config: RunConfig | None = None
     quantization: QuantizationConfig | None = None
     quantized_from: str | None = None
+    calibration: Calibration | None = None
+    checkpoint: tuple[int, str] | None = None
 
     @property
     def task(self) -> str:
@@ -113,7 +119,8 @@ class LoadedModel:
 
     def generator(self, config: GenerationConfig) -> Generator:
         """Generates with this model as `config` says, which must have been checked against it."""
-        return Generator(self.model, self.weights, self.tokenizer, config, self.trained_depth)
+        given = self.model, self.weights, self.tokenizer, config, self.trained_depth
+        return Generator(*given, calibration=self.calibration)
 
 
 def load_model(
@@ -368,7 +375,21 @@ def _load_run(
     if (folder / "config.json").is_file():
         # What the run was last told, such as which depths to score.
         config = read_run_config(folder)
-    return dataclasses.replace(loaded, run_config=config)
+    found = read_calibration(folder, number, weights)
+    own = {"calibration": found, "checkpoint": (number, weights)}
+    return dataclasses.replace(loaded, run_config=config, **own)
+
+
+def read_calibration(folder: AnyPath, step: int, weights: str) -> Calibration | None:
+    """What `megatransformer calibrate` has left in a folder, for a checkpoint; None if nothing."""
+    file = folder / CALIBRATION_FILE
+    if not file.is_file():
+        return None
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        values = None
+    return Calibration.of_values(values, step, weights)
 
 
 def _load_quantized(folder: AnyPath, precision: str | None) -> LoadedModel:

@@ -321,6 +321,7 @@ def _generation(
         model.trained_depth,
         has_exit_gate=model.has_exit_gate,
         makes_media=model.makes_media,
+        calibration=model.calibration,
     )
     _check_depth(checked, config)
     return checked

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from megatransformer_jax.config.generation import GENERATION_OPTIONS
+from megatransformer_jax.config.generation import GENERATION_OPTIONS, depth_for_model
 from megatransformer_jax.config.option import (
     MAX_SEED,
     ConfigError,
     UserError,
     as_whole,
 )
-from megatransformer_jax.config.sampling import DepthConfig
+from megatransformer_jax.config.sampling import AUTO, DepthConfig
 from megatransformer_jax.config.serving import ModelNameConfig, ServingConfig
 from megatransformer_jax.evaluation.lens import TokenTrace, trace_token
 from megatransformer_jax.export.program import one_of
@@ -163,7 +163,7 @@ class Lens:
             ids = self._ids(body.get("ids"))
             rule = self._rule(body)
             depth = self._served.trained_depth if rule.depth is None else rule.depth
-            threshold = rule.exit_threshold
+            threshold = rule.threshold
             if threshold is None:
                 threshold = EXIT_CRITERIA[rule.exit_criterion].default_threshold
 
@@ -192,6 +192,9 @@ class Lens:
             }
         )
         rule.check_gate(self._served.has_exit_gate)
+        if rule.exit_threshold == AUTO:
+            trained = self._served.trained_depth or 1
+            rule = depth_for_model(rule, trained, self._served.calibration)
         if rule.exit_criterion not in self._names:
             raise ConfigError(
                 "exit_criterion",

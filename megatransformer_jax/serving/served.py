@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from megatransformer_jax.config.calibration import Calibration
 from megatransformer_jax.config.generation import GenerationConfig, for_model
 from megatransformer_jax.config.option import ConfigError, UserError
 from megatransformer_jax.config.sampling import CacheConfig, slots_of_any_depth
@@ -53,6 +54,7 @@ class ServedModel:
       num_parameters: numbers in it.
       formats: what images look like that it reads. None: it reads text alone.
       created: when it was loaded, in seconds since 1970.
+      calibration: what exit_threshold=auto stands for.
     """
 
     name: str
@@ -65,6 +67,7 @@ class ServedModel:
     num_parameters: int = 0
     formats: MediaFormats | None = None
     created: int = 0
+    calibration: Calibration | None = None
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -141,6 +144,7 @@ def served_model(lm: Model, config: ServingConfig, created: int) -> ServedModel:
         num_parameters=lm.num_parameters,
         formats=MediaFormats.of_model(lm.config) if reads_images(lm) else None,
         created=created,
+        calibration=lm.calibration,
     )
 
 

@@ -146,7 +146,7 @@ class RowText:
           others: the fields that it does not have: prompt_number, sample, end_ids, ...
         """
         depth = config.depth
-        threshold = depth.exit_threshold
+        threshold = depth.threshold
         if threshold is None:
             threshold = EXIT_CRITERIA[depth.exit_criterion].default_threshold
         return cls(

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from megatransformer_jax.config.calibration import Calibration
 from megatransformer_jax.config.generation import (
     GENERATION_OPTIONS,
     GenerationConfig,
@@ -96,6 +97,7 @@ class TextModel:
       tokenizer: between text and ids, or None.
       trained_depth: mean iterations in training; None without a core.
       end_ids: tokens that end a text.
+      calibration: what exit_threshold=auto stands for.
     """
 
     model: MegaTransformer
@@ -103,6 +105,7 @@ class TextModel:
     tokenizer: Tokenizer | None
     trained_depth: int | None
     end_ids: tuple[int, ...]
+    calibration: Calibration | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +209,9 @@ def _own_config(given: TextModel, config: GenerationConfig, own: Any) -> Generat
     if changed.media != MediaGenerationConfig():
         raise ConfigError("media", "settings per prompt are for text alone; leave out either.")
     has_gate = given.model.config.exit_gate.enabled
-    return for_model(changed, given.trained_depth, has_exit_gate=has_gate)
+    return for_model(
+        changed, given.trained_depth, has_exit_gate=has_gate, calibration=given.calibration
+    )
 
 
 def continue_each(
