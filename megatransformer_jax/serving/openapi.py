@@ -11,6 +11,7 @@ from typing import Any
 
 from megatransformer_jax.config.generation import GENERATION_OPTIONS
 from megatransformer_jax.config.option import MAX_SEED, Option, options_of
+from megatransformer_jax.config.sampling import AUTO
 from megatransformer_jax.config.serving import (
     MAX_END_IDS,
     MAX_LOGIT_BIAS,
@@ -228,7 +229,7 @@ def _request_schema(
     for option in options_of(kind):
         fields[option.path] = option_schema(option)
     for name in GENERATION_FIELDS:
-        fields[name] = _generation_schema(name, config)
+        fields[name] = _generation_schema(name, model, config)
     limit = model.capacity - 1 if config.max_tokens is None else config.max_tokens
     lower = {
         "n": config.max_n,
@@ -269,7 +270,7 @@ def _request_schema(
     return _object(fields, ["messages" if is_chat else "prompt"])
 
 
-def _generation_schema(name: str, config: ServingConfig) -> Schema:
+def _generation_schema(name: str, model: ServedModel, config: ServingConfig) -> Schema:
     schema = option_schema(GENERATION_OPTIONS[name])
     if name in BOUNDS:
         least, most = BOUNDS[name]
@@ -287,6 +288,10 @@ def _generation_schema(name: str, config: ServingConfig) -> Schema:
             bounds = ("type", "minimum", "maximum", "exclusiveMinimum")
             within = {key: schema.pop(key) for key in bounds if key in schema}
             schema["anyOf"] = [{"enum": outside}, within]
+    if name == "exit_threshold" and model.calibration is not None:
+        bounds = ("type", "minimum", "maximum", "exclusiveMinimum")
+        within = {key: schema.pop(key) for key in bounds if key in schema}
+        schema["anyOf"] = [{"enum": [AUTO]}, within]
     if name == "stop":
         text = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
         schema.pop("items")
@@ -388,7 +393,7 @@ def _schemas(model: ServedModel, config: ServingConfig) -> dict[str, Schema]:
 def _lens_request(model: ServedModel, config: ServingConfig) -> Schema:
     count = {"type": ["integer", "null"], "minimum": 0, "maximum": MAX_SEED}
     names = ("depth", "min_depth", "exit_criterion", "exit_threshold")
-    rule = {name: _generation_schema(name, config) for name in names}
+    rule = {name: _generation_schema(name, model, config) for name in names}
     ids = {"type": "array", "minItems": 1, "maxItems": model.capacity, "items": _token(model)}
     fields: dict[str, Schema] = {
         "model": {"enum": [model.name, None]},

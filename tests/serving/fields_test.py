@@ -1,11 +1,13 @@
 import dataclasses
 from typing import Any
 
+import jsonschema_rs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from served_bytes import CONFIG, MODEL, completion, refusal, sent, with_tokenizer
 
+from megatransformer_jax.config.calibration import Calibration
 from megatransformer_jax.config.generation import GenerationConfig
 from megatransformer_jax.config.serving import CompletionRequestConfig
 from megatransformer_jax.serving.errors import error_answer, json_bytes
@@ -16,6 +18,7 @@ from megatransformer_jax.serving.fields import (
     field_names,
     fresh_seed,
 )
+from megatransformer_jax.serving.openapi import openapi_document
 
 GATED = dataclasses.replace(MODEL, has_exit_gate=True)
 PLAIN = dataclasses.replace(MODEL, trained_depth=None)
@@ -183,6 +186,20 @@ def test_the_model_decides_what_can_be_asked() -> None:
     assert refusal(completion, ids_only, prompt="a") == ("prompt", "no_tokenizer")
     assert refusal(completion, ids_only, prompt=[5], stop="x") == ("stop", "no_tokenizer")
     assert completion(ids_only, prompt=[5]).jobs[0].ids == (5,)
+
+
+def test_auto_is_the_threshold_that_was_found_for_the_model() -> None:
+    calibrated = dataclasses.replace(MODEL, calibration=Calibration(8, 0.99, {"kl": 0.02}))
+    auto = {"prompt": "a", "exit_criterion": "kl", "exit_threshold": "auto"}
+    (job,) = completion(calibrated, **auto).jobs
+    assert job.config.depth.threshold == 0.02
+    for model, body in ((MODEL, auto), (calibrated, auto | {"depth": 9})):
+        assert refusal(completion, model, **body) == ("exit_threshold", "invalid_value")
+    for model, allowed in ((MODEL, False), (calibrated, True)):
+        schema = openapi_document(model, CONFIG)["components"]["schemas"]["CompletionRequest"]
+        field = schema["properties"]["exit_threshold"]
+        assert jsonschema_rs.is_valid(field, "auto") == allowed
+        assert jsonschema_rs.is_valid(field, 0.5) and not jsonschema_rs.is_valid(field, "other")
 
 
 def test_a_prompt_can_be_scored_without_a_new_token() -> None:
