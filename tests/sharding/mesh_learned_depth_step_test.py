@@ -1,5 +1,5 @@
-"""A training step with an exit gate, both terms of stability, value embeddings and norms over all
-heads, sharded, equals one device's."""
+"""A training step with an exit gate, a loss at every iteration, both terms of stability, value
+embeddings and norms over all heads, sharded, equals one device's."""
 
 import dataclasses
 
@@ -15,6 +15,7 @@ from megatransformer_jax.config.recurrence import (
     ExitGateConfig,
     ExitGateTrainingConfig,
     StabilityConfig,
+    SupervisionConfig,
 )
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.mesh import make_mesh
@@ -41,6 +42,7 @@ def with_all_terms():
     train = dataclasses.replace(
         config.train,
         exit_gate=ExitGateTrainingConfig(max_steps=2),
+        supervision=SupervisionConfig(prior="uniform", mix=0.5, max_steps=2),
         stability=StabilityConfig(jacobian_weight=0.5, fixed_point_weight=0.5),
     )
     return dataclasses.replace(config, model=model, train=train)
@@ -67,7 +69,7 @@ def test_a_sharded_step_equals_the_single_device_one_and_gathers_outside_of_loop
     for name, value in expected_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
     assert metrics["jacobian_penalty"] > 0 and metrics["fixed_point_penalty"] > 0
-    assert metrics["exit_mean_steps"] > 1
+    assert metrics["exit_mean_steps"] > 1 and metrics["supervised_loss"] > 0
     for (path, ours), theirs in zip(
         jax.tree_util.tree_leaves_with_path(state.params),
         jax.tree.leaves(expected.params),
