@@ -20,7 +20,7 @@ def test_variants_say_which_iterations_have_a_loss() -> None:
     assert parse("parity,uniform").data.reasoning.task == "parity"
     gate = parse("parity,uniform,gate")
     assert gate.train.exit_gate.target == "gain" and gate.train.supervision.prior == "none"
-    assert gate.train.exit_gate.max_steps == gate.model.recurrence.mean_steps == 12
+    assert gate.train.exit_gate.max_steps == gate.model.recurrence.mean_steps == 10
     assert gate.fine_tuning.init_from == parse("parity,uniform").workdir
     assert not gate.fine_tuning.trains("core/layers/layer_0/mlp/up")
 
