@@ -101,7 +101,7 @@ _PARITY: dict[str, Any] = {
         "scale_embeddings": True,
         "attention": {"window": 2},
         "positions": {"scheme": "rotary"},
-        "mlp": {"kind": "glu", "activation": "silu"},
+        "mlp": {"kind": "gated", "activation": "silu"},
         "recurrence": {
             "adapter": "linear",
             "state_init": "normal",
