@@ -123,6 +123,7 @@ _PARITY: dict[str, Any] = {
     },
     "optimizer": {"name": "adamw", "learning_rate": 2e-3, "beta2": 0.98},
     "train": {"steps": 800},
+    "checkpoint": {"every_steps": 400},
     "evaluation": {"every_steps": 400, "final_depths": (1, 2, 4, 8, 10, 16, 24, 32)},
 }
 
