@@ -8,7 +8,7 @@ Variants, separated by commas after the file's name and a colon:
   gate       trains only an exit gate by Ouro's second stage, on the finished run of the others
   tiny       the same run in under a minute
 
-Two layers are applied six times to expressions of up to three operations modulo 5 in prefix
+Two layers are applied six times to expressions of up to three operations modulo 3 in prefix
 notation (the task `mano`), without prelude, coda and injection (arXiv 2607.20519 has modulo 23 and
 10 operations). Without a prior only the sixth iteration has a loss.
 
@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
             "preset": "tiny",
             "workdir": f"runs/exits{suffix}",
             "model": {
-                "vocab_size": 11,
+                "vocab_size": 9,
                 "max_length": 64,
                 "prelude_layers": 0,
                 "core_layers": 2,
@@ -55,7 +55,7 @@ def get_config(arg: str = "") -> ConfigDict:
                 "sequence_length": 9,
                 "reasoning": {
                     "task": "mano",
-                    "modulus": 5,
+                    "modulus": 3,
                     "max_length": 3,
                     "eval_min_length": 1,
                     "eval_max_length": 3,

@@ -180,11 +180,9 @@ class Search:
     ):
         self._model, self._params, self._depth = model, params, depth
         self._batches = [jax.device_put(batch) for batch in batches]
-        # Rows of all batches have their own first states.
         self._keys = [
-            jax.vmap(jax.random.fold_in, (None, 0))(key, number * len(batch.tokens) + row)
+            jax.random.split(jax.random.fold_in(key, number), len(batch.tokens))
             for number, batch in enumerate(batches)
-            for row in [jnp.arange(len(batch.tokens))]
         ]
         self._names = ("fixed", *names)
         said, steps = self._decode("fixed", 0.0)
@@ -199,7 +197,8 @@ class Search:
         candidates = self._candidates(name)
         goal = share * self.full.accuracy
         scores = (self._score_watched(name, candidate) for candidate in candidates)
-        start = next((i for i, found in enumerate(scores) if found.accuracy >= goal), 0)
+        passing = (place for place, found in enumerate(scores) if found.accuracy >= goal)
+        start = next(passing, len(candidates) - 1)
         found = find_first(
             candidates,
             lambda threshold: self._judge.score(*self._decode(name, threshold)),
