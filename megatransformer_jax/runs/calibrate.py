@@ -15,6 +15,7 @@ from megatransformer_jax.config.scoring import CalibrationConfig
 from megatransformer_jax.evaluation.calibration import Exits, ExitScores, Search
 from megatransformer_jax.evaluation.lens import traced_criteria
 from megatransformer_jax.evaluation.report import Report
+from megatransformer_jax.nn.kv_cache import check_can_continue
 from megatransformer_jax.runs.evaluate import evaluation_batches, make_progress, state_key
 from megatransformer_jax.runs.load import LoadedModel
 from megatransformer_jax.storage import write_json
@@ -36,6 +37,7 @@ def calibrate(
     Raises:
       UserError: if an option does not fit the model, or data cannot be read.
     """
+    check_can_continue(loaded.config)
     depth, names = _depth(loaded, config), _criteria(loaded, config)
     task = "text" if config.files else loaded.task
     if task == "media":
