@@ -172,7 +172,7 @@ def pass_problems(
     if not one_by_one:
         return CachedAnswers(*answer(first))
 
-    def read_one(carry: tuple[KVCache, Any], column: tuple[jax.Array, jax.Array]) -> Any:
+    def read_one(carry: tuple[KVCache, Any], column: tuple[jax.Array, ...]) -> Any:
         cache, state = carry
         tokens, is_token, waits = column
         given = {"state": state if warm_start else None}

@@ -257,8 +257,9 @@ class Search:
     def _score_watched(self, name: str, threshold: float) -> ExitScores:
         """What a threshold would do if exits changed nothing for other tokens."""
         said, steps = [], []
+        is_settled = jax.vmap(EXIT_CRITERIA[name].is_settled, (0, None))
         for watched in self._watched:
-            settled = np.array(EXIT_CRITERIA[name].is_settled(self._of(name, watched), threshold))
+            settled = np.array(is_settled(self._of(name, watched), jnp.float32(threshold)))
             settled[-1] = True
             exit_ = settled.argmax(axis=0)
             said.append(np.take_along_axis(watched[1], exit_[None], axis=0)[0])
