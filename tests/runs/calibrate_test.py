@@ -52,7 +52,7 @@ def test_the_file_says_what_for_and_generation_uses_it(calibrated):
     given = AUTO | {"exit_threshold": found["threshold"]}
     wanted = lm.generate("The ", max_new_tokens=6, **given)
     own = lm.generate("The ", max_new_tokens=6, **AUTO)
-    assert (own.ids, own.depths) == (wanted.ids, wanted.depths)
+    assert (own.text, own.depths) == (wanted.text, wanted.depths)
     each = [{name: AUTO[name] for name in ("exit_criterion", "exit_threshold")}, {}]
     first, second = lm.generate(["The ", "If "], each=each, strategy="greedy", max_new_tokens=3)
     assert first.depths == wanted.depths[:3] and second.depths == (4, 4, 4)
