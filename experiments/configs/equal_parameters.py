@@ -10,8 +10,8 @@ Variants, separated by commas after the file's name and a colon:
   tiny         the same run in under a minute
 
 The model has no prelude, coda and injection, as published: the embedding is the first state of the
-loop. It computes prefix expressions of up to four operations modulo 5 (the task `mano`), and is
-judged on those with four. Only the value of the whole expression is asked.
+loop. It computes prefix expressions of up to three operations modulo 5 (the task `mano`), and is
+judged on those with three. Only the value of the whole expression is asked.
 
 Expected on 2 CPU cores: see docs/results/equal_parameters.md.
 """
@@ -44,7 +44,7 @@ def get_config(arg: str = "") -> ConfigDict:
                     "backprop_depth": 6,
                 },
             },
-            "optimizer": {"name": "muon", "learning_rate": 6e-3, "warmup_steps": 50},
+            "optimizer": {"name": "muon", "learning_rate": 3e-3, "warmup_steps": 50},
             "checkpoint": {"every_steps": 500},
             "evaluation": {"every_steps": 250, "final_depths": (1, 2, 3, 4, 5, 6, 8, 12)},
             "samples": {"every_steps": 0},
@@ -80,19 +80,19 @@ _PROBLEMS: dict[str, Any] = {
         "mlp": {"kind": "mlp", "activation": "gelu", "hidden_width": 128},
     },
     "data": {"source": "reasoning", "batch_size": 64},
-    "train": {"steps": 1500},
+    "train": {"steps": 3000},
 }
 _TASKS: dict[str, dict[str, Any]] = {
     "mano": {
         "model": {"vocab_size": 11},
         "data": {
-            "sequence_length": 11,
+            "sequence_length": 9,
             "reasoning": {
                 "task": "mano",
                 "modulus": 5,
-                "max_length": 4,
-                "eval_min_length": 4,
-                "eval_max_length": 4,
+                "max_length": 3,
+                "eval_min_length": 3,
+                "eval_max_length": 3,
                 "num_eval": 1024,
             },
         },
@@ -100,13 +100,13 @@ _TASKS: dict[str, dict[str, Any]] = {
     "hop": {
         "model": {"vocab_size": 11},
         "data": {
-            "sequence_length": 24,
+            "sequence_length": 22,
             "reasoning": {
                 "task": "hop",
                 "num_symbols": 8,
-                "max_length": 6,
-                "eval_min_length": 6,
-                "eval_max_length": 6,
+                "max_length": 4,
+                "eval_min_length": 4,
+                "eval_max_length": 4,
                 "num_eval": 1024,
             },
         },
@@ -114,23 +114,24 @@ _TASKS: dict[str, dict[str, Any]] = {
     "permutation": {
         "model": {"vocab_size": 8},
         "data": {
-            "sequence_length": 17,
+            "sequence_length": 13,
             "reasoning": {
                 "task": "permutation",
                 "num_symbols": 3,
-                "max_length": 16,
-                "eval_min_length": 16,
-                "eval_max_length": 16,
+                "max_length": 12,
+                "eval_min_length": 12,
+                "eval_max_length": 12,
                 "num_eval": 1024,
             },
         },
-        "train": {"steps": 600},
+        "train": {"steps": 800},
     },
 }
 _TEXT: dict[str, Any] = {
     "preset": "recurrent_mini",
     "model": {"vocab_size": 2048, "recurrence": {"mean_steps": 4, "backprop_depth": 4}},
     "data": {"source": "embedded_text", "batch_size": 8, "sequence_length": 128},
+    "optimizer": {"learning_rate": 6e-3},
     "train": {"steps": 500},
     "evaluation": {"final_depths": (1, 2, 3, 4, 6, 8)},
 }

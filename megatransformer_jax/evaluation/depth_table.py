@@ -162,7 +162,7 @@ class DepthCurve:
 
     label: str
     trained_depth: int | None  # None for a model without a core.
-    depths: tuple[int | None, ...]
+    depths: tuple[int, ...]  # (0,) for a model without a core.
     values: tuple[float, ...]
     # Lowest and highest of the runs at each depth; None for a single run.
     lowest: tuple[float, ...] | None = None
@@ -222,7 +222,7 @@ def read_curve(workdirs: Sequence[AnyPath], metric: str, label: str | None = Non
     if metric not in METRICS:
         raise UserError(f"unknown metric {metric!r}; choose one of {', '.join(METRICS)}.")
     tables = [_read_table(workdir) for workdir in workdirs]
-    depths = [tuple(row["depth"] for row in table["rows"]) for table in tables]
+    depths = [tuple(row["depth"] or 0 for row in table["rows"]) for table in tables]
     for workdir, table, judged in zip(workdirs, tables, depths, strict=True):
         first = tables[0]["trained_depth"], depths[0]
         if (table["trained_depth"], judged) != first:
@@ -267,18 +267,17 @@ def markdown_table(curves: Sequence[DepthCurve]) -> str:
     """
     lines = ["| depth | " + " | ".join(curve.label for curve in curves) + " |"]
     lines.append("|---:|" + "---:|" * len(curves))
-    depths = {depth for curve in curves for depth in curve.depths}
-    for depth in sorted(depths, key=lambda depth: (depth is not None, depth)):
+    for depth in sorted({depth for curve in curves for depth in curve.depths}):
         cells = [_cell(curve, depth) for curve in curves]
-        lines.append(f"| {'-' if depth is None else depth} | " + " | ".join(cells) + " |")
+        lines.append(f"| {depth or '-'} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(curve: DepthCurve, depth: int | None) -> str:
+def _cell(curve: DepthCurve, depth: int) -> str:
     if depth not in curve.depths:
         return "-"
     index = curve.depths.index(depth)
-    star = "\\*" if depth is not None and depth == curve.trained_depth else ""
+    star = "\\*" if depth == curve.trained_depth else ""
     spread = ""
     if curve.lowest is not None and curve.highest is not None:
         spread = f" ({curve.lowest[index]:.3f} to {curve.highest[index]:.3f})"
@@ -305,12 +304,12 @@ def plot_curves(curves: Sequence[DepthCurve], metric: str) -> Figure:
     for curve in curves:
         across = (ticks[0], ticks[-1]) if curve.is_level else curve.depths
         repeats = 2 if curve.is_level else 1
-        style = {"linestyle": ":"} if curve.is_level else {"marker": "o"}
-        (line,) = axes.plot(across, curve.values * repeats, label=curve.label, **style)
+        line = axes.plot(across, curve.values * repeats, label=curve.label)[0]
+        line.set(**({"linestyle": ":"} if curve.is_level else {"marker": "o"}))
         if curve.lowest is not None and curve.highest is not None:
             bounds = curve.lowest * repeats, curve.highest * repeats
             axes.fill_between(across, *bounds, color=line.get_color(), alpha=0.2, linewidth=0)
-    trained = {curve.trained_depth for curve in curves if not curve.is_level}
+    trained = {curve.trained_depth or 0 for curve in curves if not curve.is_level}
     for number, trained_depth in enumerate(sorted(trained)):
         label = "trained mean" if number == 0 else None
         axes.axvline(trained_depth, color="gray", linestyle="--", label=label)
