@@ -50,6 +50,8 @@ STATE_SHAPING = (
     "optimizer.name",
     "optimizer.sgd.momentum",
     "optimizer.adafactor.min_factored_size",
+    "optimizer.muon.row_decay",
+    "optimizer.weight_decay_schedule",
     "optimizer.grokfast.filter",
     "optimizer.grokfast.window",
 )
@@ -71,6 +73,7 @@ TRAINING_ONLY = (
     "model.scan_layers",
     "model.init.scheme",
     "model.init.std",
+    "model.init.zero_outputs",
     "model.recurrence.mean_steps",
     "model.recurrence.backprop_depth",
     "model.recurrence.gradient",
@@ -82,6 +85,7 @@ TRAINING_ONLY = (
     "model.recurrence.ramp",
     "model.recurrence.ramp_steps",
     "model.recurrence.ramp_from",
+    "model.recurrence.ramp_backprop",
 )
 
 _SHOWN = 12

@@ -118,6 +118,7 @@ _DRAW_PER = {"per-batch": "batch", "per-sequence": "sequence", "per-token": "tok
 # Standard deviation of token embeddings, and so of a first state 'like-init', at width D. Takase's
 # also scales embeddings by sqrt(D). Strategies that scale logits are not among them.
 _TAKASE_STD = ("scaled", "takase", "scaled-zero", "scaled-geiping", "scaled-stuck", "small")
+_ZERO_OUTPUTS = "scaled-zero"
 _OTHER_STD = {
     "mitchell": lambda width: 1 / math.sqrt(width),
     "normal": lambda width: 1 / math.sqrt(width),
@@ -491,8 +492,11 @@ def _positions(known: Mapping[str, Any]) -> PositionConfig:
 
 
 def _init(known: Mapping[str, Any]) -> InitConfig:
-    std = _OTHER_STD.get(known["init_strategy"])
-    return InitConfig() if std is None else InitConfig("scaled", std(known["n_embd"]))
+    strategy = known["init_strategy"]
+    std = _OTHER_STD.get(strategy)
+    if std is not None:
+        return InitConfig("scaled", std(known["n_embd"]))
+    return InitConfig(zero_outputs=strategy == _ZERO_OUTPUTS)
 
 
 def _strategy(config: ModelConfig) -> str:
@@ -504,7 +508,7 @@ def _strategy(config: ModelConfig) -> str:
         for strategy, std in _OTHER_STD.items():
             if math.isclose(std(config.width), config.init.std, rel_tol=1e-12):
                 return strategy
-    return "scaled"
+    return _ZERO_OUTPUTS if config.init.zero_outputs else "scaled"
 
 
 def _recurrence(known: Mapping[str, Any]) -> RecurrenceConfig:

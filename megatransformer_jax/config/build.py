@@ -26,6 +26,7 @@ import ml_collections
 import yaml
 
 from megatransformer_jax.config.model import ModelConfig
+from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import (
     ConfigError,
     UserError,
@@ -308,12 +309,15 @@ _StrictLoader.add_implicit_resolver(
 #
 # A line is `ModelConfig.width = 256` or `AttentionConfig.num_heads = 4`: a dataclass of the model,
 # one of its options, a literal. Nothing else of gin is allowed, so that a preset is data. A size
-# that no single device has room for also sets the mesh and the batch (`MeshConfig`, `DataConfig`).
+# that no single device has room for also sets the mesh and the batch (`MeshConfig`, `DataConfig`),
+# a recipe that stands or falls with its optimiser also that (`OptimizerConfig` and its sections).
 
 # Where the values of each dataclass go.
-_SECTIONS = {"ModelConfig": "model", "MeshConfig": "mesh", "DataConfig": "data"} | {
-    section_class.__name__: f"model.{path}" for path, section_class, _ in sections_of(ModelConfig)
-}
+_SECTIONS = {"MeshConfig": "mesh", "DataConfig": "data"}
+for _name, _class in (("model", ModelConfig), ("optimizer", OptimizerConfig)):
+    _SECTIONS[_class.__name__] = _name
+    for _path, _section_class, _ in sections_of(_class):
+        _SECTIONS[_section_class.__name__] = f"{_name}.{_path}"
 # Besides sizes of the model: what makes a step fit its machine.
 _OF_THE_MACHINE = ("mesh.fsdp", "mesh.tensor", "data.batch_size", "data.sequence_length")
 # Dataclasses that stand in several places have no path of their own.
@@ -333,7 +337,8 @@ def preset_names() -> tuple[str, ...]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """The nested values of a preset: 'model', and of large ones 'mesh' and 'data'.
+    """The nested values of a preset: 'model', of large ones 'mesh' and 'data', of a recipe
+    'optimizer'.
 
     Raises:
       ConfigError: if there is no such preset; lists those there are.
@@ -359,7 +364,7 @@ def parse_preset(text: str, filename: str) -> dict[str, Any]:
     options = {
         option.path: option
         for option in options_of(RunConfig)
-        if option.path.startswith("model.") or option.path in _OF_THE_MACHINE
+        if option.path.startswith(("model.", "optimizer.")) or option.path in _OF_THE_MACHINE
     }
     values: dict[str, Any] = {"model": {}}
     seen: set[str] = set()

@@ -120,6 +120,11 @@ class InitConfig:
         choices=("normal", "scaled", "takase"),
     )
     std: float = option(0.02, "Standard deviation for normal and scaled.", above=0)
+    zero_outputs: bool = option(
+        False,
+        "Starts matrices that write into the residual stream at zero, so that every layer starts "
+        "as the identity (Parcae).",
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -270,6 +275,26 @@ class ModelConfig:
                 "sharing.scheme",
                 f"{self.sharing.scheme!r} with residual='admin': layers that share weights share "
                 "omega, which depends on the place; use 'none'.",
+            )
+
+    @rule("init.zero_outputs", "residual", "norm.placement")
+    def _zero_outputs_can_learn(self) -> None:
+        """init.zero_outputs needs residual='plain' and norm.placement 'none', 'pre', 'post' or
+        'sandwich'."""
+        if not self.init.zero_outputs:
+            return
+        if self.residual != "plain":
+            raise ConfigError(
+                "residual",
+                f"{self.residual!r} weighs layers by what they add, which is nothing with "
+                "init.zero_outputs=True; use 'plain', or init.zero_outputs=False.",
+            )
+        if self.norm.placement in ("peri", "output"):
+            raise ConfigError(
+                "norm.placement",
+                f"{self.norm.placement!r} normalises what a layer adds, which is zero with "
+                "init.zero_outputs=True; use 'none', 'pre', 'post' or 'sandwich', or "
+                "init.zero_outputs=False.",
             )
 
     @rule("recurrence.kept_every")

@@ -62,8 +62,34 @@ class MuonConfig:
     """Muon: momentum of matrices made orthogonal. Everything else gets AdamW."""
 
     momentum: float = option(0.95, "Decay of the matrices' momentum.", minimum=0, below=1)
+    momentum_from: float | None = option(
+        None,
+        "Momentum at step 0, from which it grows linearly over momentum_warmup_steps; the average "
+        "is then not corrected for its start at zero (Parcae: 0.85). Default (None): `momentum` "
+        "throughout.",
+        minimum=0,
+        below=1,
+    )
+    momentum_warmup_steps: int = option(
+        0, "Steps from momentum_from to momentum (Parcae: 300).", minimum=0
+    )
     nesterov: bool = option(True, "Looks ahead by one step of the momentum.")
     newton_schulz_steps: int = option(5, "Number of orthogonalisation iterations.", minimum=1)
+    polynomial: str = option(
+        "quintic",
+        "What an orthogonalisation iteration does to singular values. quintic: always the same "
+        "polynomial, which brings them near 1. polar_express: the best one for each of up to 5 "
+        "iterations (arXiv 2505.16932).",
+        choices=("quintic", "polar_express"),
+    )
+    row_decay: float | None = option(
+        None,
+        "Divides the rows of the longer side of the orthogonal matrix by the root of their mean "
+        "square, averaged with this decay, and keeps the matrix's norm (after NorMuon, arXiv "
+        "2510.05491; Parcae: 0.95). Default (None): off.",
+        minimum=0,
+        below=1,
+    )
     consistent_rms: float | None = option(
         0.2,
         "Root mean square of a matrix's update before the learning rate; 0.2 is about AdamW's, so "
@@ -77,6 +103,34 @@ class MuonConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all options that optax's Muon lacks are off."""
+        return (
+            self.momentum_from is None and self.polynomial == "quintic" and self.row_decay is None
+        )
+
+    @rule("momentum_from", "momentum_warmup_steps")
+    def _ramp_has_both_ends(self) -> None:
+        """momentum_from and momentum_warmup_steps above 0 need each other."""
+        if (self.momentum_from is None) != (self.momentum_warmup_steps == 0):
+            raise ConfigError(
+                "momentum_warmup_steps",
+                f"{self.momentum_warmup_steps} does not go with momentum_from="
+                f"{self.momentum_from}; give both, such as momentum_from=0.85 and "
+                "momentum_warmup_steps=300, or neither.",
+            )
+
+    @rule("newton_schulz_steps", "polynomial")
+    def _polynomials_are_known(self) -> None:
+        """At most 5 with polynomial='polar_express', which has as many polynomials."""
+        if self.polynomial == "polar_express" and self.newton_schulz_steps > 5:
+            raise ConfigError(
+                "newton_schulz_steps",
+                f"{self.newton_schulz_steps} is more than the 5 iterations of "
+                "polynomial='polar_express'; use at most 5, or polynomial='quintic'.",
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +196,23 @@ class OptimizerConfig:
     learning_rate: float = option(3e-3, "Peak learning rate.", above=0)
     schedule: str = option(
         "warmup_cosine",
-        "warmup_cosine: to final_fraction of the peak. wsd: warmup, stable, then 1 - sqrt decay "
-        "over the last decay_steps (arXiv 2405.18392). constant: warmup, then stable.",
+        "warmup_cosine: to final_fraction of the peak. wsd: warmup, stable, then a decay over the "
+        "last decay_steps or decay_fraction (arXiv 2405.18392). constant: warmup, then stable.",
         choices=("warmup_cosine", "wsd", "constant"),
     )
     warmup_steps: int = option(50, "Steps of linear warmup.", minimum=0)
     decay_steps: int = option(0, "wsd only: steps of the final decay.", minimum=0)
+    decay_fraction: float = option(
+        0.0,
+        "wsd only, in place of decay_steps: share of the run's steps that the final decay takes.",
+        minimum=0,
+        maximum=1,
+    )
+    decay_shape: str = option(
+        "one_minus_sqrt",
+        "wsd only: how the rate falls. one_minus_sqrt: fast at first. linear: evenly (Parcae).",
+        choices=("one_minus_sqrt", "linear"),
+    )
     final_fraction: float = option(
         0.1, "Last learning rate as a share of the peak.", minimum=0, maximum=1
     )
@@ -165,6 +230,17 @@ class OptimizerConfig:
         "Decoupled weight decay on matrices; vectors (norm scales, biases, the diagonal "
         "adapter's a_log, dt_bias and b_matrix), the read-out's c_matrix and embeddings have none.",
         minimum=0,
+    )
+    weight_decay_schedule: str = option(
+        "constant",
+        "constant: the same weight decay in all steps. linear: falls evenly from it to 0 at the "
+        "run's end (Parcae).",
+        choices=("constant", "linear"),
+    )
+    cautious_decay: bool = option(
+        False,
+        "Decays a weight only in steps whose update moves it towards 0 as well: where update and "
+        "decay have one sign (arXiv 2510.12402; Parcae).",
     )
     clip_norm: float | None = option(
         1.0,
@@ -244,15 +320,35 @@ class OptimizerConfig:
                 self, ("final_fraction",), "with schedule='constant'", "choose another schedule"
             )
 
-    @rule("decay_steps")
-    def _decay_steps_go_with_wsd(self) -> None:
-        """At least 1 with schedule='wsd', otherwise 0."""
-        if (self.schedule == "wsd") != (self.decay_steps > 0):
+    @rule("decay_steps", "decay_fraction", "decay_shape")
+    def _decay_goes_with_wsd(self) -> None:
+        """schedule='wsd' needs decay_steps of at least 1 or decay_fraction above 0, not both; other
+        schedules need the default."""
+        if self.schedule != "wsd":
+            names = ("decay_steps", "decay_fraction", "decay_shape")
+            with_it = f"with schedule={self.schedule!r}"
+            require_defaults(self, names, with_it, "set schedule='wsd'")
+        elif (self.decay_steps > 0) == (self.decay_fraction > 0):
             raise ConfigError(
                 "decay_steps",
-                f"{self.decay_steps} does not go with schedule={self.schedule!r}; "
-                "wsd needs decay_steps >= 1, the others 0.",
+                f"{self.decay_steps} with decay_fraction={self.decay_fraction} does not say how "
+                "long schedule='wsd' decays; give decay_steps >= 1 or decay_fraction above 0, and "
+                "leave the other at 0.",
             )
+
+    @rule("weight_decay_schedule", "cautious_decay")
+    def _decay_options_need_a_decay(self) -> None:
+        """Only with weight_decay above 0, or a group that sets one."""
+        decays = [self.weight_decay, *(group.weight_decay for group in parse_groups(self.groups))]
+        if not any(decays):
+            names = ("weight_decay_schedule", "cautious_decay")
+            require_defaults(self, names, "with weight_decay=0", "raise weight_decay")
+
+    def num_decay_steps(self, total_steps: int) -> int:
+        """Steps of the learning rate's final decay in a run of `total_steps`."""
+        if self.decay_fraction:
+            return max(1, round(self.decay_fraction * total_steps))
+        return self.decay_steps
 
 
 # ------------------------------------------------------------------------------

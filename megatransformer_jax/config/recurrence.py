@@ -123,12 +123,20 @@ class RecurrenceConfig:
     )
     ramp: str = option(
         "none",
-        "Curriculum: the mean grows from ramp_from to mean_steps over ramp_steps. linear, or "
-        "one_minus_sqrt: 1 - sqrt(1 - t), slow at first.",
-        choices=("none", "linear", "one_minus_sqrt"),
+        "Curriculum: the mean grows from ramp_from to mean_steps over ramp_steps. linear. "
+        "one_minus_sqrt: 1 - sqrt(1 - t), slow at first. doubling: in stages of equally many "
+        "steps, each with twice the mean of the one before.",
+        choices=("none", "linear", "one_minus_sqrt", "doubling"),
     )
     ramp_steps: int = option(0, "Optimiser steps that the ramp takes.", minimum=0)
     ramp_from: int = option(1, "Mean number of iterations at step 0 of the ramp.", minimum=1)
+    ramp_backprop: bool = option(
+        False,
+        "Lets the ramp raise backprop_depth too, in proportion to the mean and rounded up to a "
+        "power of two, so that early steps take less time. The step is compiled for each depth. "
+        "Terms of the loss that look at all iterations (train.exit_gate, train.supervision) keep "
+        "backprop_depth.",
+    )
     loop_embedding: bool = option(
         False,
         "Adds a learned vector per iteration to the core's input; it starts at zero.",
@@ -313,11 +321,12 @@ class RecurrenceConfig:
                 f"{highest}; raise it to at least {highest}, or lower mean_steps.",
             )
 
-    @rule("ramp_steps", "ramp_from")
+    @rule("ramp_steps", "ramp_from", "ramp_backprop")
     def _ramp_options_go_together(self) -> None:
-        """With ramp='none' both keep their defaults; the other ramps need ramp_steps >= 1."""
+        """With ramp='none' all keep their defaults; the other ramps need ramp_steps >= 1."""
         if self.ramp == "none":
-            require_defaults(self, ("ramp_steps", "ramp_from"), "with ramp='none'", "choose a ramp")
+            names = ("ramp_steps", "ramp_from", "ramp_backprop")
+            require_defaults(self, names, "with ramp='none'", "choose a ramp")
         elif self.ramp_steps == 0:
             raise ConfigError(
                 "ramp_steps", f"0 does not go with ramp={self.ramp!r}; give at least 1."
@@ -330,6 +339,27 @@ class RecurrenceConfig:
             raise ConfigError(
                 "ramp_from", f"{self.ramp_from} exceeds mean_steps={self.mean_steps}; lower it."
             )
+
+    @rule("ramp_backprop", "ramp_from", "backprop_depth")
+    def _ramp_raises_backprop_depth(self) -> None:
+        """ramp_backprop needs a ramp with more than one depth to backpropagate through."""
+        if self.ramp_backprop and len(self.backprop_depths) == 1:
+            raise ConfigError(
+                "ramp_backprop",
+                f"True changes nothing: backprop_depth={self.backprop_depth} is needed from the "
+                f"ramp's first step on, with ramp_from={self.ramp_from} of mean_steps="
+                f"{self.mean_steps}; lower ramp_from, raise backprop_depth, or set it to False.",
+            )
+
+    @property
+    def backprop_depths(self) -> tuple[int, ...]:
+        """The depths that training backpropagates through, ascending; one but for a ramp."""
+        if not self.ramp_backprop:
+            return (self.backprop_depth,)
+        least = self.backprop_depth * self.ramp_from / self.mean_steps
+        powers = (2**power for power in range(self.backprop_depth.bit_length()))
+        smaller = (depth for depth in powers if least <= depth < self.backprop_depth)
+        return (*smaller, self.backprop_depth)
 
     @rule("unroll")
     def _unroll_fits_backprop_depth(self) -> None:

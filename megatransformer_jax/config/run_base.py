@@ -153,13 +153,14 @@ class BaseRunConfig(abc.ABC):
                 f"{self.data.batch_size}; use a divisor.",
             )
 
-    @rule("optimizer.warmup_steps", "optimizer.decay_steps")
+    @rule("optimizer.warmup_steps", "optimizer.decay_steps", "optimizer.decay_fraction")
     def _schedule_fits_the_run(self) -> None:
-        """Together at most train.steps."""
-        if self.optimizer.warmup_steps + self.optimizer.decay_steps > self.train.steps:
+        """Warm-up and decay take at most train.steps together."""
+        decay_steps = self.optimizer.num_decay_steps(self.train.steps)
+        if self.optimizer.warmup_steps + decay_steps > self.train.steps:
             raise ConfigError(
                 "optimizer.warmup_steps",
-                f"{self.optimizer.warmup_steps} + decay_steps {self.optimizer.decay_steps} exceed "
+                f"{self.optimizer.warmup_steps} + {decay_steps} steps of the final decay exceed "
                 f"train.steps={self.train.steps}; shorten them.",
             )
 

@@ -14,6 +14,7 @@ would end before it and would train nothing.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -467,14 +468,27 @@ def mean_at_step(config: RecurrenceConfig, step: Int[Array, ""] | int) -> Float[
     """The mean number of iterations at an optimiser step: the curriculum's ramp.
 
     Grows from `ramp_from` to `mean_steps` over `ramp_steps`: in proportion to t ('linear') or to
-    1 - sqrt(1 - t) ('one_minus_sqrt'), slow at first and fast at the end, t in [0, 1].
+    1 - sqrt(1 - t) ('one_minus_sqrt'), slow at first and fast at the end, t in [0, 1]; or doubles
+    in stages of equal length ('doubling').
     """
     if config.ramp == "none":
         return jnp.float32(config.mean_steps)
     progress = jnp.clip(jnp.asarray(step, jnp.float32) / config.ramp_steps, 0.0, 1.0)
+    if config.ramp == "doubling":
+        stages = math.ceil(math.log2(config.mean_steps / config.ramp_from))
+        # Rounded, as a stage must not begin a step late.
+        stage = jnp.floor(jnp.round(progress * stages, 4))
+        return jnp.minimum(config.ramp_from * 2.0**stage, config.mean_steps)
     if config.ramp == "one_minus_sqrt":
         progress = 1.0 - jnp.sqrt(1.0 - progress)
     return config.ramp_from + progress * (config.mean_steps - config.ramp_from)
+
+
+def backprop_stage(config: RecurrenceConfig, step: Int[Array, ""] | int) -> Int[Array, ""]:
+    """Which of `config.backprop_depths` the ramp has come to at an optimiser step, int32 []."""
+    wanted = mean_at_step(config, step) * (config.backprop_depth / config.mean_steps)
+    depths = jnp.asarray(config.backprop_depths[:-1], jnp.float32)
+    return jnp.sum(depths < wanted - 1e-3, dtype=jnp.int32)
 
 
 def draw_num_steps(

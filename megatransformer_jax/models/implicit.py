@@ -20,6 +20,7 @@ whose size only the number of terms bounds.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -285,7 +286,8 @@ def recur_as_configured(
             backprop_depth=backprop_depth,
             unroll=recurrence.unroll,
             trains_state=recurrence.trains_state,
-            kept_every=recurrence.kept_every,
+            # All of it, but early in a ramp that raises the depth too.
+            kept_every=math.gcd(recurrence.kept_every, backprop_depth),
             see_previous=see_previous,
         )
     settled = settle(

@@ -129,6 +129,8 @@ class WeightInit:
     @property
     def residual(self) -> jax.nn.initializers.Initializer:
         """Matrices that write into the residual stream."""
+        if self.residual_std == 0:
+            return nn.initializers.zeros
         return truncated_normal(self.residual_std)
 
     @property
@@ -147,11 +149,9 @@ def weight_init(config: ModelConfig, width: int) -> WeightInit:
     depth = config.prelude_layers + recurrent_layers + config.coda_layers
     scale = 1.0 / math.sqrt(2 * depth)
     scheme = config.init.scheme
-    if scheme == "takase":
-        std = math.sqrt(2 / (5 * width))
-        return WeightInit(std, std * scale, std)
-    std = config.init.std
-    return WeightInit(std, std * scale if scheme == "scaled" else std, std)
+    std = math.sqrt(2 / (5 * width)) if scheme == "takase" else config.init.std
+    residual_std = std if scheme == "normal" else std * scale
+    return WeightInit(std, 0.0 if config.init.zero_outputs else residual_std, std)
 
 
 def truncated_normal(std: float) -> jax.nn.initializers.Initializer:

@@ -85,7 +85,7 @@ def _start(
     tokenizer = start_tokenizer(config, workdir)
     model, sharder = build_sharded_model(config)
     # No average of the weights: it has no part in the steps.
-    optimizer = optimizer_with_schedule(config.optimizer, schedule)
+    optimizer = optimizer_with_schedule(config.optimizer, schedule, config.train.steps)
     if config.train.memory_budget_gib is None:
         train_step: Any = jax.jit(make_train_step(model, optimizer, config), donate_argnums=0)
     else:

@@ -387,7 +387,10 @@ class Objective(Protocol):
 
 
 def make_objective(
-    model: MegaTransformer, config: RunConfig, room: MediaRoom | None = None
+    model: MegaTransformer,
+    config: RunConfig,
+    room: MediaRoom | None = None,
+    backprop_depth: int | None = None,
 ) -> Objective:
     """The objective of a run: mean cross-entropy, z-loss, and the terms that the config asks for.
 
@@ -407,7 +410,10 @@ def make_objective(
       model: the model.
       config: of the run.
       room: most media of a batch that decoders learn to make. None: as a training batch has.
+      backprop_depth: last iterations that gradients flow through. None: as the config says.
     """
+    if backprop_depth is None:
+        backprop_depth = config.model.recurrence.backprop_depth
     stability, supervision = config.train.stability, config.train.supervision
     data = config.data
     room = room or MediaRoom(
@@ -433,7 +439,7 @@ def make_objective(
             positions=part.positions,
             segment_ids=part.segment_ids,
             num_steps=num_steps,
-            backprop_depth=config.model.recurrence.backprop_depth,
+            backprop_depth=backprop_depth,
             deterministic=False,
             rngs={"state": state_key, "dropout": dropout_key},
             mutable=_sown_for(config),

@@ -6,7 +6,7 @@ decoupled weight decay and schedule after it, so that these mean the same whatev
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from megatransformer_jax.config.optimizer import (
     parse_groups,
 )
 from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.training.muon import scale_by_configured_muon
 from megatransformer_jax.training.trainable import map_named, path_text
 from megatransformer_jax.training.transforms import (
     average_weights,
@@ -58,18 +59,23 @@ def build_optimizer(
       >>> optimizer = build_optimizer(OptimizerConfig(learning_rate=1e-3), total_steps=1000)
       >>> state = optimizer.init({"kernel": jnp.ones((2, 2))})
     """
-    optimizer = optimizer_with_schedule(config, build_schedule(config, total_steps))
+    schedule = build_schedule(config, total_steps)
+    optimizer = optimizer_with_schedule(config, schedule, total_steps)
     return optimizer if ema_decay is None else average_weights(optimizer, ema_decay)
 
 
 def optimizer_with_schedule(
-    config: OptimizerConfig, schedule: optax.Schedule
+    config: OptimizerConfig, schedule: optax.Schedule, total_steps: int
 ) -> optax.GradientTransformation:
     """The configured optimiser with another schedule than its own."""
     groups = parse_groups(config.groups)
     update = optax.chain(
         _direction(config),
-        add_decayed_weights(functools.partial(decay_rates, groups, config.weight_decay)),
+        add_decayed_weights(
+            functools.partial(decay_rates, groups, config.weight_decay),
+            fades_over=total_steps if config.weight_decay_schedule == "linear" else None,
+            is_cautious=config.cautious_decay,
+        ),
         scale_by_learning_rate(
             schedule,
             functools.partial(_rate_factors, config, groups),
@@ -129,6 +135,8 @@ def _adafactor(config: AdafactorConfig) -> optax.GradientTransformation:
 
 
 def _muon(config: MuonConfig) -> optax.GradientTransformation:
+    if not config.is_plain:
+        return scale_by_configured_muon(config)
     return scale_by_muon(
         config.momentum, config.nesterov, config.newton_schulz_steps, config.consistent_rms
     )
@@ -175,16 +183,17 @@ def build_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     Raises:
       ValueError: if the name is unknown or warmup and decay do not fit into the run.
     """
-    if config.warmup_steps + config.decay_steps > total_steps:
+    decay_steps = config.num_decay_steps(total_steps)
+    if config.warmup_steps + decay_steps > total_steps:
         raise ValueError(
-            f"warmup_steps={config.warmup_steps} + decay_steps={config.decay_steps} exceed the "
+            f"warmup_steps={config.warmup_steps} + {decay_steps} steps of decay exceed the "
             f"{total_steps} steps of the run; shorten them."
         )
     match config.schedule:
         case "warmup_cosine":
             shape = _cosine(config.warmup_steps, total_steps, config.final_fraction)
         case "wsd":
-            shape = _stable_then_decay(config.decay_steps, total_steps, config.final_fraction)
+            shape = _stable_then_decay(config, decay_steps, total_steps)
         case "constant":
             shape = jnp.ones_like
         case _:
@@ -211,12 +220,15 @@ def _cosine(warmup_steps: int, total_steps: int, final_fraction: float) -> optax
     return shape
 
 
-def _stable_then_decay(decay_steps: int, total_steps: int, final_fraction: float) -> optax.Schedule:
-    """1 until the last `decay_steps` steps, then 1 - sqrt decay (arXiv 2405.18392)."""
+def _stable_then_decay(
+    config: OptimizerConfig, decay_steps: int, total_steps: int
+) -> optax.Schedule:
+    """1 until the last `decay_steps` steps, then 1 - sqrt decay (arXiv 2405.18392) or linear."""
 
     def shape(step: jax.Array) -> jax.Array:
         progress = jnp.clip((step + 1.0 - (total_steps - decay_steps)) / decay_steps, 0.0, 1.0)
-        return 1.0 - (1.0 - final_fraction) * jnp.sqrt(progress)
+        fallen = progress if config.decay_shape == "linear" else jnp.sqrt(progress)
+        return 1.0 - (1.0 - config.final_fraction) * fallen
 
     return shape
 
@@ -247,25 +259,48 @@ def decay_mask(params: Any) -> Any:
     return map_named(_is_decayed, params)
 
 
-def add_decayed_weights(rates: Callable[[Any], Any]) -> optax.GradientTransformationExtraArgs:
+class FadingDecayState(NamedTuple):
+    """State of a weight decay that falls from step to step."""
+
+    count: Any  # int32 [], updates so far
+
+
+def add_decayed_weights(
+    rates: Callable[[Any], Any], fades_over: int | None = None, is_cautious: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """Adds to each update its parameter times a rate of its own (`optax.add_decayed_weights`).
 
     Args:
       rates: from a tree of parameters, which may lack some, to a tree of floats. Where the rate is
         0 the update is left as it is.
+      fades_over: updates over which all rates fall evenly to 0. None: they stay.
+      is_cautious: adds nothing where update and parameter differ in sign.
 
     Examples:
       >>> decay = add_decayed_weights(lambda params: jax.tree.map(lambda p: 0.1, params))
       >>> optimizer = optax.chain(optax.scale_by_adam(), decay, optax.scale(-1e-3))
     """
 
+    def init(params: Any) -> Any:
+        del params
+        return optax.EmptyState() if fades_over is None else FadingDecayState(jnp.int32(0))
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if params is None:
             raise ValueError("weight decay needs the parameters: update(updates, state, params)")
-        decayed = jax.tree.map(lambda u, rate, p: u + rate * p, updates, rates(updates), params)
-        return decayed, state
+        share: Any = 1.0
+        if fades_over is not None:
+            share = jnp.maximum(0.0, 1.0 - state.count / fades_over)
+            state = FadingDecayState(optax.safe_increment(state.count))
 
-    decay = optax.GradientTransformation(optax.init_empty_state, update)
+        def decayed(u: jax.Array, rate: float, p: jax.Array) -> jax.Array:
+            if is_cautious:
+                p = jnp.where(u * p >= 0, p, 0.0)
+            return u + (rate * p if fades_over is None else share * rate * p)
+
+        return jax.tree.map(decayed, updates, rates(updates), params), state
+
+    decay = optax.GradientTransformation(init, update)
     return optax.masked(decay, lambda params: jax.tree.map(lambda rate: rate > 0, rates(params)))
 
 

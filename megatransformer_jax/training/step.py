@@ -13,7 +13,7 @@ from megatransformer_jax.config.fine_tuning import TRAIN_ALL, FineTuningConfig
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.losses.tokens import TokenLoss
 from megatransformer_jax.models.adaptation import model_params
-from megatransformer_jax.models.core import draw_num_steps
+from megatransformer_jax.models.core import backprop_stage, draw_num_steps
 from megatransformer_jax.models.media.parts import sequence_room
 from megatransformer_jax.models.megatransformer import MegaTransformer, param_axes
 from megatransformer_jax.nn.cut_matrices import Spread
@@ -154,22 +154,32 @@ def _gradients(
     parts = config.train.accumulation
     media = None if batch.media is None else count_media(batch.media)
     place = Place(step, jnp.maximum(jnp.sum(batch.loss_mask), 1.0), 1 / parts, media)
-    objective = make_objective(model, config)
     spread = _spread(model, config, trained, batch.tokens.shape[0] // parts)
 
-    def loss_share(
-        trained: Any, part: Batch, draws: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, ObjectiveSums]:
-        params = model_params(join_params(trained, frozen), config.fine_tuning)
-        return objective(spread.matrices(params), part, draws, key, place)
-
-    differentiate = jax.grad(loss_share, has_aux=True)
     copies = spread.copies(trained)
 
-    def of_part(inputs: tuple[Batch, jax.Array], key: jax.Array) -> tuple[Any, ObjectiveSums]:
-        return differentiate(copies, *inputs, key)
+    def through(backprop_depth: int) -> tuple[Any, ObjectiveSums]:
+        objective = make_objective(model, config, backprop_depth=backprop_depth)
 
-    gradients, sums = sum_micro_batches(of_part, (batch, num_steps), key, parts)
+        def loss_share(
+            trained: Any, part: Batch, draws: jax.Array, key: jax.Array
+        ) -> tuple[jax.Array, ObjectiveSums]:
+            params = model_params(join_params(trained, frozen), config.fine_tuning)
+            return objective(spread.matrices(params), part, draws, key, place)
+
+        differentiate = jax.grad(loss_share, has_aux=True)
+
+        def of_part(inputs: tuple[Batch, jax.Array], key: jax.Array) -> tuple[Any, ObjectiveSums]:
+            return differentiate(copies, *inputs, key)
+
+        return sum_micro_batches(of_part, (batch, num_steps), key, parts)
+
+    recurrence = config.model.recurrence
+    ways = [functools.partial(through, depth) for depth in recurrence.backprop_depths]
+    if len(ways) == 1:
+        gradients, sums = ways[0]()
+    else:  # Only the one of the ramp's stage is computed.
+        gradients, sums = jax.lax.switch(backprop_stage(recurrence, step), ways)
     return spread.summed(gradients, model.policy.compute), sums
 
 

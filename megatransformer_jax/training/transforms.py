@@ -67,18 +67,25 @@ def scale_by_muon(
         mu_dtype=jnp.float32,
         weight_dimension_numbers=muon_axes,
     )
+    return optax.chain(orthogonal, scale_by_shape(consistent_rms))
+
+
+def scale_by_shape(consistent_rms: float | None) -> optax.GradientTransformation:
+    """The last part of Muon, see `scale_by_muon`."""
 
     def scale(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> jax.Array:
-        inputs = math.prod(update.shape[axis] for axis in axes.reduction_axis)
-        outputs = math.prod(update.shape[axis] for axis in axes.output_axis)
+        inputs, outputs = matrix_sides(update, axes)
         if consistent_rms is None:
             return update * math.sqrt(max(1.0, outputs / inputs))
         return update * (consistent_rms * math.sqrt(max(inputs, outputs)))
 
-    by_shape = optax.stateless(
-        lambda updates, params: jax.tree.map(scale, updates, muon_axes(updates))
-    )
-    return optax.chain(orthogonal, by_shape)
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, muon_axes(updates)))
+
+
+def matrix_sides(array: Any, axes: optax.contrib.MuonDimensionNumbers) -> tuple[int, int]:
+    """Inputs and outputs of the matrices in a kernel."""
+    inputs = math.prod(array.shape[axis] for axis in axes.reduction_axis)
+    return inputs, math.prod(array.shape[axis] for axis in axes.output_axis)
 
 
 def labels(params: Any) -> Any:

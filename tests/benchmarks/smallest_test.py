@@ -99,6 +99,11 @@ def run(
             r"MB/s[\s\S]+\| 64 \| 1 \| [\d.]+ ms \| [\d.]+ ms \|",
         ),
         (
+            "learning_rates",
+            "parcae:tiny --rates 0.004 0.008 --steps=3",
+            r"\| 0\.004 \| [\d.]+ \|[\s\S]+\| parcae:tiny \| 0 \| [\d.]+ to [\d.]+ \| >= \d",
+        ),
+        (
             "serving",
             "--width=16 --rows=2 --texts=6 --new=8 --slots=2 --rounds=1 --long-prompt=0",
             r"\| mixed \| \d+ \| [\d.]+ \(",

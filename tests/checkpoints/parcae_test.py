@@ -21,6 +21,7 @@ from megatransformer_jax.checkpoints.folders import (
 )
 from megatransformer_jax.checkpoints.parcae import PICKLES, Parcae
 from megatransformer_jax.checkpoints.tensor_map import FormatError
+from megatransformer_jax.config.build import build
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
@@ -88,6 +89,36 @@ def loaded(folder):
     config, params = load_folder(folder)
     model = build_model(config, DTypePolicy(), Sharder(), "cpu")
     return model, jax.tree.map(jnp.asarray, params)
+
+
+def test_the_preset_is_the_published_model():
+    """The values of upstream's configuration of its 140M model."""
+    published = {
+        "_class_name": "ParcaeConfig",
+        "vocab_size": 32768,
+        "padding_multiple": 64,
+        "block_size": 2048,
+        "n_embd": 768,
+        "num_attention_heads": 6,
+        "intermediate_size": 3072,
+        "n_layers_in_prelude": 2,
+        "n_layers_in_recurrent_block": 2,
+        "n_layers_in_coda": 2,
+        "mean_recurrence": 8,
+        "mean_backprop_depth": 4,
+        "recurrent_embedding_dimension": 768,
+        "recurrent_intermediation_embedding_dimension": 3072,
+        "norm_class_name": "RMSNorm",
+        "nonlin_name": "ReLU2",
+        "qk_norm": True,
+        "prelude_norm": True,
+        "tie_embeddings": True,
+        "init_strategy": "scaled-zero",
+        "recurrent_iteration_method": "per-sequence",
+    }
+    model = build({"preset": "parcae_140m"}).model
+    assert PARCAE.read_config(published) == model
+    assert PARCAE.read_config(PARCAE.write_config(model)) == model
 
 
 def test_logits_agree(loaded, expected):

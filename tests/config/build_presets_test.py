@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 import subprocess
 import sys
@@ -26,6 +27,8 @@ NAMES = (
     "multimodal_medium",
     "multimodal_small",
     "multimodal_tiny",
+    "parcae_140m",
+    "parcae_mini",
     "recurrent_medium",
     "recurrent_mini",
     "recurrent_small",
@@ -69,6 +72,8 @@ def test_the_presets_of_the_mission_are_there() -> None:
         ("recurrent_small", 3.7),
         ("recurrent_small_sandwich", 3.7),
         ("recurrent_medium", 82),
+        ("parcae_140m", 67.6),
+        ("parcae_mini", 1.049),
         ("huginn_3_5b", 3509),
         ("gpt2_small", 123.5),
         ("modern_small", 101),
@@ -95,6 +100,15 @@ def test_huginn_is_the_published_model() -> None:
     assert (model.recurrence.mean_steps, model.recurrence.backprop_depth) == (32, 8)
     assert (model.recurrence.adapter, model.recurrence.state_init) == ("linear", "like_init")
     assert model.init.scheme == "takase"
+
+
+def test_a_preset_may_bring_its_optimiser() -> None:
+    optimizer = build({"preset": "parcae_140m"}).optimizer
+    assert (optimizer.name, optimizer.learning_rate, optimizer.warmup_steps) == ("muon", 8e-3, 0)
+    assert optimizer.num_decay_steps(1000) == 500
+    assert (optimizer.muon.momentum_from, optimizer.muon.momentum_warmup_steps) == (0.85, 300)
+    given = build({"preset": "parcae_140m", "optimizer": {"learning_rate": 1e-3}}).optimizer
+    assert given == dataclasses.replace(optimizer, learning_rate=1e-3)
 
 
 def test_plain_language_models_have_no_core() -> None:

@@ -73,6 +73,23 @@ def test_every_role_has_the_spread_of_its_formula(scheme):
     assert np.std(embedding) / CUT == pytest.approx(outer[0], rel=4 / (2 * embedding.size) ** 0.5)
 
 
+def test_zero_outputs_start_every_layer_as_the_identity():
+    plain, zero = (
+        dataclasses.replace(CONFIG, init=InitConfig(zero_outputs=is_zero))
+        for is_zero in (False, True)
+    )
+    expected, params = (
+        init_params(build_model(config, DTypePolicy(), Sharder(), "cpu"), jax.random.key(0))
+        for config in (plain, zero)
+    )
+
+    def check(path, found, other):
+        is_output = path[-1].key in ("output", "down")
+        np.testing.assert_array_equal(found, np.zeros_like(other) if is_output else other)
+
+    jax.tree_util.tree_map_with_path(check, params, expected)
+
+
 def test_sharing_changes_no_depth():
     """A shared layer writes into the stream as often as layers of their own would."""
     shared = dataclasses.replace(

@@ -16,6 +16,24 @@ from megatransformer_jax.config.recurrence import ExitGateConfig, RecurrenceConf
 # The rule, the class, what is given, the path in the error.
 BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [
     (
+        "_zero_outputs_can_learn",
+        ModelConfig,
+        {"init": InitConfig(zero_outputs=True), "residual": "rezero"},
+        "residual",
+    ),
+    (
+        "_zero_outputs_can_learn",
+        ModelConfig,
+        {"init": InitConfig(zero_outputs=True), "norm": NormConfig(placement="peri")},
+        "norm.placement",
+    ),
+    (
+        "_ramp_raises_backprop_depth",
+        RecurrenceConfig,
+        {"ramp": "linear", "ramp_steps": 9, "ramp_from": 8, "ramp_backprop": True},
+        "ramp_backprop",
+    ),
+    (
         "_groups_fill_the_loop",
         RecurrenceConfig,
         {"backprop_depth": 4, "kept_every": 3},

@@ -21,6 +21,10 @@ COMPANIONS = {
     "model.exit_gate.norm": ["--config.model.exit_gate.enabled"],
     "model.recurrence.ramp": ["--config.model.recurrence.ramp_steps=9"],
     "model.recurrence.ramp_steps": ["--config.model.recurrence.ramp=linear"],
+    "model.recurrence.ramp_backprop": [
+        "--config.model.recurrence.ramp=linear",
+        "--config.model.recurrence.ramp_steps=9",
+    ],
     "model.recurrence.ramp_from": [
         "--config.model.recurrence.ramp=linear",
         "--config.model.recurrence.ramp_steps=9",
@@ -37,6 +41,19 @@ COMPANIONS = {
     "data.tfds_data_dir": ["--config.data.source=tfds", "--config.data.tfds_name=x"],
     "optimizer.schedule": ["--config.optimizer.decay_steps=9"],
     "optimizer.decay_steps": ["--config.optimizer.schedule=wsd"],
+    "optimizer.decay_fraction": ["--config.optimizer.schedule=wsd"],
+    "optimizer.decay_shape": [
+        "--config.optimizer.schedule=wsd",
+        "--config.optimizer.decay_steps=9",
+    ],
+    "optimizer.muon.momentum_from": [
+        "--config.optimizer.name=muon",
+        "--config.optimizer.muon.momentum_warmup_steps=9",
+    ],
+    "optimizer.muon.momentum_warmup_steps": [
+        "--config.optimizer.name=muon",
+        "--config.optimizer.muon.momentum_from=0.8",
+    ],
     "distributed.coordinator": [
         "--config.distributed.enabled",
         "--config.distributed.num_processes=2",

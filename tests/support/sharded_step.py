@@ -72,13 +72,15 @@ def single_device(config):
 
 
 @functools.cache
-def sharded(config, mesh_name):
+def sharded(config, mesh_name, first_step=0):
     mesh = make_mesh((MESHES | OTHER_MESHES)[mesh_name], jax.devices())
     sharder = make_sharder(config.model, mesh)
     model = build_model(config.model, DTypePolicy(), sharder, "cpu")
     shardings = state_shardings(model, OPTIMIZER, sharder)
     init = jax.jit(lambda key: init_state(model, OPTIMIZER, key), out_shardings=shardings)
     state = init(jax.random.key(0))
+    if first_step:
+        state = state.replace(step=state.step + first_step)
     batch = jax.device_put(example_batch(), sharder.sharding("batch", "length"))
     step = jax.jit(make_train_step(model, OPTIMIZER, config), out_shardings=(shardings, None))
     compiled = step.lower(state, batch).compile()

@@ -44,6 +44,13 @@ def test_wsd_is_flat_then_decays_by_one_minus_sqrt():
         )
 
 
+def test_a_linear_decay_takes_its_share_of_the_run():
+    rates = values(40, schedule="wsd", warmup_steps=0, decay_fraction=0.5, decay_shape="linear",
+                   final_fraction=0.0)  # fmt: skip
+    expected = [PEAK] * 20 + [PEAK * (1 - (step + 1) / 20) for step in range(20)]
+    np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-9)
+
+
 def test_constant_stays_at_the_peak():
     rates = values(30, schedule="constant", warmup_steps=0)
     assert rates == [pytest.approx(PEAK, rel=1e-6)] * 30

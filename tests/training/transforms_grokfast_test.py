@@ -26,7 +26,13 @@ TRANSFORMS = {
     ),
     "add_decayed_weights": (
         functools.partial(add_decayed_weights, rates=everywhere(0.1)),
-        ("rates",),
+        ("rates", "is_cautious"),
+    ),
+    "fading_decayed_weights": (
+        functools.partial(
+            add_decayed_weights, rates=everywhere(0.1), fades_over=6, is_cautious=True
+        ),
+        ("rates", "fades_over", "is_cautious"),
     ),
     "scale_by_learning_rate": (
         functools.partial(
