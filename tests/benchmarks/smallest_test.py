@@ -138,6 +138,11 @@ def test_of_a_text_run(
     assert re.search(shown, run(name, f"{option}={text_run}", *words.split()))
 
 
+def test_of_two_text_runs(run: Callable[..., str], text_run: pathlib.Path) -> None:
+    shown = run("ramp", str(text_run), str(text_run), "--rounds=1", "--window=2")
+    assert re.search(r"\| run, 8 loops \| [\d.]+ ms[\s\S]+\| run \| 3 \| \d+ \| [\d.]+ \|", shown)
+
+
 def test_of_a_reasoning_run(run: Callable[..., str], reasoning_run: pathlib.Path) -> None:
     few = ("--problems=16", "--depth=2", "--sections", "fixed")
     assert run("reasoning_depth", f"--workdir={reasoning_run}", *few).count("|") > 8
