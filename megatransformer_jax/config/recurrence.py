@@ -346,9 +346,8 @@ class RecurrenceConfig:
         if self.ramp_backprop and len(self.backprop_depths) == 1:
             raise ConfigError(
                 "ramp_backprop",
-                f"True changes nothing: backprop_depth={self.backprop_depth} is needed from the "
-                f"ramp's first step on, with ramp_from={self.ramp_from} of mean_steps="
-                f"{self.mean_steps}; lower ramp_from, raise backprop_depth, or set it to False.",
+                f"True changes nothing, as ramp_from={self.ramp_from} needs all of backprop_depth="
+                f"{self.backprop_depth}; lower ramp_from, or set it to False.",
             )
 
     @property
@@ -358,8 +357,7 @@ class RecurrenceConfig:
             return (self.backprop_depth,)
         least = self.backprop_depth * self.ramp_from / self.mean_steps
         powers = (2**power for power in range(self.backprop_depth.bit_length()))
-        smaller = (depth for depth in powers if least <= depth < self.backprop_depth)
-        return (*smaller, self.backprop_depth)
+        return (*(n for n in powers if least <= n < self.backprop_depth), self.backprop_depth)
 
     @rule("unroll")
     def _unroll_fits_backprop_depth(self) -> None:
