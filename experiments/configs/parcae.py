@@ -14,6 +14,8 @@ So `huginn,adamw` is Huginn's recipe. The default is the preset `parcae_mini`: d
 the normalised prelude, a depth per sequence from a truncated Poisson distribution, a read-out
 matrix, value embeddings, outputs that start at zero; Muon without warm-up, with half of the run to
 cool down. The text is `pydoc_data.topics`, as of `recurrent`.
+
+Expected: a validation loss by depth in the log. The three recipes have not been measured yet.
 """
 
 from typing import Any
