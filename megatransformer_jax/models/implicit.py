@@ -49,12 +49,13 @@ class Settled(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """What is static: terms of the sum, the tolerance, and whether the backward pass computes the
-    last iteration again rather than keep its values."""
+    """What is static: terms of the sum, the tolerance, whether the backward pass computes the last
+    iteration again rather than keep its values, and the structure of the pass."""
 
     terms: int
     tolerance: float
     recomputes: bool
+    structure: jax.tree_util.PyTreeDef
 
 
 def settle(
@@ -86,9 +87,9 @@ def settle(
     if core.core is not None and recomputes:  # Once, and not once per term.
         config = dataclasses.replace(core.core.config, remat="none")
         core = core.replace(core=core.core.copy(config=config, parent=None))  # type: ignore[attr-defined]
-    rule = _Rule(terms, tolerance, recomputes)
-    state, num_steps = jax.lax.stop_gradient((state, num_steps))
-    return Settled(*_settle(rule, _learned(core), core, state, num_steps))
+    leaves, structure = jax.tree.flatten(core)
+    rule = _Rule(terms, tolerance, recomputes, structure)
+    return Settled(*_settle(rule, _learned(core), leaves, state, num_steps))
 
 
 def _learned(core: Pass) -> tuple[Any, ...]:
@@ -175,15 +176,17 @@ def _length(core: Pass, rows: jax.Array) -> Float[Array, "B"]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _settle(
-    rule: _Rule, learned: tuple[Any, ...], core: Pass, state: jax.Array, num_steps: jax.Array
+    rule: _Rule, learned: tuple[Any, ...], leaves: list[Any], state: jax.Array, num_steps: jax.Array
 ) -> tuple[jax.Array, ...]:
-    """The fields of `Settled`. `core` has what is learned too, and passes no gradients."""
-    return _forward(rule, learned, core, state, num_steps)[0]
+    """The fields of `Settled`. The leaves are those of the pass, which has what is learned too.
+    Gradients flow to `learned` alone."""
+    return _forward(rule, learned, leaves, state, num_steps)[0]
 
 
 def _forward(
-    rule: _Rule, learned: tuple[Any, ...], core: Pass, state: jax.Array, num_steps: jax.Array
+    rule: _Rule, learned: tuple[Any, ...], leaves: list[Any], state: jax.Array, num_steps: jax.Array
 ) -> tuple[tuple[jax.Array, ...], Any]:
+    core = jax.tree.unflatten(rule.structure, leaves)
     with jax.named_scope("settle"):
         before, made, is_settled = _approach(rule, core, state, num_steps)
     pullback = None
@@ -197,13 +200,13 @@ def _forward(
     made = made + 1
     is_settled = is_settled | ((residual <= rule.tolerance) & (rule.tolerance > 0))
     terms = jnp.where(is_settled, rule.terms, jnp.minimum(made, rule.terms))
-    kept = (learned, core, before, num_steps, terms, pullback)
+    kept = (learned, leaves, before, num_steps, terms, pullback)
     return (after, residual, made), kept
 
 
 def _backward(rule: _Rule, kept: Any, cotangents: tuple[jax.Array, ...]) -> tuple[Any, ...]:
-    learned, core, before, num_steps, terms, pullback = kept
-    gradient = cotangents[0]
+    learned, leaves, before, num_steps, terms, pullback = kept
+    core, gradient = jax.tree.unflatten(rule.structure, leaves), cotangents[0]
     if pullback is None:
         # Else the compiler would take the values of the forward pass and keep them.
         before, gradient = jax.lax.optimization_barrier((before, gradient))
