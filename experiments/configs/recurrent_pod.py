@@ -10,8 +10,8 @@ can be seen without one:
   megatransformer compile --config=recurrent_pod --topology=v4-8
   megatransformer compile --config=recurrent_pod:v5e_16 --topology=v5e-16
 
-Expected, as `megatransformer inspect --device=v4` (v5e) predicts, not run: 14.1 of 30.75 GiB on a
-chip of v4, 7.8 of 15.75 GiB on one of v5e; splash attention. Compiled with libtpu 0.0.42.1, the
+Expected, as `megatransformer inspect --device=v4` (v5e) predicts, not run: 14.0 of 30.75 GiB on a
+chip of v4, 7.7 of 15.75 GiB on one of v5e; splash attention. Compiled with libtpu 0.0.42.1, the
 program needs 15.2 (v4) and 9.0 GiB (v5e). Its estimates without overlap: 0.40 s per step, 328,000
 tokens per second, MFU 44% (v4); 0.13 s, 1,010,000, 48% (v5e).
 """

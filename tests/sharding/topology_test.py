@@ -1,9 +1,18 @@
 import builtins
+import importlib.util
+import os
+import subprocess
+import sys
 
 import pytest
 
 from megatransformer_jax.config.option import ConfigError, UserError
-from megatransformer_jax.sharding.topology import SLICE_KINDS, describe_devices, parse_topology
+from megatransformer_jax.sharding.topology import (
+    QUIET_ENVIRONMENT,
+    SLICE_KINDS,
+    describe_devices,
+    parse_topology,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +76,26 @@ def test_without_libtpu_the_error_names_the_extra(monkeypatch):
     )
     with pytest.raises(UserError, match=r"extra 'tpu': pip install 'megatransformer_jax\[tpu\]'"):
         describe_devices(parse_topology("v4-8"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
+def test_libtpu_is_silent_about_a_tpu_that_is_not_here(repository):
+    """And what it is told does not stay in the environment."""
+    # JAX sets TPU_SKIP_MDS_QUERY itself where there is no TPU.
+    told = ["TPU_WORKER_HOSTNAMES", "TPU_ACCELERATOR_TYPE"]
+    assert set(told) < set(QUIET_ENVIRONMENT)
+    program = f"""
+import os
+from megatransformer_jax.sharding.topology import describe_devices, parse_topology
+print(len(describe_devices(parse_topology("v5e-4"))), [n for n in {told} if n in os.environ])
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in told}
+    environment |= {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=repository,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout, done.stderr) == ("4 []\n", "")
