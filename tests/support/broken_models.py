@@ -144,6 +144,7 @@ BROKEN_MODELS: list[tuple[str, type, dict[str, Any], str]] = [
         "ramp_from",
     ),
     ("_unroll_fits_backprop_depth", RecurrenceConfig, {"unroll": 5, "backprop_depth": 4}, "unroll"),
+    ("_streams_are_several", RecurrenceConfig, {"hyper_connections": 1}, "hyper_connections"),
     ("_heads_fit_widths", ModelConfig, {"width": 130}, "width"),
     (
         "_heads_fit_widths",
