@@ -16,7 +16,10 @@ One layer, applied 4 times to the embedding, learns to add numbers of 2 digits. 
 prelude, no coda and, in the base, no injection: the set-up of STARS (arXiv 2605.26733), smaller.
 The run ends with exact-answer accuracy at 1 to 32 loops.
 
-Expected: to be measured.
+Expected on one CPU core: 2 minutes per run of addition, 5 to 10 with `language`. Exact-answer
+accuracy measured at 4, 8 and 32 loops: base 1.00, 0.00, 0.00; fixed_point 1.00, 1.00, 0.01; random
+0.95, 0.90, 0.22; diagonal,fixed_point 1.00, 1.00, 0.94; diagonal,random,fixed_point 1.00, 1.00,
+1.00. Loss of language at 4, 8, 32 and 64: 4.31, 4.43, 5.24, 5.75. All: docs/results/collapse.md
 """
 
 from typing import Any
@@ -97,7 +100,7 @@ def _language() -> dict[str, Any]:
             "mlp": {"hidden_width": 352},
         },
         "data": {"source": "embedded_text", "batch_size": 8, "sequence_length": 128},
-        "train": {"steps": 300},
+        "train": {"steps": 250},
     }
 
 

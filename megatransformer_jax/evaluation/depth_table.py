@@ -299,7 +299,9 @@ def plot_curves(curves: Sequence[DepthCurve], metric: str) -> Figure:
             "none of these runs was judged at two depths or more; add a run of a model with a "
             "core, or judge one at others by `megatransformer evaluate --depths`."
         )
-    figure = new_figure(6.0, 3.8)
+    # The names of many curves would cover them.
+    is_crowded = len(curves) > 4
+    figure = new_figure(8.4 if is_crowded else 6.0, 3.8)
     axes = figure.subplots()
     for curve in curves:
         across = (ticks[0], ticks[-1]) if curve.is_level else curve.depths
@@ -319,5 +321,8 @@ def plot_curves(curves: Sequence[DepthCurve], metric: str) -> Figure:
     axes.set_xlabel("depth (iterations of the core)")
     axes.set_ylabel(METRICS[metric])
     axes.grid(alpha=0.3)
-    axes.legend()
+    if is_crowded:
+        figure.legend(loc="outside right upper")
+    else:
+        axes.legend()
     return figure

@@ -139,6 +139,16 @@ def test_the_plot_has_a_band_for_seeds_and_a_level_line_for_one_depth(seeds):
         plot_curves(curves[1:], "exact_accuracy")
 
 
+def test_the_names_of_many_curves_stand_next_to_the_plot(seeds):
+    few = [read_curve([seeds / "first"], "loss", str(number)) for number in range(4)]
+    for curves, within in ((few, 1), ([*few, few[0]], 0)):
+        figure = plot_curves(curves, "loss")
+        assert (len(figure.legends), figure.axes[0].get_legend() is not None) == (
+            1 - within,
+            within,
+        )
+
+
 def test_a_group_has_runs_that_were_judged_alike(seeds):
     with pytest.raises(UserError, match=r"once was trained at depth 1 and judged at \(1,\), but"):
         read_curve([seeds / "first", seeds / "once"], "exact_accuracy")

@@ -90,7 +90,8 @@ def _check_core(model: MegaTransformer) -> None:
 #
 # For a vector v of independent signs, E |J^T v|^2 = |J|_F^2 (Hutchinson's estimator). One product
 # J^T v is one pullback, so the penalty costs one more iteration and its second-order gradient. The
-# aim is that of STARS (arXiv 2605.26733), a small spectral radius, which |J|_F bounds from above.
+# released code of STARS (arXiv 2605.26733) computes the same. Its aim is a small spectral radius,
+# which |J|_F bounds from above.
 
 
 def random_signs(
