@@ -10,7 +10,7 @@ speaks and transcribes digits. What the slice will hold and do can be seen witho
   megatransformer compile --config=multimodal_pod --topology=v4-32
 
 Expected, as `megatransformer inspect --device=v4` predicts; the step has neither been compiled nor
-run: 14.7 of 30.75 GiB on a chip; splash attention, as text and places of media are 1792 together.
+run: 14.4 of 30.75 GiB on a chip; splash attention, as text and places of media are 1792 together.
 """
 
 from ml_collections import ConfigDict
