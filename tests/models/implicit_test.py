@@ -21,7 +21,7 @@ from megatransformer_jax.config.recurrence import (
 from megatransformer_jax.config.run import RunConfig
 from megatransformer_jax.models.core import Pass, recur
 from megatransformer_jax.models.implicit import SETTLING, settle
-from megatransformer_jax.models.megatransformer import build_model, init_params, open_pass
+from megatransformer_jax.models.megatransformer import abstract_params, build_model, open_pass
 from megatransformer_jax.nn.context import LayerContext
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
@@ -207,12 +207,15 @@ def config(remat="none", dropout=0.0, **recurrence):
 
 
 def make(config):
+    """A model, and parameters that hide nothing by being zero."""
     model = build_model(config, DTypePolicy(), Sharder(), "cpu")
-    params = init_params(model, jax.random.key(0))
-    # Gates start at zero, which would hide what they read.
-    return model, jax.tree.map(
-        lambda leaf: leaf + 0.1 * jax.random.normal(jax.random.key(leaf.size), leaf.shape), params
-    )
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        mean = float(path[-1].key == "scale")
+        return jnp.asarray(rng.normal(mean, 0.25, leaf.shape), leaf.dtype)
+
+    return model, jax.tree_util.tree_map_with_path(draw, abstract_params(model))
 
 
 def differentiated(config, num_steps, backprop_depth, compiled=False):
@@ -239,24 +242,19 @@ def differentiated(config, num_steps, backprop_depth, compiled=False):
 
 
 def test_every_parameter_has_the_gradient_of_the_last_iteration():
-    (logits, sown), found = differentiated(config(gradient="implicit"), 5, 1)
+    """Also if the backward pass computes that iteration again."""
+    (logits, sown), found = differentiated(config("full", gradient="implicit"), 5, 1)
     (wanted_logits, nothing), wanted = differentiated(config(), 5, 1)
-    np.testing.assert_allclose(logits, wanted_logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(logits, wanted_logits, rtol=1e-4, atol=1e-4)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
     ):
         name = jax.tree_util.keystr(path)
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3, err_msg=name)
-        assert np.any(np.asarray(b) != 0), name
+        size = float(np.max(np.abs(b)))
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * size, err_msg=name)
+        assert size > 0, name
     assert sown[SETTLING]["iterations"] == (5.0,) and sown[SETTLING]["residual"][0] > 0
     assert not nothing
-
-
-def test_rematerialisation_changes_no_gradient():
-    one, other = (
-        differentiated(config(remat, gradient="implicit"), 9, 4)[1] for remat in ("none", "full")
-    )
-    assert_trees_equal(one, other, rtol=1e-3, atol=1e-3)
 
 
 def test_all_iterations_have_the_same_dropout():
@@ -279,19 +277,17 @@ def _context(model):
     return dataclasses.replace(context, value_embeddings={"core": rows})
 
 
-@pytest.mark.parametrize("remat", ["none", "full"])
-def test_memory_depends_neither_on_iterations_nor_on_terms(remat):
+def test_memory_depends_neither_on_iterations_nor_on_terms():
     """By the compiler's count; truncated backpropagation keeps something of each iteration."""
 
     def temporary(gradient, depth):
-        made = differentiated(config(remat, gradient=gradient), 64, depth, compiled=True)
+        made = differentiated(config(gradient=gradient), 64, depth, compiled=True)
         return made.memory_analysis().temp_size_in_bytes
 
-    few, many = (temporary("implicit", terms) for terms in (2, 32))
+    few, many = (temporary("implicit", terms) for terms in (4, 32))
     assert abs(many - few) < 0.01 * few
-    one, stored = (temporary("truncated", depth) for depth in (1, 32))
-    assert few < 1.2 * one
-    assert stored > few + 24 * TOKENS.size * 16 * 4
+    few, many = (temporary("truncated", depth) for depth in (4, 32))
+    assert many - few > 28 * TOKENS.size * 16 * 4
 
 
 def test_what_an_implicit_gradient_cannot_take_is_refused():

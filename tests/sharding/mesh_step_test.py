@@ -22,7 +22,7 @@ def test_draws_per_token_and_accumulation_shard_too():
 
 
 def test_the_implicit_gradient_shards_too():
-    config = run_config(draw_per="sequence", accumulation=2)
+    config = run_config(draw_per="sequence")
     recurrence = dataclasses.replace(
         config.model.recurrence, gradient="implicit", implicit_tolerance=0.1
     )
