@@ -188,9 +188,10 @@ def plot(rows: Sequence[Row], path: pathlib.Path) -> None:
     top = max((row.loss for row in rows if row.loss is not None), default=1.0)
     for number, recipe in enumerate(dict.fromkeys(row.recipe for row in rows)):
         own = sorted((row for row in rows if row.recipe == recipe), key=lambda row: row.rate)
-        good = [row for row in own if row.loss is not None]
+        good = [(row.rate, row.loss) for row in own if row.loss is not None]
         colour = f"C{number}"
-        axes.plot([r.rate for r in good], [r.loss for r in good], "o-", color=colour, label=recipe)
+        rates, losses = [rate for rate, _ in good], [loss for _, loss in good]
+        axes.plot(rates, losses, "o-", color=colour, label=recipe)
         failed = [row.rate for row in own if row.loss is None]
         axes.plot(failed, [top] * len(failed), "x", color=colour)
     axes.set_xscale("log")

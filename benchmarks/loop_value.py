@@ -28,7 +28,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -160,7 +160,7 @@ def configuration(recipe: Recipe, cell: Cell) -> RunConfig:
     }
     options |= {f"model.recurrence.{name}": value for name, value in recurrence.items()}
     options |= dict(map(_read_change, recipe.changes))
-    return mt.configure("recurrent_mini", **options)
+    return cast(RunConfig, mt.configure("recurrent_mini", **options))
 
 
 def _read_change(text: str) -> tuple[str, Any]:

@@ -114,7 +114,7 @@ def watch_criteria(
     def body(carry: Any, number: jax.Array) -> Any:
         state, memories = carry
         state = core.iterate(state, number)
-        _, hidden = apply(state, core.outer, method="run_coda")  # type: ignore[misc]
+        _, hidden = apply(state, core.outer, method="run_coda")
         logits: Any = apply(hidden, method="run_head")
         gate: Any = apply(state, method="run_gate") if model.config.exit_gate.enabled else None
         seen = Observation(state, logits, gate)
@@ -257,7 +257,7 @@ class Search:
     def _score_watched(self, name: str, threshold: float) -> ExitScores:
         """What a threshold would do if exits changed nothing for other tokens."""
         said, steps = [], []
-        is_settled = jax.vmap(EXIT_CRITERIA[name].is_settled, (0, None))
+        is_settled: Any = jax.vmap(EXIT_CRITERIA[name].is_settled, (0, None))
         for watched in self._watched:
             settled = np.array(is_settled(self._of(name, watched), jnp.float32(threshold)))
             settled[-1] = True

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,11 @@ class Settled(NamedTuple):
     state: Float[Array, "B T D"]
     residual: Float[Array, "B"]
     iterations: Int[Array, "B"]
+
+
+# What the loops carry: step, state, iterations made and what has settled; number, term and total.
+_Iterated = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+_Summed = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class _Rule(NamedTuple):
@@ -126,11 +131,11 @@ def _approach(
         state = jax.lax.fori_loop(0, total - 1, lambda i, s: _advance(core, s, i >= begin), state)
         return state, total - 1 - first, is_settled
 
-    def go_on(carry: tuple[jax.Array, ...]) -> jax.Array:
+    def go_on(carry: _Iterated) -> jax.Array:
         step, _, _, is_settled = carry
         return (step < total - 1) & ~jnp.all(is_settled)
 
-    def iterate(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def iterate(carry: _Iterated) -> _Iterated:
         step, state, made, is_settled = carry
         moves = ~is_settled[:, None, None]
         new_state = _advance(core, state, moves & (step >= begin))
@@ -237,7 +242,7 @@ def _sum_terms(
             return number < terms
         return (number < terms) & (_length(core, term) > rule.tolerance * _length(core, total))
 
-    def add(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def add(carry: _Summed) -> _Summed:
         number, term, total = carry
         is_added = is_open(number, term, total)[:, None, None]
         term = jnp.where(is_added, pullback(term)[1], 0)  # It stays 0, as rows do not mix.
@@ -248,7 +253,7 @@ def _sum_terms(
         carry = jax.lax.while_loop(lambda carry: jnp.any(is_open(*carry)), add, carry)
     else:
         carry = jax.lax.fori_loop(1, rule.terms, lambda _, carry: add(carry), carry)
-    return cast(jax.Array, carry[2].astype(gradient.dtype))
+    return carry[2].astype(gradient.dtype)
 
 
 _settle.defvjp(_forward, _backward)

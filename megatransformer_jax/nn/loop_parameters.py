@@ -12,6 +12,7 @@ array; then the low-rank updates of all iterations are computed, and each token 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -172,12 +173,12 @@ def mean_stream(state: Float[Array, "B T W"], num_streams: int) -> Float[Array, 
     return jnp.mean(split_streams(state, num_streams), axis=2) if num_streams else state
 
 
-def _one_after_another(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+def _one_after_another(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     del key
     iterations, streams = shape
     return jax.nn.one_hot(jnp.arange(iterations) % streams, streams, dtype=dtype)
 
 
-def _identities(key: jax.Array, shape: tuple[int, int, int], dtype: jnp.dtype) -> jax.Array:
+def _identities(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     del key
     return jnp.broadcast_to(jnp.eye(shape[-1], dtype=dtype), shape)

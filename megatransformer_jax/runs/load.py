@@ -376,8 +376,9 @@ def _load_run(
         # What the run was last told, such as which depths to score.
         config = read_run_config(folder)
     found = read_calibration(folder, number, weights)
-    own = {"calibration": found, "checkpoint": (number, weights)}
-    return dataclasses.replace(loaded, run_config=config, **own)
+    return dataclasses.replace(
+        loaded, run_config=config, calibration=found, checkpoint=(number, weights)
+    )
 
 
 def read_calibration(folder: AnyPath, step: int, weights: str) -> Calibration | None:

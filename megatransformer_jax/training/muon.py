@@ -20,7 +20,7 @@ from megatransformer_jax.training.transforms import matrix_sides, muon_axes, sca
 QUINTIC = (3.4445, -4.7750, 2.0315)
 # The best polynomials for singular values from 0.001 to 1, one after the other, with room for
 # rounding (arXiv 2505.16932, algorithm 1, as published with its code).
-POLAR_EXPRESS = (
+POLAR_EXPRESS: tuple[tuple[float, float, float], ...] = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -492,7 +492,7 @@ class Batcher:
 
 def _signature(leaf: Any) -> jax.ShapeDtypeStruct:
     # Sharding, and the order of axes in memory.
-    place = leaf.format if isinstance(leaf, jax.Array) else None
+    place = cast(Any, leaf).format if isinstance(leaf, jax.Array) else None
     return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype, sharding=place)
 
 
