@@ -33,7 +33,7 @@ def test_a_tiny_run_judges_depths_beyond_its_own(tmp_path: pathlib.Path) -> None
         "workdir": str(tmp_path / "run"),
         "train": {"steps": 10},
         "logging": {"every_steps": 10},
-        "evaluation": {"every_steps": 0},
+        "evaluation": {"every_steps": 10},
     }
     train(configure("collapse:tiny,random,fixed_point", changes))
     table = json.loads((tmp_path / "run" / "depth_table.json").read_text())
