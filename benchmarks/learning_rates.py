@@ -103,7 +103,7 @@ def make_runner(config: RunConfig, folder: pathlib.Path) -> Callable[[float], tu
     validation = ValidationSet(held_out, eval_step)
 
     def run(rate: float) -> tuple[int, float | None]:
-        state, losses = jax.tree.map(jnp.copy, first), []
+        state, losses = jax.tree.map(jnp.copy, first), list[float]()
         for batch in batches:
             state, metrics = train_step(state, jnp.float32(rate), batch)
             losses.append(math.nan if metrics["skipped_in_row"] > 0 else float(metrics["loss"]))
