@@ -9,7 +9,8 @@ Gradients flow through all loops. In the first half of the run the loops grow in
 2, and so does the depth of backpropagation (`ramp_backprop`), so that these steps take less time.
 The text is `pydoc_data.topics`, as of `recurrent`.
 
-Expected: both runs take the same time on a CPU. Their losses have not been measured yet.
+Expected: about the same time for both, by a count of matrix products. Neither time nor losses have
+been measured yet.
 """
 
 from ml_collections import ConfigDict
