@@ -11,7 +11,8 @@ on average from a random first state. So more iterations than in training, and v
 first states, can be tried on the finished run:
   megatransformer evaluate --model=runs/puzzles --depths=8,16,32,64 --votes=8
 
-Expected: what was measured is in docs/results/puzzles.md.
+Expected: nothing has been measured at full length yet; steps and learning rate are first guesses.
+What is known is in docs/results/puzzles.md.
 """
 
 from typing import Any
