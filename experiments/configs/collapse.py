@@ -18,8 +18,9 @@ The run ends with exact-answer accuracy at 1 to 32 loops.
 
 Expected on one CPU core: 2 minutes per run of addition, 5 to 10 with `language`. Exact-answer
 accuracy measured at 4, 8 and 32 loops: base 1.00, 0.00, 0.00; fixed_point 1.00, 1.00, 0.01; random
-0.95, 0.90, 0.22; diagonal,fixed_point 1.00, 1.00, 0.94; diagonal,random,fixed_point 1.00, 1.00,
-1.00. Loss of language at 4, 8, 32 and 64: 4.31, 4.43, 5.24, 5.75. All: docs/results/collapse.md
+0.95, 0.90, 0.22; diagonal,fixed_point 1.00, 1.00, 0.94; with random or jacobian too 1.00, 1.00,
+1.00. Loss of language at 4, 8, 32 and 64: 4.31, 4.43, 5.24, 5.75; with random 4.45, 4.51, 4.86,
+5.15. All: docs/results/collapse.md
 """
 
 from typing import Any
