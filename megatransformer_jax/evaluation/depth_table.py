@@ -307,7 +307,8 @@ def plot_curves(curves: Sequence[DepthCurve], metric: str) -> Figure:
         across = (ticks[0], ticks[-1]) if curve.is_level else curve.depths
         repeats = 2 if curve.is_level else 1
         line = axes.plot(across, curve.values * repeats, label=curve.label)[0]
-        line.set(**({"linestyle": ":"} if curve.is_level else {"marker": "o"}))
+        line.set_linestyle(":" if curve.is_level else "-")
+        line.set_marker("" if curve.is_level else "o")
         if curve.lowest is not None and curve.highest is not None:
             bounds = curve.lowest * repeats, curve.highest * repeats
             axes.fill_between(across, *bounds, color=line.get_color(), alpha=0.2, linewidth=0)
