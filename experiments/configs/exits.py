@@ -77,21 +77,20 @@ def get_config(arg: str = "") -> ConfigDict:
     if "uniform" in variants and "gate" not in variants:
         config.update({"train": {"supervision": {"prior": "uniform"}}})
     if "tiny" in variants:
-        config.update(
-            {
-                "data": {"batch_size": 16, "reasoning": {"num_eval": 64}},
-                "optimizer": {"warmup_steps": 10},
-                "train": {"steps": 60},
-                "checkpoint": {"every_steps": 30},
-                "evaluation": {"every_steps": 30, "num_batches": 2, "final_depths": (1, 2, 6)},
-                "logging": {"every_steps": 5},
-            }
-        )
+        config.update(_TINY)
     if "gate" in variants:
         config.update(_gate_only(config))
     return config
 
 
+_TINY: dict[str, Any] = {
+    "data": {"batch_size": 16, "reasoning": {"num_eval": 64}},
+    "optimizer": {"warmup_steps": 10},
+    "train": {"steps": 60},
+    "checkpoint": {"every_steps": 30},
+    "evaluation": {"every_steps": 30, "num_batches": 2, "final_depths": (1, 2, 6)},
+    "logging": {"every_steps": 5},
+}
 # The model and data of experiments/configs/reasoning.py without a coda, whose states head and
 # criteria read at each of 10 iterations.
 _PARITY: dict[str, Any] = {

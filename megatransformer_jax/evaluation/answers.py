@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Int, Key
 
 from megatransformer_jax.evaluation.validation import EvalStep, depth_argument
 from megatransformer_jax.models.exit_criteria import DepthRule
@@ -127,7 +127,6 @@ def pass_problems(
     *,
     one_by_one: bool = True,
     warm_start: bool = False,
-    makes_all: Bool[Array, "B T"] | None = None,
 ) -> CachedAnswers:
     """Passes a batch of problems through the model; one compilation serves all depths. Pure.
 
@@ -136,12 +135,11 @@ def pass_problems(
       params: its parameters.
       batch: one problem per row, padded on the right.
       cache: empty, with room for the batch's columns.
-      rule: how deep.
+      rule: how deep; with one pass per token its `min_depth` may be each token's, [B, T].
       state_keys: see `NewTokens`.
       one_by_one: a pass per token, as in decoding; otherwise one pass for all, as in reading a
         prompt.
       warm_start: a token's first state is the last one of the token before.
-      makes_all: tokens that make all iterations, whatever the criterion says. None: none of them.
 
     Raises:
       ValueError: if `warm_start` is wanted in one pass, where the token before has no last state
@@ -149,18 +147,19 @@ def pass_problems(
     """
     if warm_start and not one_by_one:
         raise ValueError("warm_start needs one_by_one=True: in one pass all tokens start together.")
-    if makes_all is not None and not one_by_one:
-        raise ValueError("makes_all needs one_by_one=True: in one pass a row has one min_depth.")
+    differs = jnp.ndim(rule.min_depth) == 2
+    if differs and not one_by_one:
+        raise ValueError("min_depth per token needs one_by_one=True: a pass has one per row.")
     is_token = batch.segment_ids > 0
-    waits = jnp.zeros(batch.tokens.shape, bool) if makes_all is None else makes_all
+    least = rule.min_depth if differs else jnp.zeros(batch.tokens.shape, jnp.int32)
 
     def run(
-        tokens: jax.Array, is_token: jax.Array, cache: KVCache, waits: jax.Array, **given: Any
+        tokens: jax.Array, is_token: jax.Array, cache: KVCache, least: jax.Array, **given: Any
     ) -> CachedOutput:
         new = NewTokens(tokens, is_token, state_keys=state_keys, **given)
         of_pass: Any = rule
-        if makes_all is not None:
-            of_pass = of_pass.replace(min_depth=jnp.where(waits, rule.depth, rule.min_depth))
+        if differs:
+            of_pass = of_pass.replace(min_depth=least)
         return cached_forward(model, params, new, cache, of_pass)
 
     def answer(output: CachedOutput) -> tuple[jax.Array, jax.Array]:
@@ -168,18 +167,18 @@ def pass_problems(
 
     num_first = 1 if one_by_one else batch.tokens.shape[1]
     columns = (batch.tokens[:, :num_first], is_token[:, :num_first])
-    first = run(*columns, cache, waits[:, 0], is_first=True)
+    first = run(*columns, cache, least[:, 0], is_first=True)
     if not one_by_one:
         return CachedAnswers(*answer(first))
 
     def read_one(carry: tuple[KVCache, Any], column: tuple[jax.Array, ...]) -> Any:
         cache, state = carry
-        tokens, is_token, waits = column
+        tokens, is_token, least = column
         given = {"state": state if warm_start else None}
-        output = run(tokens[:, None], is_token[:, None], cache, waits, **given)
+        output = run(tokens[:, None], is_token[:, None], cache, least, **given)
         return (output.cache, output.state), answer(output)
 
-    rest = (batch.tokens[:, 1:].T, is_token[:, 1:].T, waits[:, 1:].T)
+    rest = (batch.tokens[:, 1:].T, is_token[:, 1:].T, least[:, 1:].T)
     _, others = jax.lax.scan(read_one, (first.cache, first.state), rest)
 
     def join(first: jax.Array, others: jax.Array) -> jax.Array:

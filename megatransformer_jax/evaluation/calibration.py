@@ -148,10 +148,11 @@ def pass_with_exits(
     shape = CacheShape(size, length, depth, dtype=model.policy.compute, platform=model.platform)
     criterion = one_of(names, code)
     reads_logits = jnp.asarray([EXIT_CRITERIA[name].needs_logits for name in names])[code]
-    rule = DepthRule(jnp.int32(depth), threshold, jnp.int32(1), criterion)
     waits = reads_logits & ~(batch.loss_mask > 0)
+    least: Any = jnp.where(waits, depth, 1).astype(jnp.int32)
+    rule = DepthRule(jnp.int32(depth), threshold, least, criterion)
     cache = init_cache(model.config, shape)
-    return pass_problems(model, params, batch, cache, rule, keys, makes_all=waits)
+    return pass_problems(model, params, batch, cache, rule, keys)
 
 
 class Search:

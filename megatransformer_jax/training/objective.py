@@ -5,6 +5,7 @@ media add to it.
 """
 
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
@@ -394,10 +395,8 @@ def make_objective(
 ) -> Objective:
     """The objective of a run: mean cross-entropy, z-loss, and the terms that the config asks for.
 
-    With `train.supervision.mix=1` the model's pass goes to `mean_steps` and has its loss at every
-    iteration; the sums are those of the last.
-
-    Shares are divided by the whole batch's count, so that micro-batches simply add up.
+    Shares are divided by the whole batch's count, so that micro-batches simply add up. Where all
+    iterations have a loss, sums are those of the last.
 
     Terms: with an exit gate exit_expected_loss, exit_kl or exit_gain_loss, exit_entropy (nats) and
     exit_mean_steps; with a loss at every iteration supervised_loss, their mean under the prior;
@@ -414,8 +413,7 @@ def make_objective(
     """
     if backprop_depth is None:
         backprop_depth = config.model.recurrence.backprop_depth
-    stability, supervision = config.train.stability, config.train.supervision
-    data = config.data
+    supervision, data = config.train.supervision, config.data
     room = room or MediaRoom(
         data.media.most_drawn(data.batch_size), data.media.most_spoken(data.batch_size)
     )
@@ -426,12 +424,11 @@ def make_objective(
         if supervision.is_alone:
             share, sums, terms = _supervised_share(model, config, params, part, key, place)
             if config.model.exit_gate.enabled:
-                gate_share, gate_terms = _gate_share(model, config, params, part, key, place)
-                share, terms = share + gate_share, terms | gate_terms
+                of_gate, gate_terms = _gate_share(model, config, params, part, key, place)
+                share, terms = share + of_gate, terms | gate_terms
             return share, ObjectiveSums(sums, terms)
         state_key, dropout_key = jax.random.split(key)
-        num_rows = part.tokens.shape[0]
-        copied = cut_matrices(params, param_axes(model), model.sharder, num_rows)
+        copied = cut_matrices(params, param_axes(model), model.sharder, part.tokens.shape[0])
         output: Any
         output, sown = model.apply(
             {"params": copied},
@@ -466,18 +463,9 @@ def make_objective(
         if config.model.exit_gate.enabled:
             gate_share, gate_terms = _gate_share(model, config, params, part, key, place)
             share, terms = share + gate_share, terms | gate_terms
-        if stability.jacobian_weight:
-            state = sown[LAST_STATE]["state"][0]
-            penalty = jacobian_term(model, params, part, state, num_steps, key, place)
-            factor = _warmup(stability.jacobian_warmup_steps, place.step)
-            share = share + stability.jacobian_weight * factor * penalty
-            terms |= {"jacobian_penalty": penalty}
-        if stability.fixed_point_weight:
-            states = sown[PREVIOUS_STATE]["state"][0], sown[LAST_STATE]["state"][0]
-            penalty = fixed_point_term(model, params, part, states, num_steps, place)
-            factor = _warmup(stability.fixed_point_warmup_steps, place.step)
-            share = share + stability.fixed_point_weight * factor * penalty
-            terms |= {"fixed_point_penalty": penalty}
+        penalties = _penalties(model, config, params, part, sown, num_steps, key, place)
+        for name, weight, penalty in penalties:
+            share, terms = share + weight * penalty, terms | {name: penalty}
         for name, (mean,) in sown.get(SETTLING, {}).items():
             terms[f"implicit_{name}"] = place.share * mean
         return share, ObjectiveSums(sums, terms)
@@ -581,6 +569,30 @@ def _layout(model: MegaTransformer, part: Batch) -> Layout:
 
 # |h_T|^2 of a state of zeros, which is divided by.
 _SMALLEST_SIZE = 1e-12
+
+
+def _penalties(
+    model: MegaTransformer,
+    config: RunConfig,
+    params: Any,
+    part: Batch,
+    sown: Any,
+    num_steps: jax.Array,
+    key: jax.Array,
+    place: Place,
+) -> Iterator[tuple[str, jax.Array, jax.Array]]:
+    """Those of stability that are on: name, weight by now, and share before it."""
+    stability = config.train.stability
+    if stability.jacobian_weight:
+        state = sown[LAST_STATE]["state"][0]
+        penalty = jacobian_term(model, params, part, state, num_steps, key, place)
+        factor = _warmup(stability.jacobian_warmup_steps, place.step)
+        yield "jacobian_penalty", stability.jacobian_weight * factor, penalty
+    if stability.fixed_point_weight:
+        states = sown[PREVIOUS_STATE]["state"][0], sown[LAST_STATE]["state"][0]
+        penalty = fixed_point_term(model, params, part, states, num_steps, place)
+        factor = _warmup(stability.fixed_point_warmup_steps, place.step)
+        yield "fixed_point_penalty", stability.fixed_point_weight * factor, penalty
 
 
 def _warmup(steps: int, step: jax.Array) -> jax.Array:
