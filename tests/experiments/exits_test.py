@@ -29,6 +29,7 @@ def test_a_tiny_run_has_a_loss_at_every_iteration(tmp_path: pathlib.Path) -> Non
     changes = {
         "workdir": str(tmp_path / "run"),
         "train": {"steps": 6},
+        "optimizer": {"warmup_steps": 2},
         "logging": {"every_steps": 6},
     }
     train(configure("exits:tiny,geometric", changes))
