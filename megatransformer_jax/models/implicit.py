@@ -262,7 +262,7 @@ _settle.defvjp(_forward, _backward)
 # ------------------------------------------------------------------------------
 # Either gradient.
 
-# Collection of what training by the implicit gradient sows: residual and iterations, means of rows.
+# Collection that training by the implicit gradient sows its metrics into, means over rows.
 SETTLING = "settling"
 
 
@@ -306,6 +306,7 @@ def recur_as_configured(
         tolerance=recurrence.implicit_tolerance,
         recomputes=config.remat != "none",
     )
-    sow(SETTLING, "residual", jnp.mean(settled.residual))
-    sow(SETTLING, "iterations", jnp.mean(settled.iterations.astype(jnp.float32)))
+    sow(SETTLING, "implicit_residual", jnp.mean(settled.residual))
+    iterations = jnp.mean(settled.iterations.astype(jnp.float32))
+    sow(SETTLING, "implicit_iterations", iterations)
     return settled.state

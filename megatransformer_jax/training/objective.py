@@ -467,7 +467,7 @@ def make_objective(
         for name, weight, penalty in penalties:
             share, terms = share + weight * penalty, terms | {name: penalty}
         for name, (mean,) in sown.get(SETTLING, {}).items():
-            terms[f"implicit_{name}"] = place.share * mean
+            terms[name] = place.share * mean
         return share, ObjectiveSums(sums, terms)
 
     return objective

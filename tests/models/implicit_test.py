@@ -253,7 +253,8 @@ def test_every_parameter_has_the_gradient_of_the_last_iteration():
         size = float(np.max(np.abs(b)))
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * size, err_msg=name)
         assert size > 0, name
-    assert sown[SETTLING]["iterations"] == (5.0,) and sown[SETTLING]["residual"][0] > 0
+    assert sown[SETTLING]["implicit_iterations"] == (5.0,)
+    assert sown[SETTLING]["implicit_residual"][0] > 0
     assert not nothing
 
 

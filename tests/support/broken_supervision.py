@@ -1,4 +1,5 @@
-"""Broken rules of a loss at every iteration and of the gate's targets, for run_rules_test.py."""
+"""Broken rules of a loss at every iteration, of gates and of the implicit gradient, for
+run_rules_test.py."""
 
 from typing import Any
 
@@ -7,12 +8,15 @@ from megatransformer_jax.config.model import ModelConfig
 from megatransformer_jax.config.recurrence import (
     ExitGateTrainingConfig,
     RecurrenceConfig,
+    StabilityConfig,
     SupervisionConfig,
 )
 from megatransformer_jax.config.run import RunConfig
 
 GAIN = {"target": "gain", "detach": True}
 SUPERVISED = TrainConfig(supervision=SupervisionConfig(prior="uniform"))
+IMPLICIT = {"gradient": "implicit"}
+NOT_INJECTED = {"adapter": "none", "state_init": "none", "backprop_depth": 8}
 # The rule, the class, what is given, the path in the error.
 BROKEN_SUPERVISION: list[tuple[str, type, dict[str, Any], str]] = [
     ("_gain_has_no_prior", ExitGateTrainingConfig, GAIN | {"kl_weight": 0.1}, "kl_weight"),
@@ -36,5 +40,23 @@ BROKEN_SUPERVISION: list[tuple[str, type, dict[str, Any], str]] = [
                 "train.supervision.prior",
             ),
         )
+    ),
+    *(
+        ("_a_fixed_point_depends_on_the_input", RecurrenceConfig, values, path)
+        for values, path in (
+            ({"implicit_tolerance": 0.1}, "implicit_tolerance"),
+            (IMPLICIT | NOT_INJECTED, "gradient"),
+            (IMPLICIT | {"loop_scale": True}, "loop_scale"),
+            (IMPLICIT | {"kept_every": 2}, "kept_every"),
+        )
+    ),
+    (
+        "_fixed_point_loss_sees_the_last_iteration",
+        RunConfig,
+        {
+            "model": ModelConfig(recurrence=RecurrenceConfig(gradient="implicit")),
+            "train": TrainConfig(stability=StabilityConfig(fixed_point_weight=0.1)),
+        },
+        "train.stability.fixed_point_weight",
     ),
 ]
