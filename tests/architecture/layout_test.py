@@ -6,7 +6,7 @@ import layout
 import pytest
 
 # About what the layout has, with room to grow by a few files of fair size, not by many small ones.
-MAX_FILES = 343
+MAX_FILES = 347
 MIN_MEDIAN_LINES = 150
 MAX_FILE_LINES = 600
 MAX_IMPORT_PERCENT = 7.5
