@@ -72,17 +72,7 @@ def get_config(arg: str = "") -> ConfigDict:
     if "mano" in variants:
         config.update(_MANO)
     if "tiny" in variants:
-        config.update(
-            {
-                "model": {"recurrence": {"mean_steps": 4, "backprop_depth": 2}},
-                "data": {"batch_size": 16, "reasoning": {"num_eval": 64}},
-                "optimizer": {"warmup_steps": 10},
-                "train": {"steps": 60},
-                "checkpoint": {"every_steps": 30},
-                "evaluation": {"every_steps": 30, "num_batches": 2, "final_depths": (1, 2, 4, 8)},
-                "logging": {"every_steps": 5},
-            }
-        )
+        config.update(_TINY)
     recurrence = config.model.recurrence
     if "truncated" in variants:
         recurrence.gradient = "truncated"
@@ -99,6 +89,17 @@ def get_config(arg: str = "") -> ConfigDict:
         )
     return config
 
+
+# Under a minute.
+_TINY: dict[str, Any] = {
+    "model": {"recurrence": {"mean_steps": 4, "backprop_depth": 2}},
+    "data": {"batch_size": 16, "reasoning": {"num_eval": 64}},
+    "optimizer": {"warmup_steps": 10},
+    "train": {"steps": 60},
+    "checkpoint": {"every_steps": 30},
+    "evaluation": {"every_steps": 30, "num_batches": 2, "final_depths": (1, 2, 4, 8)},
+    "logging": {"every_steps": 5},
+}
 
 # All tokens see each other here, and the core's iterations need not go along the row.
 _MANO: dict[str, Any] = {

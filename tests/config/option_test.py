@@ -4,7 +4,7 @@ import pytest
 
 from megatransformer_jax.config.data import DataConfig
 from megatransformer_jax.config.layers import AttentionConfig
-from megatransformer_jax.config.loop import EvaluationConfig
+from megatransformer_jax.config.loop import EvaluationConfig, TrainConfig
 from megatransformer_jax.config.model import NormConfig
 from megatransformer_jax.config.optimizer import OptimizerConfig
 from megatransformer_jax.config.option import ConfigError, UserError, check_options, option, rule
@@ -82,3 +82,10 @@ def test_rules_run_after_types_in_their_order() -> None:
     with pytest.raises(ConfigError, match="left"):
         Pair(left="no")  # type: ignore[arg-type]
     assert ran == ["first", "second"]
+
+
+@pytest.mark.parametrize("config_class", [DataConfig, TrainConfig])
+def test_a_seed_has_32_bits(config_class: type) -> None:
+    assert config_class(seed=2**32 - 1).seed == 2**32 - 1
+    with pytest.raises(ConfigError, match=r"at least 0 and at most 2\^32 - 1"):
+        config_class(seed=2**32)

@@ -597,10 +597,3 @@ def test_experts_over_a_preset_are_told_what_to_type() -> None:
     with pytest.raises(ConfigError, match=rf"^model\.mlp\.{flag}"):
         build(values)
     assert build(merge(values, {"model": {"mlp": {"hidden_width": 704}}})).model.mlp.kind == "peer"
-
-
-@pytest.mark.parametrize("config_class", [DataConfig, TrainConfig])
-def test_a_seed_has_32_bits(config_class: type) -> None:
-    assert config_class(seed=2**32 - 1).seed == 2**32 - 1
-    with pytest.raises(ConfigError, match=r"at least 0 and at most 2\^32 - 1"):
-        config_class(seed=2**32)
