@@ -109,14 +109,15 @@ class DepthRule:
     Attributes:
       depth: most iterations, at least 1: for all or per sequence.
       threshold: of the criterion: for all or per sequence.
-      min_depth: no token leaves earlier (unless its depth is less).
+      min_depth: no token leaves earlier (unless its depth is less). Per token only for
+        `evaluation.answers.pass_problems`, which cuts it into columns.
       criterion: when a token has settled.
       readout: what coda and head read, if not the last state; only with the criterion 'fixed'.
     """
 
     depth: Int[Array, ""] | Int[Array, "B"]
     threshold: Float[Array, ""] | Float[Array, "B"]
-    min_depth: Int[Array, ""] | Int[Array, "B"]
+    min_depth: Int[Array, ""] | Int[Array, "B"] | Int[Array, "B T"]
     criterion: ExitCriterion = struct.field(pytree_node=False)
     readout: GateReadout | None = None
 
