@@ -28,7 +28,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
