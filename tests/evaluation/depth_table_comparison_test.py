@@ -140,9 +140,9 @@ def test_the_plot_has_a_band_for_seeds_and_a_level_line_for_one_depth(seeds):
 
 
 def test_the_names_of_many_curves_stand_next_to_the_plot(seeds):
-    few = [read_curve([seeds / "first"], "loss", str(number)) for number in range(4)]
+    few = [read_curve([seeds / "first"], "exact_accuracy", str(number)) for number in range(4)]
     for curves, within in ((few, 1), ([*few, few[0]], 0)):
-        figure = plot_curves(curves, "loss")
+        figure = plot_curves(curves, "exact_accuracy")
         assert (len(figure.legends), figure.axes[0].get_legend() is not None) == (
             1 - within,
             within,

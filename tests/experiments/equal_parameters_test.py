@@ -54,7 +54,7 @@ def test_a_tiny_run_is_judged_by_loops(tmp_path: pathlib.Path) -> None:
         "workdir": str(tmp_path / "run"),
         "train": {"steps": 10},
         "logging": {"every_steps": 10},
-        "evaluation": {"every_steps": 0, "final_depths": (1, 6)},
+        "evaluation": {"every_steps": 10, "num_batches": 1, "final_depths": (1, 6)},
     }
     train(configure("equal_parameters:tiny", changes))
     table = json.loads((tmp_path / "run" / "depth_table.json").read_text())
