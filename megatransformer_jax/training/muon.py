@@ -140,7 +140,8 @@ def normalize_rows(decay: float) -> optax.GradientTransformation:
 
     Examples:
       >>> optimizer = optax.chain(normalize_rows(0.95), optax.scale(-1e-3))
-      >>> optimizer.init({"up": jnp.ones((8, 2, 16))}).mean_squares["up"].shape
+      >>> rows, _ = optimizer.init({"up": jnp.ones((8, 2, 16))})
+      >>> rows.mean_squares["up"].shape
       (1, 2, 16)
     """
 

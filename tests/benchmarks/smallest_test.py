@@ -140,7 +140,7 @@ def test_of_a_text_run(
 
 def test_of_two_text_runs(run: Callable[..., str], text_run: pathlib.Path) -> None:
     shown = run("ramp", str(text_run), str(text_run), "--rounds=1", "--window=2")
-    assert re.search(r"\| run, 8 loops \| [\d.]+ ms[\s\S]+\| run \| 3 \| \d+ \| [\d.]+ \|", shown)
+    assert re.search(r"\| run, 4 loops \| [\d.]+ ms[\s\S]+\| run \| 3 \| \d+ \| [\d.]+ \|", shown)
 
 
 def test_of_a_reasoning_run(run: Callable[..., str], reasoning_run: pathlib.Path) -> None:

@@ -103,10 +103,13 @@ def test_a_page_can_be_followed(name, done, monkeypatch, request):
 
 
 def _is_for_here(step: list[str]) -> bool:
-    """Whether a guide's command can be carried out: its run is there, or it reads none."""
-    models = [word.partition("=")[2] for word in step if word.startswith("--model=")]
+    """Whether a guide's command can be carried out: its runs are there, or it reads none."""
+    runs = [word.partition("=")[2] for word in step if word.startswith("--model=")]
+    if step[0] == "compare":
+        groups = [word.rpartition("=")[2] for word in step[1:] if not word.startswith("--")]
+        runs = [run for group in groups for run in group.split(",")]
     return step[0] not in ("train", "find-lr", "inspect") and all(
-        pathlib.Path(model).exists() for model in models
+        pathlib.Path(run).exists() for run in runs
     )
 
 
