@@ -132,8 +132,9 @@ class DepthConfig:
     def _survival_is_a_probability(self) -> None:
         """Below 1 with exit_criterion='learned_gate', where it is a probability."""
         threshold = self.exit_threshold
-        is_number = threshold is not None and not isinstance(threshold, str)
-        if self.exit_criterion == "learned_gate" and is_number and threshold >= 1:  # type: ignore[operator]
+        if threshold is None or isinstance(threshold, str):
+            return
+        if self.exit_criterion == "learned_gate" and threshold >= 1:
             raise ConfigError(
                 "exit_threshold",
                 f"{threshold} is not below 1, so that every token would leave at once; "

@@ -65,6 +65,22 @@ CALIBRATION_DATA = (
 )
 
 
+def _text_field_option() -> Any:
+    """Where records have their text."""
+    return option("text", "Field with the text, of .jsonl and .parquet files.")
+
+
+def _sequence_length_option() -> Any:
+    """How long the rows are that a finished model reads."""
+    return option(
+        None,
+        "Tokens per row of a batch. Default (None): data.sequence_length of the run; of other "
+        "models 1024, or less if the model reads less.",
+        minimum=1,
+        maximum=MAX_COUNT,
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoringConfig:
     """On what a model is scored, and how."""
@@ -81,20 +97,14 @@ class ScoringConfig:
         "Files with text to score (.txt, .jsonl, .parquet). Default (empty): the validation split "
         "of the run.",
     )
-    text_field: str = option("text", "Field with the text, of .jsonl and .parquet files.")
+    text_field: str = _text_field_option()
     num_batches: int | None = option(
         None,
         "Largest number of batches to score. Default (None): all.",
         minimum=1,
         maximum=MAX_COUNT,
     )
-    sequence_length: int | None = option(
-        None,
-        "Tokens per row of a batch. Default (None): data.sequence_length of the run; of other "
-        "models 1024, or less if the model reads less.",
-        minimum=1,
-        maximum=MAX_COUNT,
-    )
+    sequence_length: int | None = _sequence_length_option()
     batch_size: int | None = option(
         None,
         "Rows that are scored, or prompts that are continued, at once. Default (None): "
@@ -255,20 +265,14 @@ class CalibrationConfig:
         "Files with text to calibrate on (.txt, .jsonl, .parquet). Default (empty): the validation "
         "split of the run.",
     )
-    text_field: str = option("text", "Field with the text, of .jsonl and .parquet files.")
+    text_field: str = _text_field_option()
     num_batches: int | None = option(
         None,
         "Largest number of batches. Default (None): all.",
         minimum=1,
         maximum=MAX_COUNT,
     )
-    sequence_length: int | None = option(
-        None,
-        "Tokens per row of a batch. Default (None): data.sequence_length of the run; of other "
-        "models 1024, or less if the model reads less.",
-        minimum=1,
-        maximum=MAX_COUNT,
-    )
+    sequence_length: int | None = _sequence_length_option()
     batch_size: int | None = option(
         None,
         "Rows at once. Default (None): data.batch_size of the run; otherwise 8.",
