@@ -11,7 +11,7 @@ from megatransformer_jax.streams import Purpose, generator_of
 OF_ONE_KEY = {
     "run": ("VALIDATION", "ADMIN_PROFILE"),
     "weights": ("ADDED_WEIGHTS",),
-    "objective": ("GATE", "PROBE", "MEDIA"),
+    "objective": ("GATE", "PROBE", "MEDIA", "SUPERVISION"),
     "validated batch": ("VALIDATED_IMAGES", "VALIDATED_CLIPS"),
     "generated text": ("FIRST_STATE", "GENERATED_MEDIA"),
     "place of a token": ("DRAFT", "ACCEPT", "REPLACE"),

@@ -296,7 +296,8 @@ def add_decayed_weights(
         def decayed(u: jax.Array, rate: float, p: jax.Array) -> jax.Array:
             if is_cautious:
                 p = jnp.where(u * p >= 0, p, 0.0)
-            return u + (rate * p if fades_over is None else share * rate * p)
+            # A fading share is a float32 array, which would widen narrower parameters.
+            return u + jnp.asarray(share * rate * p, p.dtype)
 
         return jax.tree.map(decayed, updates, rates(updates), params), state
 

@@ -33,6 +33,7 @@ def lm(config: Any = TINY, depth: int | None = 3, tokenizer: Any = None) -> Any:
         tokenizer=tokenizer,
         trained_depth=depth,
         num_parameters=7,
+        calibration=None,
     )
 
 
