@@ -4,7 +4,7 @@ Command:  megatransformer train --config=equal_parameters
 Variants, separated by commas after the file's name and a colon:
   once         the same layers, used once: equal parameters
   deep         as many different layers as the loop executes: equal computation
-  hop          hops along a function given in the prompt, in place of modular arithmetic
+  pointers     places on a cycle of pointers given in the prompt, in place of modular arithmetic
   permutation  running products of permutations of three things
   text         English text that ships with Python, two layers four times
   tiny         the same run in under a minute
@@ -23,8 +23,8 @@ from ml_collections import ConfigDict
 
 from megatransformer_jax.config.build import parse_variants
 
-VARIANTS = ("tiny", "once", "deep", "hop", "permutation", "text")
-EXCLUSIVE = (("once", "deep"), ("hop", "permutation", "text"))
+VARIANTS = ("tiny", "once", "deep", "pointers", "permutation", "text")
+EXCLUSIVE = (("once", "deep"), ("pointers", "permutation", "text"))
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -98,19 +98,20 @@ _TASKS: dict[str, dict[str, Any]] = {
             },
         },
     },
-    "hop": {
+    "pointers": {
         "model": {"vocab_size": 11},
         "data": {
-            "sequence_length": 22,
+            "sequence_length": 24,
             "reasoning": {
-                "task": "hop",
+                "task": "pointers",
                 "num_symbols": 8,
-                "max_length": 4,
-                "eval_min_length": 4,
-                "eval_max_length": 4,
+                "max_length": 6,
+                "eval_min_length": 6,
+                "eval_max_length": 6,
                 "num_eval": 1024,
             },
         },
+        "train": {"steps": 1500},
     },
     "permutation": {
         "model": {"vocab_size": 8},

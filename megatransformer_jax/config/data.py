@@ -107,7 +107,18 @@ _COPY = (
 SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "tokens", "reasoning", "media")
 # Special tokens and 256 bytes take 260.
 MIN_TRAINED_PIECES = 300
-REASONING_TASKS = ("parity", "addition", "hop", "permutation", "mano", "sudoku", "maze")
+REASONING_TASKS = (
+    "parity",
+    "addition",
+    "hop",
+    "pointers",
+    "permutation",
+    "mano",
+    "sudoku",
+    "maze",
+)
+# The tasks whose problems are about a set of things.
+TASKS_OF_SYMBOLS = ("hop", "pointers", "permutation")
 # Largest lengths of tasks whose rows have the same cells at every length.
 PUZZLE_LENGTHS = {"sudoku": 24, "maze": 20}
 
@@ -186,8 +197,9 @@ class ReasoningConfig:
     task: str = option(
         "parity",
         "parity: prefix sums modulo 2. addition: multi-digit sums. hop: k-fold function "
-        "composition (p-hop). permutation: running product in the symmetric group. mano: modular "
-        "arithmetic in prefix notation. sudoku, maze: puzzles of 6 x 6 and 9 x 9 cells, which need "
+        "composition (p-hop). pointers: the place after each hop along a cycle. permutation: "
+        "running product in the symmetric group. mano: modular arithmetic in prefix notation. "
+        "sudoku, maze: puzzles of 6 x 6 and 9 x 9 cells, which need "
         "model.attention.is_causal=False.",
         choices=REASONING_TASKS,
     )
@@ -208,7 +220,7 @@ class ReasoningConfig:
     num_eval: int = option(512, "Held-out problems, drawn from a separate seed.", minimum=1)
     num_symbols: int = option(
         5,
-        "permutation: degree of the group (5 is S5). hop: size of the set.",
+        "permutation: degree of the group (5 is S5). hop, pointers: size of the set.",
         minimum=2,
         maximum=16,
     )
@@ -252,7 +264,7 @@ class ReasoningConfig:
                 f"{self.num_symbols} gives a vocabulary of {self.num_symbols}! elements; "
                 "task='permutation' allows at most 5.",
             )
-        if self.task not in ("hop", "permutation") and self.num_symbols != 5:
+        if self.task not in TASKS_OF_SYMBOLS and self.num_symbols != 5:
             raise ConfigError(
                 "num_symbols",
                 f"{self.num_symbols} would be ignored by task={self.task!r}; leave it at 5.",

@@ -14,7 +14,7 @@ from megatransformer_jax.runs.train import train
 from megatransformer_jax.sharding.rules import Sharder
 from megatransformer_jax.types import DTypePolicy
 
-TASKS = ("", "hop", "permutation", "text")
+TASKS = ("", "pointers", "permutation", "text")
 
 
 def model_of(variants: str) -> ModelConfig:
@@ -42,7 +42,7 @@ def test_what_is_said_to_be_equal_is(task: str) -> None:
 
 def test_the_tasks_differ_in_their_problems_only() -> None:
     tasks = [configure(f"equal_parameters:{task}", {}).data for task in TASKS]
-    assert [data.reasoning.task for data in tasks[:3]] == ["mano", "hop", "permutation"]
+    assert [data.reasoning.task for data in tasks[:3]] == ["mano", "pointers", "permutation"]
     assert tasks[3].source == "embedded_text"
     for data in tasks[:3]:
         reasoning = data.reasoning

@@ -14,6 +14,7 @@ from megatransformer_jax.data.reasoning.tasks import (
     Mano,
     Parity,
     Permutation,
+    Pointers,
     Problem,
     Task,
 )
@@ -35,6 +36,8 @@ def build_task(config: ReasoningConfig) -> Task:
             return Addition()
         case "hop":
             return Hop(config.num_symbols)
+        case "pointers":
+            return Pointers(config.num_symbols)
         case "mano":
             return Mano(config.modulus)
         case "sudoku":

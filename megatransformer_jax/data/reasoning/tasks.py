@@ -1,4 +1,4 @@
-"""Generated tasks that need iterations: parity, addition, hop, permutations, modular arithmetic."""
+"""Generated tasks that need iterations: parity, addition, hops, permutations, arithmetic."""
 
 import abc
 import dataclasses
@@ -177,20 +177,43 @@ class Hop(Task):
     def generate(self, rng: np.random.Generator, length: int) -> Problem:
         """A uniform random function, a uniform start, `length` hops."""
         image = rng.integers(0, self.num_symbols, self.num_symbols)
+        return self._problem(rng, image, length, num_asked=1)
+
+    def _problem(
+        self, rng: np.random.Generator, image: np.ndarray, length: int, num_asked: int
+    ) -> Problem:
+        """`length` hops along x -> image[x] from a uniform start; asks at the last marks."""
         order = rng.permutation(self.num_symbols)
-        start = int(rng.integers(0, self.num_symbols))
+        places = [int(rng.integers(0, self.num_symbols))]
+        for _ in range(length):
+            places.append(int(image[places[-1]]))
         table = np.stack((order, image[order]), axis=1).reshape(-1)
         tokens = np.concatenate(
-            ([BOS], FIRST_SYMBOL + table, [FIRST_SYMBOL + start], np.full(length, HOP))
+            ([BOS], FIRST_SYMBOL + table, [FIRST_SYMBOL + places[0]], np.full(length, HOP))
         ).astype(np.int32)
-        answer = start
-        for _ in range(length):
-            answer = image[answer]
         targets = np.full(len(tokens), PAD, np.int32)
-        targets[-1] = FIRST_SYMBOL + answer
+        targets[-num_asked:] = FIRST_SYMBOL + np.array(places[-num_asked:])
         loss_mask = np.zeros(len(tokens), np.float32)
-        loss_mask[-1] = 1
+        loss_mask[-num_asked:] = 1
         return Problem(tokens, targets, loss_mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pointers(Hop):
+    """`<s> b c a b c a a > >` follows the cycle a -> b -> c -> a: under the marks are b and c.
+
+    Differs from `Hop` in two ways. The function is a single cycle through all symbols, because the
+    orbits of a random one are short, so that a few hops often end where many would. And each hop
+    is asked for, at its own mark, so that a long problem has short ones in it to learn from.
+    Length: hops.
+    """
+
+    def generate(self, rng: np.random.Generator, length: int) -> Problem:
+        """A uniform random cycle, a uniform start, `length` hops."""
+        cycle = rng.permutation(self.num_symbols)
+        image = np.empty_like(cycle)
+        image[cycle] = np.roll(cycle, -1)
+        return self._problem(rng, image, length, num_asked=length)
 
 
 # ------------------------------------------------------------------------------

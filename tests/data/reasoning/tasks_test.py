@@ -76,6 +76,20 @@ def test_hop(index: int):
     assert answer == [place]
 
 
+@given(indices)
+def test_pointers(index: int):
+    question, answer = read("pointers", index)
+    pairs, place = question[:10], question[10]
+    assert set(question[11:]) == {">"}
+    pointers = dict(zip(pairs[::2], pairs[1::2], strict=True))
+    assert sorted(pointers) == sorted(pointers.values()) == list("abcde")
+    followed = [place]
+    for _ in question[11:]:
+        followed.append(pointers[followed[-1]])
+    assert answer == followed[1:]
+    assert len({*followed[:5]}) == min(5, len(followed))  # No place again before all were seen.
+
+
 def value_of(expression: Iterator[str], modulus: int) -> int:
     """The value of a prefix expression, by recursion and Python's own arithmetic."""
     symbol = next(expression)
@@ -199,6 +213,7 @@ def test_build_task_gives_each_task():
         "parity": 4,
         "addition": 15,
         "hop": 8,
+        "pointers": 8,
         "permutation": 122,
         "mano": 29,
         "sudoku": 9,
