@@ -101,13 +101,13 @@ _TASKS: dict[str, dict[str, Any]] = {
     "pointers": {
         "model": {"vocab_size": 11},
         "data": {
-            "sequence_length": 24,
+            "sequence_length": 22,
             "reasoning": {
                 "task": "pointers",
                 "num_symbols": 8,
-                "max_length": 6,
-                "eval_min_length": 6,
-                "eval_max_length": 6,
+                "max_length": 4,
+                "eval_min_length": 4,
+                "eval_max_length": 4,
                 "num_eval": 1024,
             },
         },
