@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 
-from benchmarks.stability import load_run
+from benchmarks.stability import load_run, parser_of_runs
 from benchmarks.timing import Phase, alternate
 from megatransformer_jax.config.option import UserError
 from megatransformer_jax.evaluation.recurrence import iteration_curves, spectral_radius
@@ -53,17 +53,11 @@ class Row:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("workdirs", nargs="+", help="of trained reasoning runs")
-    parser.add_argument("--step", default="latest", help="which checkpoint: latest, best, a number")
+    parser = parser_of_runs(__doc__)
     parser.add_argument("--depth", type=int, default=48, help="iterations")
     parser.add_argument("--terms", type=int, nargs="+", default=[1, 2, 4, 8, 16], metavar="K")
     parser.add_argument("--rows", type=int, default=32, help="problems")
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each program")
-    parser.add_argument("--seed", type=int, default=0, help="of random first states")
-    parser.add_argument("--json", help="also write all numbers to this file")
     return parser.parse_args()
 
 

@@ -47,17 +47,23 @@ class Row:
     growth: float
 
 
-def parse_arguments() -> argparse.Namespace:
+def parser_of_runs(description: str | None) -> argparse.ArgumentParser:
+    """What a benchmark of trained reasoning runs is told."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("workdirs", nargs="+", help="of trained reasoning runs")
     parser.add_argument("--step", default="latest", help="which checkpoint: latest, best, a number")
+    parser.add_argument("--seed", type=int, default=0, help="of random first states")
+    parser.add_argument("--json", help="also write all numbers to this file")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = parser_of_runs(__doc__)
     parser.add_argument("--times", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
     parser.add_argument("--rows", type=int, default=8, help="problems for radius and residual")
     parser.add_argument("--products", type=int, default=30, help="of the power iteration")
-    parser.add_argument("--seed", type=int, default=0, help="of random first states")
-    parser.add_argument("--json", help="also write all numbers to this file")
     return parser.parse_args()
 
 
