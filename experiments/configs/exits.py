@@ -12,7 +12,10 @@ Two layers are applied six times to expressions of up to three operations modulo
 notation (the task `mano`), without prelude, coda and injection (arXiv 2607.20519 has modulo 23 and
 10 operations). Without a prior only the sixth iteration has a loss.
 
-Expected on 2 CPU cores: see docs/results/exits.md.
+Expected in 3 minutes of one CPU core, one seed: exact answers of 0.910 with six iterations and 0.106
+with one; 0.869 and 0.869 with `geometric`, which keeps 98% of that with 1.2 iterations by the
+criterion `margin`. `parity,uniform` takes 5 minutes and keeps all answers with 7.6 iterations by
+`entropy`. More in docs/results/exits.md.
 What each exit criterion saves:  megatransformer calibrate --model=runs/exits_geometric
 """
 
