@@ -9,13 +9,13 @@ Variants, separated by commas after the file's name and a colon:
   text         English text that ships with Python, two layers four times
   tiny         the same run in under a minute
 
-The model has no prelude, coda and injection, as published: the embedding is the first state of the
+The model has no prelude, coda or injection, as published: the embedding is the first state of the
 loop. It computes prefix expressions of up to three operations modulo 5 (the task `mano`), and is
 judged on those with three. Only the value of the whole expression is asked.
 
 Expected on one CPU core, one seed, exact answers: `pointers` 0.998 in 7 minutes, `pointers,once`
 0.000 in 2; `permutation` 0.742 and `permutation,once` 0.000 in 10 and 3 minutes under load. The
-default has learned little after its 3,000 steps. More in docs/results/equal_parameters.md.
+default was not run to its end. More in docs/results/equal_parameters.md.
 """
 
 from typing import Any

@@ -9,7 +9,7 @@ Variants, separated by commas after the file's name and a colon:
   tiny       the same run in under a minute
 
 Two layers are applied six times to expressions of up to three operations modulo 3 in prefix
-notation (the task `mano`), without prelude, coda and injection (arXiv 2607.20519 has modulo 23 and
+notation (the task `mano`), without a prelude, a coda or injection (arXiv 2607.20519 has modulo 23 and
 10 operations). Without a prior only the sixth iteration has a loss.
 
 Expected in 3 minutes of one CPU core, one seed: exact answers of 0.910 with six iterations and 0.106
