@@ -12,8 +12,8 @@ Two layers are applied six times to expressions of up to three operations modulo
 notation (the task `mano`), without a prelude, a coda or injection (arXiv 2607.20519 has modulo 23 and
 10 operations). Without a prior only the sixth iteration has a loss.
 
-Expected in 3 minutes of one CPU core, one seed: exact answers of 0.910 with six iterations and 0.106
-with one; 0.869 and 0.869 with `geometric`, which keeps 98% of that with 1.2 iterations by the
+Expected in 3 minutes of one CPU core, one seed: exact answers of 0.904 with six iterations and 0.109
+with one; 0.873 and 0.852 with `geometric`, which keeps 98% of that with 1.2 iterations by the
 criterion `margin`. `parity,uniform` takes 5 minutes and keeps all answers with 7.6 iterations by
 `entropy`. More in docs/results/exits.md.
 What each exit criterion saves:  megatransformer calibrate --model=runs/exits_geometric
