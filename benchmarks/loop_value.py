@@ -454,7 +454,7 @@ def draw(found: list[tuple[str, dict[str, Any], list[dict[str, Any]]]], path: pa
     left.legend(fontsize=6)
     right.axvline(0, color="gray", linewidth=0.5)
     right.axvline(1, color="gray", linewidth=0.5)
-    right.set(xlabel="phi (0: worthless, 1: as good as own layers)")
+    right.set(xlabel="phi (0: worthless, 1: as own layers)")
     right.set_yticks(range(len(found)), [name for name, _, _ in found], fontsize=7)
     right.set_ylim(len(found) - 0.5, -0.5)
     path.parent.mkdir(parents=True, exist_ok=True)

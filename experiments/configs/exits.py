@@ -9,11 +9,11 @@ Variants, separated by commas after the file's name and a colon:
   tiny       the same run in under a minute
 
 Two layers are applied six times to expressions of up to three operations modulo 3 in prefix
-notation (the task `mano`), without a prelude, a coda or injection (arXiv 2607.20519 has modulo 23 and
-10 operations). Without a prior only the sixth iteration has a loss.
+notation (the task `mano`), without a prelude, a coda or injection (arXiv 2607.20519 has modulo 23
+and 10 operations). Without a prior only the sixth iteration has a loss.
 
-Expected in 3 minutes of one CPU core, one seed: exact answers of 0.904 with six iterations and 0.109
-with one; 0.873 and 0.852 with `geometric`, which keeps 98% of that with 1.2 iterations by the
+Expected in 3 minutes of one CPU core, one seed: exact answers of 0.904 with six iterations and
+0.109 with one; 0.873 and 0.852 with `geometric`, which keeps 98% of that with 1.2 iterations by the
 criterion `margin`. `parity,uniform` takes 5 minutes and keeps all answers with 7.6 iterations by
 `entropy`. More in docs/results/exits.md.
 What each exit criterion saves:  megatransformer calibrate --model=runs/exits_geometric

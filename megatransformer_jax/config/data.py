@@ -107,20 +107,11 @@ _COPY = (
 SOURCES = ("embedded_text", *FILE_SOURCES, "tfds", "tokens", "reasoning", "media")
 # Special tokens and 256 bytes take 260.
 MIN_TRAINED_PIECES = 300
-REASONING_TASKS = (
-    "parity",
-    "addition",
-    "hop",
-    "pointers",
-    "permutation",
-    "mano",
-    "sudoku",
-    "maze",
-)
 # The tasks whose problems are about a set of things.
 TASKS_OF_SYMBOLS = ("hop", "pointers", "permutation")
 # Largest lengths of tasks whose rows have the same cells at every length.
 PUZZLE_LENGTHS = {"sudoku": 24, "maze": 20}
+REASONING_TASKS = ("parity", "addition", "hop", "pointers", "permutation", "mano", *PUZZLE_LENGTHS)
 
 
 @dataclasses.dataclass(frozen=True)
