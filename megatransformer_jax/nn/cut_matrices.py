@@ -299,14 +299,17 @@ def _copy(
 ) -> jax.Array:
     """[*shape], or [E, *shape], to [G, *shape]."""
     gathered, count = sharder.rules.without("fsdp"), sharder.ways("batch")
+    # As it is cut, and then whole: otherwise the compiler may gather before it rounds.
     if is_spread:
+        cut = _place(array, sharder, _spread_spec(sharder, axes))
         spec = PartitionSpec(_outer_axes(sharder), *gathered.spec(*axes))
-        whole = _place(array, sharder, spec)
+        whole = _place(cut, sharder, spec)
         # The last axis of the batch is fsdp.
         shape = (len(whole), count // len(whole), *whole.shape[1:])
         copies = jnp.broadcast_to(whole[:, None], shape).reshape(count, *whole.shape[1:])
     else:
-        whole = Sharder(sharder.mesh, gathered).constrain(array, *axes)
+        cut = sharder.constrain(array, *axes)
+        whole = Sharder(sharder.mesh, gathered).constrain(cut, *axes)
         copies = jnp.broadcast_to(whole, (count, *whole.shape))
     return _place(copies, sharder, _copies_spec(sharder, axes))
 

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import count_in_loops
+from jax.sharding import NamedSharding, PartitionSpec
 from sharded_step import MESHES, OPTIMIZER, example_batch, run_config
 
+from megatransformer_jax.compiled.hlo import parse_hlo
 from megatransformer_jax.config.loop import MeshConfig
 from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.nn.cut_matrices import CutMatrix, cut_matrices
@@ -50,6 +52,27 @@ def matrices():
     rng = np.random.default_rng(2)
     shapes = {"up": UP_SHAPE, "output": OUTPUT_SHAPE, "table": TABLE_SHAPE}
     return {name: jnp.asarray(rng.normal(size=s), jnp.float32) / 3 for name, s in shapes.items()}
+
+
+@pytest.mark.parametrize("is_spread", [False, True])
+def test_a_matrix_is_rounded_before_it_is_gathered(sharder, is_spread):
+    """Else float32 travels, as it did in programs for GPUs."""
+    spec = sharder.rules.spec(*UP_AXES)
+    shape = (2, *UP_SHAPE) if is_spread else UP_SHAPE
+    placed = NamedSharding(sharder.mesh, PartitionSpec("data", *spec) if is_spread else spec)
+
+    def loss(array, x):
+        matrix = CutMatrix(array, UP_AXES, sharder, is_spread=is_spread).astype(jnp.bfloat16)
+        return matrix.product("btd,dpf->btpf", x).sum()
+
+    rows = jax.ShapeDtypeStruct(X.shape, jnp.bfloat16, sharding=sharder.sharding("batch"))
+    array = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed)
+    module = parse_hlo(jax.jit(loss).lower(array, rows).compile().as_text())
+    gathers = [op for op in module.main.ops.values() if op.opcode.startswith("all-gather")]
+    assert gathers
+    for op in gathers:
+        sent = module.origin(module.main.operands(op)[0])
+        assert sent.opcode != "parameter"  # What is sent was computed: it is the rounded array.
 
 
 def test_values_and_gradients_are_those_of_one_matrix_and_are_summed_once(sharder):
