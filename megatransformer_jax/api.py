@@ -73,7 +73,7 @@ from megatransformer_jax.storage import (
 from megatransformer_jax.training.recorder import read_metrics as read_metrics_file
 from megatransformer_jax.types import Batch, DTypePolicy
 
-# What `inspect` takes about slices that programs are compiled for.
+# What `inspect` takes about TPUs and GPUs that programs are compiled for.
 _COMPILE_OPTIONS = tuple(option.path for option in options_of(CompileConfig))
 
 
@@ -274,9 +274,9 @@ def export_program(model: Model, folder: str | os.PathLike[str], **options: Any)
 def inspect(run: BaseRunConfig | Model | str | os.PathLike[str], **options: Any) -> Report:
     """What a run costs before it starts: parameters, FLOPs and cache by depth, memory of training.
 
-    Nothing of the model's size is allocated. With `topology` the programs are compiled for slices
-    of TPUs that need not be here, and read, as `megatransformer compile` does (docs/pods.md): it
-    takes from seconds to minutes and needs the extra 'tpu'.
+    Nothing of the model's size is allocated. With `topology` the programs are compiled for TPUs or
+    GPUs that need not be here, and read, as `megatransformer compile` does (docs/pods.md): it takes
+    from seconds to minutes and needs the extra 'tpu' or 'cuda'.
 
     Args:
       run: a configuration, a model, or what `configure` takes.
@@ -284,7 +284,8 @@ def inspect(run: BaseRunConfig | Model | str | os.PathLike[str], **options: Any)
         phase="decode" and the other options of `megatransformer compile`.
 
     Raises:
-      UserError: if something in it cannot be used; libtpu is missing or in use.
+      UserError: if something in it cannot be used; libtpu is missing or in use; JAX's CUDA plugin is
+        missing.
 
     Examples:
       >>> report = mt.inspect("huginn_3_5b", evaluation={"final_depths": (1, 32)})

@@ -1,4 +1,4 @@
-"""Compiles a run for slices of TPUs that need not be here: `megatransformer compile`."""
+"""Compiles a run for TPUs or GPUs that need not be here: `megatransformer compile`."""
 
 import concurrent.futures
 import dataclasses
@@ -22,7 +22,11 @@ from megatransformer_jax.config.option import (
     rule,
 )
 from megatransformer_jax.extras import import_extra
-from megatransformer_jax.sharding.topology import QUIET_ENVIRONMENT, parse_topology
+from megatransformer_jax.sharding.topology import (
+    QUIET_ENVIRONMENT,
+    Topology,
+    parse_topology,
+)
 from megatransformer_jax.storage import local_path
 
 if TYPE_CHECKING:
@@ -77,7 +81,7 @@ class CompileOptions(CompileConfig):
 
     @rule("topology")
     def _the_slice_exists(self) -> None:
-        """A known accelerator or box of chips."""
+        """A known accelerator, box of chips, or machine with GPUs."""
         if self.topology:
             parse_topology(self.topology, self.slices)
 
@@ -88,8 +92,8 @@ def compile_run(parsed: Parsed) -> None:
     Exits with 4 if a program does not fit.
 
     Raises:
-      UserError: if the run does not fit the slices' mesh, libtpu is missing, or a file cannot be
-        written.
+      UserError: if the run does not fit the mesh, libtpu or JAX's CUDA plugin is missing, or a file
+        cannot be written.
     """
     options: CompileOptions = parsed.options
     config = parsed.config
@@ -101,7 +105,8 @@ def compile_run(parsed: Parsed) -> None:
         )
     for name in ("json", "hlo"):
         _check_file(name, getattr(options, name))
-    use_described_devices()
+    assert options.topology is not None  # A rule says so.
+    use_described_devices(parse_topology(options.topology))
     # It imports JAX, which reads its environment then.
     from rich.console import Console  # noqa: PLC0415
 
@@ -150,13 +155,14 @@ def _search(console: "Console", config: "BaseRunConfig", options: CompileOptions
     return found.fits
 
 
-def use_described_devices() -> None:
-    """Sets the environment in which libtpu describes slices; variables that are set are kept.
+def use_described_devices(topology: Topology) -> None:
+    """Sets the environment in which devices are described; variables that are set are kept.
 
     Raises:
       UserError: if JAX has been imported already, which would not see them, or libtpu is missing.
     """
-    import_extra("libtpu", "tpu", f"{PROGRAM} compile")
+    if topology.gpu is None:
+        import_extra("libtpu", "tpu", f"{PROGRAM} compile")
     missing = {name: value for name, value in QUIET_ENVIRONMENT.items() if name not in os.environ}
     if missing and "jax" in sys.modules:
         raise UserError(
@@ -250,12 +256,12 @@ def _write_programs(path: str, report: "CompileReport") -> None:
 
 COMMAND = Command(
     name="compile",
-    doc="""Compiles a run for slices of TPUs that need not be here, and says what the programs do.
+    doc="""Compiles a run for TPUs or GPUs that need not be here, and says what the programs do.
 
 Whether they fit, which attention kernel each stack has, what is exchanged over which axis of the
 mesh, loops, copies, the largest arrays, what should be otherwise, and how long a call takes at
-least. Nothing runs, and no weights are made. The extra 'tpu' is needed, but no TPU. Exits with 4
-if a program does not fit. docs/pods.md explains each line.""",
+least. Nothing runs, and no weights are made. The extra 'tpu' or 'cuda' is needed, but no TPU and no
+GPU. Exits with 4 if a program does not fit. docs/pods.md explains each line.""",
     options=CompileOptions,
     run=compile_run,
     examples=(
@@ -263,6 +269,7 @@ if a program does not fit. docs/pods.md explains each line.""",
         "--config=recurrent --topology=v5e-16 --headroom --json=compiled.json",
         "--config=recurrent:small --topology=v4-8 --search --budget=20",
         "--config.preset=recurrent_medium --topology=v5e-1 --phase=decode --depth=32",
+        "--config=recurrent:small --topology=h100-8",
     ),
     takes_run=True,
 )

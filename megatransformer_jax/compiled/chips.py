@@ -1,10 +1,11 @@
-"""What TPU chips can do at most: the numbers that estimates of a compiled program divide by."""
+"""What chips can do at most: the numbers that estimates of a compiled program divide by."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.sharding.topology import GpuKind, Topology
 
 GIB = 2**30
 
@@ -14,12 +15,16 @@ class Chip:
     """Peak rates of one chip.
 
     Attributes:
-      name: as slices are named, such as 'v4'.
+      name: as in topologies, such as 'v4'.
       bf16_flops: of matrix products, FLOP/s.
       hbm_bandwidth: bytes/s read and written.
       hbm_bytes: that a program can use: less than is built in, because the system keeps some.
-      ici_bandwidth: bytes/s that a chip sends over one axis of its torus, to both neighbours.
-      dcn_bandwidth: bytes/s that a chip sends to other slices, if all chips of its host send.
+      ici_bandwidth: bytes/s that a chip sends over one axis of its torus, to both neighbours; of a
+        GPU, to the others of its machine.
+      dcn_bandwidth: bytes/s that a chip sends to other slices or machines, if all chips of its host
+        send.
+      linked: how many devices, one after the other, `ici_bandwidth` joins. None: all of a program,
+        as on a slice of TPUs.
     """
 
     name: str
@@ -28,6 +33,12 @@ class Chip:
     hbm_bytes: int
     ici_bandwidth: float
     dcn_bandwidth: float
+    linked: int | None = None
+
+    @property
+    def platform(self) -> str:
+        """'tpu' or 'gpu'."""
+        return "tpu" if self.linked is None else "gpu"
 
 
 # FLOP/s, HBM bandwidth and links: Google Cloud's pages of each generation (docs.cloud.google.com/
@@ -48,19 +59,30 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
     }
 )
 
-# By `device_kind`, as JAX names the devices of a slice.
-_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
+# Of a GPU's memory JAX takes three quarters, unless it is told otherwise.
+_GPU_SHARE = 0.75
 
 
-def chip_of(device_kind: str) -> Chip:
-    """The chip that JAX calls by this name, such as 'TPU v5 lite'.
+def chip_of(topology: Topology) -> Chip:
+    """What a topology is made of.
 
-    Raises:
-      ConfigError: if its numbers are not known; lists the kinds that are.
+    Examples:
+      >>> from megatransformer_jax.sharding.topology import parse_topology
+      >>> chip_of(parse_topology("v5e-16")).name, chip_of(parse_topology("h100-4")).linked
+      ('v5e', 4)
     """
-    if device_kind not in _KINDS:
-        raise ConfigError(
-            "topology",
-            f"the peak rates of {device_kind!r} are not known; known are {', '.join(_KINDS)}.",
-        )
-    return CHIPS[_KINDS[device_kind]]
+    if topology.gpu is None:
+        return CHIPS[topology.kind]
+    return _gpu(topology.gpu, math.prod(topology.box))
+
+
+def _gpu(kind: GpuKind, linked: int) -> Chip:
+    return Chip(
+        kind.name,
+        kind.bf16_flops,
+        kind.memory_bandwidth,
+        int(_GPU_SHARE * kind.memory_bytes),
+        kind.link_bandwidth,
+        kind.network_bandwidth,
+        linked,
+    )

@@ -176,7 +176,12 @@ def repeated_pieces(module: Module) -> frozenset[str]:
 
 
 def read_collective(
-    module: Module, op: Op, mesh: Mapping[str, int], loop: str | None, times: int
+    module: Module,
+    op: Op,
+    mesh: Mapping[str, int],
+    linked: int | None,
+    loop: str | None,
+    times: int,
 ) -> Collective:
     """Describes an operation for which `collective_kind` knows a kind.
 
@@ -184,6 +189,7 @@ def read_collective(
       module: the program.
       op: the operation.
       mesh: of the devices of this program; see `slice_mesh`.
+      linked: see `Chip`.
       loop: that it stands in.
       times: that it runs in one call.
     """
@@ -199,8 +205,8 @@ def read_collective(
         received = received[len(sent) : 2 * len(sent)]
     whole = received if kind == "all-gather" else sent
     if kind in ("collective-permute", "send"):
-        pairs = permuted_pairs(op.attributes)
-        axes, size = axes_between(pairs, mesh), 2
+        groups = permuted_pairs(op.attributes)
+        axes, size = axes_between(groups, mesh), 2
     else:
         groups = replica_groups(op.attributes, math.prod(mesh.values()))
         axes, size = axes_of(groups, mesh), len(groups[0])
@@ -217,7 +223,8 @@ def read_collective(
         wire_bytes=logical * _sent_share(kind, size),
         loop=loop,
         times=times,
-        is_async=op.opcode.endswith("-start") or kind == "send" or _is_begun(module, computation),
+        is_async=_is_async(module, op),
+        is_between_slices=kind == "send" or _leaves_machine(groups, linked),
         source=op.source or _source_nearby(module, computation),
     )
 
@@ -243,6 +250,19 @@ def _is_cut_at_once(module: Module, op: Op) -> bool:
             elif user.opcode != "dynamic-slice":
                 return False
     return computation.root != op.name
+
+
+def _leaves_machine(groups: Groups, linked: int | None) -> bool:
+    return linked is not None and any(
+        len({device // linked for device in group}) > 1 for group in groups
+    )
+
+
+def _is_async(module: Module, op: Op) -> bool:
+    if re.search(r'"is_sync":\s*true', op.attributes):  # How GPU programs write the others.
+        return False
+    begins = op.opcode.endswith("-start") or op.opcode == "send"
+    return begins or _is_begun(module, module.computations[op.computation])
 
 
 def _is_begun(module: Module, computation: Computation) -> bool:

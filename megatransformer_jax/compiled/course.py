@@ -12,8 +12,8 @@ from megatransformer_jax.compiled.chips import Chip
 from megatransformer_jax.compiled.collectives import collective_kind
 from megatransformer_jax.compiled.hlo import Computation, Module, Op
 from megatransformer_jax.compiled.work import (
-    KERNEL_TARGETS,
     hbm_bytes,
+    is_kernel,
     kernel_flops,
     product_flops,
 )
@@ -122,7 +122,7 @@ class Course:
 
     def flops(self, op: Op) -> float:
         """Of one run of an operation, with what is fused into it."""
-        if op.target in KERNEL_TARGETS:
+        if is_kernel(op):
             return kernel_flops(self.module, op)
         if op.opcode != "fusion":
             return product_flops(self.module.computations[op.computation], op)

@@ -212,10 +212,21 @@ def _cuts(shape: Shape, weights: Iterable[tuple[int, ...]], times: int) -> int:
         candidates = [weight, weight[1:]] if weight and times > weight[0] else [weight]
         for candidate in candidates:
             own = sorted(dim for dim in candidate if dim > 1)
-            if whole and own == whole:
+            if whole and (own == whole or _is_merged(shape.dims, candidate)):
                 return 1
             parts = max(parts, _ratio(whole, own))
     return parts
+
+
+def _is_merged(dims: Sequence[int], weight: Sequence[int]) -> bool:
+    """Whether these are a weight's extents with neighbours multiplied: programs for GPUs do so."""
+    remaining = [dim for dim in weight if dim > 1]
+    for dim in dims:
+        while remaining and dim > 1 and dim % remaining[0] == 0:
+            dim //= remaining.pop(0)
+        if dim > 1:
+            return False
+    return not remaining
 
 
 def _ratio(whole: list[int], own: list[int]) -> int:

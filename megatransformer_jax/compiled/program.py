@@ -17,7 +17,7 @@ from megatransformer_jax.compiled.flags import Exchange, find_copies, find_flags
 from megatransformer_jax.compiled.hlo import Module, parse_hlo
 from megatransformer_jax.compiled.overlap import hidden_seconds
 from megatransformer_jax.compiled.reading import Collective, Estimate, Kernel, Loop, ProgramReading
-from megatransformer_jax.compiled.work import KERNEL_TARGETS
+from megatransformer_jax.compiled.work import is_kernel
 from megatransformer_jax.config.option import UserError
 
 
@@ -54,7 +54,7 @@ def read_program(
     exchanges = [
         Exchange(
             visit.op,
-            read_collective(module, visit.op, own_mesh, *_where(module, visit)),
+            read_collective(module, visit.op, own_mesh, chip.linked, *_where(module, visit)),
             in_loop=visit.loop is not None and visit.loop.source.endswith("while"),
         )
         for visit in visits
@@ -78,9 +78,7 @@ def read_program(
         ),
         loops=tuple(_loop(course, visit) for visit in visits if visit.op.opcode == "while"),
         collectives=collectives,
-        kernels=tuple(
-            _kernel(course, visit) for visit in visits if visit.op.target in KERNEL_TARGETS
-        ),
+        kernels=tuple(_kernel(course, visit) for visit in visits if is_kernel(visit.op)),
         copies=tuple(copies),
         buffers=moment.buffers[:NUM_SHOWN],
         live_bytes=moment.num_bytes,

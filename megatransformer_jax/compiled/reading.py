@@ -55,6 +55,7 @@ class Collective:
       times: in one call.
       is_async: computation can go on meanwhile.
       source: where it was written.
+      is_between_slices: it goes over the data centre's network, to other slices or machines.
       seconds: that it takes each time, at the rate of its links.
       hidden_s: of these, those in which other operations run.
     """
@@ -71,6 +72,7 @@ class Collective:
     times: int
     is_async: bool
     source: str
+    is_between_slices: bool
     seconds: float = 0.0
     hidden_s: float = 0.0
 
@@ -78,11 +80,6 @@ class Collective:
     def total_wire_bytes(self) -> float:
         """That a device sends in one call."""
         return self.times * self.wire_bytes
-
-    @property
-    def is_between_slices(self) -> bool:
-        """Over the data centre's network."""
-        return self.kind == "send"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """What one operation costs: floating-point operations, and bytes between chip and main memory.
 
-FLOPs are those of matrix products, which TPU programs write as convolutions, and of attention
-kernels. Bytes are those that operands and results have in main memory, padded to tiles. Of an array
-that an operation only cuts or fills in a part of, the part is counted. What stands in memory on the
-chip costs nothing, but copies to and from there do.
+FLOPs are those of matrix products, which TPU programs write as convolutions and GPU programs as
+calls of cuBLAS, and of attention kernels. Bytes are those that operands and results have in main
+memory, padded to tiles. Of an array that an operation only cuts or fills in a part of, the part is
+counted. What stands in memory on the chip costs nothing, but copies to and from there do.
 """
 
 import functools
@@ -19,12 +19,19 @@ from megatransformer_jax.compiled.hlo import HBM, Computation, Module, Op, Shape
 # ------------------------------------------------------------------------------
 # FLOPs of matrix products.
 
+_CUBLAS, _CUDNN_ATTENTION = "__cublas$", "__cudnn$fmha"
+
 
 def product_flops(computation: Computation, op: Op) -> float:
-    """Of a `dot` or a `convolution`; 0 for any other operation."""
-    if op.opcode not in ("dot", "convolution"):
+    """Of a `dot`, a `convolution` or a call of cuBLAS; 0 for any other operation."""
+    is_cublas = op.target.startswith(_CUBLAS)
+    if op.opcode not in ("dot", "convolution") and not is_cublas:
         return 0.0
     sides = [computation.ops[name].shapes[0] for name in op.operands[:2]]
+    if is_cublas:
+        listed = re.search(r'"lhs_contracting_dimensions":\s*\[([^\]]*)\]', op.attributes)
+        dims = re.findall(r"\d+", listed.group(1)) if listed else []
+        return 2.0 * op.shapes[0].elements * math.prod(sides[0].dims[int(dim)] for dim in dims)
     if op.opcode == "dot":
         contracted = op.numbers("lhs_contracting_dims")
         return 2.0 * op.shapes[0].elements * math.prod(sides[0].dims[dim] for dim in contracted)
@@ -79,17 +86,27 @@ def _window_pairs(
 # ------------------------------------------------------------------------------
 # FLOPs of kernels.
 
-KERNEL_TARGETS = ("tpu_custom_call", "mosaic_gpu", "__cudnn$fmha")
+_KERNEL_TARGETS = ("tpu_custom_call", "mosaic_gpu")
 # Products per tile of attention weights. The backward passes compute the weights again.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _LARGEST_TILE = 512
+_CUDNN_PRODUCTS = {"forward": 2, "Backward": 5}
+
+
+def is_kernel(op: Op) -> bool:
+    """Whether an operation is a kernel that was written by hand."""
+    return op.target in _KERNEL_TARGETS or op.target.startswith(_CUDNN_ATTENTION)
 
 
 def kernel_flops(module: Module, op: Op) -> float:
-    """Of splash attention's kernels, tile by tile as they skip them; 0 for any other kernel.
+    """Of attention kernels; 0 for any other kernel.
 
-    A tile that is masked in part is computed whole.
+    Splash attention skips tiles of which all is masked, and computes those that are masked in part
+    as a whole. cuDNN's kernel skips what its own causal mask covers; a mask that it is given as an
+    array covers nothing.
     """
+    if op.target.startswith(_CUDNN_ATTENTION):
+        return _cudnn_flops(module, op)
     pass_name = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", f"{op.name} {op.source}")
     if pass_name is None:
         return 0.0
@@ -108,6 +125,16 @@ def kernel_flops(module: Module, op: Op) -> float:
     # The grid leaves out rows or columns of tiles that nothing needs; tiles are square then.
     pairs = (rows or keys) * (keys or rows) * _computed_tiles(module, masks[1]) / grid[0]
     return flops_per_pair * math.prod(query[:-2]) * pairs
+
+
+def _cudnn_flops(module: Module, op: Op) -> float:
+    operands = [module.computations[op.computation].ops[name] for name in op.operands[:2]]
+    (rows, queries, heads, width), keys = operands[0].shapes[0].dims, operands[1].shapes[0].dims[1]
+    products = _CUDNN_PRODUCTS["Backward" if op.target.endswith("Backward") else "forward"]
+    pairs = float(rows * heads * queries * keys)
+    if re.search(r'"mask_type":\s*"(PADDING_)?CAUSAL"', op.attributes):
+        pairs *= (queries + 1) / (2 * queries)
+    return 2.0 * products * pairs * width
 
 
 def _tile(length: int, count: int) -> int:
@@ -176,7 +203,14 @@ def hbm_bytes(module: Module, op: Op) -> float:
     if op.opcode == "scatter":
         updates = computation.ops[op.operands[-1]]
         return 2 * _part(op, updates.shapes[0]) + _read(operands[1:])
-    return _in_hbm(op.shapes) + _read(operands)
+    return _in_hbm(_results(op)) + _read(operands)
+
+
+def _results(op: Op) -> Sequence[Shape]:
+    """What an operation makes; without the room to work in that a library is given."""
+    if op.target.startswith((_CUBLAS, _CUDNN_ATTENTION)):
+        return [shape for shape in op.shapes if shape.dtype not in ("s8", "u8")]
+    return op.shapes
 
 
 def _in_hbm(shapes: Iterable[Shape]) -> float:

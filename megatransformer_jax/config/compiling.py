@@ -1,4 +1,4 @@
-"""Options of programs that are compiled ahead of time for slices of TPUs that need not be here."""
+"""Options of programs that are compiled ahead of time for TPUs and GPUs that need not be here."""
 
 import dataclasses
 
@@ -31,17 +31,18 @@ _OF_PHASES = {
 
 @dataclasses.dataclass(frozen=True)
 class CompileConfig:
-    """Which programs are compiled for which slices of TPUs. Nothing runs."""
+    """Which programs are compiled for which TPUs or GPUs. Nothing runs."""
 
     topology: str | None = option(
         None,
         "The slice, by the name of an accelerator (v4-128, v5p-64, v5e-256, v6e-8) or as its box "
         "of chips (v4:4x4x4, v5e:16x16). The number counts cores with v4 and v5p, two per chip, "
-        "and chips with v5e and v6e. Must be given.",
+        "and chips with v5e and v6e. Or a machine with GPUs: h100-8 has eight; kinds are l4, "
+        "a100-40gb, a100-80gb, h100, h200 and b200. Must be given.",
     )
     slices: int = option(
         1,
-        "Number of such slices, joined by the data centre's network.",
+        "Number of such slices or machines, joined by the data centre's network.",
         minimum=1,
         maximum=MAX_COUNT,
     )
@@ -102,7 +103,10 @@ class CompileConfig:
     def _slices_are_named(self) -> None:
         """Must be given."""
         if not self.topology:
-            raise ConfigError("topology", "is missing; name a slice, as topology=v4-128.")
+            raise ConfigError(
+                "topology",
+                "is missing; name a slice or a machine, as topology=v4-128 or topology=h100-8.",
+            )
 
     @rule(*_OF_PHASES)
     def _options_belong_to_phases(self) -> None:

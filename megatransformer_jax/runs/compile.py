@@ -1,9 +1,10 @@
-"""What programs compiled for slices of TPUs say: whether they fit, what they do, how long at least.
+"""What programs compiled for TPUs and GPUs that are not here say: whether they fit, what they do.
 
 `megatransformer compile` and `mt.inspect(..., topology=...)` show it. Nothing runs, and no weights
 are made.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import math
@@ -41,6 +42,9 @@ Progress = Callable[[str], object]
 # Parts of the paths of loops whose turns depend on data, see `read_program`.
 _ATTENTION_LOOP = "_attend_to_cache/while"
 _TRAIN_LOOP = "_iterate_core/while"
+# Kernels of products are chosen by timing them, which takes the GPU. Without one the compiler takes
+# the first of its own, which no GPU would; a call of cuBLAS stands for any good one.
+GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _SETTLING_LOOP, _TERMS_LOOP = "settle/while", "sum_terms/while"
 
 # ------------------------------------------------------------------------------
@@ -128,7 +132,7 @@ class CompileReport:
     """All that the command shows.
 
     Attributes:
-      topology: the slices.
+      topology: the slices or machines.
       chip: what they are made of.
       device_kind: as JAX names it.
       layout: what each axis of the mesh lies on; empty on one device.
@@ -140,7 +144,7 @@ class CompileReport:
       programs: at least one.
       speeds: by depth; empty if something does not fit.
       headroom: None if it was not asked for, or nothing fits.
-      versions: of jax and libtpu.
+      versions: of jax and the compiler.
       flags: variables that the compiler reads, as far as the caller knows them.
     """
 
@@ -214,7 +218,7 @@ def _program_dict(program: CompiledProgram) -> dict[str, Any]:
 def compile_for_topology(
     run: BaseRunConfig, compiling: CompileConfig, progress: Progress = lambda doing: None
 ) -> CompileReport:
-    """Compiles the programs of a phase for slices that need not be here, and reads them.
+    """Compiles the programs of a phase for TPUs or GPUs that need not be here, and reads them.
 
     Args:
       run: the configuration of the run.
@@ -223,7 +227,7 @@ def compile_for_topology(
 
     Raises:
       ConfigError: if mesh, model and sizes do not fit together, or the slice does not exist.
-      UserError: if libtpu is missing, or cannot be used in this process.
+      UserError: if libtpu or JAX's CUDA plugin is missing, or cannot be used in this process.
     """
     config = require_transformer(run)
     assert compiling.topology is not None  # A rule says so.
@@ -231,13 +235,13 @@ def compile_for_topology(
     progress(f"describing {topology}")
     devices = describe_devices(topology)
     phase = phase_programs(config, compiling, devices)
-    chip = chip_of(devices[0].device_kind)
+    chip = chip_of(topology)
     reader = _reader(config, compiling, phase, chip)
     compiled = tuple(_compile_phase(phase, chip, reader, progress))
     fits = all(program.fits for program in compiled)
     headroom = None
     if compiling.headroom and fits:
-        headroom = _find_headroom(config, compiling, devices, phase, compiled, progress)
+        headroom = _find_headroom(config, compiling, devices, chip, phase, compiled, progress)
     return CompileReport(
         topology=topology,
         chip=chip,
@@ -251,8 +255,16 @@ def compile_for_topology(
         programs=compiled,
         speeds=_speeds(config, compiling, phase, compiled) if fits else (),
         headroom=headroom,
-        versions={name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
+        versions=dict(_versions(chip.platform)),
     )
+
+
+def _versions(platform: str) -> Iterator[tuple[str, str]]:
+    """Of what compiles for a platform. JAX's CUDA plugin is named after the CUDA that it needs."""
+    names = ("libtpu",) if platform == "tpu" else ("jax-cuda13-pjrt", "jax-cuda12-pjrt")
+    for name in ("jax", *names):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 # Of a program's name and text: what it does at each depth.
@@ -273,7 +285,21 @@ def _compile_phase(
             )
             yield CompiledProgram(name, 0.0, 0.0, None, 0, problem, {}, "")
         else:
-            yield compile_program(name + note, lower, read, progress)
+            options = GPU_OPTIONS if chip.platform == "gpu" else None
+            program = compile_program(name + note, lower, read, progress, options)
+            yield _if_it_fits(program, chip) if chip.platform == "gpu" else program
+
+
+def _if_it_fits(program: CompiledProgram, chip: Chip) -> CompiledProgram:
+    """The compiler for GPUs finishes programs that are too large, too."""
+    memory = program.memory
+    if memory is None or memory.total <= chip.hbm_bytes:
+        return program
+    problem = (
+        f"it needs {format_bytes(memory.total)}, and JAX takes {format_bytes(chip.hbm_bytes)} of a "
+        "GPU unless told otherwise."
+    )
+    return dataclasses.replace(program, memory=None, problem=problem, readings={}, hlo="")
 
 
 def compile_program(
@@ -281,6 +307,7 @@ def compile_program(
     lower: Callable[[], jax.stages.Lowered],
     read: _Reader,
     progress: Progress,
+    options: dict[str, Any] | None = None,
 ) -> CompiledProgram:
     """Compiles one program and reads it; if it does not fit, says what the compiler says."""
     began = time.perf_counter()
@@ -290,7 +317,7 @@ def compile_program(
     progress(f"compiling the {name}")
     began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -299,7 +326,7 @@ def compile_program(
     compile_s = time.perf_counter() - began
     progress(f"reading the {name}")
     text = compiled.as_text()
-    assert text is not None  # Of TPU programs there always is one.
+    assert text is not None  # Of programs for TPUs and GPUs there always is one.
     peak = getattr(compiled.memory_analysis(), "peak_memory_in_bytes", 0)
     memory = step_memory(compiled)
     return CompiledProgram(name, lower_s, compile_s, memory, peak, "", read(name, text), text)
@@ -335,7 +362,7 @@ def _reader(
     def read(name: str, text: str) -> Mapping[int | None, ProgramReading]:
         return {
             depth: read_program(
-                text, mesh, chip, traced_trips=_traced_trips(config, compiling, depth, name)
+                text, mesh, chip, traced_trips=_traced_trips(config, compiling, depth, name, chip)
             )
             for depth in depths_of(config, compiling)
         }
@@ -344,7 +371,7 @@ def _reader(
 
 
 def _traced_trips(
-    config: RunConfig, compiling: CompileConfig, depth: int | None, name: str
+    config: RunConfig, compiling: CompileConfig, depth: int | None, name: str, chip: Chip
 ) -> dict[str, int]:
     """Turns of loops by a part of their path; the first part that fits counts."""
     iterations = depth or 1
@@ -360,19 +387,19 @@ def _traced_trips(
             # At the middle of the new tokens, in whole blocks of the cache.
             filled = compiling.prompt_tokens + compiling.new_tokens // 2
             return {
-                _ATTENTION_LOOP: _blocks(filled),
+                _ATTENTION_LOOP: _blocks(filled, chip),
                 "/while/body/while": iterations,
                 "/while": compiling.new_tokens,
             }
     # A server's rows are half full.
     capacity = compiling.capacity or min(DEFAULT_CAPACITY, config.model.max_length)
-    trips = {_ATTENTION_LOOP: _blocks(capacity // 2)}
+    trips = {_ATTENTION_LOOP: _blocks(capacity // 2, chip)}
     loop = {"prefill": ")/while", "step": "/advance/while"}.get(name)
     return trips if loop is None else trips | {loop: iterations}
 
 
-def _blocks(rows: int) -> int:
-    return max(1, -(-rows // BLOCK_ROWS["tpu"]))
+def _blocks(rows: int, chip: Chip) -> int:
+    return max(1, -(-rows // BLOCK_ROWS[chip.platform]))
 
 
 def _speeds(
@@ -433,12 +460,13 @@ def _find_headroom(
     config: RunConfig,
     compiling: CompileConfig,
     devices: Sequence[Any],
+    chip: Chip,
     phase: PhasePrograms,
     compiled: Sequence[CompiledProgram],
     progress: Progress,
 ) -> Headroom:
     """Compiles twice the rows; if they do not fit, halves the distance."""
-    step, least, chip = phase.row_step, phase.rows, chip_of(devices[0].device_kind)
+    step, least = phase.row_step, phase.rows
     now = max(_total(program) for program in compiled)
 
     def needed_by(rows: int) -> int | None:

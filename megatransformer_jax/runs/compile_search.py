@@ -1,4 +1,4 @@
-"""Tries meshes, rematerialisation and micro-batches for slices of TPUs, and ranks those that fit.
+"""Tries meshes, rematerialisation and micro-batches for TPUs or GPUs, and ranks those that fit.
 
 Each trial is a compiled train step. What `inspect` expects to be far too large is not compiled, nor
 what cannot be faster than something on the same mesh that fits already.
@@ -147,7 +147,7 @@ def search(
 
     Raises:
       ConfigError: if no mesh suits the run.
-      UserError: if libtpu is missing.
+      UserError: if libtpu or JAX's CUDA plugin is missing.
     """
     config, ends = require_transformer(run), time.monotonic() + budget_s
     assert compiling.topology is not None  # A rule says so.
@@ -160,7 +160,7 @@ def search(
             f"no mesh over the {len(devices)} chips of {topology} suits this run; change "
             f"data.batch_size={config.data.batch_size} or model.width={config.model.width}.",
         )
-    limit = _HOPELESS * chip_of(devices[0].device_kind).hbm_bytes
+    limit = _HOPELESS * chip_of(topology).hbm_bytes
     trials: list[Trial] = []
     hopeless = 0
     while waiting and (not trials or time.monotonic() < ends):

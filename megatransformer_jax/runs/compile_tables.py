@@ -217,7 +217,9 @@ def _exchanges(reading: ProgramReading, name: str) -> Table:
     table = _table(f"Exchanges of the {name}, per device and call", headings)
     groups: dict[tuple[str, str, str, str], list[Collective]] = {}
     for item in reading.collectives:
-        axes = "slices" if item.is_between_slices else " x ".join(item.axes) or "other groups"
+        axes = " x ".join(item.axes) or ("slices" if item.is_between_slices else "other groups")
+        if item.axes and item.is_between_slices:
+            axes += ", network"
         where = "" if item.loop is None else _path(reading.loop(item.loop).source or item.loop)
         groups.setdefault((item.kind, axes, item.dtype, where), []).append(item)
 
@@ -269,7 +271,8 @@ def _buffers(reading: ProgramReading, name: str) -> Table:
         table.add_row(buffer.shape, format_bytes(buffer.num_bytes), _path(buffer.source))
     table.caption = (
         f"At its fullest moment the program has {format_bytes(reading.live_bytes)} in HBM besides "
-        "arguments and results. Temporaries beyond that lie in fast memory on the chip."
+        "arguments and results. Temporaries beyond that are gaps between arrays, or lie in fast "
+        "memory on the chip."
     )
     return table
 

@@ -1,8 +1,11 @@
-"""Slices of TPUs by name, and their devices as libtpu describes them on a machine without a TPU.
+"""Slices of TPUs and machines of GPUs by name, and their devices, which need not be here.
 
-A name is that of an accelerator, as clouds sell it (v4-128, v5e-16), or a kind with the extents of
-its box of chips (v4:4x4x4, v5e:4x4). The number behind v4 and v5p counts cores, of which a chip has
-two; behind v5e and v6e it counts chips.
+The name of a slice is that of an accelerator, as clouds sell it (v4-128, v5e-16), or a kind with
+the extents of its box of chips (v4:4x4x4, v5e:4x4). The number behind v4 and v5p counts cores, of
+which a chip has two; behind v5e and v6e it counts chips. libtpu describes their devices on a
+machine without a TPU.
+
+h100-8 is a machine with eight GPUs. JAX's CUDA plugin makes devices of a description of the GPU.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ from typing import Any
 
 from megatransformer_jax.config.option import ConfigError, UserError, nearest_hint
 from megatransformer_jax.extras import import_extra
+from megatransformer_jax.sharding.devices import device_kind
 
 # Boxes of accelerators by their number of chips. Clouds sell other boxes, too; `kind:AxBxC` names
 # any of them.
@@ -85,14 +89,144 @@ SLICE_KINDS = {
 # Google's longer names.
 _OTHER_NAMES = {"v5litepod": "v5e"}
 
+# ------------------------------------------------------------------------------
+# GPUs.
+
+# Of one machine, joined by NVLink.
+MAX_GPUS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuKind:
+    """A kind of GPUs.
+
+    Attributes:
+      name: as in `DEVICE_KINDS`.
+      title: as JAX names its devices.
+      capability: NVIDIA's compute capability, a key of `_CAPABILITIES`.
+      multiprocessors: how many.
+      clock_ghz: at most.
+      l2_mib: cache that all multiprocessors share.
+      bf16_flops: of dense matrix products, FLOP/s.
+      memory_bandwidth: bytes/s.
+      link_bandwidth: bytes/s that it sends to the others of its machine.
+      network_bandwidth: bytes/s that it sends to other machines.
+    """
+
+    name: str
+    title: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    clock_ghz: float
+    l2_mib: int
+    bf16_flops: float
+    memory_bandwidth: float
+    link_bandwidth: float
+    network_bandwidth: float
+
+    @property
+    def memory_bytes(self) -> int:
+        """Built in."""
+        return int(device_kind(self.name).memory_gib * 2**30)
+
+
+# NVIDIA's data sheets, of the variants with SXM modules; rates without sparsity. NVLink's rates are
+# stated for both directions together, so half of them counts. The network is that of DGX and HGX
+# machines, an adapter per GPU: 200 Gbit/s for A100, 400 for H100, H200 and B200. L4 has PCIe 4.0
+# x16 in place of NVLink, and is rented with 100 Gbit/s for eight.
+GPU_KINDS = {
+    kind.name: kind
+    for kind in (
+        GpuKind("l4", "NVIDIA L4", (8, 9), 58, 2.04, 48, 121e12, 0.3e12, 32e9, 1.6e9),
+        GpuKind(
+            "a100-40gb",
+            "NVIDIA A100-SXM4-40GB",
+            *((8, 0), 108, 1.41, 40, 312e12, 1.555e12, 300e9, 25e9),
+        ),
+        GpuKind(
+            "a100-80gb",
+            "NVIDIA A100-SXM4-80GB",
+            *((8, 0), 108, 1.41, 40, 312e12, 2.039e12, 300e9, 25e9),
+        ),
+        GpuKind(
+            "h100",
+            "NVIDIA H100 80GB HBM3",
+            *((9, 0), 132, 1.98, 50, 989.5e12, 3.35e12, 450e9, 50e9),
+        ),
+        GpuKind("h200", "NVIDIA H200", (9, 0), 132, 1.98, 50, 989.5e12, 4.8e12, 450e9, 50e9),
+        GpuKind("b200", "NVIDIA B200", (10, 0), 148, 1.965, 126, 2250e12, 8e12, 900e9, 50e9),
+    )
+}
+# By compute capability, of a multiprocessor: threads, FP32 units, KiB of shared memory. A block can
+# use 1 KiB less of that. CUDA C++ programming guide, "Compute capabilities".
+_CAPABILITIES = {
+    (8, 0): (2048, 64, 164),
+    (8, 9): (1536, 128, 100),
+    (9, 0): (2048, 128, 228),
+    (10, 0): (2048, 128, 228),
+}
+# What all of them have in common, by the names of XLA's GpuTargetConfigProto.
+_EVERY_GPU = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 48 * 1024,
+    "registers_per_core_limit": 65_536,
+    "registers_per_block_limit": 65_536,
+    "block_dim_limit_x": 2**31 - 1,
+    "block_dim_limit_y": 65_535,
+    "block_dim_limit_z": 65_535,
+    "thread_dim_limit_x": 1024,
+    "thread_dim_limit_y": 1024,
+    "thread_dim_limit_z": 64,
+}
+# Versions that the compiler is told: the oldest that the extra 'cuda' and JAX's attention ask for.
+_CUDA_VERSION, _CUDNN_VERSION = (12, 9, 0), (9, 10, 0)
+
+
+def gpu_description(kind: GpuKind) -> str:
+    """A GPU as XLA's compiler wants it described: GpuTargetConfigProto, as text."""
+    threads, units, shared_kib = _CAPABILITIES[kind.capability]
+    values = _EVERY_GPU | {
+        "threads_per_core_limit": threads,
+        "fpus_per_core": units,
+        "shared_memory_per_core": shared_kib * 1024,
+        "shared_memory_per_block_optin": (shared_kib - 1) * 1024,
+        "core_count": kind.multiprocessors,
+        "clock_rate_ghz": kind.clock_ghz,
+        "l2_cache_size": kind.l2_mib * 2**20,
+        "memory_bandwidth": int(kind.memory_bandwidth),
+        "device_memory_size": kind.memory_bytes,
+    }
+    lines = [f"{name}: {value}" for name, value in values.items()]
+    major, minor = kind.capability
+    lines.append(f"cuda_compute_capability {{ major: {major} minor: {minor} }}")
+    for name, version in (
+        ("runtime_version", _CUDA_VERSION),
+        ("driver_version", _CUDA_VERSION),
+        ("dnn_version", _CUDNN_VERSION),
+    ):
+        lines.append(f'{name}: "{".".join(map(str, version))}"')
+    cudnn = " ".join(
+        f"{part}: {number}"
+        for part, number in zip(("major", "minor", "patch"), _CUDNN_VERSION, strict=True)
+    )
+    return (
+        f"gpu_device_info {{ {' '.join(lines)} }} platform_name: 'CUDA' "
+        f"dnn_version_info {{ {cudnn} }} device_description_str: '{kind.title}'"
+    )
+
+
+# ------------------------------------------------------------------------------
+# Names.
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """One or more equal slices.
+    """One or more equal slices, or machines with GPUs.
 
     Attributes:
-      kind: of the chips, one of `SLICE_KINDS`.
-      box: extents of a slice in chips.
+      kind: of the chips, one of `SLICE_KINDS` or `GPU_KINDS`.
+      box: extents of a slice in chips; of a machine, the number of its GPUs.
       slices: how many are joined by the data centre's network.
     """
 
@@ -105,17 +239,26 @@ class Topology:
         """Of all slices."""
         return math.prod(self.box) * self.slices
 
+    @property
+    def gpu(self) -> GpuKind | None:
+        """What they are, if they are GPUs."""
+        return GPU_KINDS.get(self.kind)
+
     def __str__(self) -> str:
-        """As in 'v4:4x4x4' or '2 x v5e:16x16'."""
-        name = f"{self.kind}:{'x'.join(map(str, self.box))}"
+        """As in 'v4:4x4x4', '2 x v5e:16x16' or 'h100-8'."""
+        sign = ":" if self.gpu is None else "-"
+        name = f"{self.kind}{sign}{'x'.join(map(str, self.box))}"
         return name if self.slices == 1 else f"{self.slices} x {name}"
 
 
+_KINDS = ", ".join([*SLICE_KINDS, *GPU_KINDS])
+
+
 def parse_topology(name: str, slices: int = 1) -> Topology:
-    """The slices of a name.
+    """The slices, or the machines, of a name.
 
     Args:
-      name: such as v4-128, v4:4x4x4, v5e-16, v5litepod-16 or v6e:4x4.
+      name: such as v4-128, v4:4x4x4, v5e-16, v5litepod-16, v6e:4x4 or h100-8.
       slices: how many of them.
 
     Raises:
@@ -124,25 +267,30 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     Examples:
       >>> str(parse_topology("v4-128")), parse_topology("v4-128").chips
       ('v4:4x4x4', 64)
+      >>> str(parse_topology("h100-8", slices=2)), parse_topology("h100-8", slices=2).chips
+      ('2 x h100-8', 16)
       >>> str(parse_topology("v5e:4x8", slices=2))
       '2 x v5e:4x8'
     """
     if slices < 1:
         raise ConfigError("slices", f"{slices} slices; at least one is needed.")
+    gpus = re.fullmatch(rf"({'|'.join(GPU_KINDS)})-(\d{{1,6}})", name.strip().lower())
+    if gpus is not None:
+        return _machines(name, gpus.group(1), int(gpus.group(2)), slices)
     match = re.fullmatch(r"([a-z0-9]+)(?:-(\d{1,6})|:(\d{1,3}(?:x\d{1,3})+))", name.strip().lower())
     if match is None:
         raise ConfigError(
             "topology",
             f"{name!r} is not the name of a slice; write it as v4-128, or as v4:4x4x4 with the "
-            f"extents of its box of chips. Kinds: {', '.join(SLICE_KINDS)}.",
+            f"extents of its box of chips, or as h100-8. Kinds: {_KINDS}.",
         )
     written, number, extents = match.groups()
     kind = SLICE_KINDS.get(_OTHER_NAMES.get(written, written))
     if kind is None:
         raise ConfigError(
             "topology",
-            f"{name!r}: {written!r} is not a kind of TPU that is known; "
-            f"{nearest_hint(written, SLICE_KINDS)}known: {', '.join(SLICE_KINDS)}.",
+            f"{name!r}: {written!r} is not a kind of TPU or GPU that is known; "
+            f"{nearest_hint(written, [*SLICE_KINDS, *GPU_KINDS])}known: {_KINDS}.",
         )
     if number is None:
         box = tuple(map(int, extents.split("x")))
@@ -159,6 +307,16 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
             f"counts {unit}). Or give the box of chips, as {kind.name}:{example}.",
         )
     return _checked_size(Topology(kind.name, found[asked], slices))
+
+
+def _machines(name: str, kind: str, count: int, machines: int) -> Topology:
+    if not 1 <= count <= MAX_GPUS:
+        raise ConfigError(
+            "topology",
+            f"{name!r}: a machine has 1 to {MAX_GPUS} GPUs; for more write {kind}-{MAX_GPUS} and "
+            "say with `slices` how many machines there are.",
+        )
+    return _checked_size(Topology(kind, (count,), machines))
 
 
 def _checked_size(topology: Topology) -> Topology:
@@ -189,15 +347,21 @@ def _check_box(name: str, kind: SliceKind, box: tuple[int, ...]) -> None:
         )
 
 
-def describe_devices(topology: Topology) -> Sequence[Any]:
-    """The devices of slices that need not be here; a chip is one device.
+# ------------------------------------------------------------------------------
+# Devices.
 
-    libtpu describes them, and programs may be compiled for them.
+
+def describe_devices(topology: Topology) -> Sequence[Any]:
+    """The devices of slices or machines that need not be here; a chip is one device.
+
+    libtpu or JAX's CUDA plugin describes them, and programs may be compiled for them.
 
     Raises:
-      UserError: if libtpu is missing or cannot be used in this process.
+      UserError: if libtpu or the plugin is missing or cannot be used in this process.
       ConfigError: of the option `topology`, if libtpu knows no such slice.
     """
+    if topology.gpu is not None:
+        return _described_gpus(topology, topology.gpu)
     import_extra("libtpu", "tpu", "programs for TPUs")
     from jax.experimental import topologies  # noqa: PLC0415
 
@@ -214,6 +378,26 @@ def describe_devices(topology: Topology) -> Sequence[Any]:
             chips_per_host_bounds=[*sides, 1],
             **options,
         ).devices
+    return devices
+
+
+def _described_gpus(topology: Topology, kind: GpuKind) -> Sequence[Any]:
+    from jax.experimental import topologies  # noqa: PLC0415
+
+    try:
+        devices: Sequence[Any] = topologies.get_topology_desc(
+            kind.name,
+            "cuda",
+            target_config=gpu_description(kind),
+            # Partitions, machines, GPUs of a machine.
+            topology=f"1x{topology.slices}x{topology.box[0]}",
+        ).devices
+    except NotImplementedError as error:
+        raise UserError(
+            f"{topology}: programs for GPUs are compiled by JAX's CUDA plugin, which is not "
+            "installed; install the extra 'cuda' (no GPU is needed): pip install "
+            "'megatransformer_jax[cuda]', or pip install -e '.[cuda]' in a checkout."
+        ) from error
     return devices
 
 

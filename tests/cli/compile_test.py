@@ -10,6 +10,7 @@ from megatransformer_jax.cli import compile as compiling
 from megatransformer_jax.cli.compile import COMMAND, use_described_devices
 from megatransformer_jax.cli.flags import parse
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.sharding.topology import parse_topology
 
 RUN = ("--config.preset=tiny",)
 
@@ -17,7 +18,8 @@ RUN = ("--config.preset=tiny",)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--topology: is missing; name a slice"),
+        ((), "--topology: is missing; name a slice or a machine"),
+        (("--topology=h100-9",), "--topology: 'h100-9': a machine has 1 to 8 GPUs"),
         (("--topology=v4",), "--topology: 'v4' is not the name of a slice"),
         (("--topology=v4-8", "--rows=2"), "--rows: 2 would be ignored with phase='train'"),
         (
@@ -54,7 +56,7 @@ def test_jax_that_was_imported_before_is_told_of(monkeypatch):
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     monkeypatch.setitem(sys.modules, "jax", types.ModuleType("jax"))
     with pytest.raises(UserError, match=r"already imported.*set them in the shell: .*TPU_SKIP_MDS"):
-        use_described_devices()
+        use_described_devices(parse_topology("v4-8"))
 
 
 def test_a_line_a_minute_says_what_is_done_where_there_is_no_terminal(monkeypatch, capsys):

@@ -1,10 +1,11 @@
 import pytest
 from tpu_programs import looping, straight
 
-from megatransformer_jax.compiled.chips import CHIPS
+from megatransformer_jax.compiled.chips import CHIPS, chip_of
 from megatransformer_jax.compiled.collectives import axes_of, replica_groups, slice_mesh
 from megatransformer_jax.compiled.program import read_program
 from megatransformer_jax.config.option import UserError
+from megatransformer_jax.sharding.topology import parse_topology
 
 MESH = {"data": 2, "fsdp": 4, "tensor": 1}
 WHOLE = 64 * 256 * 2
@@ -157,3 +158,26 @@ is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla
     (sent,) = reading.collectives
     assert (sent.kind, sent.wire_bytes, sent.is_between_slices) == ("send", WHOLE, True)
     assert reading.estimate.exchange_s == WHOLE / CHIPS["v4"].dcn_bandwidth
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes", "is_between"),
+    [("{{0,1,2,3},{4,5,6,7}}", ("fsdp",), False), ("{{0,4},{1,5},{2,6},{3,7}}", ("data",), True)],
+)
+def test_what_leaves_a_machine_with_gpus_goes_over_the_network(groups, axes, is_between):
+    text = straight(
+        f"""
+        %x = bf16[64,256]{{1,0}} parameter(0)
+        %begin = bf16[64,256]{{1,0}} all-reduce-start(%x), replica_groups={groups}, \
+to_apply=%sum, backend_config={{"collective_backend_config":{{"is_sync":true}}}}
+        ROOT %done = bf16[64,256]{{1,0}} all-reduce-done(%begin)
+        """,
+        devices=8,
+    )
+    chip = chip_of(parse_topology("h100-4", slices=2))
+    reading = read_program(text, MESH, chip)
+    (reduced,) = reading.collectives
+    assert (reduced.axes, reduced.is_between_slices) == (axes, is_between)
+    assert not reduced.is_async  # As its settings say, in spite of its name.
+    rate = chip.dcn_bandwidth if is_between else chip.ici_bandwidth
+    assert reading.estimate.exchange_s == reduced.wire_bytes / rate

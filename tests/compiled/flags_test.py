@@ -27,6 +27,19 @@ def _reduction(size, cut, source=BACKWARD):
     )
 
 
+def test_a_part_with_merged_extents_is_not_taken_for_a_whole_of_another_weight():
+    text = straight(
+        f"""
+        %p = bf16[64,2,256]{{2,1,0}} parameter(0), metadata={{op_name="state.params['core']['up']"}}
+        %q = bf16[256,64]{{1,0}} parameter(1), metadata={{op_name="state.params['core']['down']"}}
+        %g = bf16[64,512]{{1,0}} parameter(2)
+        ROOT %r = bf16[64,512]{{1,0}} all-reduce(%g), replica_groups={{}}, to_apply=%add, {BACKWARD}
+        """,
+        devices=4,
+    )
+    assert not _flags(text)
+
+
 def test_gradients_that_are_reduced_whole():
     flags = _flags(_reduction("256,256", "256,256"))
     assert list(flags) == ["all-reduced-gradient"]

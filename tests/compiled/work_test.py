@@ -5,7 +5,7 @@ from megatransformer_jax.compiled.chips import CHIPS, chip_of
 from megatransformer_jax.compiled.hlo import parse_hlo
 from megatransformer_jax.compiled.program import read_program
 from megatransformer_jax.compiled.work import hbm_bytes, product_flops
-from megatransformer_jax.config.option import ConfigError
+from megatransformer_jax.sharding.topology import parse_topology
 
 X = "bf16[2,128,64,1,1]{1,2,4,3,0:T(8,128)(2,1)}"
 
@@ -155,7 +155,56 @@ def test_bytes_of_operations(operation, moved):
     assert hbm_bytes(module, module.main.ops["z"]) == moved
 
 
-def test_chips_by_the_names_of_their_devices():
-    assert chip_of("TPU v5 lite") is CHIPS["v5e"]
-    with pytest.raises(ConfigError, match="'TPU v3' are not known; known are TPU v4, TPU v5 lite"):
-        chip_of("TPU v3")
+MATMUL = """
+%c = (bf16[4,8,32]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"beta":0,\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],\
+"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+"""
+
+
+def test_calls_of_cublas_are_products():
+    """The room that cuBLAS is given to work in is not traffic."""
+    text = straight(
+        f"""
+        %a = bf16[4,8,64]{{2,1,0}} parameter(0)
+        %b = bf16[4,64,32]{{2,1,0}} parameter(1)
+        {MATMUL.strip()}
+        ROOT %result = bf16[4,8,32]{{2,1,0}} get-tuple-element(%c), index=0
+        """
+    )
+    reading = read_program(text, {"data": 1}, chip_of(parse_topology("h100-1")))
+    assert reading.flops == 2 * 4 * 8 * 32 * 64
+    assert reading.hbm_bytes == 2 * (4 * 8 * 64 + 4 * 64 * 32 + 4 * 8 * 32)
+
+
+@pytest.mark.parametrize(
+    ("target", "mask", "products", "share"),
+    [
+        ("__cudnn$fmhaSoftmax", "CAUSAL", 2, 257 / 512),
+        ("__cudnn$fmhaScaleBiasSoftmax", "NO_MASK", 2, 1),
+        ("__cudnn$fmhaSoftmaxBackward", "CAUSAL", 5, 257 / 512),
+        ("__cudnn$fmhaScaleBiasSoftmaxBackward", "NO_MASK", 5, 1),
+    ],
+)
+def test_flops_of_cudnns_attention(target, mask, products, share):
+    text = straight(
+        f"""
+        %q = bf16[8,256,4,16]{{3,2,1,0}} parameter(0)
+        %k = bf16[8,256,2,16]{{3,2,1,0}} parameter(1)
+        ROOT %fused.4 = (bf16[8,4,256,16]{{3,1,2,0}}, u8[64]{{0}}) custom-call(%q, %k, %k), \
+custom_call_target="{target}", backend_config={{"cudnn_fmha_backend_config": \
+{{"fmha_scale": 0.25, "is_flash_attention": true, "mask_type": "{mask}"}}}}
+        """
+    )
+    reading = read_program(text, {"data": 1}, chip_of(parse_topology("h100-1")))
+    assert reading.flops == 2 * products * 8 * 4 * 256 * 256 * share * 16
+    assert [kernel.flops for kernel in reading.kernels] == [reading.flops]
+    assert reading.hbm_bytes == 2 * 8 * 256 * 16 * (4 + 2 + 4)
+
+
+def test_chips_of_slices_and_machines():
+    assert chip_of(parse_topology("v5litepod-16")) is CHIPS["v5e"]
+    gpu = chip_of(parse_topology("a100-40gb-4", slices=2))
+    assert (gpu.platform, gpu.linked, gpu.hbm_bytes) == ("gpu", 4, 30 * 2**30)
+    assert CHIPS["v4"].platform == "tpu"

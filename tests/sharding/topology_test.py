@@ -3,14 +3,18 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 
 from megatransformer_jax.config.option import ConfigError, UserError
+from megatransformer_jax.sharding.devices import device_kind
 from megatransformer_jax.sharding.topology import (
+    GPU_KINDS,
     QUIET_ENVIRONMENT,
     SLICE_KINDS,
     describe_devices,
+    gpu_description,
     parse_topology,
 )
 
@@ -28,6 +32,8 @@ from megatransformer_jax.sharding.topology import (
         ("v6e:16x16", (16, 16), 256),
         ("v4:2x2x3", (2, 2, 3), 12),
         ("v5e:1x1", (1, 1), 1),
+        ("h100-8", (8,), 8),
+        ("A100-80GB-4", (4,), 4),
     ],
 )
 def test_names_of_accelerators_and_boxes(name, box, chips):
@@ -49,7 +55,9 @@ def test_numbers_of_a_kind_count_what_its_clouds_count():
         ("v4", 1, "topology", "'v4' is not the name of a slice; write it as v4-128"),
         ("v4-100", 1, "topology", r"no such accelerator; known: v4-8, v4-16, .*cores, 2 per chip"),
         ("v5e-12", 1, "topology", r"known: v5e-1, .*counts chips\). .*as v5e:4x4"),
-        ("v3-8", 1, "topology", "'v3' is not a kind of TPU that is known; .*v4, v5p, v5e, v6e"),
+        ("v3-8", 1, "topology", "'v3' is not a kind of TPU or GPU that is known; .*v4, .*, b200"),
+        ("h100-16", 1, "topology", "1 to 8 GPUs; for more write h100-8 and say with `slices`"),
+        ("l4-0", 1, "topology", "1 to 8 GPUs"),
         ("v4:4x4", 1, "topology", "box of 3 dimensions; write it as v4:2x4x4"),
         ("v5e:3x4", 1, "topology", "each host has 2x2 chips"),
         ("v5e:4x0", 1, "topology", "box of 2 dimensions"),
@@ -76,6 +84,39 @@ def test_without_libtpu_the_error_names_the_extra(monkeypatch):
     )
     with pytest.raises(UserError, match=r"extra 'tpu': pip install 'megatransformer_jax\[tpu\]'"):
         describe_devices(parse_topology("v4-8"))
+
+
+def test_without_the_cuda_plugin_the_error_names_the_extra(monkeypatch):
+    def describe(*args, **options):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
+    with pytest.raises(UserError, match=r"h100-8: .*extra 'cuda' \(no GPU is needed\)"):
+        describe_devices(parse_topology("h100-8"))
+
+
+def test_machines_with_gpus_are_described_to_the_plugin(monkeypatch):
+    told = {}
+
+    def describe(name, platform, **options):
+        told.update(options, platform=platform)
+        return types.SimpleNamespace(devices=["some"])
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
+    assert describe_devices(parse_topology("h200-4", slices=2)) == ["some"]
+    assert (told["platform"], told["topology"]) == ("cuda", "1x2x4")
+    description = told["target_config"]
+    assert "device_description_str: 'NVIDIA H200'" in description
+    assert "cuda_compute_capability { major: 9 minor: 0 }" in description
+    assert f"device_memory_size: {140 * 2**30} " in description
+    assert "shared_memory_per_block_optin: 232448 " in description  # 227 KiB
+
+
+@pytest.mark.parametrize("kind", GPU_KINDS.values(), ids=GPU_KINDS)
+def test_each_gpu_is_one_that_inspect_knows_and_can_be_described(kind):
+    assert device_kind(kind.name).platform == "gpu"
+    assert gpu_description(kind).count("{") == gpu_description(kind).count("}")
+    assert parse_topology(f"{kind.name}-1").gpu is kind
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu")
