@@ -284,8 +284,8 @@ def inspect(run: BaseRunConfig | Model | str | os.PathLike[str], **options: Any)
         phase="decode" and the other options of `megatransformer compile`.
 
     Raises:
-      UserError: if something in it cannot be used; libtpu is missing or in use; JAX's CUDA plugin is
-        missing.
+      UserError: if something in it cannot be used; libtpu is missing or in use, or the CUDA plugin
+        is missing.
 
     Examples:
       >>> report = mt.inspect("huginn_3_5b", evaluation={"final_depths": (1, 32)})

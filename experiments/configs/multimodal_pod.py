@@ -9,8 +9,9 @@ speaks and transcribes digits. What the slice will hold and do can be seen witho
 
   megatransformer compile --config=multimodal_pod --topology=v4-32
 
-Expected, as `megatransformer inspect --device=v4` predicts; the step has neither been compiled nor
-run: 14.4 of 30.75 GiB on a chip; splash attention, as text and places of media are 1792 together.
+Expected, as `megatransformer inspect --device=v4` predicts: 14.4 of 30.75 GiB on a chip; splash
+attention, as text and places of media are 1792 together. The step has not run, and compiling it
+needs more than the 22 GB that were free where it was tried.
 """
 
 from ml_collections import ConfigDict
