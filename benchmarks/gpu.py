@@ -40,6 +40,7 @@ from megatransformer_jax.models.megatransformer import build_model
 from megatransformer_jax.ops.attention import PLATFORM_KERNELS, Kernel, attention
 from megatransformer_jax.ops.masks import AttentionMask
 from megatransformer_jax.sharding.rules import Sharder
+from megatransformer_jax.sharding.topology import GPU_KINDS
 from megatransformer_jax.training.optimizers import build_optimizer
 from megatransformer_jax.training.state import init_state
 from megatransformer_jax.training.step import make_train_step
@@ -65,23 +66,23 @@ def _sheet(name: str, tflops: float, bytes_per_s: float) -> Bounds:
     return Bounds(tflops * 1e12, bytes_per_s, f"NVIDIA {name} data sheet, dense")
 
 
-# By the name that CUDA gives the device. From Hopper on, and for L4 and L40S, data sheets headline
-# FLOP/s with sparsity, twice the dense ones.
+# By the name that CUDA gives the device: those that programs can be compiled for, and others. From
+# Hopper on, and for L4 and L40S, data sheets headline FLOP/s with sparsity, twice the dense ones.
 GPUS = {
+    **{
+        kind.title: Bounds(
+            kind.bf16_flops, kind.memory_bandwidth, f"{kind.title} data sheet, dense"
+        )
+        for kind in GPU_KINDS.values()
+    },
     "NVIDIA A10": _sheet("A10", 125, 600e9),
-    "NVIDIA A100-SXM4-40GB": _sheet("A100", 312, 1.555e12),
     "NVIDIA A100-PCIE-40GB": _sheet("A100", 312, 1.555e12),
-    "NVIDIA A100-SXM4-80GB": _sheet("A100", 312, 2.039e12),
     "NVIDIA A100 80GB PCIe": _sheet("A100", 312, 1.935e12),
-    "NVIDIA L4": _sheet("L4", 121, 300e9),
     "NVIDIA L40S": _sheet("L40S", 362, 864e9),
-    "NVIDIA H100 80GB HBM3": _sheet("H100", 989.5, 3.35e12),
     "NVIDIA H100 PCIe": _sheet("H100", 756, 2.0e12),
     "NVIDIA H100 NVL": _sheet("H100", 835.5, 3.9e12),
-    "NVIDIA H200": _sheet("H200", 989.5, 4.8e12),
     "NVIDIA H200 NVL": _sheet("H200", 835.5, 4.8e12),
     "NVIDIA GH200 480GB": _sheet("GH200", 989.5, 4.0e12),
-    "NVIDIA B200": _sheet("DGX B200", 2250, 8.0e12),
 }
 ALLOWED_ERROR = 2.0
 

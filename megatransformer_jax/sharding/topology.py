@@ -134,29 +134,15 @@ class GpuKind:
 # stated for both directions together, so half of them counts. The network is that of DGX and HGX
 # machines, an adapter per GPU: 200 Gbit/s for A100, 400 for H100, H200 and B200. L4 has PCIe 4.0
 # x16 in place of NVLink, and is rented with 100 Gbit/s for eight.
-GPU_KINDS = {
-    kind.name: kind
-    for kind in (
-        GpuKind("l4", "NVIDIA L4", (8, 9), 58, 2.04, 48, 121e12, 0.3e12, 32e9, 1.6e9),
-        GpuKind(
-            "a100-40gb",
-            "NVIDIA A100-SXM4-40GB",
-            *((8, 0), 108, 1.41, 40, 312e12, 1.555e12, 300e9, 25e9),
-        ),
-        GpuKind(
-            "a100-80gb",
-            "NVIDIA A100-SXM4-80GB",
-            *((8, 0), 108, 1.41, 40, 312e12, 2.039e12, 300e9, 25e9),
-        ),
-        GpuKind(
-            "h100",
-            "NVIDIA H100 80GB HBM3",
-            *((9, 0), 132, 1.98, 50, 989.5e12, 3.35e12, 450e9, 50e9),
-        ),
-        GpuKind("h200", "NVIDIA H200", (9, 0), 132, 1.98, 50, 989.5e12, 4.8e12, 450e9, 50e9),
-        GpuKind("b200", "NVIDIA B200", (10, 0), 148, 1.965, 126, 2250e12, 8e12, 900e9, 50e9),
-    )
-}
+_GPUS = (
+    ("l4", "NVIDIA L4", (8, 9), 58, 2.04, 48, 121e12, 0.3e12, 32e9, 1.6e9),
+    ("a100-40gb", "NVIDIA A100-SXM4-40GB", (8, 0), 108, 1.41, 40, 312e12, 1.555e12, 300e9, 25e9),
+    ("a100-80gb", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41, 40, 312e12, 2.039e12, 300e9, 25e9),
+    ("h100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.98, 50, 989.5e12, 3.35e12, 450e9, 50e9),
+    ("h200", "NVIDIA H200", (9, 0), 132, 1.98, 50, 989.5e12, 4.8e12, 450e9, 50e9),
+    ("b200", "NVIDIA B200", (10, 0), 148, 1.965, 126, 2250e12, 8e12, 900e9, 50e9),
+)
+GPU_KINDS = {kind.name: kind for kind in (GpuKind(*numbers) for numbers in _GPUS)}
 # By compute capability, of a multiprocessor: threads, FP32 units, KiB of shared memory. A block can
 # use 1 KiB less of that. CUDA C++ programming guide, "Compute capabilities".
 _CAPABILITIES = {
