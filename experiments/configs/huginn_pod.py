@@ -6,7 +6,7 @@ Variants: `:v5e_256` is for 256 chips of v5e, `:two_slices` for two slices that 
 
 Give your text with --config.data.files and a workdir that all hosts share with --config.workdir,
 and start it with --config.distributed.enabled=true on all hosts of all slices. What a slice will
-hold and do can be seen without one, in about 12 minutes of two cores:
+hold and do can be seen without one, in 10 to 18 minutes of a core:
 
   megatransformer compile --config=huginn_pod --topology=v4-128
   megatransformer compile --config=huginn_pod:two_slices --topology=v4-128 --slices=2
