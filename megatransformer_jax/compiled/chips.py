@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from megatransformer_jax.sharding.topology import GpuKind, Topology
+from megatransformer_jax.sharding.topology import Topology
 
 GIB = 2**30
 
@@ -71,12 +71,9 @@ def chip_of(topology: Topology) -> Chip:
       >>> chip_of(parse_topology("v5e-16")).name, chip_of(parse_topology("h100-4")).linked
       ('v5e', 4)
     """
-    if topology.gpu is None:
+    kind = topology.gpu
+    if kind is None:
         return CHIPS[topology.kind]
-    return _gpu(topology.gpu, math.prod(topology.box))
-
-
-def _gpu(kind: GpuKind, linked: int) -> Chip:
     return Chip(
         kind.name,
         kind.bf16_flops,
@@ -84,5 +81,5 @@ def _gpu(kind: GpuKind, linked: int) -> Chip:
         int(_GPU_SHARE * kind.memory_bytes),
         kind.link_bandwidth,
         kind.network_bandwidth,
-        linked,
+        linked=math.prod(topology.box),
     )

@@ -90,7 +90,7 @@ _KERNEL_TARGETS = ("tpu_custom_call", "mosaic_gpu")
 # Products per tile of attention weights. The backward passes compute the weights again.
 _SPLASH_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}
 _LARGEST_TILE = 512
-_CUDNN_PRODUCTS = {"forward": 2, "Backward": 5}
+_CUDNN_FORWARD_PRODUCTS, _CUDNN_BACKWARD_PRODUCTS = 2, 5
 
 
 def is_kernel(op: Op) -> bool:
@@ -128,9 +128,11 @@ def kernel_flops(module: Module, op: Op) -> float:
 
 
 def _cudnn_flops(module: Module, op: Op) -> float:
+    """Queries and keys are [B, T, N, H], as JAX calls the kernel."""
     operands = [module.computations[op.computation].ops[name] for name in op.operands[:2]]
     (rows, queries, heads, width), keys = operands[0].shapes[0].dims, operands[1].shapes[0].dims[1]
-    products = _CUDNN_PRODUCTS["Backward" if op.target.endswith("Backward") else "forward"]
+    is_backward = op.target.endswith("Backward")
+    products = _CUDNN_BACKWARD_PRODUCTS if is_backward else _CUDNN_FORWARD_PRODUCTS
     pairs = float(rows * heads * queries * keys)
     if re.search(r'"mask_type":\s*"(PADDING_)?CAUSAL"', op.attributes):
         pairs *= (queries + 1) / (2 * queries)

@@ -165,7 +165,7 @@ _EVERY_GPU = {
     "thread_dim_limit_y": 1024,
     "thread_dim_limit_z": 64,
 }
-# Versions that the compiler is told: the oldest that the extra 'cuda' and JAX's attention ask for.
+# Versions that the compiler is told; tried with the plugins for CUDA 12 and 13.
 _CUDA_VERSION, _CUDNN_VERSION = (12, 9, 0), (9, 10, 0)
 
 
