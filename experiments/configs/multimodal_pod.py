@@ -5,13 +5,14 @@ Variants: none.
 
 Give your samples with --config.data.media and a workdir that all hosts share with --config.workdir,
 and start it with --config.distributed.enabled=true on all hosts. Without data it draws, captions,
-speaks and transcribes digits. What the slice will hold and do can be seen without one:
+speaks and transcribes digits. What the slice will hold and do can be seen without one, on a machine
+with more than 24 GiB of memory:
 
   megatransformer compile --config=multimodal_pod --topology=v4-32
 
 Expected, as `megatransformer inspect --device=v4` predicts: 14.4 of 30.75 GiB on a chip; splash
-attention, as text and places of media are 1792 together. The step has not run, and compiling it
-needs more than the 22 GB that were free where it was tried.
+attention, as text and places of media are 1792 together. The step has not run; compiling it ran out
+of memory on a machine with 24 GiB.
 """
 
 from ml_collections import ConfigDict

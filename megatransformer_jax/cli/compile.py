@@ -106,7 +106,7 @@ def compile_run(parsed: Parsed) -> None:
     for name in ("json", "hlo"):
         _check_file(name, getattr(options, name))
     assert options.topology is not None  # A rule says so.
-    use_described_devices(parse_topology(options.topology))
+    use_described_devices(parse_topology(options.topology, options.slices))
     # It imports JAX, which reads its environment then.
     from rich.console import Console  # noqa: PLC0415
 
@@ -115,7 +115,8 @@ def compile_run(parsed: Parsed) -> None:
         console.width = PLAIN_WIDTH
     run = _search if options.search else _compile
     if not run(console, config, options):
-        print(f"does not fit {options.topology}", file=sys.stderr)
+        what = "nothing that was tried fits" if options.search else "does not fit"
+        print(what, parse_topology(options.topology, options.slices), file=sys.stderr)
         sys.exit(DOES_NOT_FIT)
 
 
@@ -158,16 +159,19 @@ def _search(console: "Console", config: "BaseRunConfig", options: CompileOptions
 def use_described_devices(topology: Topology) -> None:
     """Sets the environment in which devices are described; variables that are set are kept.
 
+    Whether JAX's CUDA plugin is there is found out when it is asked for devices.
+
     Raises:
       UserError: if JAX has been imported already, which would not see them, or libtpu is missing.
     """
     if topology.gpu is None:
         import_extra("libtpu", "tpu", f"{PROGRAM} compile")
-    missing = {name: value for name, value in QUIET_ENVIRONMENT.items() if name not in os.environ}
+    wanted = QUIET_ENVIRONMENT if topology.gpu is None else {"JAX_PLATFORMS": "cpu"}
+    missing = {name: value for name, value in wanted.items() if name not in os.environ}
     if missing and "jax" in sys.modules:
         raise UserError(
             "JAX is already imported (the experiment 'retrofit' reads a model with it), so it "
-            "would not see the variables that describing a slice needs; set them in the shell: "
+            "would not see the variables that describing devices needs; set them in the shell: "
             + " ".join(f"{name}={value}" for name, value in missing.items())
         )
     os.environ.update(missing)
@@ -247,7 +251,7 @@ def _check_file(name: str, path: str | None) -> None:
 def _write_programs(path: str, report: "CompileReport") -> None:
     file = local_path("hlo", path)
     for program in report.programs:
-        if not program.fits:
+        if not program.hlo:
             continue
         name = program.name.replace(" ", "_")
         single = file if len(report.programs) == 1 else file.with_stem(f"{file.stem}_{name}")

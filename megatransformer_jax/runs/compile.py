@@ -59,12 +59,12 @@ class CompiledProgram:
       name: such as 'train step'.
       lower_s: seconds of tracing and lowering.
       compile_s: seconds of the compiler.
-      memory: on one device. None: it does not fit, and the compiler gave up.
+      memory: on one device. None: the compiler gave up, as the program does not fit.
       peak_bytes: the most at one time, as the compiler says it; code included.
-      problem: what the compiler says where it does not fit; empty if it does.
+      problem: why it does not fit; empty if it does.
       readings: by the depth that loops of traced length are read at; None without a core. Empty if
         it does not fit.
-      hlo: the compiled program as text; empty if it does not fit.
+      hlo: the compiled program as text; empty if the compiler gave up.
     """
 
     name: str
@@ -78,7 +78,7 @@ class CompiledProgram:
 
     @property
     def fits(self) -> bool:
-        """Whether the compiler found room for it."""
+        """Whether there is room for it."""
         return not self.problem
 
     @property
@@ -296,10 +296,10 @@ def _if_it_fits(program: CompiledProgram, chip: Chip) -> CompiledProgram:
     if memory is None or memory.total <= chip.hbm_bytes:
         return program
     problem = (
-        f"it needs {format_bytes(memory.total)}, and JAX takes {format_bytes(chip.hbm_bytes)} of a "
-        "GPU unless told otherwise."
+        f"it needs {format_bytes(memory.total)}, and JAX takes {format_bytes(chip.hbm_bytes)} of "
+        "the GPU's memory by default; use more mesh.fsdp, train.accumulation or model.remat."
     )
-    return dataclasses.replace(program, memory=None, problem=problem, readings={}, hlo="")
+    return dataclasses.replace(program, problem=problem, readings={})
 
 
 def compile_program(

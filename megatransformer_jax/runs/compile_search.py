@@ -238,7 +238,7 @@ def search_table(found: Search, chips: int) -> Table:
 def _cells(trial: Trial, chips: int) -> Iterator[str]:
     program = trial.report.programs[0]
     taken = f"{program.lower_s + program.compile_s:.0f} s"
-    if program.memory is None:
+    if program.memory is None or not program.fits:
         yield from ("does not fit", "", "", "", "", taken)
         return
     speed = trial.report.speeds[0]

@@ -39,7 +39,7 @@ def compile_rows(report: CompileReport) -> list[dict[str, Any]]:
     for program in report.programs:
         row: dict[str, Any] = {"program": program.name, "fits": program.fits}
         row |= dict.fromkeys(("bytes", "floor_s", "no_overlap_s", "flops", "wire_bytes", "flags"))
-        if program.memory is not None:
+        if program.memory is not None and program.fits:
             reading = program.reading
             row |= {
                 "bytes": program.memory.total,
@@ -81,7 +81,8 @@ def _tables_of(program: CompiledProgram) -> list[Table]:
 def _target(report: CompileReport) -> Table:
     table = _table(f"{report.compiling.phase} on {report.topology}", ["what", "value"])
     kind, chips = report.device_kind, report.topology.chips
-    table.add_row("devices", f"{chips} x {kind}, {format_bytes(report.chip.hbm_bytes)} HBM each")
+    room = "HBM" if report.topology.gpu is None else "for JAX"
+    table.add_row("devices", f"{chips} x {kind}, {format_bytes(report.chip.hbm_bytes)} {room} each")
     if report.mesh:
         sizes = " x ".join(f"{axis} {size}" for axis, size in report.mesh.items())
         table.add_row("mesh", sizes + (f" ({report.layout})" if report.layout else ""))
@@ -120,12 +121,13 @@ def _memory(report: CompileReport) -> Table:
     problems = []
     for program in report.programs:
         memory, taken = program.memory, f"{program.lower_s + program.compile_s:.1f} s"
-        if memory is None:
-            table.add_row(program.name, "", "", "", "", "no", taken)
+        parts = [""] * 4
+        if memory is not None:
+            sizes = (memory.arguments, memory.outputs, memory.temporaries, memory.total)
+            parts = list(map(format_bytes, sizes))
+        table.add_row(program.name, *parts, "yes" if program.fits else "no", taken)
+        if not program.fits:
             problems.append(f"{program.name}: {program.problem}")
-            continue
-        parts = (memory.arguments, memory.outputs, memory.temporaries, memory.total)
-        table.add_row(program.name, *map(format_bytes, parts), "yes", taken)
     counted = "As the compiler counts them; the results leave out arguments that are overwritten."
     if report.topology.kind == "v4":
         counted += " Temporaries include the 128 MiB of CMEM, which is not a part of HBM."
@@ -217,8 +219,8 @@ def _exchanges(reading: ProgramReading, name: str) -> Table:
     table = _table(f"Exchanges of the {name}, per device and call", headings)
     groups: dict[tuple[str, str, str, str], list[Collective]] = {}
     for item in reading.collectives:
-        axes = " x ".join(item.axes) or ("slices" if item.is_between_slices else "other groups")
-        if item.axes and item.is_between_slices:
+        axes = " x ".join(item.axes) or ("slices" if item.kind == "send" else "other groups")
+        if item.is_between_slices and item.kind != "send":
             axes += ", network"
         where = "" if item.loop is None else _path(reading.loop(item.loop).source or item.loop)
         groups.setdefault((item.kind, axes, item.dtype, where), []).append(item)

@@ -263,12 +263,13 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     gpus = re.fullmatch(rf"({'|'.join(GPU_KINDS)})-(\d{{1,6}})", name.strip().lower())
     if gpus is not None:
         return _machines(name, gpus.group(1), int(gpus.group(2)), slices)
+    _check_gpu_name(name)
     match = re.fullmatch(r"([a-z0-9]+)(?:-(\d{1,6})|:(\d{1,3}(?:x\d{1,3})+))", name.strip().lower())
     if match is None:
         raise ConfigError(
             "topology",
-            f"{name!r} is not the name of a slice; write it as v4-128, or as v4:4x4x4 with the "
-            f"extents of its box of chips, or as h100-8. Kinds: {_KINDS}.",
+            f"{name!r} is not the name of a slice or a machine; write it as v4-128, or as v4:4x4x4 "
+            f"with the extents of its box of chips, or as h100-8. Kinds: {_KINDS}.",
         )
     written, number, extents = match.groups()
     kind = SLICE_KINDS.get(_OTHER_NAMES.get(written, written))
@@ -276,7 +277,7 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
         raise ConfigError(
             "topology",
             f"{name!r}: {written!r} is not a kind of TPU or GPU that is known; "
-            f"{nearest_hint(written, [*SLICE_KINDS, *GPU_KINDS])}known: {_KINDS}.",
+            f"{nearest_hint(written, SLICE_KINDS)}known: {_KINDS}.",
         )
     if number is None:
         box = tuple(map(int, extents.split("x")))
@@ -295,6 +296,19 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     return _checked_size(Topology(kind.name, found[asked], slices))
 
 
+def _check_gpu_name(name: str) -> None:
+    """Names that begin as those of GPUs, and do not end so."""
+    began = re.match(r"[a-z0-9]+(?:-\d+gb)?", name.strip().lower())
+    start = began.group() if began else ""
+    kinds = [kind for kind in GPU_KINDS if kind == start or kind.startswith(f"{start}-")]
+    if kinds:
+        raise ConfigError(
+            "topology",
+            f"{name!r}: a machine is named by the kind of its GPUs and their number, 1 to "
+            f"{MAX_GPUS}; write {' or '.join(f'{kind}-{MAX_GPUS}' for kind in kinds)}.",
+        )
+
+
 def _machines(name: str, kind: str, count: int, machines: int) -> Topology:
     if not 1 <= count <= MAX_GPUS:
         raise ConfigError(
@@ -309,7 +323,8 @@ def _checked_size(topology: Topology) -> Topology:
     if topology.chips > MAX_CHIPS:
         raise ConfigError(
             "topology" if topology.slices == 1 else "slices",
-            f"{topology} has {topology.chips} chips; at most {MAX_CHIPS} are described.",
+            f"{topology} has {topology.chips} chips; at most {MAX_CHIPS} are described, so name "
+            "fewer.",
         )
     return topology
 
@@ -368,6 +383,7 @@ def describe_devices(topology: Topology) -> Sequence[Any]:
 
 
 def _described_gpus(topology: Topology, kind: GpuKind) -> Sequence[Any]:
+    from jax.errors import JaxRuntimeError  # noqa: PLC0415
     from jax.experimental import topologies  # noqa: PLC0415
 
     try:
@@ -381,8 +397,13 @@ def _described_gpus(topology: Topology, kind: GpuKind) -> Sequence[Any]:
     except NotImplementedError as error:
         raise UserError(
             f"{topology}: programs for GPUs are compiled by JAX's CUDA plugin, which is not "
-            "installed; install the extra 'cuda' (no GPU is needed): pip install "
+            "installed or too old; install the extra 'cuda' (no GPU is needed): pip install "
             "'megatransformer_jax[cuda]', or pip install -e '.[cuda]' in a checkout."
+        ) from error
+    except JaxRuntimeError as error:
+        raise UserError(
+            f"{topology}: JAX's CUDA plugin cannot describe these GPUs ({error}); install the "
+            "plugin of the same version as jax: pip install -U 'megatransformer_jax[cuda]'."
         ) from error
     return devices
 

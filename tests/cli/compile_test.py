@@ -20,7 +20,7 @@ RUN = ("--config.preset=tiny",)
     [
         ((), "--topology: is missing; name a slice or a machine"),
         (("--topology=h100-9",), "--topology: 'h100-9': a machine has 1 to 8 GPUs"),
-        (("--topology=v4",), "--topology: 'v4' is not the name of a slice"),
+        (("--topology=v4",), "--topology: 'v4' is not the name of a slice or a machine"),
         (("--topology=v4-8", "--rows=2"), "--rows: 2 would be ignored with phase='train'"),
         (
             ("--topology=v4-8", "--phase=serve", "--prompt_tokens=3"),
@@ -57,6 +57,16 @@ def test_jax_that_was_imported_before_is_told_of(monkeypatch):
     monkeypatch.setitem(sys.modules, "jax", types.ModuleType("jax"))
     with pytest.raises(UserError, match=r"already imported.*set them in the shell: .*TPU_SKIP_MDS"):
         use_described_devices(parse_topology("v4-8"))
+
+
+def test_gpus_need_only_jax_to_leave_them_alone(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax", types.ModuleType("jax"))
+    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    use_described_devices(parse_topology("h100-8"))
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(UserError, match=r"set them in the shell: JAX_PLATFORMS=cpu$"):
+        use_described_devices(parse_topology("h100-8"))
 
 
 def test_a_line_a_minute_says_what_is_done_where_there_is_no_terminal(monkeypatch, capsys):

@@ -24,8 +24,9 @@ def test_what_is_larger_than_jaxs_share_of_a_gpu_does_not_fit(gib, fits):
     program = compiling.CompiledProgram("train step", 1.0, 2.0, memory, 0, "", {}, "HloModule")
     checked = compiling._if_it_fits(program, CHIP)
     assert checked.fits is fits
+    assert checked.memory == memory  # What is known is shown.
     if not fits:
-        assert checked.memory is None and "needs 61 GiB, and JAX takes 60 GiB" in checked.problem
+        assert "needs 61 GiB, and JAX takes 60 GiB of the GPU's memory" in checked.problem
 
 
 @pytest.mark.skipif(

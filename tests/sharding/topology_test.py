@@ -5,6 +5,7 @@ import subprocess
 import sys
 import types
 
+import jax
 import pytest
 
 from megatransformer_jax.config.option import ConfigError, UserError
@@ -52,12 +53,16 @@ def test_numbers_of_a_kind_count_what_its_clouds_count():
 @pytest.mark.parametrize(
     ("name", "slices", "path", "message"),
     [
-        ("v4", 1, "topology", "'v4' is not the name of a slice; write it as v4-128"),
+        ("v4", 1, "topology", "'v4' is not the name of a slice or a machine; write it as v4-"),
         ("v4-100", 1, "topology", r"no such accelerator; known: v4-8, v4-16, .*cores, 2 per chip"),
         ("v5e-12", 1, "topology", r"known: v5e-1, .*counts chips\). .*as v5e:4x4"),
         ("v3-8", 1, "topology", "'v3' is not a kind of TPU or GPU that is known; .*v4, .*, b200"),
         ("h100-16", 1, "topology", "1 to 8 GPUs; for more write h100-8 and say with `slices`"),
         ("l4-0", 1, "topology", "1 to 8 GPUs"),
+        ("h100:2x4", 1, "topology", "the kind of its GPUs and their number, 1 to 8; write h100-8"),
+        ("a100-8", 1, "topology", "write a100-40gb-8 or a100-80gb-8"),
+        ("h100", 1, "topology", "write h100-8"),
+        ("h100-8", 10_000, "slices", "80000 chips; at most 65536 are described, so name fewer"),
         ("v4:4x4", 1, "topology", "box of 3 dimensions; write it as v4:2x4x4"),
         ("v5e:3x4", 1, "topology", "each host has 2x2 chips"),
         ("v5e:4x0", 1, "topology", "box of 2 dimensions"),
@@ -93,6 +98,15 @@ def test_without_the_cuda_plugin_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
     with pytest.raises(UserError, match=r"h100-8: .*extra 'cuda' \(no GPU is needed\)"):
         describe_devices(parse_topology("h100-8"))
+
+
+def test_a_plugin_that_does_not_take_a_description_is_an_error_of_the_user(monkeypatch):
+    def describe(*args, **options):
+        raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: no such field")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
+    with pytest.raises(UserError, match=r"cannot describe these GPUs .*of the same version as jax"):
+        describe_devices(parse_topology("b200-1"))
 
 
 def test_machines_with_gpus_are_described_to_the_plugin(monkeypatch):
