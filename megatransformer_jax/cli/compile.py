@@ -116,7 +116,8 @@ def compile_run(parsed: Parsed) -> None:
     run = _search if options.search else _compile
     if not run(console, config, options):
         what = "nothing that was tried fits" if options.search else "does not fit"
-        print(what, parse_topology(options.topology, options.slices), file=sys.stderr)
+        several = f"{options.slices} x " if options.slices > 1 else ""
+        print(f"{what} {several}{options.topology}", file=sys.stderr)
         sys.exit(DOES_NOT_FIT)
 
 

@@ -5,6 +5,7 @@ import types
 
 import pytest
 
+from megatransformer_jax.compiled.chips import CHIPS
 from megatransformer_jax.config.build import build
 from megatransformer_jax.config.compiling import CompileConfig
 from megatransformer_jax.runs import compile as compiling
@@ -33,7 +34,7 @@ def headroom(monkeypatch):
             held = options.rows * mib * MIB // 2
             return PhasePrograms({"decode": lambda: None}, None, (), 0, held, options.rows, 2)
 
-        def compile_program(name, lower, read, progress):
+        def compile_program(name, lower, read, progress, options):
             asked.append(int(name.split()[-2]))
             return program(name, asked[-1])
 
@@ -42,8 +43,9 @@ def headroom(monkeypatch):
         config = build({"preset": "tiny"})
         options = CompileConfig(topology="v5e-1", phase="decode", rows=rows)
         first = phase(config, options, DEVICES)
-        given = (config, options, DEVICES, first, [program("decode", rows)], lambda doing: None)
-        return dataclasses.astuple(compiling._find_headroom(*given)), asked
+        given = (config, options, DEVICES, CHIPS["v5e"], first, [program("decode", rows)])
+        found = compiling._find_headroom(*given, lambda doing: None)
+        return dataclasses.astuple(found), asked
 
     return find
 
