@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from megatransformer_jax.cli.flags import PROGRAM, Command, Parsed
@@ -165,9 +165,10 @@ def use_described_devices(topology: Topology) -> None:
     Raises:
       UserError: if JAX has been imported already, which would not see them, or libtpu is missing.
     """
+    wanted: Mapping[str, str] = {"JAX_PLATFORMS": "cpu"}
     if topology.gpu is None:
         import_extra("libtpu", "tpu", f"{PROGRAM} compile")
-    wanted = QUIET_ENVIRONMENT if topology.gpu is None else {"JAX_PLATFORMS": "cpu"}
+        wanted = QUIET_ENVIRONMENT
     missing = {name: value for name, value in wanted.items() if name not in os.environ}
     if missing and "jax" in sys.modules:
         raise UserError(

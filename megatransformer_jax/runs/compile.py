@@ -42,8 +42,8 @@ Progress = Callable[[str], object]
 # Parts of the paths of loops whose turns depend on data, see `read_program`.
 _ATTENTION_LOOP = "_attend_to_cache/while"
 _TRAIN_LOOP = "_iterate_core/while"
-# Kernels of products are chosen by timing them, which takes the GPU. Without one the compiler takes
-# the first of its own, which no GPU would; a call of cuBLAS stands for any good one.
+# On a GPU the compiler chooses kernels of products by timing them. Without one it would take the
+# first of its own, which is slow, so each product is a call of cuBLAS instead.
 GPU_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 _SETTLING_LOOP, _TERMS_LOOP = "settle/while", "sum_terms/while"
 
@@ -287,10 +287,10 @@ def _compile_phase(
         else:
             options = GPU_OPTIONS if chip.platform == "gpu" else None
             program = compile_program(name + note, lower, read, progress, options)
-            yield _if_it_fits(program, chip) if chip.platform == "gpu" else program
+            yield program if options is None else _checked_gpu_memory(program, chip)
 
 
-def _if_it_fits(program: CompiledProgram, chip: Chip) -> CompiledProgram:
+def _checked_gpu_memory(program: CompiledProgram, chip: Chip) -> CompiledProgram:
     """The compiler for GPUs finishes programs that are too large, too."""
     memory = program.memory
     if memory is None or memory.total <= chip.hbm_bytes:

@@ -260,11 +260,12 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     """
     if slices < 1:
         raise ConfigError("slices", f"{slices} slices; at least one is needed.")
-    gpus = re.fullmatch(rf"({'|'.join(GPU_KINDS)})-(\d{{1,6}})", name.strip().lower())
+    text = name.strip().lower()
+    gpus = re.fullmatch(rf"({'|'.join(GPU_KINDS)})-(\d{{1,6}})", text)
     if gpus is not None:
         return _machines(name, gpus.group(1), int(gpus.group(2)), slices)
-    _check_gpu_name(name)
-    match = re.fullmatch(r"([a-z0-9]+)(?:-(\d{1,6})|:(\d{1,3}(?:x\d{1,3})+))", name.strip().lower())
+    _check_gpu_name(name, text)
+    match = re.fullmatch(r"([a-z0-9]+)(?:-(\d{1,6})|:(\d{1,3}(?:x\d{1,3})+))", text)
     if match is None:
         raise ConfigError(
             "topology",
@@ -296,9 +297,9 @@ def parse_topology(name: str, slices: int = 1) -> Topology:
     return _checked_size(Topology(kind.name, found[asked], slices))
 
 
-def _check_gpu_name(name: str) -> None:
-    """Names that begin as those of GPUs, and do not end so."""
-    began = re.match(r"[a-z0-9]+(?:-\d+gb)?", name.strip().lower())
+def _check_gpu_name(name: str, text: str) -> None:
+    """Refuses names that begin as those of GPUs, and do not end so."""
+    began = re.match(r"[a-z0-9]+(?:-\d+gb)?", text)
     start = began.group() if began else ""
     kinds = [kind for kind in GPU_KINDS if kind == start or kind.startswith(f"{start}-")]
     if kinds:

@@ -22,7 +22,7 @@ def test_what_is_larger_than_jaxs_share_of_a_gpu_does_not_fit(gib, fits):
     """Its compiler finishes what is too large, other than that for TPUs."""
     memory = StepMemory(arguments=2**30, outputs=0, temporaries=(gib - 1) * 2**30)
     program = compiling.CompiledProgram("train step", 1.0, 2.0, memory, 0, "", {}, "HloModule")
-    checked = compiling._if_it_fits(program, CHIP)
+    checked = compiling._checked_gpu_memory(program, CHIP)
     assert checked.fits is fits
     assert checked.memory == memory  # What is known is shown.
     if not fits:

@@ -91,22 +91,29 @@ def test_without_libtpu_the_error_names_the_extra(monkeypatch):
         describe_devices(parse_topology("v4-8"))
 
 
-def test_without_the_cuda_plugin_the_error_names_the_extra(monkeypatch):
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (
+            NotImplementedError("topology not implemented for cuda"),
+            r"h100-8: .*extra 'cuda' \(no GPU is needed\)",
+        ),
+        (
+            jax.errors.JaxRuntimeError("FAILED_PRECONDITION: no such field"),
+            r"cannot describe these GPUs .*of the same version as jax",
+        ),
+    ],
+    ids=["no plugin", "another plugin"],
+)
+def test_a_plugin_that_does_not_describe_gpus_is_an_error_that_names_the_fix(
+    raised, message, monkeypatch
+):
     def describe(*args, **options):
-        raise NotImplementedError("topology not implemented for cuda")
+        raise raised
 
     monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
-    with pytest.raises(UserError, match=r"h100-8: .*extra 'cuda' \(no GPU is needed\)"):
+    with pytest.raises(UserError, match=message):
         describe_devices(parse_topology("h100-8"))
-
-
-def test_a_plugin_that_does_not_take_a_description_is_an_error_of_the_user(monkeypatch):
-    def describe(*args, **options):
-        raise jax.errors.JaxRuntimeError("FAILED_PRECONDITION: no such field")
-
-    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", describe)
-    with pytest.raises(UserError, match=r"cannot describe these GPUs .*of the same version as jax"):
-        describe_devices(parse_topology("b200-1"))
 
 
 def test_machines_with_gpus_are_described_to_the_plugin(monkeypatch):
